@@ -1,0 +1,158 @@
+"""A detector on a data set: predictions, COCO metrics, at any sample ratio."""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mimdet.analysis.metrics import IouType, Metrics, coco_metrics
+from mimdet.analysis.results import results_for, save_results
+from mimdet.data.loader import Dataset, EvalLoader
+from mimdet.models.detector import Detector
+from mimdet.models.sampling import Keep
+from mimdet.predict import DEFAULT_BATCH, device_of, generator_for, run_detector, to_original
+
+
+@dataclass(slots=True)
+class Evaluation:
+    """One pass over a data set."""
+
+    metrics: Metrics
+    results: list[dict[str, Any]]
+    """COCO results format: boxes, scores, categories, masks as RLE."""
+    sample_ratio: float
+    seed: int
+    seconds: float
+
+    @property
+    def box(self) -> dict[str, float]:
+        """The 12 COCO numbers of the boxes, `box["AP"]` in 0..1."""
+        return self.metrics.box
+
+    @property
+    def mask(self) -> dict[str, float]:
+        """The 12 COCO numbers of the masks; empty without masks."""
+        return self.metrics.mask
+
+    def table(self) -> str:
+        return self.metrics.table()
+
+
+def evaluate(
+    model: Detector,
+    dataset: Dataset,
+    *,
+    sample_ratio: float | None = None,
+    keep: Keep | None = None,
+    seed: int = 0,
+    batch_size: int = DEFAULT_BATCH,
+    workers: int = 0,
+    progress: bool = False,
+) -> Evaluation:
+    """COCO box and mask metrics at one sample ratio (default: the model's `sample_ratio_eval`).
+
+    The tokens of an image are drawn from (seed, its place in the data set), so the numbers do not
+    depend on the batch size. Published APs use ratio 1, where nothing is drawn.
+    """
+    start = time.perf_counter()
+    if sample_ratio is None:
+        sample_ratio = model.config.backbone.sample_ratio_eval
+    device = device_of(model)
+    loader = EvalLoader(dataset, model.config.data, batch_size, workers)
+    results: list[dict[str, Any]] = []
+    masks = model.roi_heads.mask_head is not None
+    for batch in _with_progress(loader, len(dataset), progress):
+        generators = [generator_for(image_seed(seed, i), device) for i in batch.indices]
+        found = run_detector(
+            model, batch.images, sample_ratio=sample_ratio, keep=keep, generators=generators
+        )
+        for i, size, detections in zip(batch.indices, batch.original_sizes, found, strict=True):
+            original = to_original(detections, size).to("cpu")
+            results += results_for(original, dataset.image_id(i), dataset.category_ids, masks)
+    kinds: list[IouType] = ["bbox", "segm"] if masks and dataset.has_masks else ["bbox"]
+    scale = getattr(dataset, "area_scale", 1.0)
+    metrics = coco_metrics(dataset.ground_truth(), results, kinds, scale)
+    return Evaluation(metrics, results, sample_ratio, seed, time.perf_counter() - start)
+
+
+def evaluate_ratios(
+    model: Detector,
+    dataset: Dataset,
+    ratios: Sequence[float],
+    draws: int = 2,
+    *,
+    save_to: str | Path | None = None,
+    batch_size: int = DEFAULT_BATCH,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """One row per ratio: mean and standard deviation of box and mask AP over `draws` samplings.
+
+    At ratio 1 every token is kept, so one pass is enough and the deviation is 0. `save_to`: where
+    the predictions of the last pass go, in COCO results format.
+    """
+    rows = []
+    for ratio in ratios:
+        passes = [
+            evaluate(
+                model,
+                dataset,
+                sample_ratio=ratio,
+                seed=seed,
+                batch_size=batch_size,
+                progress=progress,
+            )
+            for seed in range(draws if ratio < 1 else 1)
+        ]
+        row: dict[str, Any] = {"sample_ratio": ratio, "draws": len(passes)}
+        row["seconds"] = round(sum(p.seconds for p in passes), 2)
+        for kind in ("box", "mask"):
+            values = [getattr(p.metrics, kind)["AP"] for p in passes if getattr(p.metrics, kind)]
+            if values:
+                ap = torch.tensor(values, dtype=torch.float64)
+                row[f"{kind}_ap"] = float(ap.mean())
+                row[f"{kind}_ap_sd"] = float(ap.std()) if len(values) > 1 else 0.0
+        row["metrics"] = [p.metrics.to_dict() for p in passes]
+        rows.append(row)
+    if save_to is not None:
+        save_results(passes[-1].results, save_to)
+    return rows
+
+
+def ratio_table(rows: Sequence[dict[str, Any]]) -> str:
+    """`evaluate_ratios` rows as text, AP x 100."""
+    lines = ["ratio  draws      box AP     mask AP   seconds"]
+    for row in rows:
+        cells = [_mean_sd(row, "box"), _mean_sd(row, "mask")]
+        lines.append(
+            f"{row['sample_ratio']:5.2f}  {row['draws']:5d}  {cells[0]:>10}  {cells[1]:>10}"
+            f"  {row['seconds']:8.1f}"
+        )
+    return "\n".join(lines)
+
+
+def _mean_sd(row: dict[str, Any], kind: str) -> str:
+    if f"{kind}_ap" not in row:
+        return "-"
+    mean = f"{100 * row[f'{kind}_ap']:.1f}"
+    return mean if row["draws"] == 1 else f"{mean} ± {100 * row[f'{kind}_ap_sd']:.1f}"
+
+
+def image_seed(seed: int, index: int) -> int:
+    """The seed of one image's token draw."""
+    return seed * 1_000_003 + index
+
+
+def _with_progress(loader: EvalLoader, images: int, show: bool) -> Any:
+    if not show:
+        yield from loader
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=images, unit="img", mininterval=1, file=sys.stdout, desc="evaluate") as bar:
+        for batch in loader:
+            yield batch
+            bar.update(len(batch.images))

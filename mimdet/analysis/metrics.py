@@ -1,0 +1,272 @@
+"""COCO box and mask metrics of a set of detections, without surprises.
+
+faster-coco-eval (C++) does the matching; in the tests pycocotools is the reference and every number
+is equal to 1e-9. What this module adds is what goes wrong around an evaluator:
+
+- annotation ids are renumbered from 1: an annotation with id 0 counts as never found;
+- a detection's area is that of the thing evaluated, its mask for "segm" and its box for "bbox".
+  COCO's own loader takes the box area of results that carry both, which changes the size rows;
+- images may have ids of any kind and no detections, categories no objects, results be empty;
+- the caller's dictionaries stay as they are, and nothing is printed.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+IouType = Literal["bbox", "segm"]
+
+COLUMNS = {
+    "AP": "AP",
+    "AP50": "AP50",
+    "AP75": "AP75",
+    "AP_small": "APs",
+    "AP_medium": "APm",
+    "AP_large": "APl",
+    "AR1": "AR1",
+    "AR10": "AR10",
+    "AR100": "AR100",
+    "AR_small": "ARs",
+    "AR_medium": "ARm",
+    "AR_large": "ARl",
+}
+"""The twelve COCO numbers in COCO's order, each with its heading in a table."""
+
+NEEDED = {
+    "bbox": "x, y, width, height in pixels",
+    "segmentation": "polygons or RLE in an annotation, RLE in a result",
+    "area": "the object's square pixels, for the size rows",
+    "score": "a finite number, higher is surer",
+}
+"""What the fields of annotations and results hold, for messages."""
+
+
+@dataclass
+class Metrics:
+    """The result of an evaluation. Numbers are fractions in 0..1, as in COCO; NaN where no object
+    of the kind exists (COCO writes -1). Dictionaries of a type that was not evaluated are empty."""
+
+    box: dict[str, float] = field(default_factory=dict)
+    """The twelve numbers of `COLUMNS` for boxes. AP: mean over IoU .50:.95 and categories."""
+    mask: dict[str, float] = field(default_factory=dict)
+    """The same for masks."""
+    box_per_class: dict[str, float] = field(default_factory=dict)
+    """AP of each category, by name; a name used twice is followed by its id."""
+    mask_per_class: dict[str, float] = field(default_factory=dict)
+    area_ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Object areas in square pixels, from and to, that count as small, medium and large."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries for json, NaN as None."""
+        return {
+            name: {key: _plain(value) for key, value in numbers.items()}
+            for name, numbers in asdict(self).items()
+        }
+
+    def table(self) -> str:
+        """A text table, a row for boxes and one for masks, numbers x 100; '-' = no such object."""
+        lines = [" " * 5 + "".join(f"{heading:>7}" for heading in COLUMNS.values())]
+        for name, numbers in (("box", self.box), ("mask", self.mask)):
+            if numbers:
+                cells = (numbers[column] for column in COLUMNS)
+                lines.append(f"{name:<5}" + "".join(f"{_percent(cell):>7}" for cell in cells))
+        return "\n".join(lines)
+
+
+def coco_metrics(
+    ground_truth: dict[str, Any],
+    results: list[dict[str, Any]],
+    iou_types: Sequence[IouType] = ("bbox", "segm"),
+    area_scale: float = 1.0,
+) -> Metrics:
+    """The COCO numbers of `results` against `ground_truth`.
+
+    ground_truth: a COCO dictionary (images, annotations, categories; polygons or RLE, crowds).
+    results: COCO results, each with image_id, category_id, score and what `iou_types` needs: `bbox`
+    (x, y, width, height) and `segmentation` (compressed RLE).
+    area_scale: multiplies the areas that separate small, medium and large (32 x 32 and 96 x 96
+    pixels) and nothing else. COCO's meaning of small, on images of another size, is
+    (long side / 640) ** 2. The ranges used are part of the result.
+
+    Raises ValueError naming the annotation or result, and the field, that cannot be evaluated.
+    """
+    if not 0 < area_scale < math.inf:
+        raise ValueError(f"area_scale={area_scale}: must be positive; 1 is COCO's own")
+    images = _image_numbers(ground_truth)
+    _check(ground_truth, results, iou_types, images)
+    small, medium = 32**2 * area_scale, 96**2 * area_scale
+    ranges = {"small": (0.0, small), "medium": (small, medium), "large": (medium, 1e10)}
+    metrics = Metrics(area_ranges=ranges)
+    names = _category_names(ground_truth["categories"])
+    for iou_type in iou_types:
+        precision, recall = _evaluate(ground_truth, results, iou_type, images, ranges)
+        numbers = _twelve(precision, recall)
+        per_class = {name: _mean(precision[:, :, k, 0, -1]) for k, name in enumerate(names)}
+        if iou_type == "bbox":
+            metrics.box, metrics.box_per_class = numbers, per_class
+        else:
+            metrics.mask, metrics.mask_per_class = numbers, per_class
+    return metrics
+
+
+def _evaluate(
+    ground_truth: dict[str, Any],
+    results: list[dict[str, Any]],
+    iou_type: IouType,
+    images: dict[int | str, int],
+    ranges: dict[str, tuple[float, float]],
+) -> tuple[Array, Array]:
+    """Match and accumulate -> precision (T, R, K, A, M) and recall (T, K, A, M), -1 = undefined.
+
+    T: IoU thresholds .50:.95; R: 101 recalls; K: categories by id; A: all, small, medium, large;
+    M: the best 1, 10 and 100 detections of an image and category.
+    """
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    pictures = [
+        {"id": images[image["id"]], "height": image.get("height"), "width": image.get("width")}
+        for image in ground_truth["images"]
+    ]
+    tables = {"images": pictures, "categories": ground_truth["categories"]}
+    if not pictures:  # the evaluator fails on none
+        undefined = np.full((10, 101, len(tables["categories"]), 4, 3), -1.0)
+        return undefined, undefined[:, 0]
+    truth = _annotations(ground_truth["annotations"], iou_type, images)
+    found = _annotations(results, iou_type, images)
+    for annotation, area in zip(found, _areas(found, iou_type), strict=True):
+        annotation["area"] = area
+    evaluator = COCOeval_faster(
+        COCO(tables | {"annotations": truth}),
+        COCO(tables | {"annotations": found}),
+        iouType=iou_type,
+        ranges={name: list(limits) for name, limits in ranges.items()},
+        print_function=_silent,
+    )
+    evaluator.evaluate()
+    evaluator.accumulate()
+    return evaluator.eval["precision"], evaluator.eval["recall"]
+
+
+def _annotations(
+    entries: list[dict[str, Any]], iou_type: IouType, images: dict[int | str, int]
+) -> list[dict[str, Any]]:
+    """Copies with ids from 1 and only the field that is evaluated (the evaluator writes into them,
+    and derives areas from whatever fields it finds)."""
+    needed = "bbox" if iou_type == "bbox" else "segmentation"
+    return [
+        {
+            "id": number,
+            "image_id": images[entry["image_id"]],
+            "category_id": entry["category_id"],
+            "iscrowd": int(entry.get("iscrowd", 0)),
+            "area": entry.get("area"),
+            "score": entry.get("score"),
+            needed: entry[needed],
+        }
+        for number, entry in enumerate(entries, start=1)
+    ]
+
+
+def _areas(found: list[dict[str, Any]], iou_type: IouType) -> list[float]:
+    """Areas of detections in square pixels: of the box or of the mask."""
+    # Not pycocotools: its mask.area overflows on lists of more than 255 masks.
+    from faster_coco_eval.core import mask as fast_mask
+
+    if iou_type == "bbox":
+        return [entry["bbox"][2] * entry["bbox"][3] for entry in found]
+    return [float(area) for area in fast_mask.area([entry["segmentation"] for entry in found])]
+
+
+def _twelve(precision: Array, recall: Array) -> dict[str, float]:
+    """The numbers of `COLUMNS` from the arrays of `_evaluate` (IoU .50 and .75 are T = 0 and 5)."""
+    sizes = ("small", "medium", "large")
+    numbers = {"AP": precision[..., 0, -1], "AP50": precision[0, ..., 0, -1]}
+    numbers["AP75"] = precision[5, ..., 0, -1]
+    numbers |= {f"AP_{name}": precision[..., a, -1] for a, name in enumerate(sizes, start=1)}
+    numbers |= {f"AR{limit}": recall[..., 0, m] for m, limit in enumerate((1, 10, 100))}
+    numbers |= {f"AR_{name}": recall[..., a, -1] for a, name in enumerate(sizes, start=1)}
+    return {name: _mean(values) for name, values in numbers.items()}
+
+
+def _mean(values: Array) -> float:
+    """Mean of the defined entries, NaN when there are none."""
+    defined = values[values > -1]
+    return float(defined.mean()) if defined.size else math.nan
+
+
+def _image_numbers(ground_truth: dict[str, Any]) -> dict[int | str, int]:
+    """1, 2, ... for the image ids in sorted order, which decides between equal scores."""
+    ids = {image["id"] for image in ground_truth["images"]}
+    ordered = sorted(ids, key=lambda image_id: (isinstance(image_id, str), image_id))
+    return {image_id: number for number, image_id in enumerate(ordered, start=1)}
+
+
+def _category_names(categories: list[dict[str, Any]]) -> list[str]:
+    """Names in the order of ids; where two categories share a name, with the id."""
+    counts = Counter(category["name"] for category in categories)
+    ordered = sorted(categories, key=lambda category: category["id"])
+    return [f"{c['name']} (id {c['id']})" if counts[c["name"]] > 1 else c["name"] for c in ordered]
+
+
+def _check(
+    ground_truth: dict[str, Any],
+    results: list[dict[str, Any]],
+    iou_types: Sequence[IouType],
+    images: dict[int | str, int],
+) -> None:
+    """Raise ValueError for the first entry the evaluator could not read or would leave out."""
+    unknown = set(iou_types) - {"bbox", "segm"}
+    if unknown:
+        raise ValueError(f"iou_types={tuple(iou_types)}: use 'bbox', 'segm' or both")
+    for image in ground_truth["images"] if "segm" in iou_types else []:
+        if not (image.get("height") and image.get("width")):
+            raise ValueError(f"image {image['id']!r} has no height and width; masks need them")
+    categories = {category["id"] for category in ground_truth["categories"]}
+    needed = ["bbox"] * ("bbox" in iou_types) + ["segmentation"] * ("segm" in iou_types)
+    for entry in ground_truth["annotations"]:
+        _check_entry(entry, f"annotation {entry.get('id')}", images, categories, [*needed, "area"])
+    for index, entry in enumerate(results):
+        name = f"results[{index}]"
+        _check_entry(entry, name, images, categories, [*needed, "score"])
+        if not math.isfinite(entry["score"]):
+            raise ValueError(f"{name}: score is {entry['score']}; give {NEEDED['score']}")
+        if "segm" in iou_types and not isinstance(entry["segmentation"], dict):
+            raise ValueError(f"{name}: segmentation must be RLE; see mimdet.masks.bitmap_to_rle")
+
+
+def _check_entry(
+    entry: dict[str, Any],
+    name: str,
+    images: dict[int | str, int],
+    categories: set[int],
+    needed: list[str],
+) -> None:
+    for key in needed:
+        if entry.get(key) is None:
+            raise ValueError(f"{name} has no {key!r}; add it ({NEEDED[key]})")
+    if entry["image_id"] not in images:
+        raise ValueError(f"{name}: image_id {entry['image_id']!r} is not among the images")
+    if entry["category_id"] not in categories:
+        raise ValueError(
+            f"{name}: category_id {entry['category_id']} is not in {sorted(categories)}; results "
+            "carry the ids of the annotation file, not labels"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """A json value: NaN becomes None."""
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:.1f}"
+
+
+def _silent(*_: Any) -> None:
+    """What the evaluator prints with."""

@@ -1,0 +1,59 @@
+"""Detections -> COCO results, and results -> a file that pycocotools reads."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mimdet.masks import probabilities_to_rle
+from mimdet.structures import Detections
+
+
+def results_for(
+    detections: Detections, image_id: int | str, category_ids: Sequence[int], has_masks: bool
+) -> list[dict[str, Any]]:
+    """COCO results of one image: image_id, category_id, bbox (x, y, width, height) and score as
+    plain floats, and with `has_masks` the pasted mask as compressed RLE under `segmentation`.
+
+    category_ids: COCO id of each label. Boxes and masks are in pixels of `detections.image_size`,
+    which must be the size of the image file.
+    Raises ValueError when masks are wanted of detections that have none.
+    """
+    boxes = detections.boxes.float().cpu()
+    xywh = boxes.clone()
+    xywh[:, 2:] -= boxes[:, :2]
+    labels, scores = detections.labels.tolist(), detections.scores.tolist()
+    results = [
+        {"image_id": image_id, "category_id": category_ids[label], "bbox": bbox, "score": score}
+        for label, score, bbox in zip(labels, scores, xywh.tolist(), strict=True)
+    ]
+    if not has_masks:
+        return results
+    if detections.mask_probabilities is None:
+        raise ValueError(
+            f"image {image_id!r}: the detections have no masks; use has_masks=False or a detector "
+            "with a mask head"
+        )
+    height, width = detections.image_size
+    rles = probabilities_to_rle(detections.mask_probabilities, boxes, height, width)
+    return [result | {"segmentation": rle} for result, rle in zip(results, rles, strict=True)]
+
+
+def save_results(results: list[dict[str, Any]], path: str | Path) -> None:
+    """Write a COCO results file: complete or, if interrupted, as it was before.
+
+    The text goes to `<path>.partial` first, which is renamed when it is on the disk.
+    """
+    path = Path(path)
+    text = json.dumps(results)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,270 @@
+"""Every number of a run as typed fields.
+
+A `Config` is plain data: no tensors, no modules, nothing imported from torch. A preset
+(`mimdet.presets`) returns a fresh one, an override is an assignment, and a typo is an
+AttributeError because the classes have slots. The command line, the notebooks and the saved
+`config.json` of a run are all made from these fields.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+
+@dataclass(slots=True)
+class BackboneConfig:
+    """The ConvNet-ViT hybrid: stem -> sampled encoder -> decoder -> c2..c5."""
+
+    kind: str = "mimdet"
+    """Registered name or `module:function` of the backbone."""
+    embed_dim: int = 768
+    """Encoder width D; the stem ends with D channels, so it must divide by 8."""
+    depth: int = 12
+    """Encoder blocks."""
+    num_heads: int = 12
+    """Attention heads of the encoder."""
+    decoder_dim: int = 512
+    """Decoder width, which is also the number of channels of c4 and c5."""
+    decoder_depth: int = 4
+    """Decoder blocks (the first ones of MAE's 8)."""
+    decoder_heads: int = 16
+    """Attention heads of the decoder."""
+    drop_path: float = 0.1
+    """Stochastic depth of the last encoder block; it grows linearly from 0."""
+    position_grid: int = 50
+    """Side of the stored square position table; it is resized to the image's grid on the fly."""
+    stem: str = "conv"
+    """`conv` (the paper's), `patch` (ablation), or `module:function`."""
+    sampler: str = "random"
+    """`random`, `grid`, `block`, or `module:function`: scores tokens; the highest are kept."""
+    sample_ratio: float = 0.5
+    """Share of the tokens the encoder sees while training."""
+    sample_ratio_eval: float = 1.0
+    """Share of the tokens the encoder sees in evaluation (published APs use 1.0)."""
+    keep: Literal["valid", "padded"] = "valid"
+    """Count kept tokens on each image's own valid grid, or (the paper's code) on the padded one."""
+    decoder_fill: Literal["stem", "mask_token"] = "stem"
+    """What the decoder sees at unsampled places: projected stem tokens (v2) or MAE's token (v1)."""
+    checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Recompute activations in the backward pass; `auto` = on for a GPU with little memory."""
+
+
+@dataclass(slots=True)
+class DetectorConfig:
+    """FPN, RPN and RoI heads (Mask R-CNN as detectron2 computes it)."""
+
+    num_classes: int = 80
+    """Foreground classes; set from the data set when training starts."""
+    masks: bool = True
+    """False drops the mask head (data sets with boxes only)."""
+    channels: int = 256
+    """Channels of p2..p6, the RPN and the head convolutions."""
+    norm: Literal["BN", "GN", "LN"] = "BN"
+    """Norm of the FPN and of the box and mask heads."""
+    anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
+    """Anchor side in pixels, one per level p2..p6."""
+    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Height / width of the anchors at every place."""
+    rpn_convs: int = 2
+    rpn_pre_nms: tuple[int, int] = (2000, 1000)
+    """Proposals kept per level before NMS: (training, evaluation)."""
+    rpn_post_nms: tuple[int, int] = (1000, 1000)
+    """Proposals kept per image after NMS: (training, evaluation)."""
+    rpn_nms: float = 0.7
+    rpn_anchors_per_image: int = 256
+    """Anchors per image in the RPN loss, at most half of them positive."""
+    rois_per_image: int = 512
+    """Proposals per image in the box loss, at most a quarter of them positive."""
+    canonical_size: float = 224.0
+    """Side of the box that is pooled from p4: level = floor(4 + log2(side / canonical_size))."""
+    box_convs: int = 4
+    box_fc_dim: int = 1024
+    mask_convs: int = 4
+    score_threshold: float = 0.05
+    nms_threshold: float = 0.5
+    detections_per_image: int = 100
+
+
+@dataclass(slots=True)
+class DataConfig:
+    """Where the images come from and how they are changed on the way in."""
+
+    source: Literal["shapes", "coco", "hub"] = "shapes"
+    """`shapes`: drawn on the fly; `coco`: json + image folder; `hub`: a Hugging Face table."""
+    shapes_level: str = "shapes-v1-medium"
+    """Named, versioned difficulty of ShapesCOCO."""
+    shapes_size: int = 128
+    """Side of a ShapesCOCO scene in pixels."""
+    shapes_train: int = 100_000
+    """Scenes in a training epoch of ShapesCOCO."""
+    shapes_val: int = 200
+    """Held-out scenes of ShapesCOCO."""
+    train_json: str = ""
+    """COCO annotation file to train on."""
+    train_images: str = ""
+    """Folder of the training images."""
+    val_json: str = ""
+    """COCO annotation file to evaluate on."""
+    val_images: str = ""
+    """Folder of the evaluation images."""
+    hub_name: str = ""
+    """Data set id or local path for `datasets.load_dataset`, with an `objects` column."""
+    hub_train_split: str = "train"
+    hub_val_split: str = "validation"
+    bbox_format: Literal["", "xywh", "xyxy", "cxcywh_normalised"] = ""
+    """Layout of the boxes of a hub table; must be given, it is never guessed."""
+    limit_train: int = 0
+    """Use only the first N training images; 0 = all."""
+    limit_val: int = 0
+    """Use only the first N evaluation images; 0 = all."""
+    augment: Literal["paper", "lsj", "multiscale", "none"] = "paper"
+    """`paper`: MIMDet's recipe; `lsj`: large-scale jitter of the baselines; `multiscale`: flips
+    (all of `flips`) and a random short side; `none`: the test transform."""
+    flips: Literal["horizontal", "both", "dihedral"] = "horizontal"
+    """Mirror left-right; also up-down; or all eight turns of a square (microscopy, shapes)."""
+    short_sides: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 736, 768, 800)
+    """Short sides an image may be resized to while training."""
+    max_side: int = 1333
+    """Upper bound of the long side while training and testing."""
+    crop_probability: float = 0.5
+    """`paper` only: how often an image is first resized to `crop_short_sides` and cropped."""
+    crop_short_sides: tuple[int, ...] = (400, 500, 600)
+    crop_sides: tuple[int, int] = (384, 600)
+    """`paper` only: smallest and largest side of that crop."""
+    test_short_side: int = 800
+    lsj_size: int = 1024
+    """`lsj` only: side of the square canvas."""
+    lsj_scale: tuple[float, float] = (0.1, 2.0)
+    skip_empty: bool = True
+    """Leave images without a usable annotation out of training, as the original does."""
+    workers: int = 2
+    """Loader processes per training process; 0 loads in the training process."""
+
+
+@dataclass(slots=True)
+class TrainingConfig:
+    """The recipe: how long, how fast, how large a batch."""
+
+    epochs: float = 36.0
+    """Passes over the training data; `steps`, when not 0, overrides it."""
+    steps: int = 0
+    """Optimiser steps; 0 = derived from `epochs`."""
+    batch_size: int = 8
+    """Images of one micro-batch: what one GPU holds at a time."""
+    accumulate: int = 8
+    """Micro-batches of one optimiser step, shared by all processes: images a step =
+    batch_size x accumulate, on one GPU as on eight."""
+    learning_rate: float = 8e-5
+    """Learning rate of the stem for `reference_batch` images a step."""
+    reference_batch: int = 64
+    learning_rate_exponent: float = 0.5
+    """Rate for another batch B: learning_rate x (B / reference_batch) ^ exponent. The paper's two
+    configurations follow 0.5 (square root); 1 is the linear rule."""
+    rate_multiplier: float = 2.0
+    """Encoder rate = rate / multiplier; decoder, FPN and heads = rate x multiplier."""
+    weight_decay: float = 0.1
+    """Not applied to biases and other one-dimensional parameters."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["multistep", "cosine"] = "multistep"
+    milestones: tuple[float, ...] = (27 / 36, 33 / 36)
+    """`multistep`: shares of the training after which the rate falls by ten."""
+    warmup_epochs: float = 0.25
+    """Linear warm-up from 0; `warmup_steps`, when not 0, overrides it."""
+    warmup_steps: int = 0
+    clip_norm: float = 0.0
+    """Clip the gradient's norm; 0 = off, as in the paper."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """`auto` = bf16 on CUDA and fp32 elsewhere."""
+    evaluate_every: float = 1.0
+    """Epochs between two evaluations; the last step is always evaluated. 0 = at the end only."""
+    evaluate_every_steps: int = 0
+    """Steps between two evaluations; overrides `evaluate_every` when not 0."""
+    checkpoint_every_steps: int = 0
+    """Steps between two checkpoints; 0 = once an epoch, and at least ten in a run."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that stay on disk, besides the best one."""
+    seed: int = 0
+    init_from: str = ""
+    """Warm start: a run directory or weights file; tensors of other shapes (another class count)
+    stay new and are named."""
+    threads: int = 0
+    """CPU threads of the training process; 0 = PyTorch's choice."""
+    device: str = "auto"
+    """`auto` = cuda, then cpu; or any torch device."""
+
+
+@dataclass(slots=True)
+class Config:
+    """Everything that decides a run's result."""
+
+    preset: str = ""
+    """The preset this configuration started from (information only)."""
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    detector: DetectorConfig = field(default_factory=DetectorConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+def to_dict(cfg: Config) -> dict[str, Any]:
+    """The configuration as nested plain dictionaries, ready for json."""
+    return dataclasses.asdict(cfg)
+
+
+def from_dict(values: dict[str, Any], kind: type = Config) -> Any:
+    """Rebuild a configuration from `to_dict` output or parsed json.
+
+    Raises ValueError naming the field for a key this version does not know.
+    """
+    hints = get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ValueError(f"{kind.__name__} has no field {unknown[0]!r}; it has {sorted(hints)}")
+    parts: dict[str, Any] = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]):
+            value = from_dict(value, hints[name])  # type: ignore[arg-type]
+        elif isinstance(value, list):
+            value = tuple(value)
+        parts[name] = value
+    return kind(**parts)
+
+
+def save_config(cfg: Config, path: str | Path) -> None:
+    Path(path).write_text(json.dumps(to_dict(cfg), indent=2) + "\n")
+
+
+def load_config(path: str | Path) -> Config:
+    """Read `config.json` of a run. Raises ValueError naming the file when it is not one."""
+    try:
+        values = json.loads(Path(path).read_text())
+        return from_dict(values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not a mimdet configuration: {error}") from error
+
+
+def difference(a: Config, b: Config) -> list[str]:
+    """Lines `training.steps: 100 -> 200` for every field in which two configurations differ."""
+    flat_a, flat_b = _flat(to_dict(a)), _flat(to_dict(b))
+    return [f"{k}: {flat_a[k]} -> {flat_b[k]}" for k in flat_a if flat_a[k] != flat_b[k]]
+
+
+def set_field(cfg: Config, dotted: str, value: Any) -> None:
+    """Assign a field by its dotted name, "backbone.sample_ratio". AttributeError on a typo."""
+    *parents, name = dotted.split(".")
+    owner: Any = cfg
+    for parent in parents:
+        owner = getattr(owner, parent)
+    getattr(owner, name)  # a typo fails here, with the name in the message
+    setattr(owner, name, value)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,1 @@
+"""Files -> samples: data sets, augmentation, loaders. Import from the modules."""

@@ -1,0 +1,267 @@
+"""Hugging Face tables with an `image` and an `objects` column -> records.
+
+`objects` holds `bbox`, `category` (or `label`, `category_id`) and, optionally, `segmentation`,
+`area`, `iscrowd`, `id`; as one dictionary of lists or as a list of dictionaries. The layout of the
+boxes differs from table to table and is never guessed: `bbox_format` must be given.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mimdet.data.annotations import Annotation, coco_ground_truth, make_target, parse_annotation
+from mimdet.data.images import image_size, read_image
+from mimdet.structures import Record
+
+if TYPE_CHECKING:
+    from datasets import Dataset as Table
+
+FORMATS = ("xywh", "xyxy", "cxcywh_normalised")
+CATEGORY_NAMES = ("category", "label", "category_id")
+
+
+class HubDataset:
+    """A table of images and objects.
+
+    table: a `datasets.Dataset`, a folder, or a data set id for `datasets.load_dataset` (which
+    downloads it unless it is cached). bbox_format: "xywh" (pixels), "xyxy" (pixels) or
+    "cxcywh_normalised" (centre and size as shares of the image).
+
+    Category names come from the ClassLabel feature where there is one; else they are the values
+    themselves. Raises ValueError naming table, column and row where boxes contradict the format.
+    """
+
+    def __init__(
+        self,
+        table: "Table | str",
+        split: str = "train",
+        bbox_format: str = "",
+        limit: int = 0,
+        skip_empty: bool = False,
+    ) -> None:
+        self.name = table if isinstance(table, str) else "table"
+        if bbox_format not in FORMATS:
+            raise ValueError(
+                f"{self.name}: data.bbox_format={bbox_format!r}; say how `objects.bbox` is laid "
+                f"out, one of {', '.join(FORMATS)} (it is never guessed)"
+            )
+        rows = _open(table, split) if isinstance(table, str) else table
+        self._table, self._key = _check_columns(rows, self.name)
+        self.bbox_format = bbox_format
+        if limit:
+            self._table = self._table.select(range(min(limit, len(self._table))))
+        names = _class_names(rows.features["objects"], self._key)
+        values, kept, self.has_masks, digest = self._scan(skip_empty)
+        self.version = f"{self.name} {split} objects sha256:{digest}"
+        if names is not None:
+            values = list(range(len(names)))
+        self._value_ids = _category_ids(values)
+        self.category_ids = list(self._value_ids.values())
+        self.categories = names or [str(value) for value in values]
+        self._label_of = {number: label for label, number in enumerate(self.category_ids)}
+        self._table = self._table.select(kept)
+        self._known_sizes: dict[int, tuple[int, int]] = {}
+        if not kept:
+            raise ValueError(f"{self.name} has no images{' with objects' if skip_empty else ''}")
+        for index in range(min(len(kept), 100)):
+            self._check_extent(index)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> Record:
+        row = self._table[index]
+        image = read_image(self._source(row["image"], index), f"{self.name}, row {index}, image")
+        height, width = self.image_size(index)
+        if tuple(image.shape[1:]) != (height, width):
+            raise ValueError(
+                f"{self.name}, row {index}: the image is {image.shape[2]} x {image.shape[1]}, the "
+                f"columns say {width} x {height} pixels; correct or drop these columns"
+            )
+        annotations = self._annotations(row["objects"], index)
+        target = make_target(
+            annotations, height, width, self._label_of, self.has_masks, f"{self.name}, row {index}"
+        )
+        return Record(image, target, self.image_id(index))
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """From the columns `height` and `width`, else from the header of the image."""
+        if index not in self._known_sizes:
+            row = self._table[index]
+            if {"height", "width"} <= set(row):
+                size = int(row["height"]), int(row["width"])
+            else:
+                size = image_size(self._source(row["image"], index))
+            self._known_sizes[index] = size
+        return self._known_sizes[index]
+
+    def image_id(self, index: int) -> int | str:
+        """The column `image_id`, else the row's number."""
+        if "image_id" in self._table.column_names:
+            return self._table[index]["image_id"]
+        return index
+
+    def ground_truth(self) -> dict[str, Any]:
+        """COCO dictionary of all rows: crowds included, annotation ids from 1."""
+        pairs = zip(self.category_ids, self.categories, strict=True)
+        categories = [{"id": number, "name": name} for number, name in pairs]
+        return coco_ground_truth(self._coco_images(), categories)
+
+    def _coco_images(self) -> Iterator[tuple[dict[str, Any], list[Annotation]]]:
+        for index in range(len(self)):
+            height, width = self.image_size(index)
+            image_id = self.image_id(index)
+            entry = {"id": image_id, "file_name": "", "height": height, "width": width}
+            yield entry, self._annotations(self._table[index]["objects"], index)
+
+    def _annotations(self, objects: Any, index: int) -> list[Annotation]:
+        height, width = self.image_size(index)
+        found = []
+        for position, item in enumerate(_listed(objects)):
+            raw = {name: item.get(name) for name in ("area", "segmentation")}
+            raw["id"] = item.get("id", position)
+            raw["iscrowd"] = item.get("iscrowd") or 0
+            raw["bbox"] = _to_xywh(item["bbox"], self.bbox_format, height, width)
+            raw["category_id"] = self._value_ids[item[self._key]]
+            if self.bbox_format == "cxcywh_normalised":
+                raw["area"] = None  # of unknown unit: computed anew, in pixels
+            found.append(parse_annotation(raw, f"{self.name}, row {index}", height, width))
+        return found
+
+    def _scan(self, skip_empty: bool) -> tuple[list[Any], list[int], bool, str]:
+        """One pass over the objects.
+
+        -> (category values, rows to keep, whether the objects have masks, sha256 of the objects)
+        """
+        content = hashlib.sha256()
+        values: set[Any] = set()
+        kept: list[int] = []
+        masks: list[bool] = []
+        largest = 0.0
+        for index, row in enumerate(self._table.select_columns(["objects"])):
+            content.update(json.dumps(row["objects"], sort_keys=True, default=str).encode())
+            trainable = 0
+            for item in _listed(row["objects"]):
+                _check_box(item["bbox"], self.bbox_format, f"{self.name}, row {index}")
+                values.add(item[self._key])
+                largest = max([largest, *item["bbox"]])
+                if not item.get("iscrowd"):
+                    trainable += min(_to_xywh(item["bbox"], self.bbox_format, 1, 1)[2:]) > 0
+                    masks.append(bool(item.get("segmentation")))
+            if trainable or not skip_empty:
+                kept.append(index)
+        if masks and largest <= 1.5 and self.bbox_format != "cxcywh_normalised":
+            raise ValueError(
+                f"{self.name}: no box reaches beyond 1.5, so these are not pixels; "
+                f"bbox_format={self.bbox_format!r} looks like 'cxcywh_normalised'"
+            )
+        if any(masks) and not all(masks):
+            raise ValueError(
+                f"{self.name}: {masks.count(False)} of {len(masks)} objects have no segmentation; "
+                "complete them, or remove the column to train on boxes only"
+            )
+        return sorted(values), kept, any(masks), content.hexdigest()
+
+    def _check_extent(self, index: int) -> None:
+        """Corners read as sizes reach far out of the image: a sign of the wrong format."""
+        height, width = self.image_size(index)
+        for item in _listed(self._table[index]["objects"]):
+            x, y, w, h = _to_xywh(item["bbox"], self.bbox_format, height, width)
+            if x + w > 1.5 * width or y + h > 1.5 * height:
+                raise ValueError(
+                    f"{self.name}, row {index}: box {item['bbox']}, read as {self.bbox_format}, "
+                    f"leaves the image of {width} x {height} pixels; set another data.bbox_format"
+                )
+
+    def _source(self, cell: Any, index: int) -> bytes | str:
+        source = (cell["bytes"] or cell["path"]) if isinstance(cell, dict) else None
+        if source is None:
+            raise ValueError(f"{self.name}, row {index}: the `image` column is empty")
+        return source
+
+
+def _open(name: str, split: str) -> "Table":
+    import datasets
+
+    folder = Path(name)
+    if (folder / "dataset_dict.json").exists() or (folder / "dataset_info.json").exists():
+        saved = datasets.load_from_disk(name)
+        if not isinstance(saved, dict):
+            return saved
+        if split not in saved:
+            raise ValueError(f"{name} has no split {split!r}; it has {sorted(saved)}")
+        return saved[split]
+    return datasets.load_dataset(name, split=split)
+
+
+def _check_columns(table: "Table", name: str) -> tuple["Table", str]:
+    """-> (the table with images left encoded, the name of the category field)."""
+    import datasets
+
+    if not {"image", "objects"} <= set(table.column_names):
+        raise ValueError(
+            f"{name} has the columns {table.column_names}; it needs `image` and `objects`"
+        )
+    fields = _object_fields(table.features["objects"])
+    key = next((key for key in CATEGORY_NAMES if key in fields), "")
+    if "bbox" not in fields or not key:
+        raise ValueError(
+            f"{name}: `objects` has the fields {sorted(fields)}; it needs `bbox` and one of "
+            f"{', '.join(CATEGORY_NAMES)}"
+        )
+    return table.cast_column("image", datasets.Image(decode=False)), key
+
+
+def _object_fields(feature: Any) -> dict[str, Any]:
+    """Fields of one object, of `{name: List(feature)}` as of `List({name: feature})`."""
+    if isinstance(feature, dict):
+        return {name: getattr(part, "feature", part) for name, part in feature.items()}
+    inner = getattr(feature, "feature", None)
+    return inner if isinstance(inner, dict) else {}
+
+
+def _class_names(feature: Any, key: str) -> list[str] | None:
+    names = getattr(_object_fields(feature)[key], "names", None)
+    return list(names) if names is not None else None
+
+
+def _category_ids(values: list[Any]) -> dict[Any, int]:
+    """Category values -> COCO ids: whole numbers are kept, names are numbered from 1."""
+    if all(isinstance(value, int) for value in values):
+        return {value: value for value in values}
+    return {value: number for number, value in enumerate(values, start=1)}
+
+
+def _listed(objects: Any) -> list[dict[str, Any]]:
+    """Objects of one image as a list of dictionaries, whichever way the table nests them."""
+    if isinstance(objects, list):
+        return objects
+    columns = {name: column for name, column in objects.items() if column is not None}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _to_xywh(box: Any, bbox_format: str, height: int, width: int) -> list[float]:
+    a, b, c, d = box
+    if bbox_format == "xyxy":
+        return [a, b, c - a, d - b]
+    if bbox_format == "cxcywh_normalised":
+        return [(a - c / 2) * width, (b - d / 2) * height, c * width, d * height]
+    return [a, b, c, d]
+
+
+def _check_box(box: Any, bbox_format: str, where: str) -> None:
+    if box is None or len(box) != 4:
+        raise ValueError(f"{where}: bbox {box} has not four numbers; correct or remove the object")
+    a, b, c, d = box
+    wrong = {
+        "xyxy": c < a or d < b,
+        "xywh": c < 0 or d < 0,
+        "cxcywh_normalised": max(box) > 1.5 or min(box) < -0.5,
+    }
+    if wrong[bbox_format]:
+        raise ValueError(
+            f"{where}: box {list(box)} contradicts bbox_format={bbox_format!r}; set another of "
+            f"{', '.join(FORMATS)}, or correct the box"
+        )

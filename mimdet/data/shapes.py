@@ -1,0 +1,201 @@
+"""ShapesCOCO: the built-in benchmark, drawn on the fly from a seed.
+
+Scenes of textured shapes that cover each other on cluttered backgrounds, with exact instance
+masks. Scene i of a split is a pure function of (level, size, seed, split, i) and has the same bytes
+on every machine, so nothing is stored and any process may draw any scene.
+"""
+
+import json
+import os
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from mimdet.data.masks import crops_from_bitmaps, extent
+from mimdet.data.scenes import LEVELS, REVISION, Level, Scene, draw_scene
+from mimdet.data.textures import Draws
+from mimdet.structures import Record, Target
+
+__all__ = ["LEVELS", "REVISION", "Level", "Scene", "ShapesCOCO", "export"]
+
+SPLITS = ("train", "val")
+SMALLEST = 32
+"""Side of the smallest scene: the small objects of a smaller one would be a single pixel."""
+
+
+class ShapesCOCO:
+    """`length` scenes of one level; meets the data set contract of `mimdet.data.loader`."""
+
+    has_masks = True
+
+    def __init__(
+        self,
+        level: str = "shapes-v1-medium",
+        size: int = 128,
+        length: int = 1000,
+        split: Literal["train", "val"] = "train",
+        seed: int = 0,
+    ) -> None:
+        """level: a key of LEVELS; size: side of the square scenes in pixels; seed: not negative.
+
+        Scenes do not depend on `length`, and no scene of one split occurs in the other.
+        Raises ValueError naming the argument that cannot be used.
+        """
+        if level not in LEVELS:
+            raise ValueError(f"level={level!r} is not one of {sorted(LEVELS)}")
+        if split not in SPLITS:
+            raise ValueError(f"split={split!r} is not one of {list(SPLITS)}")
+        if size < SMALLEST:
+            raise ValueError(f"size={size}: scenes have at least {SMALLEST} pixels a side")
+        if length < 0 or seed < 0:
+            raise ValueError(f"length={length}, seed={seed}: neither may be negative")
+        self.level = level
+        self.size = size
+        self.length = length
+        self.split = split
+        self.seed = seed
+        self.categories = list(LEVELS[level].classes)
+        self.category_ids = list(range(1, len(self.categories) + 1))
+        self._ground_truth: dict[str, Any] | None = None
+
+    @property
+    def area_scale(self) -> float:
+        """Evaluation: what is small on a 640-pixel COCO image is as small, in share, here."""
+        return (self.size / 640) ** 2
+
+    @property
+    def version(self) -> str:
+        """Level, size and revision of the drawing code: belongs to every result."""
+        return f"{self.level}@{self.size}/r{REVISION}"
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Record:
+        scene = self.scene(index)
+        boxes = np.array([extent(mask) for mask in scene.masks], dtype=np.float32).reshape(-1, 4)
+        target = Target(
+            torch.from_numpy(boxes),
+            torch.from_numpy(scene.labels),
+            crops_from_bitmaps(scene.masks, boxes),
+        )
+        image = torch.from_numpy(np.ascontiguousarray(scene.image.transpose(2, 0, 1)))
+        return Record(image, target, self.image_id(index))
+
+    def scene(self, index: int) -> Scene:
+        """Everything that is known of a scene. Raises IndexError outside 0..length-1."""
+        if not 0 <= index < self.length:
+            raise IndexError(f"scene {index} of {self.length}")
+        name = zlib.crc32(self.level.encode())
+        draws = Draws(name, self.size, self.seed, SPLITS.index(self.split), index)
+        return draw_scene(LEVELS[self.level], self.size, draws)
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        return self.size, self.size
+
+    def image_id(self, index: int) -> int:
+        return index
+
+    def ground_truth(self) -> dict[str, Any]:
+        """COCO format with exact run lengths; draws every scene once, then remembers."""
+        if self._ground_truth is None:
+            self._ground_truth = self._read_all()
+        return self._ground_truth
+
+    def _read_all(self) -> dict[str, Any]:
+        annotations: list[dict[str, Any]] = []
+        for index in range(self.length):
+            for annotation in _annotations(self.scene(index), self.image_id(index)):
+                annotations.append({"id": len(annotations) + 1, **annotation})
+        images = [
+            {"id": i, "file_name": _file_name(i), "height": self.size, "width": self.size}
+            for i in range(self.length)
+        ]
+        categories = [
+            {"id": i, "name": name}
+            for i, name in zip(self.category_ids, self.categories, strict=True)
+        ]
+        info = {
+            "description": "ShapesCOCO",
+            "version": self.version,
+            "split": self.split,
+            "seed": self.seed,
+        }
+        return {
+            "info": info,
+            "images": images,
+            "annotations": annotations,
+            "categories": categories,
+        }
+
+
+def export(dataset: ShapesCOCO, folder: str | Path) -> None:
+    """Write `annotations.json` (COCO format, run lengths) and `images/000000.png`, ...
+
+    The folder appears under its name when it is complete. An earlier export is replaced; any other
+    folder that is not empty, or a file, is left alone and raises ValueError.
+    """
+    from PIL import Image
+
+    folder = Path(folder)
+    if folder.exists() and not _replaceable(folder):
+        raise ValueError(f"{folder} holds something else than an export; name a new folder")
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
+    try:
+        (beside / "images").mkdir(parents=True)
+        for index in range(len(dataset)):
+            image = Image.fromarray(dataset.scene(index).image)
+            image.save(beside / "images" / _file_name(index))
+        (beside / "annotations.json").write_text(json.dumps(dataset.ground_truth()))
+        if folder.exists():
+            folder.rename(replaced)
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _annotations(scene: Scene, image_id: int) -> list[dict[str, Any]]:
+    """COCO annotations of a scene, ids left out."""
+    from pycocotools import mask as coco_mask
+
+    found = []
+    for mask, label in zip(scene.masks, scene.labels.tolist(), strict=True):
+        runs = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+        left, top, right, bottom = extent(mask)
+        found.append(
+            {
+                "image_id": image_id,
+                "category_id": label + 1,
+                "bbox": [left, top, right - left, bottom - top],
+                "area": int(mask.sum()),
+                "iscrowd": 0,
+                "segmentation": {"size": runs["size"], "counts": runs["counts"].decode()},
+            }
+        )
+    return found
+
+
+def _file_name(index: int) -> str:
+    return f"{index:06d}.png"
+
+
+def _replaceable(folder: Path) -> bool:
+    """True for an empty folder and for a complete export with nothing added."""
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    if not names:
+        return True
+    if names != {"images", "annotations.json"}:
+        return False
+    try:
+        info = json.loads((folder / "annotations.json").read_text())["info"]
+    except (ValueError, KeyError, TypeError, OSError):
+        return False
+    return isinstance(info, dict) and info.get("description") == "ShapesCOCO"

@@ -1,0 +1,147 @@
+"""Everything that turns images into c2..c5. A backbone is `(images, image_sizes) -> dict`."""
+
+from collections.abc import Callable, Sequence
+
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from mimdet.config import BackboneConfig
+from mimdet.models.sampling import (
+    SAMPLERS,
+    Keep,
+    Sample,
+    Sampler,
+    padded_places,
+    select,
+    token_grid,
+)
+from mimdet.models.slots import resolve
+from mimdet.models.stem import STEMS, StemFeatures
+from mimdet.models.vit import Decoder, Encoder, init_like_mae
+
+
+class MIMDetBackbone(nn.Module):
+    """The ConvNet-ViT hybrid: a small stem gives c2 and c3, a sampled ViT is the third stage.
+
+    Strides of c2..c5 are 4, 8, 16, 32. `sample_ratio` is used while training,
+    `sample_ratio_eval` in evaluation.
+    """
+
+    def __init__(
+        self,
+        stem: nn.Module,
+        encoder: Encoder,
+        decoder: Decoder,
+        channels: dict[str, int],
+        sampler: Sampler = SAMPLERS["random"],
+        sample_ratio: float = 0.5,
+        sample_ratio_eval: float = 1.0,
+        keep: Keep = "valid",
+    ) -> None:
+        super().__init__()
+        self.stem = stem
+        self.encoder = encoder
+        self.decoder = decoder
+        self.channels = channels
+        self.sampler = sampler
+        self.sample_ratio = sample_ratio
+        self.sample_ratio_eval = sample_ratio_eval
+        self.keep: Keep = keep
+
+    def forward(
+        self,
+        images: Tensor,
+        image_sizes: Sequence[tuple[int, int]],
+        *,
+        sample: Sample | None = None,
+        sample_ratio: float | None = None,
+        keep: Keep | None = None,
+        generators: Sequence[Generator] | None = None,
+    ) -> dict[str, Tensor]:
+        """images: (B, 3, H, W), normalised and padded; image_sizes: (height, width) before padding.
+
+        A ready `sample` is used as it is; else one is drawn, with one generator per image where
+        given (so that an image's noise does not depend on its batch).
+        """
+        stem: StemFeatures = self.stem(images)
+        tokens = stem.tokens.flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, L, D)
+        grid = (stem.tokens.shape[2], stem.tokens.shape[3])
+        if sample is None:
+            sample = self.draw(tokens, grid, image_sizes, sample_ratio, keep, generators)
+        elif sample.grid != grid or len(sample.keep) != len(images):
+            raise ValueError(
+                f"the given sample is for {len(sample.keep)} images on a grid of {sample.grid}; "
+                f"this batch has {len(images)} on a padded grid of {grid}"
+            )
+        sample = sample.to(tokens.device)
+        encoded = self.encoder(tokens, sample)
+        c4 = self.decoder(encoded, sample, tokens)
+        return {"c2": stem.c2, "c3": stem.c3, "c4": c4, "c5": F.max_pool2d(c4, 2)}
+
+    def draw(
+        self,
+        tokens: Tensor,
+        grid: tuple[int, int],
+        image_sizes: Sequence[tuple[int, int]],
+        sample_ratio: float | None = None,
+        keep: Keep | None = None,
+        generators: Sequence[Generator] | None = None,
+    ) -> Sample:
+        """Score the valid tokens of each image with the sampler and keep the best ones."""
+        ratio = sample_ratio
+        if ratio is None:
+            ratio = self.sample_ratio if self.training else self.sample_ratio_eval
+        grids = [token_grid(*size) for size in image_sizes]
+        scores = []
+        for i, own_grid in enumerate(grids):
+            own = tokens[i, padded_places(own_grid, grid, tokens.device)].detach()  # (h_i * w_i, D)
+            scores.append(self.sampler(own, own_grid, generators[i] if generators else None))
+            if scores[-1].shape != (len(own),):
+                raise ValueError(
+                    f"the sampler returned scores of shape {tuple(scores[-1].shape)} for a grid of "
+                    f"{own_grid}; it must return one score per token: ({len(own)},)"
+                )
+        return select(scores, grids, grid, ratio, keep or self.keep)
+
+
+def build_mimdet(
+    cfg: BackboneConfig, stem: nn.Module | None = None, sampler: Sampler | None = None
+) -> MIMDetBackbone:
+    dim, decoder_dim = cfg.embed_dim, cfg.decoder_dim
+    encoder = Encoder(
+        dim, cfg.depth, cfg.num_heads, cfg.drop_path, cfg.position_grid, cfg.checkpointing
+    )
+    decoder = Decoder(
+        dim,
+        decoder_dim,
+        cfg.decoder_depth,
+        cfg.decoder_heads,
+        cfg.decoder_fill,
+        cfg.position_grid,
+        cfg.checkpointing,
+    )
+    encoder.apply(init_like_mae)
+    decoder.apply(init_like_mae)
+    return MIMDetBackbone(
+        stem if stem is not None else resolve(cfg.stem, STEMS, "stem")(dim),
+        encoder,
+        decoder,
+        channels={"c2": dim // 4, "c3": dim // 2, "c4": decoder_dim, "c5": decoder_dim},
+        sampler=sampler if sampler is not None else resolve(cfg.sampler, SAMPLERS, "sampler"),
+        sample_ratio=cfg.sample_ratio,
+        sample_ratio_eval=cfg.sample_ratio_eval,
+        keep=cfg.keep,
+    )
+
+
+BACKBONES: dict[str, Callable[..., nn.Module]] = {"mimdet": build_mimdet}
+
+
+def build_backbone(
+    cfg: BackboneConfig, stem: nn.Module | None = None, sampler: Sampler | None = None
+) -> nn.Module:
+    """The backbone a configuration names; a stem or sampler may be passed in ready-made."""
+    build = resolve(cfg.kind, BACKBONES, "backbone")
+    parts = {"stem": stem, "sampler": sampler}
+    given = {name: part for name, part in parts.items() if part is not None}
+    return build(cfg, **given)

@@ -1,0 +1,218 @@
+"""The detector parts torchvision lacks or does differently; each says what differs and why.
+
+Released MIMDet weights were trained with detectron2, so where the two differ ours follows
+detectron2.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from mimdet.structures import padded_size
+
+IMAGENET_MEAN = (123.675, 116.28, 103.53)
+IMAGENET_STD = (58.395, 57.12, 57.375)
+# exp() of a size delta beyond this would make a box 62.5 times its anchor.
+MAX_SIZE_DELTA = math.log(1000 / 16)
+
+
+class Batch(NamedTuple):
+    tensors: Tensor
+    """(B, 3, H, W) float32, normalised; H and W multiples of 32."""
+    image_sizes: list[tuple[int, int]]
+    """(height, width) of each image before padding."""
+
+
+def pad_and_normalise(images: Sequence[Tensor], device: torch.device) -> Batch:
+    """uint8 (3, h, w) RGB images -> one batch: normalised, then padded with zeros below and right.
+
+    torchvision's transform would resize again, and without antialiasing; sizes are decided by the
+    data pipeline, so here nothing is resized.
+    """
+    sizes = [(image.shape[1], image.shape[2]) for image in images]
+    height, width = padded_size(max(h for h, _ in sizes), max(w for _, w in sizes))
+    mean = torch.tensor(IMAGENET_MEAN, device=device)[:, None, None]
+    std = torch.tensor(IMAGENET_STD, device=device)[:, None, None]
+    batch = torch.zeros(len(images), 3, height, width, device=device)
+    for canvas, image, (h, w) in zip(batch, images, sizes, strict=True):
+        canvas[:, :h, :w] = (image.to(device, non_blocking=True).float() - mean) / std
+    return Batch(batch, sizes)
+
+
+def make_norm(name: str) -> Callable[[int], nn.Module]:
+    """A norm layer for convolutional maps: batch, group or (channel-wise) layer norm."""
+    if name == "BN":
+        return nn.BatchNorm2d
+    if name == "GN":
+        return lambda channels: nn.GroupNorm(math.gcd(32, channels), channels)
+    if name == "LN":
+        from timm.layers import LayerNorm2d
+
+        return partial(LayerNorm2d, eps=1e-6)
+    raise ValueError(f"norm={name!r}: use 'BN', 'GN' or 'LN'")
+
+
+class AnchorGrid(nn.Module):
+    """Anchors of every level, centred on multiples of the stride (offset 0), float32.
+
+    torchvision derives the stride as image // grid (61 instead of 64 on p6 at height 800), rounds
+    the anchors and gives them the features' dtype; all three move boxes.
+    """
+
+    def __init__(
+        self, sizes: Sequence[float], ratios: Sequence[float], strides: Sequence[int]
+    ) -> None:
+        super().__init__()
+        if len(sizes) != len(strides):
+            raise ValueError(
+                f"{len(sizes)} anchor sizes for {len(strides)} pyramid levels: give one per level"
+            )
+        self.strides = tuple(strides)
+        self.per_place = len(ratios)
+        for i, size in enumerate(sizes):
+            ratio = torch.tensor(ratios, dtype=torch.float64)
+            width = (size**2 / ratio).sqrt()
+            half = torch.stack([width, width * ratio], dim=1) / 2  # ratio = height / width
+            cell = torch.cat([-half, half], dim=1).float()  # (A, 4) around the origin
+            self.register_buffer(f"cell{i}", cell, persistent=False)
+
+    def forward(self, grids: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """(h, w) of each level -> its anchors (h * w * A, 4), ordered by row, column, A."""
+        anchors = []
+        for i, ((h, w), stride) in enumerate(zip(grids, self.strides, strict=True)):
+            cell = self.get_buffer(f"cell{i}")
+            y = torch.arange(h, device=cell.device, dtype=torch.float32) * stride
+            x = torch.arange(w, device=cell.device, dtype=torch.float32) * stride
+            rows, columns = torch.meshgrid(y, x, indexing="ij")
+            shift = torch.stack([columns, rows, columns, rows], dim=-1).reshape(-1, 1, 4)
+            anchors.append((shift + cell).reshape(-1, 4))
+        return anchors
+
+
+class BoxCoder(NamedTuple):
+    """Boxes <-> (dx, dy, dw, dh) relative to reference boxes, always in float32."""
+
+    weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+
+    def encode(self, reference: Tensor, boxes: Tensor) -> Tensor:
+        """(N, 4), (N, 4) -> (N, 4)."""
+        centre, size = _centre_and_size(reference)
+        box_centre, box_size = _centre_and_size(boxes)
+        weights = reference.new_tensor(self.weights)
+        deltas = torch.cat([(box_centre - centre) / size, (box_size / size).log()], dim=-1)
+        return deltas * weights
+
+    def decode(self, reference: Tensor, deltas: Tensor) -> Tensor:
+        """(N, 4) references and (N, ..., 4) deltas -> boxes shaped as the deltas."""
+        deltas = deltas.float() / torch.tensor(self.weights, device=deltas.device)
+        reference = reference.view(len(reference), *[1] * (deltas.dim() - 2), 4)
+        centre, size = _centre_and_size(reference)
+        centre = centre + deltas[..., :2] * size
+        half = deltas[..., 2:].clamp(max=MAX_SIZE_DELTA).exp() * size / 2
+        return torch.cat([centre - half, centre + half], dim=-1)
+
+
+def _centre_and_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    size = boxes[..., 2:] - boxes[..., :2]
+    return boxes[..., :2] + size / 2, size
+
+
+class AlignedRoIPool(nn.Module):
+    """Pools each box from the level that fits its size.
+
+    torchvision's MultiScaleRoIAlign has no aligned=True (its samples sit half a pixel off) and a
+    fixed sampling ratio of 2; MIMDet uses aligned sampling with an adaptive ratio.
+    """
+
+    def __init__(self, size: int, strides: Sequence[int], canonical_size: float = 224.0) -> None:
+        super().__init__()
+        self.size = size
+        self.strides = tuple(strides)
+        self.canonical_size = canonical_size
+
+    def forward(self, features: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
+        """features: one (B, C, h, w) a stride; boxes: (N_i, 4) an image -> (sum N_i, C, s, s)."""
+        image = [torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)]
+        rois = torch.cat([torch.cat(image), torch.cat(list(boxes))], dim=1)  # (N, 5)
+        level = self.level_of(rois[:, 1:])
+        pooled = features[0].new_zeros(
+            len(rois), features[0].shape[1], self.size, self.size, dtype=torch.float32
+        )
+        for i, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
+            chosen = (level == i).nonzero()[:, 0]
+            values = roi_align(
+                feature.float(), rois[chosen], self.size, 1 / stride, sampling_ratio=0, aligned=True
+            )
+            pooled = pooled.index_copy(0, chosen, values)
+        return pooled
+
+    def level_of(self, boxes: Tensor) -> Tensor:
+        """Index of the level of each box: a canonical-size box belongs to the third one (p4)."""
+        side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).clamp(min=0).sqrt()
+        level = torch.floor(2 + torch.log2(side / self.canonical_size + 1e-8))
+        return level.clamp(0, len(self.strides) - 1).long()
+
+
+def match(
+    overlap: Tensor, low: float, high: float, rescue_best: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Assign each candidate box the true box it overlaps most.
+
+    overlap: IoU (G true boxes, N candidates). Returns (index (N,) of the true box, label (N,):
+    1 object, 0 background, -1 ignored). IoU < low is background, >= high an object, between them
+    ignored. With rescue_best the best candidates of every true box count as objects too, however
+    small their overlap.
+    """
+    if len(overlap) == 0:
+        none = torch.zeros(overlap.shape[1], dtype=torch.long, device=overlap.device)
+        return none, none.clone()
+    best, index = overlap.max(dim=0)
+    label = torch.full_like(index, -1)
+    label[best < low] = 0
+    label[best >= high] = 1
+    if rescue_best:
+        label[(overlap == overlap.max(dim=1, keepdim=True).values).any(dim=0)] = 1
+    return index, label
+
+
+def subsample(
+    positive: Tensor,
+    negative: Tensor,
+    total: int,
+    positive_share: float,
+    permute: Callable[..., Tensor] = torch.randperm,
+) -> tuple[Tensor, Tensor]:
+    """Draw at most `total` places, at most `positive_share` of them positive, the rest negative.
+
+    positive, negative: index tensors. `permute(n, device=)` is a parameter so that stored draws
+    can be reproduced.
+    """
+    wanted = min(int(total * positive_share), len(positive))
+    rest = min(total - wanted, len(negative))
+    chosen = permute(len(positive), device=positive.device)[:wanted]
+    others = permute(len(negative), device=negative.device)[:rest]
+    return positive[chosen], negative[others]
+
+
+def clip_boxes(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """(..., 4) boxes clipped to an image of (height, width)."""
+    height, width = image_size
+    x = boxes[..., 0::2].clamp(0, width)
+    y = boxes[..., 1::2].clamp(0, height)
+    return torch.stack([x[..., 0], y[..., 0], x[..., 1], y[..., 1]], dim=-1)
+
+
+def non_empty(boxes: Tensor) -> Tensor:
+    """(N,) bool: boxes of positive width and height."""
+    return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+
+
+def l1_sum(prediction: Tensor, truth: Tensor) -> Tensor:
+    """Summed L1 loss (torchvision's boxes use smooth L1 with beta 1/9, detectron2's use beta 0)."""
+    return F.l1_loss(prediction, truth, reduction="sum")

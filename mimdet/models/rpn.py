@@ -1,0 +1,149 @@
+"""Region proposals: anchors scored and refined at every place of p2..p6."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.ops import batched_nms, box_iou
+
+from mimdet.models.rcnn import (
+    AnchorGrid,
+    Batch,
+    BoxCoder,
+    clip_boxes,
+    l1_sum,
+    match,
+    non_empty,
+    subsample,
+)
+from mimdet.structures import Target
+
+
+class Proposals(NamedTuple):
+    """Candidate boxes of one image, best first."""
+
+    boxes: Tensor
+    """(P, 4) float32."""
+    logits: Tensor
+    """(P,) objectness."""
+
+
+class RPN(nn.Module):
+    """torchvision's head with detectron2's selection and losses.
+
+    Differences to torchvision's RegionProposalNetwork: only the best `pre_nms` anchors of a level
+    are decoded; ranking uses logits (their sigmoid saturates, which makes ties); the losses are
+    divided by the fixed number of sampled anchors; plain L1.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        anchors: AnchorGrid,
+        convs: int = 2,
+        pre_nms: tuple[int, int] = (2000, 1000),
+        post_nms: tuple[int, int] = (1000, 1000),
+        nms: float = 0.7,
+        anchors_per_image: int = 256,
+        permute: Callable[..., Tensor] = torch.randperm,
+    ) -> None:
+        super().__init__()
+        self.anchors = anchors
+        self.head = RPNHead(channels, anchors.per_place, conv_depth=convs)
+        self.coder = BoxCoder()
+        self.pre_nms = pre_nms
+        self.post_nms = post_nms
+        self.nms = nms
+        self.anchors_per_image = anchors_per_image
+        self.permute = permute
+
+    def forward(
+        self, batch: Batch, features: Sequence[Tensor], targets: Sequence[Target] | None = None
+    ) -> tuple[list[Proposals], dict[str, Tensor]]:
+        """features: one (B, C, h, w) per level -> proposals of each image, losses when training."""
+        anchors = self.anchors([(f.shape[2], f.shape[3]) for f in features])
+        logit_maps, delta_maps = self.head(list(features))
+        logits = [m.permute(0, 2, 3, 1).flatten(1).float() for m in logit_maps]  # (B, h*w*A)
+        deltas = [
+            m.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3).float()  # (B, h*w*A, 4)
+            for m in delta_maps
+        ]
+        losses = {}
+        if targets is not None:
+            every_logit, every_delta = torch.cat(logits, 1), torch.cat(deltas, 1)
+            losses = self.losses(torch.cat(anchors), every_logit, every_delta, targets)
+        with torch.no_grad():
+            proposals = self.propose(anchors, logits, deltas, batch.image_sizes)
+        return proposals, losses
+
+    def propose(
+        self,
+        anchors: list[Tensor],
+        logits: list[Tensor],
+        deltas: list[Tensor],
+        image_sizes: Sequence[tuple[int, int]],
+    ) -> list[Proposals]:
+        """The best boxes of each image after NMS within each level."""
+        phase = 0 if self.training else 1
+        boxes, scores, levels = [], [], []
+        for level, (own, logit, delta) in enumerate(zip(anchors, logits, deltas, strict=True)):
+            count = min(self.pre_nms[phase], logit.shape[1])
+            top, index = logit.topk(count, dim=1)  # (B, count)
+            chosen = delta.gather(1, index[..., None].expand(-1, -1, 4))
+            decoded = self.coder.decode(own[index].flatten(0, 1), chosen.flatten(0, 1))
+            boxes.append(decoded.unflatten(0, top.shape))
+            scores.append(top)
+            levels.append(torch.full_like(index[0], level))
+        level_of = torch.cat(levels)
+        return [
+            self._best(image_boxes, image_scores, level_of, size, self.post_nms[phase])
+            for image_boxes, image_scores, size in zip(
+                torch.cat(boxes, 1), torch.cat(scores, 1), image_sizes, strict=True
+            )
+        ]
+
+    def _best(
+        self, boxes: Tensor, scores: Tensor, level: Tensor, size: tuple[int, int], count: int
+    ) -> Proposals:
+        finite = boxes.isfinite().all(dim=1) & scores.isfinite()
+        boxes = clip_boxes(boxes, size)
+        usable = finite & non_empty(boxes)
+        boxes, scores, level = boxes[usable], scores[usable], level[usable]
+        kept = batched_nms(boxes, scores, level, self.nms)[:count]
+        return Proposals(boxes[kept], scores[kept])
+
+    def losses(
+        self, anchors: Tensor, logits: Tensor, deltas: Tensor, targets: Sequence[Target]
+    ) -> dict[str, Tensor]:
+        """anchors (N, 4), logits (B, N), deltas (B, N, 4)."""
+        total = self.anchors_per_image * len(targets)
+        loss_cls, loss_loc = logits.sum() * 0, deltas.sum() * 0
+        for logit, delta, target in zip(logits, deltas, targets, strict=True):
+            index, label = match(box_iou(target.boxes, anchors), 0.3, 0.7, rescue_best=True)
+            positive, negative = subsample(
+                (label == 1).nonzero()[:, 0],
+                (label == 0).nonzero()[:, 0],
+                self.anchors_per_image,
+                0.5,
+                self.permute,
+            )
+            sampled = torch.cat([positive, negative])
+            truth = (torch.arange(len(sampled), device=sampled.device) < len(positive)).float()
+            loss_cls = loss_cls + F.binary_cross_entropy_with_logits(
+                logit[sampled], truth, reduction="sum"
+            )
+            wanted = self.coder.encode(anchors[positive], target.boxes[index[positive]])
+            loss_loc = loss_loc + l1_sum(delta[positive], wanted)
+        return {"loss_rpn_cls": loss_cls / total, "loss_rpn_loc": loss_loc / total}
+
+
+def init_rpn(rpn: RPN) -> None:
+    """detectron2's initialisation: normal(0.01) convolutions, zero biases."""
+    for module in rpn.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=0.01)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

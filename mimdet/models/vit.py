@@ -1,0 +1,143 @@
+"""The two halves of a masked autoencoder as a detector uses them, on timm's ViT blocks."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mimdet.models.posembed import resize_table, sincos_table
+from mimdet.models.sampling import Sample, gather, scatter
+
+Checkpointing = Literal["auto", "on", "off"]
+# The detector's LayerNorms use 1e-5 although MAE was trained with 1e-6 (as the original code).
+DetectorLayerNorm = partial(nn.LayerNorm, eps=1e-5)
+
+
+def transformer_block(dim: int, heads: int, drop_path: float, mlp_ratio: float = 4.0) -> Block:
+    return Block(
+        dim,
+        heads,
+        mlp_ratio=mlp_ratio,
+        qkv_bias=True,
+        drop_path=drop_path,
+        norm_layer=DetectorLayerNorm,  # type: ignore[arg-type]
+    )
+
+
+def frozen_positions(dim: int, side: int) -> nn.Parameter:
+    """A fixed table is stored as a frozen parameter: it is in the published parameter counts."""
+    return nn.Parameter(sincos_table(dim, side), requires_grad=False)
+
+
+class Encoder(nn.Module):
+    """ViT encoder without class token that sees only the sampled tokens (paper section 3.1)."""
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        heads: int,
+        drop_path: float = 0.0,
+        position_grid: int = 50,
+        checkpointing: Checkpointing = "off",
+    ) -> None:
+        super().__init__()
+        rates = [drop_path * block / max(1, depth - 1) for block in range(depth)]
+        self.pos_embed = frozen_positions(dim, position_grid)
+        self.blocks = nn.ModuleList(transformer_block(dim, heads, rate) for rate in rates)
+        self.norm = DetectorLayerNorm(dim)
+        self.checkpointing = checkpointing
+
+    def forward(self, tokens: Tensor, sample: Sample) -> list[Tensor]:
+        """tokens: (B, L, D) on sample.grid -> per image (K_i, D), in the order of sample.keep.
+
+        Images with equal K run as one batch; no image ever sees another one or any padding, so its
+        output does not depend on what else is in the batch.
+        """
+        kept = gather(tokens + resize_table(self.pos_embed, sample.grid), sample)
+        groups: dict[int, list[int]] = defaultdict(list)
+        for image, own in enumerate(kept):
+            groups[len(own)].append(image)
+        encoded: dict[int, Tensor] = {}
+        for members in groups.values():
+            x = torch.stack([kept[image] for image in members])  # (members, K, D)
+            for block in self.blocks:
+                x = run_block(block, x, self.checkpointing)
+            encoded |= dict(zip(members, self.norm(x), strict=True))
+        return [encoded[image] for image in range(len(kept))]
+
+
+class Decoder(nn.Module):
+    """MAE's decoder turned into the third stage's output: sampled tokens in, full c4 map out.
+
+    Unsampled places hold `fill`: the stem's own tokens through a new projection ("stem", version 2
+    of the paper) or MAE's learned token ("mask_token", version 1).
+    """
+
+    def __init__(
+        self,
+        encoder_dim: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        fill: Literal["stem", "mask_token"] = "stem",
+        position_grid: int = 50,
+        checkpointing: Checkpointing = "off",
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Linear(encoder_dim, dim)
+        self.fill = fill
+        if fill == "stem":
+            self.stem_proj = nn.Linear(encoder_dim, dim)
+        elif fill == "mask_token":
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        else:
+            raise ValueError(f"decoder_fill={fill!r}: use 'stem' (v2) or 'mask_token' (v1)")
+        self.pos_embed = frozen_positions(dim, position_grid)
+        self.blocks = nn.ModuleList(transformer_block(dim, heads, 0.0) for _ in range(depth))
+        self.norm = DetectorLayerNorm(dim)
+        self.checkpointing = checkpointing
+
+    def forward(self, encoded: list[Tensor], sample: Sample, stem_tokens: Tensor) -> Tensor:
+        """encoded: per image (K_i, D); stem_tokens: (B, L, D), no positions -> (B, C, h, w)."""
+        projected = [self.embed(tokens) for tokens in encoded]
+        x = scatter(projected, sample, self.fill_values(stem_tokens))
+        x = x + resize_table(self.pos_embed, sample.grid)
+        for block in self.blocks:
+            x = run_block(block, x, self.checkpointing)
+        return self.norm(x).transpose(1, 2).unflatten(2, sample.grid)  # (B, L, C) -> (B, C, h, w)
+
+    def fill_values(self, stem_tokens: Tensor) -> Tensor:
+        """What stands at unsampled places before the positions are added: (B, L, C)."""
+        if self.fill == "stem":
+            return self.stem_proj(stem_tokens)
+        return self.mask_token.expand(*stem_tokens.shape[:2], -1)
+
+
+def init_like_mae(module: nn.Module) -> None:
+    """MAE's initialisation: Xavier for linear layers; apply it to an encoder or decoder."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    if isinstance(module, Decoder) and module.fill == "mask_token":
+        nn.init.normal_(module.mask_token, std=0.02)
+
+
+def run_block(block: Callable[[Tensor], Tensor], x: Tensor, mode: Checkpointing) -> Tensor:
+    """One block, with its activations recomputed in the backward pass where that is wanted."""
+    if torch.is_grad_enabled() and (mode == "on" or (mode == "auto" and small_gpu(x.device))):
+        return checkpoint(block, x, use_reentrant=False)
+    return block(x)
+
+
+def small_gpu(device: torch.device) -> bool:
+    """Below 40 GB, ViT-B at 800x1333 and more than two images needs checkpointing."""
+    if device.type != "cuda":
+        return False
+    return torch.cuda.get_device_properties(device).total_memory < 40e9

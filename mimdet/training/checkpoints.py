@@ -1,0 +1,99 @@
+"""A checkpoint is one directory, complete or absent."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mimdet.files import sync, write_text
+
+WEIGHTS = "model.safetensors"
+OPTIMIZER = "optimizer.pt"
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """The state after an optimiser step."""
+
+    step: int
+    weights: dict[str, Tensor]
+    """Parameters and buffers of the detector."""
+    optimizer: dict[str, Any]
+    """State of the optimiser, of the gradient scaler, and the best AP so far."""
+
+
+class CheckpointStore:
+    """The folder `checkpoints/`: one folder per step, and the pointers `last` and `best`."""
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def save(self, checkpoint: Checkpoint) -> Path:
+        """Write beside, flush, rename; then move `last` and drop the oldest ones."""
+        place = self.folder / f"{checkpoint.step:06d}"
+        partial = self.folder / f".partial-{place.name}-{os.getpid()}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            save_file({k: v.contiguous() for k, v in checkpoint.weights.items()}, partial / WEIGHTS)
+            torch.save(checkpoint.optimizer, partial / OPTIMIZER)
+            for file in partial.iterdir():
+                sync(file)
+            if place.exists():
+                shutil.rmtree(place)
+            os.replace(partial, place)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        sync(self.folder)
+        self.point("last", place.name)
+        self._drop_old()
+        return place
+
+    def point(self, name: str, target: str) -> None:
+        """Make the pointer file `last` or `best` name a checkpoint."""
+        write_text(self.folder / name, target + "\n")
+
+    def pointed(self, name: str) -> Path | None:
+        """The checkpoint a pointer names, or None."""
+        pointer = self.folder / name
+        if not pointer.exists():
+            return None
+        place = self.folder / pointer.read_text().strip()
+        return place if (place / WEIGHTS).exists() else None
+
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, oldest first."""
+        if not self.folder.exists():
+            return []
+        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdecimal())
+
+    def load_last(self, device: torch.device) -> Checkpoint | None:
+        """The newest complete checkpoint, or None in a fresh run."""
+        steps = self.steps()
+        if not steps:
+            return None
+        place = self.folder / f"{steps[-1]:06d}"
+        optimizer = torch.load(place / OPTIMIZER, map_location=device, weights_only=True)
+        return Checkpoint(steps[-1], read_weights(place / WEIGHTS), optimizer)
+
+    def _drop_old(self) -> None:
+        best = self.pointed("best")
+        for step in self.steps()[: -self.keep]:
+            place = self.folder / f"{step:06d}"
+            if place != best:
+                shutil.rmtree(place)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file. Raises ValueError naming a file that is not one."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors weights: {error}") from error

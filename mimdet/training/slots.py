@@ -1,0 +1,107 @@
+"""Parts written in a notebook cell, kept with the run that used them.
+
+A sampler or stem passed to `build_detector` may be defined anywhere, also in a cell that will be
+gone tomorrow. Its source and a sha256 go into the run; reading it back executes it, so that needs
+the reader's consent.
+"""
+
+import hashlib
+import inspect
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from mimdet.files import write_json, write_text
+
+HEADER = """import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+"""
+
+
+def save_slots(folder: Path, slots: dict[str, Any]) -> None:
+    """Write `slots/<name>.py` and its sha256 for every part that was passed in as an object.
+
+    Raises ValueError for a part whose source does not stand on its own: it may use torch, F, nn,
+    Tensor and math; everything else it must import inside.
+    """
+    index = {}
+    for name, part in slots.items():
+        is_function = inspect.isfunction(part)
+        definition = part if is_function else type(part)
+        try:
+            source = HEADER + textwrap.dedent(inspect.getsource(definition))
+        except (OSError, TypeError) as error:
+            raise ValueError(
+                f"the source of the {name} {part!r} cannot be read, so the run could not be loaded "
+                "again: define it with def or class in a cell or a file"
+            ) from error
+        if is_function:
+            _check_self_contained(name, part)
+        else:
+            _check_default_constructor(name, type(part))
+        write_text(folder / f"{name}.py", source)
+        index[name] = {
+            "kind": "function" if is_function else "class",
+            "object": definition.__name__,
+            "sha256": _sha256(source),
+        }
+    if index:
+        write_json(folder / "slots.json", index)
+
+
+def load_slots(folder: Path, trust_code: bool) -> dict[str, Any]:
+    """The parts of a run, by slot name. PermissionError without consent; ValueError if edited."""
+    import json
+
+    if not (folder / "slots.json").exists():
+        return {}
+    index = json.loads((folder / "slots.json").read_text())
+    if not trust_code:
+        raise PermissionError(
+            f"{folder} holds code written for this run ({', '.join(sorted(index))}). Read it; if "
+            "you trust it, load with trust_code=True."
+        )
+    slots = {}
+    for name, entry in index.items():
+        path = folder / f"{name}.py"
+        source = path.read_text(encoding="utf-8")
+        if _sha256(source) != entry["sha256"]:
+            raise ValueError(f"{path} was changed after the run wrote it: its sha256 differs")
+        namespace: dict[str, Any] = {"__name__": f"mimdet_slot_{name}"}
+        exec(compile(source, str(path), "exec"), namespace)
+        part = namespace[entry["object"]]
+        slots[name] = part if entry["kind"] == "function" else part()
+    return slots
+
+
+def _check_self_contained(name: str, function: Any) -> None:
+    allowed = {"math", "torch", "F", "Tensor", "nn", function.__name__}
+    used = inspect.getclosurevars(function)
+    outside = sorted({*used.globals, *used.nonlocals} - allowed)
+    if outside:
+        raise ValueError(
+            f"the {name} {function.__name__} uses {', '.join(outside)} from outside itself: move "
+            "it inside the function, so that the run can be loaded again"
+        )
+
+
+def _check_default_constructor(name: str, kind: type) -> None:
+    required = [
+        p.name
+        for p in inspect.signature(kind).parameters.values()
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    if required:
+        raise ValueError(
+            f"the {name} {kind.__name__} needs {', '.join(required)} to be built: give every "
+            "constructor argument a default, so that the run can be loaded again"
+        )
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

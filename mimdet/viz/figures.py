@@ -1,0 +1,170 @@
+"""Figures of detections, training, samples, ratios and data: one function each, no state.
+
+Every function returns a new `NotebookFigure` (a matplotlib Figure) with its `alt_text`;
+`save_figure` writes it as PNG and SVG.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mimdet.models.sampling import PATCH, Sample, padded_places, token_grid
+from mimdet.structures import Detections, Record, Target
+from mimdet.viz.charts import show_ratios, show_training
+from mimdet.viz.panels import (
+    draw_detections,
+    draw_image,
+    draw_target,
+    image_panels,
+    image_size,
+    score_text,
+)
+from mimdet.viz.style import NotebookFigure, save_figure
+
+__all__ = [
+    "NotebookFigure",
+    "save_figure",
+    "show_data",
+    "show_detections",
+    "show_ratios",
+    "show_sample",
+    "show_training",
+]
+
+
+def show_detections(
+    images: Sequence[Tensor],
+    detections: Sequence[Detections],
+    targets: Sequence[Target] | None = None,
+    categories: Sequence[str] = (),
+    score_threshold: float = 0.3,
+    columns: int = 4,
+) -> NotebookFigure:
+    """Each image with its truth (left) and its detections of score_threshold and more (right).
+
+    images: uint8 (3, H, W); detections and targets in the pixels of their image; without targets
+    only the detections are drawn. columns: panels in a row. Raises ValueError when there are no
+    images, the lists differ in length, or detections belong to another image size.
+    """
+    _check_lists(images, detections, targets)
+    group = 1 if targets is None else 2
+    sizes = [image_size(image) for image in images for _ in range(group)]
+    fig, axes = image_panels(sizes, columns, group)
+    found = 0
+    for i, (image, ax) in enumerate(zip(images, axes[group - 1 :: group], strict=True)):
+        likely = detections[i][detections[i].scores >= score_threshold]
+        draw_image(ax, image, f"detections ≥ {score_text(score_threshold)}: {len(likely)}")
+        draw_detections(ax, likely, categories)
+        found += len(likely)
+    if targets is not None:
+        for image, target, ax in zip(images, targets, axes[::group], strict=True):
+            draw_image(ax, image, f"truth: {len(target)}")
+            draw_target(ax, target, image_size(image), categories)
+    truth = "" if targets is None else f", beside the {sum(map(len, targets))} true objects"
+    fig.alt_text = (
+        f"{_count(len(images), 'image')} with {_count(found, 'detection')} of score "
+        f"{score_threshold:.2f} or more{truth}: boxes, masks and class names."
+    )
+    return fig
+
+
+def show_data(
+    items: Iterable[Record | tuple[Tensor, Target]], categories: Sequence[str], columns: int = 4
+) -> NotebookFigure:
+    """Training images with their objects: records of a data set, or (image, target) pairs.
+
+    Images are uint8 (3, H, W). Raises ValueError when there are none.
+    """
+    pairs = [(i.image, i.target) if isinstance(i, Record) else (i[0], i[1]) for i in items]
+    if not pairs:
+        raise ValueError("no images to show: give at least one record or (image, target) pair")
+    fig, axes = image_panels([image_size(image) for image, _ in pairs], columns)
+    for ax, (image, target) in zip(axes, pairs, strict=True):
+        height, width = image_size(image)
+        draw_image(ax, image, f"{_count(len(target), 'object')}, {width} × {height} px")
+        draw_target(ax, target, (height, width), categories)
+    objects = sum(len(target) for _, target in pairs)
+    fig.alt_text = (
+        f"{_count(len(pairs), 'image')} with the boxes, masks and class names of "
+        f"{_count(objects, 'object')}."
+    )
+    return fig
+
+
+def show_sample(image: Tensor, sample: Sample, index: int = 0) -> NotebookFigure:
+    """The image as the encoder sees it: kept tokens in colour, the others faded to grey.
+
+    image: uint8 (3, H, W) as fed to the network, before or after padding; sample: of its batch,
+    in which the image has place `index`. Padding is white, or grey where it was kept.
+    Raises ValueError when the image does not fit the sample.
+    """
+    if not 0 <= index < len(sample.keep):
+        raise ValueError(f"index={index}: the sample is one of {_count(len(sample.keep), 'image')}")
+    height, width = image_size(image)
+    own_grid = token_grid(height, width)
+    if own_grid[0] > sample.grid[0] or own_grid[1] > sample.grid[1]:
+        raise ValueError(
+            f"an image of {height} x {width} pixels has {own_grid} tokens of {PATCH} pixels, the "
+            f"sample's grid only {sample.grid}: give the image as it was fed to the network"
+        )
+    kept = torch.zeros(sample.grid[0] * sample.grid[1], dtype=torch.bool)
+    kept[sample.keep[index].cpu()] = True
+    own = int(kept[padded_places(own_grid, sample.grid, kept.device)].sum())
+    total = own_grid[0] * own_grid[1]
+    title = f"{own} of {total} tokens ({own / total:.2f})"
+    if own < len(sample.keep[index]):
+        title += f" + {len(sample.keep[index]) - own} of padding"
+
+    rows, columns = sample.grid[0] * PATCH, sample.grid[1] * PATCH
+    fig, (ax,) = image_panels([(rows, columns)], columns=1, widest=5.0)
+    draw_image(ax, _faded(image, kept.view(sample.grid)), title, (rows, columns))
+    thin = 0.7 if columns <= 640 else 0.4
+    ax.vlines(range(0, columns + 1, PATCH), 0, rows, color="white", alpha=0.8, linewidth=thin)
+    ax.hlines(range(0, rows + 1, PATCH), 0, columns, color="white", alpha=0.8, linewidth=thin)
+    fig.alt_text = (
+        f"An image under its grid of {sample.grid[0]} x {sample.grid[1]} tokens: {title} in "
+        "colour, the others faded to grey."
+    )
+    return fig
+
+
+def _faded(image: Tensor, kept: Tensor) -> Tensor:
+    """The image on a canvas of whole tokens, tokens that are not kept (h, w) faded to grey.
+
+    Returns (3, h n, w n) uint8, where n = 16, or more for small images: they are enlarged first, so
+    that the edges of tokens stay sharp.
+    """
+    times = max(1, 512 // max(image_size(image)))
+    pixels = image.cpu()[None].float()
+    if times > 1:
+        pixels = F.interpolate(pixels, scale_factor=times, mode="bicubic").clamp(0, 255)
+    height, width = pixels.shape[2:]
+    seen = kept.repeat_interleave(PATCH * times, 0).repeat_interleave(PATCH * times, 1)
+    canvas = torch.where(seen, 160.0, 250.0).expand(3, -1, -1).clone()  # padding
+    grey = 0.25 * pixels[0].mean(0) + 0.75 * 225
+    canvas[:, :height, :width] = torch.where(seen[:height, :width], pixels[0], grey)
+    return canvas.to(torch.uint8)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _check_lists(
+    images: Sequence[Tensor], detections: Sequence[Detections], targets: Sequence[Target] | None
+) -> None:
+    if not images:
+        raise ValueError("no images to show: give at least one")
+    lengths = {"images": len(images), "detections": len(detections)}
+    if targets is not None:
+        lengths["targets"] = len(targets)
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"one entry per image is needed, but there are {lengths}")
+    for i, (image, found) in enumerate(zip(images, detections, strict=True)):
+        if tuple(found.image_size) != image_size(image):
+            raise ValueError(
+                f"image {i} is {image_size(image)} pixels (height, width), its detections belong "
+                f"to {tuple(found.image_size)}: draw them on the image that was given to predict"
+            )

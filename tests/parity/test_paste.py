@@ -1,0 +1,34 @@
+"""Masks pasted into the image, against bitmaps made by the original implementation."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mimdet.masks import paste, probabilities_to_rle, rle_to_bitmap
+
+GOLDEN = os.environ.get("MIMDET_GOLDEN", "")
+pytestmark = pytest.mark.skipif(not GOLDEN, reason="set MIMDET_GOLDEN to the reference tensors")
+
+
+@pytest.mark.parametrize("image", [0, 1])
+@pytest.mark.parametrize(
+    "outputs", ["mimdet_small/eval_sr1", "mimdet_v1_small/eval_sr1", "benchmarking_small/eval"]
+)
+def test_pasted_masks_are_the_originals(outputs: str, image: int) -> None:
+    tensors = load_file(Path(GOLDEN) / f"{outputs}.safetensors")
+    expected = np.load(Path(GOLDEN) / f"{outputs}_masks.npz")[f"masks_{image}"]
+    probabilities = tensors[f"det_raw_mask_probs_{image}"][:, 0]
+    boxes = tensors[f"det_boxes_{image}"]
+    height, width = expected.shape[1:]
+
+    rles = probabilities_to_rle(probabilities, boxes, height, width)
+    ours = np.stack([rle_to_bitmap(rle) for rle in rles])
+    pasted = paste(probabilities, boxes, height, width)
+
+    assert expected.any(axis=(1, 2)).sum() >= 10  # the reference is not a set of empty masks
+    assert (ours != expected).sum() <= 1e-3 * expected.sum()
+    assert torch.from_numpy(expected).ne(pasted).sum() <= 1e-3 * expected.sum()

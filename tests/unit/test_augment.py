@@ -1,0 +1,234 @@
+"""Augmentation: sizes as detectron2 computes them; boxes and masks stay on their pixels."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mimdet.config import DataConfig
+from mimdet.data import augment
+from mimdet.data.augment import Geometry, apply, draw_geometry, rng_for, shortest_edge
+from mimdet.structures import Crops, Record, Target
+
+
+def record_of(height: int, width: int, *rectangles: tuple[int, int, int, int]) -> Record:
+    """Black image with white rectangles (x1, y1, x2, y2); masks are rings of zeros around ones."""
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    boxes = torch.tensor(rectangles, dtype=torch.float32).reshape(-1, 4)
+    for x1, y1, x2, y2 in rectangles:
+        image[:, y1:y2, x1:x2] = 255
+    bitmaps = torch.zeros(len(boxes), 112, 112, dtype=torch.uint8)
+    bitmaps[:, 1:-1, 1:-1] = 1
+    cell = (boxes[:, 2:] - boxes[:, :2]) / 110
+    crops = Crops(torch.cat([boxes[:, :2] - cell, boxes[:, 2:] + cell], 1), bitmaps)
+    return Record(image, Target(boxes, torch.arange(len(boxes)), crops), 7)
+
+
+def notched(record: Record) -> Record:
+    """Cut the upper left quarter out of the only object: no flip leaves it as it is."""
+    x1, y1, x2, y2 = record.target.boxes[0].int().tolist()
+    record.image[:, y1 : (y1 + y2) // 2, x1 : (x1 + x2) // 2] = 0
+    columns = (x1 + (x2 - x1) * (torch.arange(110) + 0.5) / 110).long()
+    rows = (y1 + (y2 - y1) * (torch.arange(110) + 0.5) / 110).long()
+    record.target.masks.bitmaps[0, 1:-1, 1:-1] = record.image[0][rows][:, columns] > 127
+    return record
+
+
+def paste(crops: Crops, height: int, width: int) -> torch.Tensor:
+    """(N, height, width) bool: the cell under the centre of every pixel."""
+    planes = torch.zeros(len(crops), height, width, dtype=torch.bool)
+    side = crops.bitmaps.shape[-1]
+    for plane, box, bitmap in zip(planes, crops.boxes, crops.bitmaps, strict=True):
+        x1, y1, x2, y2 = box.tolist()
+        columns = ((torch.arange(width) + 0.5 - x1) / (x2 - x1) * side).floor().long()
+        rows = ((torch.arange(height) + 0.5 - y1) / (y2 - y1) * side).floor().long()
+        inside_x, inside_y = (columns >= 0) & (columns < side), (rows >= 0) & (rows < side)
+        values = bitmap[rows.clamp(0, side - 1)][:, columns.clamp(0, side - 1)].bool()
+        plane |= values & inside_y[:, None] & inside_x[None, :]
+    return planes
+
+
+def test_sizes_by_hand():
+    assert shortest_edge(480, 640, 800, 1333) == (800, 1067)  # 640 * 800 / 480 = 1066.67
+    assert shortest_edge(640, 427, 800, 1333) == (1199, 800)  # 640 * 800 / 427 = 1199.06
+    assert shortest_edge(300, 900, 800, 1333) == (444, 1333)  # limited by the long side
+    assert shortest_edge(100, 100, 33, 1333) == (33, 33)
+    assert shortest_edge(1, 5000, 800, 1333) == (1, 1333)  # never 0
+
+
+def test_test_transform_draws_nothing():
+    rng = np.random.default_rng(0)
+    before = rng.bit_generator.state
+    geometry = draw_geometry(DataConfig(), 480, 640, rng, train=False)
+    assert geometry == Geometry((0, 0, 640, 480), (800, 1067))
+    assert rng.bit_generator.state == before
+    assert geometry == draw_geometry(DataConfig(augment="none"), 480, 640, rng, train=True)
+
+
+def test_random_streams_do_not_collide():
+    streams = [("geometry", 1, 2, 0), ("geometry", 1, 2), ("order", 1, 2), ("geometry", 2, 1, 0)]
+    draws = [rng_for(*stream).integers(2**60) for stream in streams]
+    assert draws[0] == rng_for("geometry", 1, 2, 0).integers(2**60)
+    assert draws[1] != draws[2] and draws[0] != draws[3]
+
+
+def test_paper_recipe_has_the_stated_distribution():
+    cfg = DataConfig()
+    drawn = [draw_geometry(cfg, 480, 640, rng_for("geometry", 0, i), True) for i in range(2000)]
+    cropped = [g for g in drawn if g.crop != (0, 0, 640, 480)]
+    whole = [g for g in drawn if g.crop == (0, 0, 640, 480)]
+    assert 0.46 < len(cropped) / len(drawn) < 0.54
+    assert 0.46 < sum(g.flip_h for g in drawn) / len(drawn) < 0.54
+    assert not any(g.flip_v or g.transpose or g.canvas for g in drawn)
+    assert {min(g.size) for g in whole} == set(cfg.short_sides)
+    assert max(max(g.size) for g in drawn) <= 1333
+    # A crop of 384..600 pixels out of an image resized to a short side of 400, 500 or 600:
+    shares = [(g.crop[3] - g.crop[1]) / 480 for g in cropped]
+    assert min(shares) >= 384 / 600 - 0.01 and max(shares) == 1.0
+    assert all(g.crop[0] >= 0 and g.crop[2] <= 640 and g.crop[3] <= 480 for g in cropped)
+    # The size follows from the crop's size in resized pixels, so the aspect ratio is kept:
+    for g in cropped:
+        aspect = (g.crop[2] - g.crop[0]) / (g.crop[3] - g.crop[1])
+        assert abs(g.size[1] / g.size[0] / aspect - 1) < 0.01
+
+
+def test_flips_reach_the_symmetries_they_name():
+    def seen(flips):
+        cfg = DataConfig(augment="multiscale", flips=flips)
+        drawn = (draw_geometry(cfg, 64, 64, rng_for("geometry", 0, i), True) for i in range(200))
+        return len({(g.transpose, g.flip_h, g.flip_v) for g in drawn})
+
+    assert [seen("horizontal"), seen("both"), seen("dihedral")] == [2, 4, 8]
+
+
+def test_lsj_makes_squares_between_the_scales():
+    cfg = DataConfig(augment="lsj", lsj_size=256)
+    drawn = [draw_geometry(cfg, 240, 320, rng_for("geometry", 0, i), True) for i in range(300)]
+    assert {g.output_size for g in drawn} == {(256, 256)}
+    shrunk = [g.size[1] for g in drawn if g.crop == (0, 0, 320, 240)]
+    assert 25 <= min(shrunk) < 40  # 0.1 x 256 wide at least
+    enlarged = [(g.crop[2] - g.crop[0]) / 320 for g in drawn if g.size == (256, 256)]
+    assert enlarged and min(enlarged) < 0.55  # at scale 2 half of the width fits
+
+    small = next(g for g in drawn if g.size[1] < 128)
+    image, target = apply(small, record_of(240, 320, (0, 0, 320, 240)))
+    height, width = small.size
+    assert (image[:, :height, :width] == 255).all()
+    assert (image[:, height:] == 128).all() and (image[:, :, width:] == 128).all()
+    assert target.boxes.tolist() == [[0, 0, width, height]]
+
+
+@pytest.mark.parametrize(
+    ("geometry", "box"),
+    [  # an image of 8 x 6 pixels (W x H), a box at (1, 2)-(3, 5)
+        (Geometry((0, 0, 8, 6), (6, 8)), [1, 2, 3, 5]),
+        (Geometry((0, 0, 8, 6), (12, 16)), [2, 4, 6, 10]),
+        (Geometry((0, 0, 8, 6), (6, 8), flip_h=True), [5, 2, 7, 5]),
+        (Geometry((0, 0, 8, 6), (6, 8), flip_v=True), [1, 1, 3, 4]),
+        (Geometry((0, 0, 8, 6), (6, 8), transpose=True), [2, 1, 5, 3]),
+        (Geometry((0, 0, 8, 6), (6, 8), transpose=True, flip_h=True), [1, 1, 4, 3]),
+        (Geometry((2, 1, 6, 5), (4, 4)), [0, 1, 1, 4]),
+        (Geometry((2, 1, 6, 5), (8, 4)), [0, 2, 1, 8]),
+    ],
+)
+def test_boxes_by_hand(geometry, box):
+    image, target = apply(geometry, record_of(6, 8, (1, 2, 3, 5)))
+    assert target.boxes.tolist() == [box]
+    x1, y1, x2, y2 = box
+    expected = torch.zeros(geometry.output_size, dtype=torch.bool)
+    expected[y1:y2, x1:x2] = True
+    if geometry.size == (6, 8):  # without interpolation the image shows exactly the box
+        assert torch.equal(image[0] > 127, expected)
+
+
+def test_what_leaves_the_picture_is_dropped():
+    record = record_of(100, 100, (0, 0, 10, 10), (40, 40, 60, 60), (90, 0, 100, 100))
+    _, target = apply(Geometry((20, 20, 90, 90), (70, 70)), record)
+    assert target.labels.tolist() == [1]
+    assert target.boxes.tolist() == [[20, 20, 40, 40]]
+    assert len(target.masks) == 1
+
+    bitmap = record.target.masks.bitmaps
+    bitmap[1, :, :60] = 0  # only the right half of the object is there
+    _, target = apply(Geometry((0, 0, 48, 100), (100, 48)), record)
+    assert target.labels.tolist() == [0]  # of object 1 the box is visible, the mask is not
+
+    boxes_only = Record(record.image, Target(record.target.boxes, record.target.labels), 7)
+    _, target = apply(Geometry((0, 0, 48, 100), (100, 48)), boxes_only)
+    assert target.labels.tolist() == [0, 1] and target.masks is None
+
+
+def test_an_image_without_objects_passes():
+    image, target = apply(Geometry((0, 0, 20, 10), (20, 40), flip_h=True), record_of(10, 20))
+    assert image.shape == (3, 20, 40) and image.dtype == torch.uint8
+    assert target.boxes.shape == (0, 4) and target.masks.bitmaps.shape == (0, 112, 112)
+
+
+def test_unknown_recipe_is_an_error():
+    with pytest.raises(ValueError, match=r"'rotate'.*lsj"):
+        draw_geometry(DataConfig(augment="rotate"), 9, 9, rng_for("geometry", 0), True)
+
+
+RECIPES = [
+    DataConfig(
+        augment="paper",
+        short_sides=(48, 64, 90),
+        crop_short_sides=(50, 60),
+        crop_sides=(30, 55),
+        max_side=150,
+        flips="dihedral",
+    ),
+    DataConfig(augment="multiscale", short_sides=(40, 100), max_side=160, flips="dihedral"),
+    DataConfig(augment="lsj", lsj_size=96, lsj_scale=(0.5, 2.0), flips="both"),
+]
+
+
+@settings(max_examples=300)
+@given(
+    recipe=st.sampled_from(RECIPES),
+    height=st.integers(5, 160),
+    width=st.integers(5, 160),
+    seed=st.integers(0, 10**6),
+    notch=st.booleans(),
+    data=st.data(),
+)
+def test_image_boxes_and_masks_move_together(recipe, height, width, seed, notch, data):
+    """A white object, any transform: the mask is where the image is white."""
+    x1 = data.draw(st.integers(0, width - 4))
+    y1 = data.draw(st.integers(0, height - 4))
+    x2 = data.draw(st.integers(x1 + 4, width))
+    y2 = data.draw(st.integers(y1 + 4, height))
+    geometry = draw_geometry(recipe, height, width, rng_for("geometry", seed), train=True)
+    record = record_of(height, width, (x1, y1, x2, y2))
+    image, target = apply(geometry, notched(record) if notch else record)
+    assert tuple(image.shape[1:]) == geometry.output_size
+
+    height, width = geometry.content_size
+    white = image[0, :height, :width] > 127
+    masked = torch.zeros_like(white)
+    if len(target):
+        masked = paste(target.masks, height, width)[0]
+        box = target.boxes[0]
+        assert (box >= 0).all() and (box <= torch.tensor([width, height] * 2)).all()
+        filled = torch.zeros_like(white)
+        left, top, right, bottom = (box + 0.5).floor().long().tolist()
+        filled[top:bottom, left:right] = True
+        assert notch or (filled ^ masked).sum() <= rim(box)
+    # Interpolation moves the half-grey line by less than a pixel, so only the rim may differ.
+    drawn = target.boxes[0] if len(target) else torch.zeros(4)
+    assert (white ^ masked).sum() <= rim(drawn)
+
+
+def rim(box: torch.Tensor) -> float:
+    """Pixels along the outline of a box, and a few at its corners."""
+    x1, y1, x2, y2 = box.tolist()
+    return 2 * (x2 - x1 + y2 - y1) + 4
+
+
+def test_augment_module_names_used_elsewhere():
+    assert augment.test_size(DataConfig(), 480, 640) == (800, 1067)
+    picture = torch.randint(0, 256, (3, 30, 40), dtype=torch.uint8)
+    assert augment.resize_image(picture, (30, 40)) is picture
+    flat = augment.resize_image(torch.full((3, 31, 41), 77, dtype=torch.uint8), (17, 90))
+    assert flat.shape == (3, 17, 90) and (flat == 77).all()

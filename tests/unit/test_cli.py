@@ -1,0 +1,116 @@
+"""The commands as a user types them, in one process and small."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mimdet
+from mimdet import cli, presets
+from mimdet.config import load_config
+from mimdet.data.shapes import export
+
+TINY = (
+    "--embed-dim 32 --depth 1 --num-heads 2 --decoder-dim 32 --decoder-depth 1 --decoder-heads 2 "
+    "--channels 16 --box-fc-dim 32 --short-sides 64 --test-short-side 64 --shapes-size 64 "
+    "--shapes-train 8 --shapes-val 2 --steps 2 --batch-size 2 --accumulate 2"
+).split()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "run"
+    cli.main(["train", "tiny", "--run", str(path), *TINY])
+    return path
+
+
+def test_train_writes_a_run_and_resumes_to_nothing(run, capsys):
+    assert load_config(run / "config.json").training.accumulate == 2
+    assert (run / "eval.json").exists()
+    before = (run / "metrics.jsonl").read_text()
+    cli.main(["train", "tiny", "--run", str(run), *TINY])
+    assert (run / "metrics.jsonl").read_text() == before
+    assert "done" in capsys.readouterr().out
+
+
+def test_another_configuration_is_refused(run):
+    with pytest.raises(SystemExit, match=r"training.steps: 2 -> 3"):
+        cli.main(["train", "tiny", "--run", str(run), *TINY, "--steps", "3"])
+
+
+def test_evaluate(run, capsys):
+    cli.main(["evaluate", str(run), "--ratios", "0.5", "1", "--draws", "2"])
+    printed = capsys.readouterr().out
+    assert "0.50      2" in printed and "1.00      1" in printed
+    rows = json.loads((run / "evaluation.json").read_text())
+    assert [row["sample_ratio"] for row in rows["ratios"]] == [0.5, 1.0]
+
+
+def test_predict(run, tmp_path, capsys):
+    export(mimdet.ShapesCOCO(size=64, length=1, split="val"), tmp_path / "scenes")
+    image = next((tmp_path / "scenes").rglob("*.png"))
+    cli.main(["predict", str(run), str(image), "--out", str(tmp_path / "found")])
+    assert (tmp_path / "found" / f"{image.stem}.png").stat().st_size > 1000
+    found = json.loads((tmp_path / "found" / f"{image.stem}.json").read_text())
+    assert all(entry["category"] in mimdet.ShapesCOCO().categories for entry in found)
+    assert str(image) in capsys.readouterr().out
+
+
+def test_check_data(tmp_path, capsys):
+    export(mimdet.ShapesCOCO(size=64, length=2, split="val"), tmp_path / "scenes")
+    annotations = next((tmp_path / "scenes").rglob("*.json"))
+    images = next((tmp_path / "scenes").rglob("*.png")).parent
+    cli.main(["check-data", str(annotations), str(images)])
+    next(images.glob("*.png")).unlink()
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["check-data", str(annotations), str(images), "--json", str(tmp_path / "r.json")])
+    assert stopped.value.code == 1
+    assert "missing" in capsys.readouterr().out
+    assert json.loads((tmp_path / "r.json").read_text())["problems"]
+
+
+def test_demo_from_start_to_pictures(tmp_path, capsys, monkeypatch):
+    few = presets.tiny()
+    few.backbone.embed_dim = few.backbone.decoder_dim = 32
+    few.detector.channels = 16
+    few.data.shapes_size, few.data.shapes_val = 64, 8
+    few.data.short_sides, few.data.test_short_side = (64,), 64
+    monkeypatch.setattr("mimdet.demo.tiny", lambda: few)
+    cli.main(["demo", "--steps", "3", "--run", str(tmp_path / "demo")])
+    printed = capsys.readouterr().out
+    assert "0.25      2" in printed and "1.00      1" in printed
+    for name in ("detections", "training", "ratios"):
+        assert (tmp_path / "demo" / f"{name}.png").stat().st_size > 1000
+
+
+def test_errors_are_one_line_without_traceback(tmp_path):
+    with pytest.raises(SystemExit, match="is not a run"):
+        cli.main(["evaluate", str(tmp_path)])
+    with pytest.raises(SystemExit, match="no command 'trian'"):
+        cli.main(["trian"])
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "predict", "check-data"])
+def test_help_teaches(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    assert len(capsys.readouterr().out) > 300
+
+
+def test_every_field_of_the_configuration_is_a_flag(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "mimdet_base", "--help"])
+    printed = capsys.readouterr().out
+    for section in (presets.BackboneConfig, presets.DetectorConfig, presets.DataConfig):
+        for name in section.__dataclass_fields__:
+            assert f"--{name.replace('_', '-')}" in printed
+
+
+def test_module_and_command_are_the_same():
+    result = subprocess.run(
+        [sys.executable, "-m", "mimdet", "--version"], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == mimdet.__version__
+    assert Path(sys.executable).with_name("mimdet").exists()

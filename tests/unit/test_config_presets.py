@@ -1,0 +1,139 @@
+"""Configurations survive json, typos are errors, and presets are what they say."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mimdet.config import (
+    BackboneConfig,
+    Config,
+    DataConfig,
+    DetectorConfig,
+    TrainingConfig,
+    difference,
+    from_dict,
+    load_config,
+    save_config,
+    set_field,
+    to_dict,
+)
+from mimdet.models.detector import build_detector
+from mimdet.presets import PRESETS
+
+SECTIONS = (BackboneConfig, DetectorConfig, DataConfig, TrainingConfig)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_round_trip_through_a_file(name: str, tmp_path: Path):
+    cfg = PRESETS[name]()
+    cfg.training.seed = 17
+    save_config(cfg, tmp_path / "config.json")
+    again = load_config(tmp_path / "config.json")
+    assert again == cfg
+    assert isinstance(again.detector.anchor_sizes, tuple)  # json knows lists only
+
+
+@given(st.floats(0, 1, exclude_min=True), st.integers(0, 10**9), st.text(max_size=20))
+def test_round_trip_of_any_value(ratio: float, steps: int, path: str):
+    cfg = Config()
+    cfg.backbone.sample_ratio, cfg.training.steps, cfg.data.train_json = ratio, steps, path
+    assert from_dict(json.loads(json.dumps(to_dict(cfg)))) == cfg
+
+
+def test_a_file_may_leave_fields_out():
+    assert from_dict({"training": {"steps": 3}}).training == TrainingConfig(steps=3)
+
+
+def test_an_unknown_field_is_named():
+    said = "BackboneConfig has no field 'sampel_ratio'; it has .*sample_ratio"
+    with pytest.raises(ValueError, match=said):
+        from_dict({"backbone": {"sampel_ratio": 0.5}})
+    with pytest.raises(ValueError, match="Config has no field 'optimizer'"):
+        from_dict({"optimizer": {}})
+
+
+@pytest.mark.parametrize("text", ["{", "[1, 2]", '{"backbone": 3}', '{"model": {}}'])
+def test_a_file_that_is_no_configuration_is_named(text: str, tmp_path: Path):
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"other\.json is not a mimdet configuration"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("section", ["", "backbone", "detector", "data", "training"])
+def test_a_typo_in_an_assignment_is_an_error(section: str):
+    cfg = Config()
+    owner = getattr(cfg, section) if section else cfg
+    with pytest.raises(AttributeError, match="sampel_ratio"):
+        owner.sampel_ratio = 0.5
+
+
+def test_set_field():
+    cfg = Config()
+    set_field(cfg, "backbone.sample_ratio", 0.25)
+    assert cfg.backbone.sample_ratio == 0.25
+    for dotted, typo in [
+        ("backbone.sampel_ratio", "sampel_ratio"),
+        ("bakcbone.sample_ratio", "bakcbone"),
+        ("sample_ratio", "sample_ratio"),
+    ]:
+        with pytest.raises(AttributeError, match=typo):
+            set_field(cfg, dotted, 0.25)
+
+
+def test_difference_names_the_fields():
+    a, b = Config(), Config()
+    assert difference(a, b) == []
+    b.training.steps = 200
+    b.detector.anchor_sizes = (16, 32)
+    assert difference(a, b) == [
+        "detector.anchor_sizes: (32, 64, 128, 256, 512) -> (16, 32)",
+        "training.steps: 0 -> 200",
+    ]
+
+
+def test_field_names_are_unique():
+    """The command line has one flat flag for every field."""
+    names = [field.name for section in SECTIONS for field in dataclasses.fields(section)]
+    names += [field.name for field in dataclasses.fields(Config)]
+    assert sorted(names) == sorted(set(names))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_fresh_each_time(name: str):
+    first, second = PRESETS[name](), PRESETS[name]()
+    assert first == second and first.preset == name
+    for field in dataclasses.fields(Config):
+        if field.name != "preset":
+            assert getattr(first, field.name) is not getattr(second, field.name)
+    first.backbone.sample_ratio = 0.123
+    assert second.backbone.sample_ratio != 0.123
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_builds_and_has_the_size_it_states(name: str):
+    with torch.device("meta"):
+        model = build_detector(PRESETS[name]())
+    size = sum(p.numel() for p in model.parameters())
+    stated = re.findall(r"\d{1,3}(?:,\d{3}){2}", PRESETS[name].__doc__ or "")
+    if stated or name.startswith("mimdet"):
+        assert stated == [f"{size:,}"]
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("mimdet")])
+def test_published_recipes(name: str):
+    """METHOD: 36 epochs of 64 images, half of the tokens in training, all of them at test time."""
+    cfg = PRESETS[name]()
+    assert cfg.training.batch_size * cfg.training.accumulate == 64
+    assert cfg.training.epochs == 36 and cfg.training.steps == 0
+    assert cfg.training.learning_rate == 8e-5 and cfg.training.weight_decay == 0.1
+    assert [round(share * 36) for share in cfg.training.milestones] == [27, 33]
+    assert (cfg.backbone.sample_ratio, cfg.backbone.sample_ratio_eval) == (0.5, 1.0)
+    assert cfg.backbone.drop_path == (0.4 if "large" in name else 0.1)
+    assert cfg.backbone.decoder_fill == ("mask_token" if "v1" in name else "stem")

@@ -1,0 +1,315 @@
+"""The whole detector at toy size: what goes in, what comes out, and what must not change."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mimdet import presets
+from mimdet.config import BackboneConfig, Config, DetectorConfig
+from mimdet.models.detector import Detector, build_detector
+from mimdet.models.sampling import Sample
+from mimdet.models.slots import resolve
+from mimdet.models.stem import STEMS, ConvStem
+from mimdet.structures import Crops, Target
+
+LOSSES = ["loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask"]
+
+
+def small_config(**detector: object) -> Config:
+    return Config(
+        backbone=BackboneConfig(
+            embed_dim=32,
+            depth=2,
+            num_heads=2,
+            decoder_dim=16,
+            decoder_depth=1,
+            decoder_heads=2,
+            drop_path=0.0,
+            position_grid=6,
+        ),
+        detector=DetectorConfig(
+            num_classes=3,
+            channels=16,
+            anchor_sizes=(8, 16, 32, 64, 128),
+            rpn_convs=1,
+            rpn_pre_nms=(60, 60),
+            rpn_post_nms=(30, 30),
+            rois_per_image=16,
+            box_convs=1,
+            box_fc_dim=32,
+            mask_convs=1,
+            score_threshold=0.0,
+            detections_per_image=10,
+            **detector,  # type: ignore[arg-type]
+        ),
+    )
+
+
+def picture(height: int, width: int) -> Tensor:
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+
+
+def two_objects() -> Target:
+    boxes = torch.tensor([[8.0, 8, 40, 40], [30, 20, 60, 50]])
+    bitmaps = torch.ones(2, 16, 16, dtype=torch.uint8)
+    return Target(boxes, torch.tensor([0, 2]), Crops(boxes, bitmaps))
+
+
+def no_objects() -> Target:
+    masks = Crops(torch.zeros(0, 4), torch.zeros(0, 16, 16, dtype=torch.uint8))
+    return Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), masks)
+
+
+# ------------------------------------------------------------------ sizes
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "trainable"),
+    [
+        ("mimdet_base", 127_954_768, 124_753_488),
+        ("mimdet_large", 349_332_080, 345_490_544),
+        ("mimdet_v1_base", 127_561_552, 124_360_272),
+        ("mimdet_v1_large", 345_268_848, 344_966_256),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(name: str, parameters: int, trainable: int):
+    with torch.device("meta"):
+        model = build_detector(presets.PRESETS[name]())
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    assert sum(n for n, _ in counts) == parameters
+    assert sum(n for n, learns in counts if learns) == trainable
+
+
+# ------------------------------------------------------------------ training
+
+
+def test_losses_are_float32_scalars_and_reach_every_parameter():
+    model = build_detector(small_config())
+    losses = model([picture(64, 96), picture(50, 33)], [two_objects(), no_objects()])
+    assert list(losses) == LOSSES
+    assert all(x.shape == () and x.dtype == torch.float32 and x > 0 for x in losses.values())
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            assert name.endswith("pos_embed") and parameter.grad is None
+            continue
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+def test_a_batch_without_any_object_trains():
+    """Every parameter takes part, so that no process of several waits for a gradient."""
+    model = build_detector(small_config())
+    losses = model([picture(64, 64), picture(64, 64)], [no_objects(), no_objects()])
+    assert losses["loss_rpn_loc"] == losses["loss_box_reg"] == losses["loss_mask"] == 0
+    sum(losses.values()).backward()
+    learning = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in learning)
+
+
+def test_boxes_only():
+    model = build_detector(small_config(masks=False))
+    truth = two_objects()
+    truth.masks = None
+    assert list(model([picture(64, 64)], [truth])) == LOSSES[:4]
+    found = model.detect([picture(64, 64)])[0]
+    assert len(found) == 10 and found.mask_probabilities is None
+    with pytest.raises(ValueError, match=r"detector\.masks=False"):
+        build_detector(small_config())([picture(64, 64)], [truth])
+
+
+@pytest.mark.parametrize("labels", [[0, 3], [-1, 2]])
+def test_labels_the_detector_does_not_know(labels: list[int]):
+    """Label 3 of 3 classes would silently train as background."""
+    truth = two_objects()
+    truth.labels = torch.tensor(labels)
+    with pytest.raises(ValueError, match=r"targets\[1\]\.labels .*knows 0\.\.2"):
+        build_detector(small_config())([picture(64, 64)] * 2, [two_objects(), truth])
+
+
+def test_one_target_an_image():
+    with pytest.raises(ValueError, match="1 targets for 2 images"):
+        build_detector(small_config())([picture(64, 64)] * 2, [two_objects()])
+
+
+def test_a_few_steps_learn_one_image():
+    model, image = build_detector(small_config()), picture(64, 64)
+    model.backbone.sample_ratio = 1.0
+    optimiser = torch.optim.AdamW(model.parameters(), 3e-3)
+    totals = []
+    for _ in range(25):
+        loss = sum(model([image], [two_objects()]).values())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        totals.append(loss.item())
+    assert totals[-1] < 0.6 * totals[0]
+
+
+# ------------------------------------------------------------------ evaluation
+
+
+def test_detections_of_images_of_mixed_sizes():
+    model, sizes = build_detector(small_config()), [(64, 96), (30, 31), (100, 20)]
+    found = model.detect([picture(*size) for size in sizes])
+    assert [d.image_size for d in found] == sizes
+    for d, (height, width) in zip(found, sizes, strict=True):
+        assert 0 < len(d) <= 10
+        assert d.boxes.dtype == d.scores.dtype == torch.float32 and d.labels.dtype == torch.int64
+        assert d.mask_probabilities.shape == (len(d), 28, 28)
+        assert d.boxes.min() >= 0
+        assert d.boxes[:, 0::2].max() <= width and d.boxes[:, 1::2].max() <= height
+        assert (d.scores.diff() <= 0).all() and d.labels.min() >= 0 and d.labels.max() <= 2
+
+
+def test_detect_changes_nothing_in_the_model():
+    model = build_detector(small_config()).train()
+    model.backbone.stem.eval()  # a part frozen by hand
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    found = model.detect([picture(64, 64)])
+    assert [module.training for module in model.modules()] == modes
+    assert model.training and not model.backbone.stem.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not found[0].boxes.requires_grad
+
+    with pytest.raises(ValueError):
+        model.detect([picture(64, 64)], sample_ratio=7.0)
+    assert model.training and not model.backbone.stem.training  # after an error as well
+
+
+def test_each_phase_has_its_own_ratio():
+    model, seen = build_detector(small_config()), []
+    model.backbone.encoder.register_forward_hook(
+        lambda module, given, output: seen.append(len(output[0]))
+    )
+    image = [picture(64, 64)]  # 16 tokens
+    model(image, [two_objects()])
+    model.detect(image)
+    model.detect(image, sample_ratio=0.25)
+    model.backbone.sample_ratio_eval = 0.75
+    model.detect(image)
+    model.eval()(image, [two_objects()])
+    assert seen == [8, 16, 4, 12, 12]
+
+
+def test_keep_can_be_chosen_for_a_call():
+    model, seen = build_detector(small_config()), []
+    model.backbone.encoder.register_forward_hook(
+        lambda module, given, output: seen.append([len(kept) for kept in output])
+    )
+    images = [picture(64, 64), picture(32, 64)]  # 16 and 8 tokens on a grid of 16
+    model.detect(images)
+    model.detect(images, keep="padded")
+    assert seen == [[16, 8], [16, 16]]
+
+
+def test_a_generator_an_image_makes_the_draw_repeatable():
+    model, images = build_detector(small_config()), [picture(64, 64), picture(64, 64)]
+
+    def boxes(order: list[int], seed: int) -> list[Tensor]:
+        generators = [torch.Generator().manual_seed(seed) for _ in order]
+        found = model.detect([images[i] for i in order], sample_ratio=0.5, generators=generators)
+        return [d.boxes for d in found]
+
+    both, swapped = boxes([0, 1], 5), boxes([1, 0], 5)
+    torch.testing.assert_close(both[0], swapped[1])
+    torch.testing.assert_close(both[1], swapped[0])
+    assert not torch.equal(both[0], boxes([0, 1], 6)[0])
+
+
+# ------------------------------------------------------------------ slots
+
+
+def test_a_sampler_and_a_stem_of_ones_own():
+    def centre(tokens: Tensor, grid: tuple[int, int], generator: object) -> Tensor:
+        assert tokens.shape == (grid[0] * grid[1], 32)
+        places = torch.arange(len(tokens))
+        row, column = places // grid[1], places % grid[1]
+        return -((row - grid[0] / 2 + 0.5) ** 2) - (column - grid[1] / 2 + 0.5) ** 2
+
+    stem, seen = ConvStem(32), []
+    model = build_detector(small_config(), sampler=centre, stem=stem)
+    assert model.backbone.stem is stem
+    assert model.slots == {"sampler": centre, "stem": stem}
+    model.backbone.encoder.register_forward_pre_hook(lambda module, given: seen.append(given[1]))
+    model([picture(64, 64)], [two_objects()], sample_ratio=0.25)
+    assert sorted(seen[0].keep[0].tolist()) == [5, 6, 9, 10]  # the middle of a 4 x 4 grid
+
+
+def test_scores_of_a_wrong_shape():
+    model = build_detector(small_config(), sampler=lambda tokens, grid, generator: torch.rand(grid))
+    with pytest.raises(ValueError, match=r"scores of shape \(4, 2\).*one score per token: \(8,\)"):
+        model.detect([picture(64, 32)])
+
+
+def test_a_backbone_and_a_neck_of_ones_own():
+    class Pyramid(nn.Module):
+        """The smallest one that keeps the contract."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.channels = {"c2": 3, "c3": 3, "c4": 3, "c5": 3}
+
+        def forward(self, images: Tensor, image_sizes: object) -> dict[str, Tensor]:
+            pool = nn.functional.avg_pool2d
+            return {f"c{i}": pool(images, 2**i) for i in range(2, 6)}
+
+    class Widen(nn.Module):
+        def forward(self, maps: dict[str, Tensor]) -> dict[str, Tensor]:
+            levels = [m.repeat(1, 6, 1, 1)[:, :16] for m in maps.values()]
+            return dict(
+                zip(
+                    ["p2", "p3", "p4", "p5", "p6"],
+                    [*levels, levels[3][:, :, ::2, ::2]],
+                    strict=True,
+                )
+            )
+
+    alone = build_detector(small_config(), backbone=Pyramid())
+    assert len(alone([picture(64, 64)], [two_objects()])) == 5
+    both = build_detector(small_config(), backbone=Pyramid(), neck=Widen())
+    assert len(both.detect([picture(64, 64)])) == 1
+    assert list(both.slots) == ["backbone", "neck"]
+    with pytest.raises(ValueError, match="backbone= is complete"):
+        build_detector(small_config(), backbone=Pyramid(), stem=ConvStem(32))
+
+
+def test_a_ready_sample_is_used_as_it_is():
+    model, images = build_detector(small_config()).eval(), [picture(64, 64), picture(64, 33)]
+    keep = [torch.tensor([3, 15, 0]), torch.tensor([9])]
+    seen: list[Sample] = []
+    model.backbone.encoder.register_forward_pre_hook(lambda module, given: seen.append(given[1]))
+    model.detect(images, sample=Sample(keep, (4, 4)))
+    assert [places.tolist() for places in seen[0].keep] == [[3, 15, 0], [9]]
+    for wrong in (Sample(keep, (2, 8)), Sample(keep[:1], (4, 4))):
+        with pytest.raises(ValueError, match=r"this batch has 2 on a padded grid of \(4, 4\)"):
+            model.detect(images, sample=wrong)
+
+
+def test_a_slot_is_a_name_or_an_import():
+    assert resolve("conv", STEMS, "stem") is ConvStem
+    assert resolve("mimdet.models.stem:PatchStem", STEMS, "stem") is STEMS["patch"]
+    for name, said in [
+        ("cnov", r"stem='cnov' is not known: use one of \['conv', 'patch'\]"),
+        ("mimdet.models.stem:Nothing", "cannot be imported: .*Nothing"),
+        ("no_such_module:f", "cannot be imported: No module named"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            resolve(name, STEMS, "stem")
+
+
+def test_slots_are_named_in_the_configuration():
+    cfg = small_config()
+    cfg.backbone.stem = "mimdet.models.stem:PatchStem"
+    cfg.backbone.sampler = "mimdet.models.sampling:block_sampler"
+    assert len(build_detector(cfg).detect([picture(64, 64)])) == 1
+    cfg.backbone.sampler = "rnadom"
+    with pytest.raises(ValueError, match="sampler='rnadom' is not known"):
+        build_detector(cfg)
+
+
+def test_the_detector_takes_finished_parts():
+    built = build_detector(small_config())
+    again = Detector(built.backbone, built.neck, built.rpn, built.roi_heads)
+    assert again.config == Config() and again.slots == {} and again.categories == []
+    assert again.state_dict().keys() == built.state_dict().keys()

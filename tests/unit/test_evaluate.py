@@ -1,0 +1,93 @@
+"""evaluate: a perfect detector scores 1, draws are reproducible, batches do not matter."""
+
+import json
+
+import pytest
+import torch
+
+import mimdet
+from mimdet.analysis.evaluate import evaluate, evaluate_ratios, image_seed, ratio_table
+from mimdet.structures import Detections
+from tests.small import small
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return mimdet.ShapesCOCO(size=64, length=5, split="val")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(3)
+    cfg = small()
+    cfg.detector.score_threshold = 0.0
+    return mimdet.build_detector(cfg).eval()
+
+
+def test_a_detector_that_returns_the_truth_scores_one(model, scenes, monkeypatch):
+    """Everything between the network and the numbers is right: sizes, pasting, ids, areas."""
+    truth = iter(range(len(scenes)))
+
+    def oracle(images, **_):
+        found = []
+        for image in images:
+            target = scenes[next(truth)].target
+            scale = image.shape[1] / 64
+            cells = target.masks.bitmaps.float()  # (N, 112, 112): the crop's own grid
+            found.append(
+                Detections(
+                    target.masks.boxes * scale,
+                    torch.ones(len(target)),
+                    target.labels,
+                    tuple(image.shape[1:]),
+                    cells,
+                )
+            )
+        return found
+
+    monkeypatch.setattr(model, "detect", oracle)
+    evaluation = evaluate(model, scenes)
+    assert evaluation.mask["AP"] > 0.97  # masks have passed through 112 x 112 cells
+    assert evaluation.box["AP50"] > 0.9  # the crop's box is a ring of cells larger than the object
+
+
+def test_draws_are_reproducible_and_do_not_depend_on_the_batch(model, scenes):
+    first = evaluate(model, scenes, sample_ratio=0.25, seed=1, batch_size=1)
+    second = evaluate(model, scenes, sample_ratio=0.25, seed=1, batch_size=4)
+    other = evaluate(model, scenes, sample_ratio=0.25, seed=2)
+    scores = [[r["score"] for r in e.results[:20]] for e in (first, second, other)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    assert scores[0] != pytest.approx(scores[2], abs=1e-5)
+
+
+def test_image_seeds_differ():
+    seeds = {image_seed(seed, index) for seed in range(5) for index in range(1000)}
+    assert len(seeds) == 5000
+
+
+def test_ratio_rows_by_hand(model, scenes, tmp_path):
+    rows = evaluate_ratios(model, scenes, [0.25, 1.0], draws=3, save_to=tmp_path / "p.json")
+    assert [row["draws"] for row in rows] == [3, 1]
+    for kind in ("box", "mask"):
+        values = torch.tensor([m[kind]["AP"] for m in rows[0]["metrics"]], dtype=torch.float64)
+        assert rows[0][f"{kind}_ap"] == pytest.approx(values.mean().item())
+        assert rows[0][f"{kind}_ap_sd"] == pytest.approx(values.std().item())
+        assert rows[1][f"{kind}_ap_sd"] == 0
+    saved = json.loads((tmp_path / "p.json").read_text())
+    assert saved == evaluate(model, scenes, sample_ratio=1.0).results
+    assert "±" in ratio_table(rows).splitlines()[1]
+    assert "±" not in ratio_table(rows).splitlines()[2]
+
+
+def test_evaluation_leaves_the_model_in_its_mode(model, scenes):
+    model.train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    evaluate(model, scenes)
+    assert model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    model.eval()
+
+
+def test_small_means_small_on_a_coco_sized_image(model, scenes):
+    small_ends = evaluate(model, scenes).metrics.area_ranges["small"][1]
+    assert small_ends == pytest.approx((32 * 64 / 640) ** 2)

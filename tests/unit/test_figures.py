@@ -1,0 +1,461 @@
+"""Figures: what is drawn and where, never pixels; and that no state is left behind."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.axes import Axes
+from matplotlib.contour import ContourSet
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+from mimdet.data.masks import crops_from_bitmaps
+from mimdet.masks import crops_to_bitmaps
+from mimdet.models.sampling import Sample
+from mimdet.structures import Crops, Detections, Record, Target
+from mimdet.viz.charts import _running_mean
+from mimdet.viz.figures import (
+    save_figure,
+    show_data,
+    show_detections,
+    show_ratios,
+    show_sample,
+    show_training,
+)
+from mimdet.viz.names import place_names
+from mimdet.viz.panels import class_name, image_panels, score_text
+
+ROOT = Path(__file__).resolve().parents[2]
+HEIGHT, WIDTH = 48, 64
+BOXES = torch.tensor([[4.0, 20.0, 24.0, 40.0], [30.0, 20.0, 60.0, 44.0]])
+
+
+def image(height: int = HEIGHT, width: int = WIDTH) -> torch.Tensor:
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+
+
+def target(masks: bool = True) -> Target:
+    crops = Crops(BOXES, torch.ones(2, 112, 112, dtype=torch.uint8)) if masks else None
+    return Target(BOXES, torch.tensor([0, 1]), crops)
+
+
+def detections(scores: tuple[float, float] = (0.87, 0.4), masks: bool = True) -> Detections:
+    probabilities = torch.ones(2, 28, 28) if masks else None
+    return Detections(
+        BOXES, torch.tensor(scores), torch.tensor([0, 1]), (HEIGHT, WIDTH), probabilities
+    )
+
+
+def texts(ax: Axes) -> list[str]:
+    return [text.get_text() for text in ax.texts]
+
+
+def outlines(ax: Axes) -> list[Rectangle]:
+    return [p for p in ax.patches if isinstance(p, Rectangle) and not p.get_fill()]
+
+
+def masks_of(ax: Axes) -> list[ContourSet]:
+    return [c for c in ax.collections if isinstance(c, ContourSet)]
+
+
+# ------------------------------------------------------------------------------- detections
+
+
+def test_truth_stands_left_of_its_detections() -> None:
+    fig = show_detections([image(), image()], [detections()] * 2, [target()] * 2, ["cat", "dog"])
+    titles = [ax.get_title("left") for ax in fig.axes]
+    assert titles == ["truth: 2", "detections ≥ .30: 2"] * 2
+    truth, found = fig.axes[0], fig.axes[1]
+    assert truth.get_position().x1 < found.get_position().x0
+    assert truth.get_position().y0 == found.get_position().y0
+    assert sorted(texts(truth)) == ["cat", "dog"]
+    assert sorted(texts(found)) == ["cat .87", "dog .40"]
+    for ax in fig.axes:
+        assert len(masks_of(ax)) == 2
+        assert [p.get_bbox().extents.tolist() for p in outlines(ax)] in (
+            BOXES.tolist(),
+            BOXES.tolist()[::-1],
+        )
+        assert ax.get_xlim() == (0, WIDTH) and ax.get_ylim() == (HEIGHT, 0)
+
+
+def test_pairs_stay_together() -> None:
+    """Three pairs in a row of five panels: two pairs, because a pair is never torn apart."""
+    fig = show_detections([image()] * 3, [detections()] * 3, [target()] * 3, columns=5)
+    lefts = [round(ax.get_position().x0, 6) for ax in fig.axes]
+    assert lefts[:2] == lefts[4:] and len(set(lefts)) == 4
+    inner = lefts[1] - fig.axes[0].get_position().x1
+    outer = lefts[2] - fig.axes[1].get_position().x1
+    assert 0 < 2 * inner < outer
+
+
+def test_low_scores_are_left_out_and_the_best_is_on_top() -> None:
+    fig = show_detections([image()], [detections((0.87, 0.4))], score_threshold=0.5)
+    assert texts(fig.axes[0]) == ["0 .87"]
+    fig = show_detections([image()], [detections((0.87, 0.4))], score_threshold=0.4)
+    drawn = [p.get_bbox().extents.tolist() for p in outlines(fig.axes[0])]
+    assert drawn == BOXES.tolist()[::-1]
+    assert "2 detections" in fig.alt_text and "truth" not in fig.alt_text
+
+
+def test_boxes_without_masks_and_no_objects() -> None:
+    empty = Detections.empty((HEIGHT, WIDTH), masks=True)
+    fig = show_detections(
+        [image(), image()], [detections(masks=False), empty], [target(masks=False)] * 2
+    )
+    assert [len(masks_of(ax)) for ax in fig.axes] == [0, 0, 0, 0]
+    assert [len(outlines(ax)) for ax in fig.axes] == [2, 2, 2, 0]
+    fig.canvas.draw()
+
+
+@pytest.mark.parametrize("size", [(40, 100), (1, 1), (3, 900)])
+def test_a_mask_is_drawn_where_paste_puts_it(size: tuple[int, int]) -> None:
+    """Its outline is its box, cut off at the image, to half a canvas pixel; at any image size."""
+    height, width = size
+    boxes = torch.tensor(
+        [
+            [0.25 * width, 0.25 * height, 0.75 * width, 0.75 * height],
+            [-0.5 * width, 0.5 * height, 0.5 * width, 1.5 * height],
+            [2.0 * width, 0, 3.0 * width, height],  # outside
+            [0.5 * width, 0, 0.5 * width, height],  # no area
+        ]
+    )
+    cells = torch.ones(4, 28, 28)
+    found = Detections(boxes, torch.ones(4), torch.arange(4), size, cells)
+    fig = show_detections([image(*size)], [found])
+    drawn = masks_of(fig.axes[0])
+    pixel = 1.01 * max(size) / 640
+    expected = [boxes[0].tolist(), [0, 0.5 * height, 0.5 * width, height]]
+    outlined = [c.get_paths()[0].get_extents().extents for c in drawn]
+    assert len(outlined) == 2
+    for box in expected:
+        assert any(np.abs(o - box).max() <= pixel for o in outlined), (box, outlined)
+
+
+def test_a_ring_keeps_its_hole() -> None:
+    cells = torch.ones(1, 28, 28)
+    cells[:, 8:20, 8:20] = 0
+    box = torch.tensor([[0.0, 0.0, 28.0, 28.0]])
+    found = Detections(box, torch.ones(1), torch.zeros(1, dtype=torch.long), (28, 28), cells)
+    path = masks_of(show_detections([image(28, 28)], [found]).axes[0])[0].get_paths()[0]
+    assert len(path.to_polygons()) == 2
+
+
+def test_wrong_input_is_refused() -> None:
+    with pytest.raises(ValueError, match="no images"):
+        show_detections([], [])
+    with pytest.raises(ValueError, match="'images': 2, 'detections': 1"):
+        show_detections([image()] * 2, [detections()])
+    with pytest.raises(ValueError, match="'targets': 0"):
+        show_detections([image()], [detections()], [])
+    with pytest.raises(ValueError, match=r"image 0 is \(48, 65\).*\(48, 64\)"):
+        show_detections([image(HEIGHT, WIDTH + 1)], [detections()])
+    with pytest.raises(ValueError, match=r"torch.float32: give uint8 \(3, H, W\)"):
+        show_detections([image().float()], [detections()])
+    with pytest.raises(ValueError, match=r"\(48, 64, 3\)"):
+        show_detections([image().permute(1, 2, 0)], [detections()])
+
+
+def test_names() -> None:
+    assert [score_text(s) for s in (0.871, 0.05, 1.0, 0.999)] == [".87", ".05", "1.00", "1.00"]
+    assert class_name(1, ["cat", "dog"]) == "dog"
+    assert class_name(7, ["cat", "dog"]) == "7"
+    assert class_name(0, ["nucleus"]) == ""
+    ax = show_detections([image()], [detections()], categories=["nucleus"]).axes[0]
+    assert sorted(texts(ax)) == [".40", ".87"]
+
+
+def test_names_find_free_places_by_hand() -> None:
+    """Above, then below; a third object in the same place goes to the right of its box."""
+    box = (10, 10, 20, 20)
+    places = place_names([box, box, box], [(10, 4)] * 3, width=100, height=100)
+    assert places == [(10, 6, 20, 10), (10, 20, 20, 24), (20, 10, 30, 14)]
+    assert place_names([(0, 1, 90, 9)], [(10, 4)], 100, 10) == [(90, 1, 100, 5)]
+    assert place_names([(0, 0, 8, 8)], [(10, 4)], 8, 8) == [None]
+
+
+@given(
+    st.lists(st.tuples(*[st.floats(-20, 120)] * 4), max_size=30),
+    st.floats(1, 60),
+)
+def test_names_never_overlap_nor_leave_the_image(
+    boxes: list[tuple[float, float, float, float]], width: float
+) -> None:
+    places = place_names(boxes, [(width, 8.0)] * len(boxes), 100, 80)
+    placed = [p for p in places if p is not None]
+    for i, (x0, y0, x1, y1) in enumerate(placed):
+        assert x0 >= 0 and y0 >= 0 and x1 <= 100 + 1e-9 and y1 <= 80
+        for other in placed[:i]:
+            assert x1 <= other[0] or other[2] <= x0 or y1 <= other[1] or other[3] <= y0
+
+
+def test_a_crowded_picture_is_not_hidden_by_names() -> None:
+    count = 40
+    boxes = torch.rand(count, 2).mul(40).repeat(1, 2) + torch.tensor([0.0, 0.0, 6.0, 6.0])
+    found = Detections(
+        boxes, torch.ones(count), torch.zeros(count, dtype=torch.long), (HEIGHT, WIDTH)
+    )
+    ax = show_detections([image()], [found]).axes[0]
+    assert len(outlines(ax)) == count and texts(ax) == []
+
+
+# ------------------------------------------------------------------------------- data, sample
+
+
+def test_show_data_takes_records_and_pairs() -> None:
+    one = Target(BOXES[:1], torch.tensor([1]))
+    fig = show_data([Record(image(), target(), 7), (image(32, 32), one)], ["cat", "dog"])
+    titles = [ax.get_title("left") for ax in fig.axes]
+    assert titles == ["2 objects, 64 × 48 px", "1 object, 32 × 32 px"]
+    assert sorted(texts(fig.axes[0])) == ["cat", "dog"]
+    assert fig.alt_text == "2 images with the boxes, masks and class names of 3 objects."
+    with pytest.raises(ValueError, match="no images"):
+        show_data([], ["cat"])
+
+
+def test_crops_come_back_as_the_bitmaps_they_were_cut_from() -> None:
+    bitmaps = torch.rand(3, 40, 50) > 0.5
+    boxes = torch.tensor([[5, 3, 35, 30], [0, 0, 50, 40], [49, 39, 50, 40]])
+    back = crops_to_bitmaps(crops_from_bitmaps(bitmaps.numpy(), boxes.numpy()), 40, 50)
+    assert back.dtype == torch.bool
+    for bitmap, (x0, y0, x1, y1), pasted in zip(bitmaps, boxes.tolist(), back, strict=True):
+        expected = torch.zeros(40, 50, dtype=torch.bool)
+        expected[y0:y1, x0:x1] = bitmap[y0:y1, x0:x1]
+        assert torch.equal(pasted, expected)
+
+
+def pixels_of(fig: Figure) -> np.ndarray:
+    return np.asarray(fig.axes[0].images[0].get_array())
+
+
+@pytest.mark.parametrize("side", [32, 528])
+def test_kept_tokens_keep_their_colours(side: int) -> None:
+    """Tokens 0 and 3 of a red image: red there, grey elsewhere; small images are enlarged."""
+    red = torch.zeros(3, side, side, dtype=torch.uint8)
+    red[0] = 255
+    cells = side // 16
+    fig = show_sample(red, Sample([torch.tensor([0, 3])], (cells, cells)))
+    assert fig.axes[0].get_title("left") == f"2 of {cells**2} tokens ({2 / cells**2:.2f})"
+    pixels = pixels_of(fig)
+    assert pixels.shape == ((512, 512, 3) if side == 32 else (528, 528, 3))
+    token = len(pixels) // cells
+    seen = (pixels == [255, 0, 0]).all(-1)
+    expected = np.zeros(cells**2, dtype=bool)
+    expected[[0, 3]] = True
+    expected = expected.reshape(cells, cells).repeat(token, 0).repeat(token, 1)
+    np.testing.assert_array_equal(seen, expected)
+    assert np.ptp(pixels[~expected], axis=-1).max() == 0  # no colour left
+    vertical, horizontal = fig.axes[0].collections
+    assert len(vertical.get_segments()) == len(horizontal.get_segments()) == cells + 1
+    assert fig.axes[0].get_xlim() == (0, side)
+
+
+def test_padding_is_counted_apart() -> None:
+    """A 20 x 30 image has 2 x 2 tokens of its own in a batch of 3 x 4."""
+    sample = Sample([torch.tensor([0]), torch.tensor([1, 5, 2, 11])], (3, 4))
+    fig = show_sample(image(20, 30), sample, index=1)
+    assert fig.axes[0].get_title("left") == "2 of 4 tokens (0.50) + 2 of padding"
+    assert fig.axes[0].get_xlim() == (0, 64) and fig.axes[0].get_ylim() == (48, 0)
+    with pytest.raises(ValueError, match="index=2: the sample is one of 2 images"):
+        show_sample(image(20, 30), sample, index=2)
+    with pytest.raises(ValueError, match=r"\(4, 1\) tokens of 16 pixels.*only \(3, 4\)"):
+        show_sample(image(49, 16), sample)
+
+
+# ------------------------------------------------------------------------------- numbers
+
+
+def step(number: int, **losses: float) -> dict[str, Any]:
+    return {"step": number, "loss": 2.0 / number, "loss_cls": 1.0 / number, **losses}
+
+
+def evaluation(number: int, box: float | None, mask: float | None = None) -> dict[str, Any]:
+    return {
+        "step": number,
+        "evaluation": {"box": {"AP": box}, "mask": {"AP": mask} if mask else {}},
+    }
+
+
+def test_training_curves() -> None:
+    rows = [step(n, loss_mask=0.5) for n in range(1, 101)]
+    rows[50:50] = [evaluation(50, 0.1, 0.08)]
+    rows.append(evaluation(100, 0.215, 0.17))
+    fig = show_training(rows, "a run")
+    left, right = fig.axes
+    smooth = {line.get_label(): line for line in left.lines if line.get_label()[0] != "_"}
+    assert list(smooth) == ["total", "class", "mask"]
+    assert len(left.lines) == 6  # a thin and a thick one each
+    assert smooth["mask"].get_ydata().tolist() == pytest.approx([0.5] * 100)
+    assert left.get_yscale() == "log" and "mean of 4 steps" in left.get_title("left")
+    assert set(texts(left)) == {"total", "class", "mask"}
+
+    curves = {c.get_label(): c.lines[0].get_xydata().tolist() for c in right.containers}
+    assert curves == {"box": [[50, 10], [100, 21.5]], "mask": [[50, 8], [100, 17]]}
+    assert texts(right) == ["box 21.5", "mask 17.0"]
+    assert right.get_ylim()[0] == 0 and right.get_xlim() == left.get_xlim() == (0, 102)
+    assert fig.get_suptitle() == "a run"
+    assert fig.alt_text == (
+        "The training loss goes from 2.00 at step 1 to 0.02 at step 100; "
+        "box AP is 21.5 at step 100; mask AP is 17.0 at step 100."
+    )
+    fig.canvas.draw()
+
+
+def test_names_of_equal_losses_stand_apart() -> None:
+    rows = [step(n, loss_mask=1.0, loss_cls=1.0, loss_box_reg=1.0, loss=1.0) for n in (1, 2)]
+    left = show_training(rows).axes[0]
+    heights = sorted(text.xyann[1] for text in left.texts)
+    assert len(heights) == 4
+    assert np.diff(heights) == pytest.approx([0.065] * 3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([], ["no steps yet", "no evaluation yet"]),
+        ([step(1)], ["no evaluation yet"]),
+        ([step(1), evaluation(1, None)], ["no evaluation yet"]),
+        ([evaluation(1, math.nan)], ["no steps yet", "no evaluation yet"]),
+        ([evaluation(1, 0.0)], ["no steps yet", "box 0.0"]),
+        ([step(1, loss_rpn_loc=0.0), evaluation(1, 0.01)], ["box 1.0"]),
+        ([{"step": 1, "evaluation": {"box": {"AP": -1.0}, "mask": None}}], ["no evaluation yet"]),
+    ],
+)
+def test_training_with_little_to_show(rows: list[dict[str, Any]], said: list[str]) -> None:
+    fig = show_training(rows)
+    fig.canvas.draw()
+    shown = texts(fig.axes[0]) + texts(fig.axes[1])
+    assert set(said) <= set(shown)
+    assert fig.alt_text
+
+
+def test_running_mean_by_hand() -> None:
+    values = np.array([1.0, 2.0, 6.0, np.nan, 4.0])
+    assert _running_mean(values, 1).tolist()[:3] == [1, 2, 6]
+    assert _running_mean(values, 3).tolist() == [1.5, 3, 4, 5, 4]
+    assert np.isnan(_running_mean(np.array([np.nan, 1.0]), 1)).tolist() == [True, False]
+    assert _running_mean(np.array([]), 1).tolist() == []
+
+
+RATIOS = [
+    {"sample_ratio": 1.0, "draws": 1, "box_ap": 0.18, "box_ap_sd": 0.0},
+    {"sample_ratio": 0.25, "draws": 2, "box_ap": 0.12, "box_ap_sd": 0.01},
+]
+
+
+def test_ratios_have_error_bars() -> None:
+    fig = show_ratios(RATIOS)
+    (ax,) = fig.axes
+    (bars,) = ax.containers
+    assert bars.lines[0].get_xydata().tolist() == [[0.25, 12], [1.0, 18]]
+    (segments,) = bars.lines[2]
+    assert [s[:, 1].tolist() for s in segments.get_segments()] == [[11, 13], [18, 18]]
+    assert texts(ax) == ["12.0", "box 18.0"]
+    assert ax.get_xticks().tolist() == [0.25, 1.0]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0.25", "1"]
+    assert ax.get_title("left") == "mean ± sd of 2 draws"
+    assert ax.get_ylim()[0] == 0 and ax.get_ylim()[1] > 18
+    assert "box 12.0 ± 1.0 at 0.25" in fig.alt_text
+
+
+def test_the_higher_curve_has_its_values_above() -> None:
+    rows = [{**row, "mask_ap": row["box_ap"] + 0.01, "mask_ap_sd": 0.0} for row in RATIOS]
+    ax = show_ratios(rows).axes[0]
+    sides = {text.get_text(): text.get_va() for text in ax.texts}
+    assert sides["mask 19.0"] == "bottom" and sides["box 18.0"] == "top"
+    assert show_ratios(RATIOS[:1]).axes[0].get_title("left") == ""
+    with pytest.raises(ValueError, match="no rows"):
+        show_ratios([])
+
+
+# ------------------------------------------------------------------------------- files, state
+
+
+def test_panels_of_different_shapes_share_a_row() -> None:
+    fig, axes = image_panels([(10, 20), (20, 20), (80, 20)], columns=2)
+    height = fig.get_size_inches()[1]
+    inches = [ax.get_position().height * height for ax in axes]
+    side = axes[0].get_position().width * fig.get_size_inches()[0]
+    assert inches == pytest.approx([side, side, 1.5 * side])  # very tall images are shown smaller
+    assert axes[2].get_position().y1 < axes[0].get_position().y0
+
+
+def test_files_are_complete_described_and_repeatable(tmp_path: Path) -> None:
+    fig = show_ratios(RATIOS)
+    png, svg = save_figure(fig, tmp_path / "new" / "ratios.v1.png")
+    assert (png.name, svg.name) == ("ratios.v1.png", "ratios.v1.svg")
+    assert sorted(p.name for p in png.parent.iterdir()) == ["ratios.v1.png", "ratios.v1.svg"]
+    with Image.open(png) as saved:
+        assert saved.info["Description"] == fig.alt_text
+        assert saved.size == (960, 680)  # twice the size on screen
+    assert fig.alt_text in svg.read_text(encoding="utf-8")
+    again = save_figure(show_ratios(RATIOS), tmp_path / "ratios")
+    assert [p.name for p in again] == ["ratios.png", "ratios.svg"]
+    for first, second in zip((png, svg), again, strict=True):
+        assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: Any) -> None:
+    png, _ = save_figure(show_ratios(RATIOS), tmp_path / "a")
+    before = png.read_bytes()
+    broken = show_ratios(RATIOS[:1])
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(broken, "savefig", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_figure(broken, tmp_path / "a")
+    assert png.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "a.svg"]
+
+
+def test_a_notebook_gets_a_picture_with_alt_text() -> None:
+    for fig, kind, start in (
+        (show_ratios(RATIOS), "image/png", b"\x89PNG"),
+        (show_data([(image(), target())], []), "image/jpeg", b"\xff\xd8"),
+    ):
+        data, metadata = fig._repr_mimebundle_(include=None, exclude=None)
+        assert set(data) == {kind, "text/plain"}
+        assert data[kind].startswith(start)
+        assert metadata == {kind: {"alt": fig.alt_text}}
+
+
+def test_no_pyplot_and_no_settings_changed() -> None:
+    code = """
+        import sys, tempfile, torch
+        import matplotlib
+        before = matplotlib.rcParams.copy()
+        from mimdet.structures import Detections
+        from mimdet.models.sampling import Sample
+        from mimdet.viz import figures as f
+        image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+        figs = [
+            f.show_detections([image], [Detections.empty((32, 32), True)]),
+            f.show_sample(image, Sample([torch.tensor([1])], (2, 2))),
+            f.show_training([{"step": 1, "loss": 1.0}]),
+        ]
+        with tempfile.TemporaryDirectory() as folder:
+            for fig in figs:
+                f.save_figure(fig, folder + "/a")
+        assert "matplotlib.pyplot" not in sys.modules
+        assert "IPython" not in sys.modules
+        assert matplotlib.rcParams.copy() == before
+        import matplotlib.pyplot as plt
+        assert plt.get_fignums() == []
+        """
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(line[8:] for line in code.splitlines())],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr

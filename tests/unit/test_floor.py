@@ -1,0 +1,83 @@
+"""The colour floor: its parts by hand, and that it does find what colour alone can find."""
+
+import numpy as np
+import pytest
+
+from mimdet.analysis.floor import class_hues, connected_components, otsu, threshold_floor
+from mimdet.data.shapes import ShapesCOCO
+
+
+def test_components_by_hand():
+    bands = np.array(
+        [
+            [1, 1, 0, 2],
+            [0, 1, 2, 2],
+            [3, 0, 1, 2],
+        ]
+    )
+    assert connected_components(bands).tolist() == [
+        [1, 1, 0, 2],
+        [0, 1, 2, 2],
+        [3, 0, 4, 2],
+    ]
+
+
+def test_components_of_a_spiral_and_of_nothing():
+    spiral = np.zeros((9, 9), dtype=np.int64)
+    spiral[0], spiral[:, 8], spiral[8], spiral[2:, 0], spiral[2, :7], spiral[2:7, 6] = (1,) * 6
+    assert connected_components(spiral).max() == 1
+    assert connected_components(np.zeros((4, 4), dtype=np.int64)).max() == 0
+
+
+def test_components_agree_with_flood_fill():
+    bands = np.random.default_rng(0).integers(0, 3, (30, 40))
+    got = connected_components(bands)
+    seen = np.zeros_like(bands)
+    count = 0
+    for start in zip(*np.nonzero(bands), strict=True):
+        if seen[start]:
+            continue
+        count += 1
+        stack = [start]
+        while stack:
+            y, x = stack.pop()
+            if seen[y, x]:
+                continue
+            seen[y, x] = count
+            for a, b in ((y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)):
+                if 0 <= a < 30 and 0 <= b < 40 and bands[a, b] == bands[y, x]:
+                    stack.append((a, b))
+    pairs = set(zip(got.ravel().tolist(), seen.ravel().tolist(), strict=True))
+    assert len(pairs) == got.max() + 1 == count + 1  # the same regions, one to one
+
+
+def test_otsu_splits_two_groups():
+    values = np.array([1.0, 2.0, 1.5] * 50 + [9.0, 10.0, 9.5] * 20)
+    assert 2.0 <= otsu(values) < 9.0
+
+
+def test_hues_of_the_classes():
+    hues = class_hues(ShapesCOCO("shapes-v1-easy", length=60))
+    assert np.linalg.norm(hues, axis=1) == pytest.approx(1.0)
+    disc, leaf, square, heart = hues[[0, 2, 4, 5]]
+    assert disc[0] > 0.5 and square[1] < 0 and leaf[1] > 0.5 and heart[0] > 0.5
+
+
+def test_the_floor_finds_something_and_speaks_coco():
+    from pycocotools import mask as coco_mask
+
+    dataset = ShapesCOCO("shapes-v1-easy", length=8, split="val")
+    results = threshold_floor(dataset, ShapesCOCO("shapes-v1-easy", length=30))
+    assert {result["image_id"] for result in results} == set(range(8))
+    found = 0
+    for annotation in dataset.ground_truth()["annotations"]:
+        same = [
+            result["segmentation"]
+            for result in results
+            if result["image_id"] == annotation["image_id"]
+            and result["category_id"] == annotation["category_id"]
+        ]
+        overlaps = coco_mask.iou(same, [annotation["segmentation"]], [0]) if same else [[0.0]]
+        found += bool(np.max(overlaps) > 0.5)
+    assert found >= 5
+    assert all(0 <= result["score"] <= 1 for result in results)

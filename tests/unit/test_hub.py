@@ -1,0 +1,126 @@
+"""Hub tables: box formats that are never guessed, both nestings, names, masks."""
+
+import pickle
+
+import pytest
+import torch
+from PIL import Image
+
+from mimdet.config import DataConfig
+from mimdet.data.coco import build_dataset
+from mimdet.data.hub import HubDataset
+
+SQUARE = [[2.0, 2.0, 10.0, 2.0, 10.0, 10.0, 2.0, 10.0]]
+
+
+def hub_table(boxes: list[list[float]], nested: bool = False, **more):
+    """One image of 30 x 20 (W x H) with these boxes; the second image has none."""
+    import datasets
+
+    picture = Image.new("RGB", (30, 20), (1, 2, 3))
+    kinds = datasets.ClassLabel(names=["cat", "cup"])
+    columns = {"bbox": boxes, "category": [1] * len(boxes)} | more
+    fields = {"bbox": datasets.List(datasets.Value("float64")), "category": kinds}
+    if "segmentation" in more:
+        inner = datasets.List(datasets.List(datasets.Value("float64")))
+        fields["segmentation"] = inner
+    if nested:
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        objects, feature = [rows, []], datasets.List(fields)
+    else:
+        objects = [columns, {name: [] for name in columns}]
+        feature = {name: datasets.List(part) for name, part in fields.items()}
+    features = datasets.Features({"image": datasets.Image(), "objects": feature})
+    content = {"image": [picture, picture], "objects": objects}
+    return datasets.Dataset.from_dict(content, features=features)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("bbox_format", "box"),
+    [
+        ("xywh", [3, 4, 6, 8]),
+        ("xyxy", [3, 4, 9, 12]),
+        ("cxcywh_normalised", [0.2, 0.4, 0.2, 0.4]),
+    ],
+)
+def test_hub_table(bbox_format, box, nested):
+    dataset = HubDataset(hub_table([box], nested), bbox_format=bbox_format)
+    assert dataset.categories == ["cat", "cup"] and len(dataset) == 2 and not dataset.has_masks
+    assert dataset.image_size(0) == (20, 30)
+    record = dataset[0]
+    torch.testing.assert_close(record.target.boxes, torch.tensor([[3.0, 4.0, 9.0, 12.0]]))
+    assert record.target.labels.tolist() == [1] and record.target.masks is None
+    assert record.image[:, 0, 0].tolist() == [1, 2, 3] and record.image_id == 0
+    truth = dataset.ground_truth()
+    assert truth["annotations"][0]["bbox"] == pytest.approx([3, 4, 6, 8])
+    assert truth["annotations"][0]["area"] == pytest.approx(48)
+    assert truth["annotations"][0]["id"] == 1
+    assert truth["annotations"][0]["category_id"] == dataset.category_ids[1]
+    skipped = HubDataset(hub_table([box], nested), bbox_format=bbox_format, skip_empty=True)
+    assert len(skipped) == 1 and skipped.version == dataset.version
+    other = HubDataset(hub_table([box, box], nested), bbox_format=bbox_format)
+    assert other.version != dataset.version
+    assert len(pickle.loads(pickle.dumps(dataset))[1].target) == 0
+
+
+def test_hub_masks():
+    table = hub_table([[2, 2, 8, 8]], segmentation=[SQUARE])
+    dataset = HubDataset(table, bbox_format="xywh")
+    assert dataset.has_masks
+    assert dataset[0].target.masks.bitmaps[0, 1:-1, 1:-1].float().mean() > 0.95
+    assert dataset.ground_truth()["annotations"][0]["segmentation"] == SQUARE
+    half = hub_table([[2, 2, 8, 8]] * 2, segmentation=[SQUARE, []])
+    with pytest.raises(ValueError, match=r"1 of 2 objects have no segmentation"):
+        HubDataset(half, bbox_format="xywh")
+
+
+@pytest.mark.parametrize(
+    ("bbox_format", "box", "message"),
+    [
+        ("", [3, 4, 6, 8], "bbox_format=''.*xywh, xyxy, cxcywh_normalised"),
+        ("yolo", [3, 4, 6, 8], "bbox_format='yolo'"),
+        ("xyxy", [9, 4, 6, 8], "row 0.*contradicts bbox_format='xyxy'"),
+        ("xywh", [9, 4, -6, 8], "row 0.*contradicts"),
+        ("cxcywh_normalised", [3, 4, 6, 8], "row 0.*contradicts"),
+        ("xywh", [0.2, 0.4, 0.2, 0.4], "not pixels.*cxcywh_normalised"),
+        ("xywh", [20, 10, 29, 19], "leaves the image of 30 x 20"),
+        ("xywh", [1, 2, 3], "four numbers"),
+    ],
+)
+def test_hub_box_format_is_never_guessed(bbox_format, box, message):
+    with pytest.raises(ValueError, match=message):
+        HubDataset(hub_table([box]), bbox_format=bbox_format)
+
+
+def test_hub_columns_are_checked_and_names_may_be_plain(tmp_path):
+    import datasets
+
+    with pytest.raises(ValueError, match=r"needs `image` and `objects`"):
+        HubDataset(datasets.Dataset.from_dict({"pixels": [1]}), bbox_format="xywh")
+    table = hub_table([[3, 4, 6, 8]])
+    with pytest.raises(ValueError, match=r"it needs `bbox`"):
+        HubDataset(renamed(table, "bbox", "box"), bbox_format="xywh")
+    strings = datasets.Dataset.from_dict(
+        {
+            "image": [Image.new("RGB", (30, 20))],
+            "objects": [{"bbox": [[1, 1, 5, 5], [2, 2, 5, 5]], "label": ["dog", "ant"]}],
+            "image_id": ["first"],
+        }
+    )
+    dataset = HubDataset(strings, bbox_format="xywh")
+    assert dataset.categories == ["ant", "dog"] and dataset.category_ids == [1, 2]
+    assert dataset[0].target.labels.tolist() == [1, 0] and dataset.image_id(0) == "first"
+
+    datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "saved")
+    cfg = DataConfig(source="hub", hub_name=str(tmp_path / "saved"), bbox_format="xywh")
+    assert len(build_dataset(cfg, "train")) == 1  # without the empty image
+    with pytest.raises(ValueError, match=r"no split 'validation'; it has .'train'."):
+        build_dataset(cfg, "val")
+
+
+def renamed(table, old: str, new: str):
+    import datasets
+
+    objects = [{(new if k == old else k): v for k, v in row.items()} for row in table["objects"]]
+    return datasets.Dataset.from_dict({"image": table["image"], "objects": objects})

@@ -1,0 +1,329 @@
+"""COCO metrics: published numbers, pycocotools, and cases worked out by hand."""
+
+import contextlib
+import copy
+import io
+import json
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from mimdet.analysis.metrics import COLUMNS, Metrics, coco_metrics
+from mimdet.masks import bitmap_to_rle
+
+DATA = os.environ.get("MIMDET_DATA", "")
+
+
+def rectangle(x: int, y: int, w: int, h: int, size: tuple[int, int] = (200, 200)) -> dict[str, Any]:
+    """bbox, segmentation and area of a filled rectangle of whole pixels."""
+    bitmap = np.zeros(size, dtype=np.uint8)
+    bitmap[y : y + h, x : x + w] = 1
+    return {"bbox": [x, y, w, h], "segmentation": bitmap_to_rle(bitmap), "area": w * h}
+
+
+def truth_of(*objects: dict[str, Any], images: int = 1, categories: int = 1) -> dict[str, Any]:
+    """A COCO dictionary; objects without an image or category are in the first one."""
+    return {
+        "images": [{"id": i + 1, "height": 200, "width": 200} for i in range(images)],
+        "categories": [{"id": i + 1, "name": f"kind {i + 1}"} for i in range(categories)],
+        "annotations": [
+            {"id": i + 1, "image_id": 1, "category_id": 1, "iscrowd": 0} | entry
+            for i, entry in enumerate(objects)
+        ],
+    }
+
+
+def found(score: float, shape: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    result = {"image_id": 1, "category_id": 1, "score": score, **shape, **fields}
+    result.pop("area")
+    return result
+
+
+# --- published numbers ------------------------------------------------------------------------
+
+
+def published() -> dict[str, list[str]]:
+    """{"segm": 12 numbers as printed, "bbox": 12 numbers}."""
+    numbers: dict[str, list[str]] = {}
+    kind = ""
+    for line in (Path(DATA) / "evalbench/val2014_fake_eval_res.txt").read_text().splitlines():
+        if line.startswith("type="):
+            kind = line.removeprefix("type=")
+        elif "@[" in line:
+            numbers.setdefault(kind, []).append(line.split("= ")[-1])
+    return numbers
+
+
+@pytest.mark.skipif(not DATA, reason="set MIMDET_DATA to the folder that holds evalbench")
+@pytest.mark.parametrize("iou_type, row", [("bbox", "box"), ("segm", "mask")])
+def test_published_numbers_of_the_coco_api(iou_type: Any, row: str) -> None:
+    folder = Path(DATA) / "evalbench"
+    truth = json.loads((folder / "instances_val2014_100.json").read_text())
+    name = f"instances_val2014_fake{iou_type}100_results.json"
+    results = json.loads((folder / name).read_text())
+    numbers = getattr(coco_metrics(truth, results, iou_types=(iou_type,)), row)
+    assert [f"{numbers[column]:.3f}" for column in COLUMNS] == published()[iou_type]
+
+
+# --- pycocotools ------------------------------------------------------------------------------
+
+
+def reference(truth: dict[str, Any], results: list[dict[str, Any]], iou_type: str) -> list[float]:
+    """pycocotools' twelve numbers, -1 as NaN, with the other kind of shape taken out."""
+    other = "segmentation" if iou_type == "bbox" else "bbox"
+    kept = [{k: v for k, v in result.items() if k != other} for result in copy.deepcopy(results)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = copy.deepcopy(truth)
+        coco.createIndex()
+        evaluator = COCOeval(coco, coco.loadRes(kept), iou_type)
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    return [math.nan if number == -1 else number for number in evaluator.stats]
+
+
+def check_against_reference(truth: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    metrics = coco_metrics(truth, results)
+    for iou_type, numbers in (("bbox", metrics.box), ("segm", metrics.mask)):
+        ours = [numbers[column] for column in COLUMNS]
+        np.testing.assert_allclose(ours, reference(truth, results, iou_type), rtol=0, atol=1e-9)
+
+
+def random_ellipse(rng: np.random.Generator, around: list[float] | None = None) -> dict[str, Any]:
+    """An ellipse of any size in a 200 x 200 image, or one that overlaps the box `around`."""
+    if around is None:
+        w, h = np.exp(rng.uniform(np.log(4), np.log(160), 2))
+        x, y = rng.uniform(0, 200 - w), rng.uniform(0, 200 - h)
+    else:
+        x, y, w, h = np.array(around) + np.array(around)[[2, 3, 2, 3]] * rng.normal(0, 0.08, 4)
+        w, h = abs(w), abs(h)
+    angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+    points = np.stack([x + w / 2 * (1 + np.cos(angles)), y + h / 2 * (1 + np.sin(angles))], axis=1)
+    polygon = points.round(2).ravel().tolist()
+    rle = coco_mask.frPyObjects([polygon], 200, 200)[0]
+    area = float(coco_mask.area(rle))
+    compressed = {"size": [200, 200], "counts": rle["counts"].decode()}
+    return {"bbox": [x, y, w, h], "polygon": [polygon], "segmentation": compressed, "area": area}
+
+
+def plain_counts(rle: dict[str, Any]) -> dict[str, Any]:
+    """Uncompressed run lengths, as COCO stores crowds."""
+    flat = coco_mask.decode(rle).ravel(order="F")
+    edges = np.flatnonzero(np.diff(flat, prepend=0)).tolist()
+    return {"size": rle["size"], "counts": np.diff([0, *edges, flat.size]).tolist()}
+
+
+def random_case(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Crowds, tied scores, polygons and both kinds of RLE, duplicates, a category (4) without
+    objects, another (3) without detections, images without either."""
+    rng = np.random.default_rng(seed)
+    objects, results = [], []
+    for image_id in rng.permutation(8)[:5].tolist():
+        for _ in range(rng.integers(0, 7)):
+            shape = random_ellipse(rng)
+            polygon, rle = shape.pop("polygon"), shape["segmentation"]
+            category, crowd = int(rng.integers(1, 4)), int(rng.random() < 0.2)
+            forms = [plain_counts(rle), rle] if crowd else [polygon, plain_counts(rle), rle]
+            shape["segmentation"] = forms[rng.integers(len(forms))]
+            where = {"image_id": image_id, "category_id": category}
+            objects.append(shape | where | {"iscrowd": crowd})
+            if category == 3 or rng.random() < 0.2:
+                continue
+            for _ in range(rng.integers(1, 15 if rng.random() < 0.2 else 4)):
+                guess = random_ellipse(rng, around=shape["bbox"])
+                results.append(found(rng.random().__round__(1), guess, **where))
+        for _ in range(rng.integers(0, 4)):
+            where = {"image_id": image_id, "category_id": int(rng.choice([1, 2, 4]))}
+            results.append(found(rng.random().__round__(1), random_ellipse(rng), **where))
+    for result in results:
+        result.pop("polygon")
+    truth = truth_of(*objects, categories=4)
+    truth["images"] = [{"id": i, "height": 200, "width": 200} for i in range(8)]
+    order = rng.permutation(len(results))
+    return truth, [results[i] for i in order]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**32 - 1))
+def test_equal_to_pycocotools(seed: int) -> None:
+    truth, results = random_case(seed)
+    if results:  # pycocotools cannot load an empty list
+        check_against_reference(truth, results)
+
+
+def test_more_masks_than_a_byte_counts() -> None:
+    """pycocotools' mask.area overflows beyond 255 masks; and only the best 100 count."""
+    rng = np.random.default_rng(0)
+    truth = truth_of(*(rectangle(20 * i, 30, 18, 40) for i in range(10)))
+    shapes = [rectangle(int(rng.integers(0, 180)), 30, 18, 40) for _ in range(400)]
+    check_against_reference(truth, [found(float(rng.random()), shape) for shape in shapes])
+
+
+# --- by hand ----------------------------------------------------------------------------------
+
+
+def test_a_wrong_detection_ranked_first_halves_ap() -> None:
+    truth = truth_of(rectangle(10, 10, 40, 40))
+    results = [found(0.9, rectangle(120, 120, 40, 40)), found(0.8, rectangle(10, 10, 40, 40))]
+    metrics = coco_metrics(truth, results)
+    for numbers in (metrics.box, metrics.mask):
+        assert numbers["AP"] == numbers["AP50"] == numbers["AP75"] == pytest.approx(0.5)
+        assert (numbers["AR1"], numbers["AR10"], numbers["AR100"]) == (0, 1, 1)
+        assert numbers["AP_medium"] == pytest.approx(0.5)
+        assert math.isnan(numbers["AP_small"]) and math.isnan(numbers["AR_large"])
+
+
+def test_iou_thresholds() -> None:
+    """IoU 0.82 counts at .50, .55, ..., .80: seven of ten thresholds."""
+    results = [found(0.9, rectangle(10, 10, 50, 41))]
+    metrics = coco_metrics(truth_of(rectangle(10, 10, 50, 50)), results)
+    assert metrics.box["AP"] == metrics.mask["AP"] == pytest.approx(0.7)
+
+
+def test_annotation_id_0_scores_1_on_itself() -> None:
+    truth = truth_of(rectangle(10, 10, 40, 40), rectangle(80, 80, 20, 90), images=2)
+    for annotation in truth["annotations"]:
+        annotation["id"] -= 1
+    truth["annotations"][1]["image_id"] = 2
+    results = [annotation | {"score": 1.0} for annotation in truth["annotations"]]
+    metrics = coco_metrics(truth, results)
+    assert metrics.box["AP"] == metrics.mask["AP"] == 1.0
+    assert metrics.box["AR100"] == metrics.mask["AR100"] == 1.0
+
+
+def test_mask_sizes_are_mask_areas_though_results_have_boxes() -> None:
+    """A wrong mask of 320 px in a box of 1600 px is a small mistake for masks, not for boxes."""
+    thin = rectangle(100, 100, 8, 40) | {"bbox": [100, 100, 40, 40]}
+    truth = truth_of(rectangle(10, 10, 20, 20))
+    metrics = coco_metrics(truth, [found(0.9, thin), found(0.8, rectangle(10, 10, 20, 20))])
+    assert metrics.mask["AP_small"] == pytest.approx(0.5)
+    assert metrics.box["AP_small"] == pytest.approx(1.0)
+
+
+def test_area_scale_moves_the_size_rows_only() -> None:
+    truth = truth_of(rectangle(10, 10, 6, 6), rectangle(60, 60, 10, 10))
+    results = [found(0.9, rectangle(60, 60, 10, 10))]
+    standard = coco_metrics(truth, results)
+    scaled = coco_metrics(truth, results, area_scale=(128 / 640) ** 2)
+    assert standard.area_ranges["medium"] == (1024, 9216)
+    assert scaled.area_ranges["small"] == (0, pytest.approx(40.96))
+    assert scaled.area_ranges["large"] == (pytest.approx(368.64), 1e10)
+    assert standard.box["AP_small"] == pytest.approx(51 / 101)  # one of two; 51 of 101 recalls
+    assert math.isnan(standard.box["AP_medium"])
+    assert (scaled.box["AP_small"], scaled.box["AP_medium"]) == (0, pytest.approx(1))
+    assert scaled.mask["AP_small"] == 0
+    assert scaled.box["AP"] == standard.box["AP"]
+
+
+def test_per_class_and_categories_without_objects() -> None:
+    truth = truth_of(
+        rectangle(10, 10, 40, 40), rectangle(80, 80, 40, 40) | {"category_id": 2}, categories=3
+    )
+    results = [found(0.9, rectangle(10, 10, 40, 40)), found(0.9, rectangle(0, 0, 9, 9))]
+    results[1]["category_id"] = 3
+    metrics = coco_metrics(truth, results)
+    for per_class in (metrics.box_per_class, metrics.mask_per_class):
+        assert list(per_class) == ["kind 1", "kind 2", "kind 3"]
+        assert per_class["kind 1"] == pytest.approx(1) and per_class["kind 2"] == 0
+        assert math.isnan(per_class["kind 3"])
+    assert metrics.box["AP"] == pytest.approx(0.5)  # the mean leaves the third out
+
+
+def test_categories_of_one_name_stay_apart() -> None:
+    truth = truth_of(rectangle(10, 10, 40, 40), categories=2)
+    truth["categories"] = [{"id": 2, "name": "cell"}, {"id": 1, "name": "cell"}]
+    metrics = coco_metrics(truth, [found(0.9, rectangle(10, 10, 40, 40))])
+    assert metrics.box_per_class["cell (id 1)"] == pytest.approx(1)
+    assert math.isnan(metrics.box_per_class["cell (id 2)"])
+
+
+def test_no_results_and_no_images() -> None:
+    truth = truth_of(rectangle(10, 10, 40, 40))
+    nothing_found = coco_metrics(truth, [])
+    assert nothing_found.box["AP"] == nothing_found.mask["AP"] == nothing_found.mask["AR100"] == 0
+    no_objects = coco_metrics(truth_of(images=2), [found(0.9, rectangle(0, 0, 9, 9))])
+    no_images = coco_metrics(truth_of(images=0), [])
+    for metrics in (no_objects, no_images):
+        assert all(math.isnan(number) for number in [*metrics.box.values(), *metrics.mask.values()])
+
+
+def test_image_ids_may_be_names() -> None:
+    truth = truth_of(rectangle(10, 10, 40, 40), rectangle(5, 5, 30, 30), images=2)
+    truth["images"][0]["id"], truth["images"][1]["id"] = "b.png", "a.png"
+    for annotation, name in zip(truth["annotations"], ("b.png", "a.png"), strict=True):
+        annotation["image_id"] = name
+    results = [annotation | {"score": 0.5} for annotation in truth["annotations"]]
+    assert coco_metrics(truth, results).box["AP"] == 1.0
+
+
+def test_inputs_are_left_alone_and_nothing_is_printed(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    truth, results = random_case(3)
+    before = copy.deepcopy((truth, results))
+    coco_metrics(truth, results)
+    assert (truth, results) == before
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
+
+
+def test_table_and_json() -> None:
+    truth = truth_of(rectangle(10, 10, 40, 40))
+    metrics = coco_metrics(truth, [found(0.9, rectangle(10, 10, 40, 40))])
+    heading, box, mask = metrics.table().splitlines()
+    assert heading.split() == list(COLUMNS.values())
+    assert box.split()[:5] == ["box", "100.0", "100.0", "100.0", "-"]
+    assert len({len(line) for line in (heading, box, mask)}) == 1
+    written = json.loads(json.dumps(metrics.to_dict(), allow_nan=False))
+    assert written["box"]["AP_small"] is None and written["mask"]["AP"] == pytest.approx(1)
+    assert written["area_ranges"]["small"] == [0, 1024]
+
+
+def test_one_iou_type_leaves_the_other_empty() -> None:
+    result = found(0.9, rectangle(10, 10, 40, 40))
+    result.pop("segmentation")
+    metrics = coco_metrics(truth_of(rectangle(10, 10, 40, 40)), [result], iou_types=("bbox",))
+    assert metrics.mask == metrics.mask_per_class == {}
+    assert len(metrics.table().splitlines()) == 2
+    assert Metrics().table().split() == list(COLUMNS.values())
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"image_id": 7}, r"results\[1\]: image_id 7"),
+        ({"category_id": 0}, r"results\[1\]: category_id 0 .* not labels"),
+        ({"bbox": None}, r"results\[1\] has no 'bbox'"),
+        ({"segmentation": None}, r"results\[1\] has no 'segmentation'"),
+        ({"segmentation": [[0, 0, 9, 0, 9, 9]]}, r"results\[1\]: segmentation must be RLE"),
+        ({"score": math.nan}, r"results\[1\]: score is nan"),
+    ],
+)
+def test_results_that_cannot_be_evaluated(change: dict[str, Any], message: str) -> None:
+    good = found(0.9, rectangle(10, 10, 40, 40))
+    with pytest.raises(ValueError, match=message):
+        coco_metrics(truth_of(rectangle(10, 10, 40, 40)), [good, good | change])
+
+
+def test_truth_that_cannot_be_evaluated() -> None:
+    truth = truth_of(rectangle(10, 10, 40, 40))
+    with pytest.raises(ValueError, match="annotation 1 has no 'area'"):
+        coco_metrics(truth | {"annotations": [truth["annotations"][0] | {"area": None}]}, [])
+    with pytest.raises(ValueError, match="image 1 has no height and width"):
+        coco_metrics(truth | {"images": [{"id": 1}]}, [])
+    with pytest.raises(ValueError, match="area_scale=0"):
+        coco_metrics(truth, [], area_scale=0)
+    with pytest.raises(ValueError, match="iou_types"):
+        coco_metrics(truth, [], iou_types=("boxes",))  # type: ignore[arg-type]

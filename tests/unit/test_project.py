@@ -1,0 +1,136 @@
+"""The project's own promises: one source of dependencies, public names that work, true commands."""
+
+import ast
+import importlib.metadata
+import re
+import stat
+import subprocess
+import sys
+import textwrap
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import mimdet
+from tools import environment
+
+ROOT = Path(__file__).resolve().parents[2]
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+PROJECT = tomllib.loads(PYPROJECT)["project"]
+INSTALL_AND_RUN = "pip install -e . && mimdet demo"
+INSTALL_AND_TEST = 'pip install -e ".[test]" && pytest -m "not slow and not gpu"'
+
+
+# ------------------------------------------------------------------------------- public names
+
+
+@pytest.mark.parametrize("name", mimdet.__all__)
+def test_public_name_is_there(name: str) -> None:
+    assert name in dir(mimdet)
+    assert getattr(mimdet, name) is not None
+
+
+def test_unknown_name_lists_the_choices() -> None:
+    with pytest.raises(AttributeError, match=r"no 'bild_detector'.*build_detector"):
+        mimdet.bild_detector  # noqa: B018
+
+
+@pytest.mark.parametrize("first", ["mimdet.predict", "import mimdet.predict"])
+def test_predict_stays_a_function(first: str) -> None:
+    """Importing the module of the same name must not hide it, before or after first use."""
+    code = f"""
+        import mimdet
+        {first}
+        from mimdet.predict import predict
+        assert mimdet.predict is predict, mimdet.predict
+        """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, check=True)
+
+
+# ------------------------------------------------------------------------------- dependencies
+
+
+def test_environment_follows_pyproject() -> None:
+    written = (ROOT / "environment.yml").read_text(encoding="utf-8")
+    assert written == environment.environment_text(PYPROJECT), "run python tools/environment.py"
+
+
+def test_environment_by_hand() -> None:
+    text = environment.environment_text(
+        """
+        [project]
+        name = "kit"
+        requires-python = ">=3.11"
+        classifiers = ["Language :: Python :: 3.9", "Language :: Python :: 3.12"]
+        dependencies = ["torch>=2.11", "matplotlib>=3.8,<4", "tqdm"]
+        optional-dependencies = { notebooks = ["ipykernel>=7"], test = ["ipykernel>=7"] }
+        """
+    )
+    assert text.split("dependencies:\n")[1].splitlines() == [
+        '  - "python >=3.11,<3.13"',
+        '  - "pip"',
+        '  - "matplotlib-base >=3.8,<4"',
+        '  - "tqdm"',
+        '  - "ipykernel >=7"',
+        "  - pip:",
+        '      - "torch>=2.11"',
+        '      - "-e ."',
+    ]
+
+
+@pytest.mark.parametrize("bad", ["a[b]>=1", "a; python_version<'3.12'", "a @ file:///b"])
+def test_environment_refuses_what_conda_cannot_say(bad: str) -> None:
+    with pytest.raises(ValueError, match="conda cannot"):
+        environment.split(bad)
+
+
+def test_every_dependency_has_a_bound_and_a_reason() -> None:
+    names = "|".join(environment.split(r)[0] for r in PROJECT["dependencies"])
+    lines = re.findall(rf'^ +"(?:{names})[<>=].*$', PYPROJECT, flags=re.MULTILINE)
+    assert len(lines) >= len(PROJECT["dependencies"])
+    for line in lines:
+        assert re.search(r'">?[^"]*[<>=]+[0-9][^"]*",? +# \w', line), f"no bound or reason: {line}"
+
+
+def test_dependencies_are_what_the_code_imports() -> None:
+    """None missing from pyproject.toml, and none listed without use."""
+    imported = set()
+    for path in (ROOT / "mimdet").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                imported.add(node.module.split(".")[0])
+    imported -= set(sys.stdlib_module_names) | {"mimdet"}
+
+    distributions = importlib.metadata.packages_distributions()
+    used = {_plain(distributions[name][0]) for name in imported}
+    extras = PROJECT["optional-dependencies"]["notebooks"]
+    required = {_plain(environment.split(r)[0]) for r in PROJECT["dependencies"]}
+    optional = {_plain(environment.split(r)[0]) for r in extras} | {"ipython"}
+    assert used - required - optional == set(), "imported, but not in pyproject.toml"
+    assert required - used == set(), "in pyproject.toml, but nothing imports it"
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "-")
+
+
+# ------------------------------------------------------------------------------- what is told
+
+
+def test_readme_shows_the_two_commands() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert INSTALL_AND_RUN in readme
+    assert INSTALL_AND_TEST in readme
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    script = ROOT / ".ci" / "run"
+    assert INSTALL_AND_TEST.split(" && ")[1] in script.read_text(encoding="utf-8")
+    assert script.stat().st_mode & stat.S_IXUSR
+
+
+def test_changelog_has_this_version() -> None:
+    assert f"## [{mimdet.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

@@ -1,0 +1,291 @@
+"""Anchors, box coding, pooling, matching: numbers a reader can check by hand."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import MultiScaleRoIAlign
+
+from mimdet.models.rcnn import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    MAX_SIZE_DELTA,
+    AlignedRoIPool,
+    AnchorGrid,
+    BoxCoder,
+    clip_boxes,
+    l1_sum,
+    make_norm,
+    match,
+    non_empty,
+    pad_and_normalise,
+    padded_size,
+    subsample,
+)
+
+CPU = torch.device("cpu")
+STRIDES = (4, 8, 16, 32)
+
+
+def in_order(count: int, device: torch.device | None = None) -> Tensor:
+    return torch.arange(count, device=device)
+
+
+# ------------------------------------------------------------------ batch
+
+
+def test_padded_size():
+    assert padded_size(800, 1333) == (800, 1344)
+    assert padded_size(1, 32) == (32, 32)
+
+
+def test_batch_is_normalised_before_it_is_padded():
+    tall = torch.full((3, 40, 20), 255, dtype=torch.uint8)
+    wide = torch.zeros(3, 10, 33, dtype=torch.uint8)
+    batch = pad_and_normalise([tall, wide], CPU)
+    assert batch.tensors.shape == (2, 3, 64, 64)
+    assert batch.image_sizes == [(40, 20), (10, 33)]
+    for channel in range(3):
+        mean, std = IMAGENET_MEAN[channel], IMAGENET_STD[channel]
+        white, black = batch.tensors[0, channel], batch.tensors[1, channel]
+        torch.testing.assert_close(white[:40, :20], torch.full((40, 20), (255 - mean) / std))
+        torch.testing.assert_close(black[:10, :33], torch.full((10, 33), -mean / std))
+        assert white[40:].abs().sum() == white[:, 20:].abs().sum() == 0
+        assert black[10:].abs().sum() == black[:, 33:].abs().sum() == 0
+
+
+# ------------------------------------------------------------------ anchors
+
+
+def test_anchors_by_hand():
+    two = AnchorGrid(sizes=(32,), ratios=(1.0,), strides=(4,))([(1, 2)])[0]
+    assert two.tolist() == [[-16, -16, 16, 16], [-12, -16, 20, 16]]  # the second is 4 px right
+
+    ratios = AnchorGrid(sizes=(32,), ratios=(0.25, 4.0), strides=(8,))([(2, 1)])[0]
+    assert ratios.tolist() == [  # ratio = height / width; area stays 32 x 32
+        [-32, -8, 32, 8],
+        [-8, -32, 8, 32],
+        [-32, 0, 32, 16],
+        [-8, -24, 8, 40],
+    ]
+    assert ratios.dtype == torch.float32
+
+
+def test_anchors_of_p6_keep_stride_64_and_are_not_rounded():
+    """At height 800 p6 has 13 rows; torchvision derives a stride of 800 // 13 = 61 from them."""
+    ours = AnchorGrid((512,), (0.5, 1.0, 2.0), (64,))([(13, 21)])[0].view(13, 21, 3, 4)
+    centre = (ours[..., :2] + ours[..., 2:]) / 2
+    assert centre[12, 20].tolist() == [[1280, 768]] * 3
+    width = ours[0, 0, 0, 2] - ours[0, 0, 0, 0]
+    assert width.item() == pytest.approx(512 * 2**0.5, rel=1e-6)  # 724.08, not 724
+
+    images = ImageList(torch.zeros(1, 3, 800, 1344), [(800, 1333)])
+    theirs = AnchorGenerator(((512,),), ((0.5, 1.0, 2.0),))(images, [torch.zeros(1, 1, 13, 21)])[0]
+    assert (theirs.view(13, 21, 3, 4)[12, 20, 0, 1] - ours[12, 20, 0, 1]).abs() > 30
+
+
+def test_one_anchor_size_a_level():
+    with pytest.raises(ValueError, match="2 anchor sizes for 1 pyramid levels"):
+        AnchorGrid((32, 64), (1.0,), (4,))
+
+
+# ------------------------------------------------------------------ box coder
+
+
+def test_box_deltas_by_hand():
+    reference = torch.tensor([[0.0, 0.0, 10.0, 20.0]])
+    box = torch.tensor([[5.0, 5.0, 15.0, 15.0]])
+    deltas = BoxCoder((10.0, 10.0, 5.0, 5.0)).encode(reference, box)
+    torch.testing.assert_close(deltas, torch.tensor([[5.0, 0.0, 0.0, 5 * math.log(0.5)]]))
+    per_class = BoxCoder().decode(
+        reference, torch.tensor([[[0.5, 0, 0, 0], [0, 0, math.log(2), 0]]])
+    )
+    assert per_class.shape == (1, 2, 4)
+    torch.testing.assert_close(
+        per_class[0], torch.tensor([[5.0, 0.0, 15.0, 20.0], [-5.0, 0.0, 15.0, 20.0]])
+    )
+
+
+def test_a_size_delta_is_clamped_from_above_only():
+    reference = torch.tensor([[0.0, 0.0, 8.0, 8.0]])
+    huge = BoxCoder().decode(reference, torch.tensor([[0.0, 0.0, 50.0, -50.0]]))[0]
+    assert math.exp(MAX_SIZE_DELTA) == pytest.approx(62.5)
+    assert (huge[2] - huge[0]).item() == pytest.approx(8 * 62.5)
+    assert (huge[3] - huge[1]).item() == pytest.approx(0, abs=1e-6)
+
+
+coordinates = st.floats(0, 1000, width=32)
+sides = st.floats(1, 500, width=32)
+
+
+@given(st.tuples(coordinates, coordinates, sides, sides, coordinates, coordinates, sides, sides))
+def test_decoding_undoes_encoding(numbers: tuple[float, ...]):
+    x, y, w, h, x2, y2, w2, h2 = numbers
+    reference, box = torch.tensor([[[x, y, x + w, y + h]], [[x2, y2, x2 + w2, y2 + h2]]])
+    if max(w2 / w, h2 / h) > 60:
+        return  # clamped
+    for weights in ((1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0)):
+        coder = BoxCoder(weights)
+        decoded = coder.decode(reference, coder.encode(reference, box))
+        torch.testing.assert_close(decoded, box, rtol=1e-4, atol=2e-2)
+
+
+def test_decoding_is_float32_whatever_the_heads_computed_in():
+    decoded = BoxCoder().decode(torch.rand(3, 4), torch.zeros(3, 4, dtype=torch.bfloat16))
+    assert decoded.dtype == torch.float32
+
+
+# ------------------------------------------------------------------ pooling
+
+
+def ramp(stride: int, height: int = 512, width: int = 768) -> Tensor:
+    """(1, 2, h, w): the x and y coordinate, in image pixels, of every cell's centre."""
+    y = (torch.arange(height // stride) + 0.5) * stride
+    x = (torch.arange(width // stride) + 0.5) * stride
+    rows, columns = torch.meshgrid(y, x, indexing="ij")
+    return torch.stack([columns, rows])[None]
+
+
+@pytest.mark.parametrize("side", [40.0, 112.0, 224.0, 300.0])
+def test_pooling_a_ramp_gives_the_centres_of_the_bins(side: float):
+    """On a map of coordinates, aligned sampling reads exactly the middle of every bin."""
+    features = [ramp(stride) for stride in STRIDES]
+    box = torch.tensor([[100.0, 60.0, 100 + side, 60 + side]])
+    pooled = AlignedRoIPool(7, STRIDES)(features, [box])
+    assert pooled.shape == (1, 2, 7, 7)
+    centres = (torch.arange(7) + 0.5) * side / 7
+    torch.testing.assert_close(pooled[0, 0], (100 + centres).expand(7, 7))
+    torch.testing.assert_close(pooled[0, 1], (60 + centres)[:, None].expand(7, 7))
+
+
+def test_torchvisions_pooling_sits_half_a_cell_off():
+    """The reason for AlignedRoIPool: if this fails, torchvision's own pooling could be used."""
+    named = {str(i): ramp(stride) for i, stride in enumerate(STRIDES)}
+    pool = MultiScaleRoIAlign(list(named), 7, 2)
+    box = torch.tensor([[100.0, 60.0, 324.0, 284.0]])
+    pooled = pool(named, [box], [(512, 768)])
+    assert (pooled[0, 0, 0, 0] - (100 + 16)).item() == pytest.approx(8, abs=0.1)  # stride 16
+
+
+def test_boxes_go_to_their_image_and_come_back_in_order():
+    features = [torch.zeros(2, 1, 512 // s, 512 // s) for s in STRIDES]
+    for level, feature in enumerate(features):
+        feature[0], feature[1] = level, 10 + level
+    squares = torch.tensor([[0, 0, side, side] for side in (300.0, 20.0, 500.0, 150.0)])
+    pooled = AlignedRoIPool(2, STRIDES)(features, [squares[:3], squares[3:]])
+    assert pooled[:, 0, 0, 0].tolist() == [2, 0, 3, 11]
+
+
+def test_no_boxes_leave_a_path_for_the_gradient():
+    features = [torch.ones(1, 3, 8, 8, requires_grad=True) for _ in STRIDES]
+    pooled = AlignedRoIPool(7, STRIDES)(features, [torch.zeros(0, 4)])
+    assert pooled.shape == (0, 3, 7, 7)
+    pooled.sum().backward()
+    assert all(f.grad is not None and f.grad.abs().sum() == 0 for f in features)
+
+
+@pytest.mark.parametrize(
+    ("side", "level"),
+    [(0, "p2"), (1, "p2"), (111, "p2"), (112, "p3"), (223, "p3"), (224, "p4"), (447, "p4"),
+     (448, "p5"), (5000, "p5")],
+)  # fmt: skip
+def test_level_of_a_box(side: float, level: str):
+    pool = AlignedRoIPool(7, STRIDES)
+    square = torch.tensor([[10.0, 20.0, 10 + side, 20 + side]])
+    oblong = torch.tensor([[0.0, 0.0, side / 2, side * 2]])  # the area decides
+    for box in (square, oblong):
+        assert ("p2", "p3", "p4", "p5")[pool.level_of(box).item()] == level
+
+
+def test_canonical_size_moves_the_levels():
+    box = torch.tensor([[0.0, 0.0, 112.0, 112.0]])
+    assert AlignedRoIPool(7, STRIDES, 112.0).level_of(box).item() == 2
+
+
+# ------------------------------------------------------------------ matching
+
+
+def test_matching_by_hand():
+    overlap = torch.tensor([[0.90, 0.40, 0.10, 0.30], [0.20, 0.65, 0.05, 0.70]])
+    index, label = match(overlap, 0.3, 0.7)
+    assert index.tolist() == [0, 1, 0, 1]
+    assert label.tolist() == [1, -1, 0, 1]  # at `high` is an object already
+
+
+def test_the_lower_bound_is_not_background():
+    assert match(torch.tensor([[0.3, 0.2999]]), 0.3, 0.7)[1].tolist() == [-1, 0]
+    assert match(torch.tensor([[0.5, 0.4999]]), 0.5, 0.5)[1].tolist() == [1, 0]
+
+
+def test_every_true_box_gets_its_best_candidates():
+    overlap = torch.tensor([[0.10, 0.20, 0.20, 0.00], [0.00, 0.60, 0.05, 0.65]])
+    assert match(overlap, 0.3, 0.7)[1].tolist() == [0, -1, 0, -1]
+    index, label = match(overlap, 0.3, 0.7, rescue_best=True)
+    assert label.tolist() == [0, 1, 1, 1]  # both of truth 0's equally good ones
+    assert index.tolist() == [0, 1, 0, 1]  # a rescued candidate keeps the truth it overlaps most
+
+
+def test_without_true_boxes_everything_is_background():
+    index, label = match(torch.zeros(0, 5), 0.3, 0.7, rescue_best=True)
+    assert index.tolist() == label.tolist() == [0] * 5
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 40), st.sampled_from([0.25, 0.5]))
+def test_subsample_counts(positives: int, negatives: int, total: int, share: float):
+    positive, negative = torch.arange(positives), torch.arange(100, 100 + negatives)
+    objects, background = subsample(positive, negative, total, share)
+    assert len(objects) == min(int(total * share), positives)
+    assert len(background) == min(total - len(objects), negatives)
+    assert len(objects.unique()) == len(objects) and torch.isin(objects, positive).all()
+    assert len(background.unique()) == len(background) and torch.isin(background, negative).all()
+
+
+def test_subsample_takes_a_permutation():
+    chosen = subsample(torch.arange(10, 20), torch.arange(50, 90), 8, 0.25, in_order)
+    assert [part.tolist() for part in chosen] == [[10, 11], [50, 51, 52, 53, 54, 55]]
+    draws = {
+        tuple(subsample(torch.arange(9), torch.arange(9), 4, 0.5)[0].tolist()) for _ in range(9)
+    }
+    assert len(draws) > 1
+
+
+# ------------------------------------------------------------------ small ones
+
+
+def test_clipping():
+    boxes = torch.tensor([[[-5.0, -1.0, 50.0, 8.0], [45.0, 25.0, 60.0, 99.0]]])
+    expected = [[[0, 0, 40, 8], [40, 25, 40, 30]]]  # (height, width) = (30, 40)
+    assert clip_boxes(boxes, (30, 40)).tolist() == expected
+
+
+def test_boxes_without_width_or_height_are_empty():
+    boxes = torch.tensor([[0.0, 0, 1, 1], [1, 0, 1, 5], [0, 5, 5, 5], [3, 0, 2, 9]])
+    assert non_empty(boxes).tolist() == [True, False, False, False]
+
+
+def test_l1_is_plain():
+    assert l1_sum(torch.tensor([0.05, 3.0]), torch.zeros(2)).item() == pytest.approx(3.05)
+
+
+@pytest.mark.parametrize("name", ["BN", "GN", "LN"])
+@pytest.mark.parametrize("channels", [24, 64])
+def test_norms(name: str, channels: int):
+    norm = make_norm(name)(channels)
+    x = 3 + 2 * torch.randn(4, channels, 6, 6)
+    axes = {"BN": (0, 2, 3), "GN": None, "LN": (1,)}[name]
+    y = norm(x)
+    if axes is None:
+        assert isinstance(norm, nn.GroupNorm) and norm.num_groups == math.gcd(32, channels)
+        y, axes = y.unflatten(1, (norm.num_groups, -1)), (2, 3, 4)
+    assert y.mean(dim=axes).abs().max() < 1e-4
+    assert (y.var(dim=axes, unbiased=False) - 1).abs().max() < 1e-3
+
+
+def test_an_unknown_norm():
+    with pytest.raises(ValueError, match="'BN', 'GN' or 'LN'"):
+        make_norm("SyncBN")

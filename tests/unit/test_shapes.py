@@ -1,0 +1,263 @@
+"""ShapesCOCO: what its levels promise, exact masks, determinism, export."""
+
+import hashlib
+import json
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from mimdet.data.scenes import LEVELS
+from mimdet.data.shapes import ShapesCOCO, export
+from mimdet.data.textures import OUTLINES, Draws, area, enlarge, rgb, texture
+
+SMALL = 32**2 * (128 / 640) ** 2
+"""Pixels of a 128-pixel scene below which COCO would call an object small."""
+
+
+@pytest.fixture(scope="module")
+def medium():
+    dataset = ShapesCOCO("shapes-v1-medium", length=300, split="val")
+    return [dataset.scene(i) for i in range(len(dataset))]
+
+
+def test_medium_keeps_its_promises(medium):
+    counts = [len(scene.labels) for scene in medium]
+    areas = np.concatenate([scene.masks.sum((1, 2)) for scene in medium])
+    visible = np.concatenate([scene.visible for scene in medium])
+    labels = np.concatenate([scene.labels for scene in medium])
+    assert (min(counts), max(counts)) == (3, 10)
+    assert np.mean(areas < SMALL) >= 0.4
+    assert np.mean(visible < 0.95) >= 0.3
+    assert visible.min() >= 0.3 and areas.min() >= 10
+    assert areas.max() > 30**2
+    assert (np.bincount(labels, minlength=12) > len(labels) / 24).all()  # no class is rare
+
+
+def test_masks_are_disjoint_and_agree_with_the_visible_share(medium):
+    for scene in medium[:50]:
+        assert scene.masks.sum(0).max() <= 1
+        assert scene.masks.any((1, 2)).all()
+        assert ((scene.visible > 0) & (scene.visible <= 1)).all()
+
+
+def test_masks_lie_on_their_objects():
+    """Where a mask ends the picture changes: no mask is shifted against its object."""
+    dataset = ShapesCOCO("shapes-v1-easy", length=40)
+    here, moved = [], []
+    for index in range(len(dataset)):
+        scene = dataset.scene(index)
+        image = scene.image.astype(float)
+        step = np.abs(np.diff(image, axis=1)).sum(-1)
+        for mask in scene.masks:
+            rim = mask[:, 1:] != mask[:, :-1]
+            here.append(step[rim].mean())
+            moved.append(step[np.roll(rim, 4, axis=1)].mean())
+    assert np.mean(here) > 1.5 * np.mean(moved)
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_levels(name):
+    level = LEVELS[name]
+    dataset = ShapesCOCO(name, length=25)
+    scenes = [dataset.scene(i) for i in range(25)]
+    counts = [len(scene.labels) for scene in scenes]
+    assert level.instances[0] <= min(counts) and max(counts) <= level.instances[1]
+    assert dataset.categories == list(level.classes)
+    assert max(scene.labels.max() for scene in scenes) < len(level.classes)
+
+
+def test_a_scene_depends_on_level_size_seed_split_and_index_only():
+    def picture(index=3, **changes):
+        arguments = {"level": "shapes-v1-medium", "size": 64, "length": 10, "seed": 1} | changes
+        return ShapesCOCO(**arguments).scene(index).image.tobytes()
+
+    assert picture() == picture() == picture(length=4)
+    others = [
+        picture(4),
+        picture(seed=2),
+        picture(split="val"),
+        picture(level="shapes-v1-hard"),
+        picture(size=65),
+    ]
+    assert len({picture(), *others}) == 6
+
+
+def test_bytes_of_the_revision():
+    """The pixels that results with this revision were measured on. A change of the drawing code
+    that fails here needs a new REVISION."""
+    digest = hashlib.sha256()
+    for name in LEVELS:
+        dataset = ShapesCOCO(name, length=5, split="val")
+        for index in range(5):
+            digest.update(dataset.scene(index).image.tobytes())
+    assert dataset.version.endswith("/r1")
+    assert digest.hexdigest()[:16] == "PINNED"
+
+
+def test_order_of_drawing_and_pickling_do_not_matter():
+    dataset = ShapesCOCO(size=64, length=6)
+    backwards = [dataset[i].image for i in reversed(range(6))][::-1]
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert all(torch.equal(copy[i].image, backwards[i]) for i in range(6))
+
+
+def test_record_holds_the_exact_extents():
+    dataset = ShapesCOCO(length=5)
+    for index in range(5):
+        record, scene = dataset[index], dataset.scene(index)
+        assert record.image.shape == (3, 128, 128) and record.image.dtype == torch.uint8
+        assert torch.equal(record.image, torch.from_numpy(scene.image).permute(2, 0, 1))
+        assert record.target.labels.dtype == torch.int64
+        for box, mask in zip(record.target.boxes.tolist(), scene.masks, strict=True):
+            left, top, right, bottom = map(int, box)
+            assert mask[top:bottom, left:right].sum() == mask.sum()
+            assert mask[top].any() and mask[bottom - 1].any()
+            assert mask[:, left].any() and mask[:, right - 1].any()
+        cells = record.target.masks.bitmaps.sum((1, 2)) / 110**2
+        sides = record.target.boxes[:, 2:] - record.target.boxes[:, :2]
+        share = torch.from_numpy(scene.masks.sum((1, 2))) / sides.prod(1)
+        torch.testing.assert_close(cells, share, atol=0.03, rtol=0, check_dtype=False)
+
+
+@pytest.mark.parametrize("size", [32, 100, 256])
+def test_any_size(size):
+    dataset = ShapesCOCO(size=size, length=3)
+    record = dataset[0]
+    assert record.image.shape == (3, size, size)
+    assert dataset.image_size(0) == (size, size)
+    assert dataset.version == f"shapes-v1-medium@{size}/r1"
+    assert (record.target.boxes >= 0).all() and (record.target.boxes <= size).all()
+
+
+def test_objects_grow_with_the_scene():
+    def mean_area(size):
+        dataset = ShapesCOCO(size=size, length=40)
+        areas = [dataset.scene(i).masks.sum((1, 2)) for i in range(40)]
+        return np.concatenate(areas).mean() / size**2
+
+    assert mean_area(256) == pytest.approx(mean_area(128), rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"level": "shapes-v1-normal"}, "shapes-v1-medium"),
+        ({"split": "test"}, "train"),
+        ({"size": 8}, "size=8"),
+        ({"seed": -1}, "seed=-1"),
+        ({"length": -1}, "length=-1"),
+    ],
+)
+def test_arguments_that_cannot_be_used(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ShapesCOCO(**arguments)
+
+
+def test_index_outside():
+    with pytest.raises(IndexError, match="scene 3 of 3"):
+        ShapesCOCO(length=3)[3]
+
+
+def test_ground_truth_is_exact_and_kept():
+    from pycocotools import mask as coco_mask
+
+    dataset = ShapesCOCO(length=6, split="val")
+    truth = dataset.ground_truth()
+    assert dataset.ground_truth() is truth
+    assert [a["id"] for a in truth["annotations"]] == list(range(1, len(truth["annotations"]) + 1))
+    assert [c["id"] for c in truth["categories"]] == dataset.category_ids
+    for index in range(6):
+        scene = dataset.scene(index)
+        mine = [a for a in truth["annotations"] if a["image_id"] == dataset.image_id(index)]
+        assert [a["category_id"] - 1 for a in mine] == scene.labels.tolist()
+        for annotation, mask in zip(mine, scene.masks, strict=True):
+            assert (coco_mask.decode(annotation["segmentation"]) == mask).all()
+            assert annotation["area"] == mask.sum()
+            assert annotation["bbox"] == coco_mask.toBbox(annotation["segmentation"]).tolist()
+
+
+def test_export_round_trip(tmp_path):
+    from PIL import Image
+    from pycocotools.coco import COCO
+
+    dataset = ShapesCOCO(length=4, split="val", seed=5)
+    folder = tmp_path / "a" / "shapes"
+    export(dataset, folder)
+    export(dataset, folder)  # an earlier export is replaced
+    assert [path.name for path in folder.parent.iterdir()] == ["shapes"]
+    coco = COCO(str(folder / "annotations.json"))
+    assert coco.dataset["info"]["version"] == dataset.version
+    for index, entry in enumerate(coco.loadImgs(coco.getImgIds())):
+        scene = dataset.scene(index)
+        image = np.asarray(Image.open(folder / "images" / entry["file_name"]))
+        assert (image == scene.image).all()
+        annotations = coco.loadAnns(coco.getAnnIds(imgIds=entry["id"]))
+        masks = [coco.annToMask(annotation) for annotation in annotations]
+        assert (np.stack(masks) == scene.masks).all()
+
+
+def test_export_leaves_other_folders_alone(tmp_path):
+    dataset = ShapesCOCO(length=1)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"mine")
+    (tmp_path / "file").write_bytes(b"mine")
+    foreign = tmp_path / "coco"
+    (foreign / "images").mkdir(parents=True)
+    (foreign / "annotations.json").write_text(json.dumps({"info": {"description": "COCO 2017"}}))
+    for name in ("photos", "file", "coco"):
+        with pytest.raises(ValueError, match=name):
+            export(dataset, tmp_path / name)
+    extended = tmp_path / "mine"
+    export(dataset, extended)
+    (extended / "notes.txt").write_text("keep me")
+    with pytest.raises(ValueError, match="mine"):
+        export(dataset, extended)
+    assert (tmp_path / "photos" / "a.jpg").read_bytes() == b"mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["coco", "file", "mine", "photos"]
+
+
+def test_outline_areas_by_hand():
+    assert area(OUTLINES["disc"]) == pytest.approx(math.pi, rel=0.01)
+    assert area(OUTLINES["square"]) == pytest.approx(1.6**2, rel=0.02)
+    assert area(OUTLINES["ring"]) == pytest.approx(math.pi * (1 - 0.48**2), rel=0.01)
+    assert area(OUTLINES["cross"]) == pytest.approx(2 * 1.9 * 0.68 - 0.68**2, rel=0.02)
+    assert area(OUTLINES["bar"]) == pytest.approx(2 * 0.72, rel=0.02)
+
+
+@pytest.mark.parametrize("name", OUTLINES)
+def test_outlines_fit_the_patch_that_is_drawn(name):
+    ticks = np.linspace(-2, 2, 201, dtype=np.float32)
+    u, v = np.meshgrid(ticks, ticks)
+    inside = OUTLINES[name](u, v) < 0
+    assert np.hypot(u, v)[inside].max() <= 1.25
+
+
+def test_textures_stay_between_the_two_colours():
+    u, v = np.meshgrid(np.linspace(-1, 1, 64, dtype=np.float32), np.linspace(-1, 1, 64))
+    for kind in ("plain", "gradient", "stripes", "checker", "dots", "rings"):
+        pattern = texture(kind, u, v, 3.0, 5.0)
+        assert pattern.shape == (64, 64) and pattern.min() >= 0 and pattern.max() <= 1
+        assert (pattern.max() > 0.9) == (kind != "plain")
+
+
+def test_draws_are_uniform_and_repeatable():
+    draws = Draws(1, 2, 3)
+    values = np.array(draws.unit(4000))
+    assert values.min() >= 0 and values.max() < 1 and values.mean() == pytest.approx(0.5, abs=0.02)
+    assert Draws(1, 2, 3).unit(4000) == values.tolist()
+    assert {draws.integer(2, 4) for _ in range(60)} == {2, 3, 4}
+    normal = [draws.normal() for _ in range(4000)]
+    assert np.mean(normal) == pytest.approx(0, abs=0.05)
+    assert np.std(normal) == pytest.approx(1, abs=0.05)
+    plane = draws.plane(50, 50)
+    assert plane.dtype == np.float32 and plane.min() >= 0 and plane.max() < 1
+
+
+def test_enlarge_and_rgb_by_hand():
+    grid = np.array([[0.0, 1.0], [2.0, 3.0]], dtype=np.float32)
+    assert enlarge(grid, 3, 3).tolist() == [[0, 0.5, 1], [1, 1.5, 2], [2, 2.5, 3]]
+    assert rgb(120.0, 1.0, 1.0) == (0.0, 1.0, 0.0)
+    assert rgb(-240.0, 1.5, 1.0) == (0.0, 1.0, 0.0)

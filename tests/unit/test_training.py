@@ -1,0 +1,291 @@
+"""Training: groups and schedules by hand, runs, checkpoints, and exact resumption."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import mimdet
+from mimdet import presets
+from mimdet.training.checkpoints import Checkpoint, CheckpointStore
+from mimdet.training.optim import build_optimizer, parameter_groups, rate_factor, scaled_rate
+from mimdet.training.run import Run, load_detector
+from mimdet.training.signals import TrainingStopped
+from mimdet.training.train import Trainer, fit, train
+from tests.small import small
+
+
+# ---------------------------------------------------------------- optimiser
+
+
+def test_scaled_rate_reproduces_both_configurations_of_the_paper():
+    t = presets.mimdet_base().training
+    assert scaled_rate(t) == pytest.approx(8e-5)  # batch 64
+    t.batch_size, t.accumulate = 16, 1
+    assert scaled_rate(t) == pytest.approx(4e-5)  # batch 16: square root
+    t.learning_rate_exponent = 1.0
+    assert scaled_rate(t) == pytest.approx(2e-5)  # linear
+
+
+def test_three_rates_and_no_decay_for_one_dimensional_parameters():
+    cfg = small()
+    cfg.training.rate_multiplier = 2.0
+    model = mimdet.build_detector(cfg)
+    groups = parameter_groups(model, cfg.training)
+    rate = scaled_rate(cfg.training)
+    assert {g["part"]: g["lr"] for g in groups} == pytest.approx(
+        {"stem": rate, "encoder": rate / 2, "rest": rate * 2}
+    )
+    shapes = dict(model.named_parameters())
+    named = [name for g in groups for name in g["names"]]
+    assert sorted(named) == sorted(n for n, p in shapes.items() if p.requires_grad)
+    for g in groups:
+        assert all((shapes[n].ndim > 1) == (g["weight_decay"] > 0) for n in g["names"])
+    assert "backbone.encoder.pos_embed" not in named
+
+
+def test_schedules_by_hand():
+    t = presets.mimdet_base().training
+    steps = [rate_factor(s, 360, 10, t) for s in (0, 9, 269, 270, 329, 330)]
+    assert steps == pytest.approx([0.1, 1, 1, 0.1, 0.1, 0.01])
+    t.schedule = "cosine"
+    assert rate_factor(0, 100, 0, t) == 1
+    assert rate_factor(50, 100, 0, t) == pytest.approx(0.5)
+    assert rate_factor(99, 100, 0, t) < 0.001
+
+
+def test_optimizer_uses_every_trainable_parameter_once():
+    model = mimdet.build_detector(small())
+    optimizer = build_optimizer(model, small().training)
+    count = sum(p.numel() for g in optimizer.param_groups for p in g["params"])
+    assert count == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+# ---------------------------------------------------------------- run directory
+
+
+def test_other_configuration_is_refused_with_the_difference(tmp_path):
+    Run(tmp_path / "x", small())
+    Run(tmp_path / "x", small())
+    with pytest.raises(ValueError, match=r"training.steps: 4 -> 5"):
+        Run(tmp_path / "x", small(5))
+
+
+def test_foreign_folder_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("keep me")
+    with pytest.raises(ValueError, match="holds no run"):
+        Run(tmp_path, small())
+
+
+def test_half_a_line_of_metrics_is_forgotten(tmp_path):
+    run = Run(tmp_path / "x", small())
+    run.append({"step": 1})
+    run.append({"step": 2})
+    with run.metrics_path.open("a") as file:
+        file.write('{"step": 3, "lo')
+    assert [r["step"] for r in run.metrics()] == [1, 2]
+    run.forget_after(1)
+    assert run.metrics_path.read_text() == '{"step": 1}\n'
+
+
+def test_checkpoints_are_complete_or_absent(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        store.save(Checkpoint(step, {"w": torch.full((2,), step)}, {"best": 0.0}))
+    assert store.steps() == [2, 3]
+    store.point("best", "000002")
+
+    def full_disk(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("mimdet.training.checkpoints.torch.save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        store.save(Checkpoint(4, {"w": torch.zeros(2)}, {}))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000002", "000003", "best", "last"]
+    monkeypatch.undo()
+    for step in (4, 5):
+        store.save(Checkpoint(step, {"w": torch.zeros(2)}, {}))
+    assert store.steps() == [2, 4, 5]  # the best one stays
+    assert store.load_last(torch.device("cpu")).step == 5
+
+
+# ---------------------------------------------------------------- training
+
+
+def state_of(path) -> tuple[dict, list]:
+    """Every tensor of the last checkpoint, and the metrics without their time fields."""
+    last = CheckpointStore(path / "checkpoints").load_last(torch.device("cpu"))
+    tensors = dict(last.weights)
+    for number, values in last.optimizer["optimizer"]["state"].items():
+        tensors |= {f"optimizer.{number}.{name}": value for name, value in values.items()}
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return tensors, [{k: v for k, v in row.items() if k != "time"} for row in rows]
+
+
+def run_to_the_end(path, signal_at_forward: int | None = None) -> int:
+    """Train; optionally send SIGINT in the n-th forward pass (two a step), then resume."""
+    forwards = 0
+    stops = 0
+
+    def interrupt(*_):
+        nonlocal forwards
+        forwards += 1
+        if forwards == signal_at_forward:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)  # let the interpreter run the handler here
+
+    torch.manual_seed(0)
+    model = mimdet.build_detector(small())
+    model.neck.register_forward_hook(interrupt)  # the stem's statistics are already updated
+    try:
+        for _ in train(small(), path, model=model):
+            pass
+    except TrainingStopped:
+        stops += 1
+        torch.manual_seed(99)  # nothing may depend on the fresh process' state
+        for _ in train(small(), path, model=mimdet.build_detector(small())):
+            pass
+    return stops
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    path = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert run_to_the_end(path) == 0
+    return state_of(path)
+
+
+# Forward 1 is the first micro-batch of step 1, forward 2 its second one; the evaluation after
+# step 3 follows forward 6.
+@pytest.mark.parametrize("forward", [1, 3, 4, 5, 7, 8])
+def test_resumed_run_is_bit_identical(tmp_path, undisturbed, forward):
+    assert run_to_the_end(tmp_path / "run", signal_at_forward=forward) == 1
+    tensors, rows = state_of(tmp_path / "run")
+    assert rows == undisturbed[1]
+    assert tensors.keys() == undisturbed[0].keys()
+    different = [name for name in tensors if not torch.equal(tensors[name], undisturbed[0][name])]
+    assert different == []
+
+
+def test_leaving_the_loop_saves(tmp_path, undisturbed):
+    for step in train(small(), tmp_path / "run"):
+        if step.number == 3:
+            break
+    assert CheckpointStore(tmp_path / "run" / "checkpoints").steps()[-1] == 3
+    for _ in train(small(), tmp_path / "run"):
+        pass
+    assert state_of(tmp_path / "run")[1][-1]["step"] == 4
+
+
+def test_signal_handlers_are_put_back(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    steps = train(small(), tmp_path / "run")
+    next(steps)
+    assert signal.getsignal(signal.SIGINT) != before
+    steps.close()
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_non_finite_loss_stops_with_image_ids_and_keeps_the_last_step(tmp_path):
+    model = mimdet.build_detector(small())
+    with torch.no_grad():
+        model.roi_heads.box_head.cls_score.bias.fill_(float("nan"))
+    poisoned = train(small(), tmp_path / "poisoned", model=model)
+    with pytest.raises(FloatingPointError, match=r"step 1: .*images \["):
+        next(poisoned)
+    assert CheckpointStore(tmp_path / "poisoned" / "checkpoints").steps() == [0]
+
+
+def test_warm_start_from_another_class_count(tmp_path, capsys):
+    first = small(1)
+    fit(first, "first", runs=tmp_path)
+    second = small(1)
+    second.data.shapes_level = "shapes-v1-easy"
+    second.training.init_from = str(tmp_path / "first")
+    for _ in train(second, tmp_path / "second"):
+        pass
+    printed = capsys.readouterr().out
+    assert "new: roi_heads.box_head.cls_score.weight" in printed
+    assert "new: backbone.stem" not in printed
+
+
+def test_evaluation_results_are_on_disk(tmp_path):
+    model = fit(small(3), "x", runs=tmp_path)
+    assert model.categories and not model.training
+    assert json.loads((tmp_path / "x" / "eval.json").read_text())["step"] == 3
+    assert isinstance(json.loads((tmp_path / "x" / "predictions.json").read_text()), list)
+    environment = json.loads((tmp_path / "x" / "environment.json").read_text())
+    assert environment["data"].startswith("shapes-v1-medium@64")
+
+
+# ---------------------------------------------------------------- slots written in a cell
+
+
+def stem_response_sampler(tokens, grid, generator):
+    """Keep the tokens where the stem responds most, with a little noise."""
+    noise = torch.rand(len(tokens), generator=generator, device=tokens.device)
+    return tokens.norm(dim=1) + 0.1 * noise
+
+
+def test_sampler_from_a_cell_is_trained_saved_and_reloaded_only_with_consent(tmp_path):
+    cfg = small(5)
+    model = mimdet.build_detector(cfg, sampler=stem_response_sampler)
+    for _ in train(cfg, tmp_path / "own", model=model):
+        pass
+    with pytest.raises(PermissionError, match="trust_code=True"):
+        load_detector(tmp_path / "own")
+    again = load_detector(tmp_path / "own", trust_code=True)
+    scene = mimdet.ShapesCOCO(size=64, length=1, split="val")[0].image
+    ours, theirs = (mimdet.predict(m.eval(), scene, sample_ratio=0.5) for m in (model, again))
+    assert torch.equal(ours.scores, theirs.scores)
+    slot = tmp_path / "own" / "slots" / "sampler.py"
+    slot.write_text(slot.read_text() + "# edited\n")
+    with pytest.raises(ValueError, match="sha256"):
+        load_detector(tmp_path / "own", trust_code=True)
+
+
+OUTSIDE = 3.0
+
+
+def leaning_sampler(tokens, grid, generator):
+    return tokens[:, 0] * OUTSIDE
+
+
+def test_slot_that_does_not_stand_alone_is_refused(tmp_path):
+    model = mimdet.build_detector(small(1), sampler=leaning_sampler)
+    with pytest.raises(ValueError, match="OUTSIDE from outside itself"):
+        next(train(small(1), tmp_path / "x", model=model))
+
+
+class NeedyStem(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.inner = mimdet.models.stem.ConvStem(dim)
+
+    def forward(self, images):
+        return self.inner(images)
+
+
+def test_stem_that_needs_arguments_is_refused_before_training(tmp_path):
+    model = mimdet.build_detector(small(1), stem=NeedyStem(32))
+    with pytest.raises(ValueError, match="every constructor argument a default"):
+        next(train(small(1), tmp_path / "x", model=model))
+
+
+def test_trainer_needs_as_many_classes_as_the_data(tmp_path):
+    cfg = small(1)
+    cfg.detector.num_classes = 3
+    with pytest.raises(ValueError, match=r"detector\.num_classes=12"):
+        next(train(cfg, tmp_path / "x", model=mimdet.build_detector(cfg)))
+
+
+def test_trainer_steps_from_epochs(tmp_path):
+    cfg = small(0)
+    cfg.training.epochs = 2.0
+    data = mimdet.ShapesCOCO(size=64, length=10)
+    trainer = Trainer(cfg, Run(tmp_path / "x", cfg), mimdet.build_detector(cfg), data, None)
+    assert trainer.total == 5  # 2 epochs of 10 images, 4 a step
