@@ -29,6 +29,8 @@ _MODULE_OF = {
     "fit": "mimdet.training.train",
     "load_detector": "mimdet.training.run",
     "evaluate": "mimdet.analysis.evaluate",
+    "notebook_setup": "mimdet.notebook",
+    "check": "mimdet.notebook",
 }
 
 _SUBMODULES = ("presets",)

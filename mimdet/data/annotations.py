@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 
-from mimdet.data.masks import crops_from_segmentations
+from mimdet.data.rasters import crops_from_segmentations
 from mimdet.structures import Target
 
 Box = tuple[float, float, float, float]

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from mimdet.data.masks import crops_from_bitmaps, extent
+from mimdet.data.rasters import crops_from_bitmaps, extent
 from mimdet.data.scenes import LEVELS, REVISION, Level, Scene, draw_scene
 from mimdet.data.textures import Draws
 from mimdet.structures import Record, Target

@@ -14,7 +14,7 @@ from mimdet.config import Config, difference, load_config, save_config
 from mimdet.files import write_file, write_json, write_text
 from mimdet.models.detector import Detector, build_detector
 from mimdet.training.checkpoints import WEIGHTS, CheckpointStore, read_weights
-from mimdet.training.slots import load_slots, save_slots
+from mimdet.training.cell_code import load_slots, save_slots
 
 
 class Run:

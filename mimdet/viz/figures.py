@@ -45,13 +45,14 @@ def show_detections(
     """Each image with its truth (left) and its detections of score_threshold and more (right).
 
     images: uint8 (3, H, W); detections and targets in the pixels of their image; without targets
-    only the detections are drawn. columns: panels in a row. Raises ValueError when there are no
-    images, the lists differ in length, or detections belong to another image size.
+    only the detections are drawn. columns: panels in a row; 1 draws them larger.
+    Raises ValueError when there are no images, the lists differ in length, or detections belong to
+    another image size.
     """
     _check_lists(images, detections, targets)
     group = 1 if targets is None else 2
     sizes = [image_size(image) for image in images for _ in range(group)]
-    fig, axes = image_panels(sizes, columns, group)
+    fig, axes = image_panels(sizes, columns, group, widest=6.4 if columns == 1 else 3.2)
     found = 0
     for i, (image, ax) in enumerate(zip(images, axes[group - 1 :: group], strict=True)):
         likely = detections[i][detections[i].scores >= score_threshold]

@@ -55,7 +55,7 @@ def image_panels(
             ax = fig.add_axes(box, anchor="N")
             ax.set_axis_off()
             axes.append(ax)
-            left += side + (near)
+            left += side + (near if (column + 1) % group else far)
         top = bottom - near
     return fig, axes
 

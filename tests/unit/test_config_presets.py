@@ -30,7 +30,7 @@ SECTIONS = (BackboneConfig, DetectorConfig, DataConfig, TrainingConfig)
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_round_trip_through_a_file(name: str, tmp_path: Path):
+def test_round_trip_through_a_file(name: str, tmp_path: Path) -> None:
     cfg = PRESETS[name]()
     cfg.training.seed = 17
     save_config(cfg, tmp_path / "config.json")
@@ -40,17 +40,17 @@ def test_round_trip_through_a_file(name: str, tmp_path: Path):
 
 
 @given(st.floats(0, 1, exclude_min=True), st.integers(0, 10**9), st.text(max_size=20))
-def test_round_trip_of_any_value(ratio: float, steps: int, path: str):
+def test_round_trip_of_any_value(ratio: float, steps: int, path: str) -> None:
     cfg = Config()
     cfg.backbone.sample_ratio, cfg.training.steps, cfg.data.train_json = ratio, steps, path
     assert from_dict(json.loads(json.dumps(to_dict(cfg)))) == cfg
 
 
-def test_a_file_may_leave_fields_out():
+def test_a_file_may_leave_fields_out() -> None:
     assert from_dict({"training": {"steps": 3}}).training == TrainingConfig(steps=3)
 
 
-def test_an_unknown_field_is_named():
+def test_an_unknown_field_is_named() -> None:
     said = "BackboneConfig has no field 'sampel_ratio'; it has .*sample_ratio"
     with pytest.raises(ValueError, match=said):
         from_dict({"backbone": {"sampel_ratio": 0.5}})
@@ -59,7 +59,7 @@ def test_an_unknown_field_is_named():
 
 
 @pytest.mark.parametrize("text", ["{", "[1, 2]", '{"backbone": 3}', '{"model": {}}'])
-def test_a_file_that_is_no_configuration_is_named(text: str, tmp_path: Path):
+def test_a_file_that_is_no_configuration_is_named(text: str, tmp_path: Path) -> None:
     path = tmp_path / "other.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"other\.json is not a mimdet configuration"):
@@ -67,14 +67,14 @@ def test_a_file_that_is_no_configuration_is_named(text: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("section", ["", "backbone", "detector", "data", "training"])
-def test_a_typo_in_an_assignment_is_an_error(section: str):
+def test_a_typo_in_an_assignment_is_an_error(section: str) -> None:
     cfg = Config()
     owner = getattr(cfg, section) if section else cfg
     with pytest.raises(AttributeError, match="sampel_ratio"):
         owner.sampel_ratio = 0.5
 
 
-def test_set_field():
+def test_set_field() -> None:
     cfg = Config()
     set_field(cfg, "backbone.sample_ratio", 0.25)
     assert cfg.backbone.sample_ratio == 0.25
@@ -87,7 +87,7 @@ def test_set_field():
             set_field(cfg, dotted, 0.25)
 
 
-def test_difference_names_the_fields():
+def test_difference_names_the_fields() -> None:
     a, b = Config(), Config()
     assert difference(a, b) == []
     b.training.steps = 200
@@ -98,7 +98,7 @@ def test_difference_names_the_fields():
     ]
 
 
-def test_field_names_are_unique():
+def test_field_names_are_unique() -> None:
     """The command line has one flat flag for every field."""
     names = [field.name for section in SECTIONS for field in dataclasses.fields(section)]
     names += [field.name for field in dataclasses.fields(Config)]
@@ -106,7 +106,7 @@ def test_field_names_are_unique():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_is_fresh_each_time(name: str):
+def test_a_preset_is_fresh_each_time(name: str) -> None:
     first, second = PRESETS[name](), PRESETS[name]()
     assert first == second and first.preset == name
     for field in dataclasses.fields(Config):
@@ -117,7 +117,7 @@ def test_a_preset_is_fresh_each_time(name: str):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_builds_and_has_the_size_it_states(name: str):
+def test_a_preset_builds_and_has_the_size_it_states(name: str) -> None:
     with torch.device("meta"):
         model = build_detector(PRESETS[name]())
     size = sum(p.numel() for p in model.parameters())
@@ -127,7 +127,7 @@ def test_a_preset_builds_and_has_the_size_it_states(name: str):
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("mimdet")])
-def test_published_recipes(name: str):
+def test_published_recipes(name: str) -> None:
     """METHOD: 36 epochs of 64 images, half of the tokens in training, all of them at test time."""
     cfg = PRESETS[name]()
     assert cfg.training.batch_size * cfg.training.accumulate == 64

@@ -72,7 +72,9 @@ def no_objects() -> Target:
         ("mimdet_v1_large", 345_268_848, 344_966_256),
     ],
 )
-def test_parameter_counts_are_the_published_ones(name: str, parameters: int, trainable: int):
+def test_parameter_counts_are_the_published_ones(
+    name: str, parameters: int, trainable: int
+) -> None:
     with torch.device("meta"):
         model = build_detector(presets.PRESETS[name]())
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
@@ -83,7 +85,7 @@ def test_parameter_counts_are_the_published_ones(name: str, parameters: int, tra
 # ------------------------------------------------------------------ training
 
 
-def test_losses_are_float32_scalars_and_reach_every_parameter():
+def test_losses_are_float32_scalars_and_reach_every_parameter() -> None:
     model = build_detector(small_config())
     losses = model([picture(64, 96), picture(50, 33)], [two_objects(), no_objects()])
     assert list(losses) == LOSSES
@@ -96,7 +98,7 @@ def test_losses_are_float32_scalars_and_reach_every_parameter():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
 
-def test_a_batch_without_any_object_trains():
+def test_a_batch_without_any_object_trains() -> None:
     """Every parameter takes part, so that no process of several waits for a gradient."""
     model = build_detector(small_config())
     losses = model([picture(64, 64), picture(64, 64)], [no_objects(), no_objects()])
@@ -106,7 +108,7 @@ def test_a_batch_without_any_object_trains():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in learning)
 
 
-def test_boxes_only():
+def test_boxes_only() -> None:
     model = build_detector(small_config(masks=False))
     truth = two_objects()
     truth.masks = None
@@ -118,7 +120,7 @@ def test_boxes_only():
 
 
 @pytest.mark.parametrize("labels", [[0, 3], [-1, 2]])
-def test_labels_the_detector_does_not_know(labels: list[int]):
+def test_labels_the_detector_does_not_know(labels: list[int]) -> None:
     """Label 3 of 3 classes would silently train as background."""
     truth = two_objects()
     truth.labels = torch.tensor(labels)
@@ -126,12 +128,12 @@ def test_labels_the_detector_does_not_know(labels: list[int]):
         build_detector(small_config())([picture(64, 64)] * 2, [two_objects(), truth])
 
 
-def test_one_target_an_image():
+def test_one_target_an_image() -> None:
     with pytest.raises(ValueError, match="1 targets for 2 images"):
         build_detector(small_config())([picture(64, 64)] * 2, [two_objects()])
 
 
-def test_a_few_steps_learn_one_image():
+def test_a_few_steps_learn_one_image() -> None:
     model, image = build_detector(small_config()), picture(64, 64)
     model.backbone.sample_ratio = 1.0
     optimiser = torch.optim.AdamW(model.parameters(), 3e-3)
@@ -148,7 +150,7 @@ def test_a_few_steps_learn_one_image():
 # ------------------------------------------------------------------ evaluation
 
 
-def test_detections_of_images_of_mixed_sizes():
+def test_detections_of_images_of_mixed_sizes() -> None:
     model, sizes = build_detector(small_config()), [(64, 96), (30, 31), (100, 20)]
     found = model.detect([picture(*size) for size in sizes])
     assert [d.image_size for d in found] == sizes
@@ -161,7 +163,7 @@ def test_detections_of_images_of_mixed_sizes():
         assert (d.scores.diff() <= 0).all() and d.labels.min() >= 0 and d.labels.max() <= 2
 
 
-def test_detect_changes_nothing_in_the_model():
+def test_detect_changes_nothing_in_the_model() -> None:
     model = build_detector(small_config()).train()
     model.backbone.stem.eval()  # a part frozen by hand
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -177,7 +179,17 @@ def test_detect_changes_nothing_in_the_model():
     assert model.training and not model.backbone.stem.training  # after an error as well
 
 
-def test_each_phase_has_its_own_ratio():
+def test_boxes_are_pooled_from_p2_to_p5() -> None:
+    model, seen = build_detector(small_config()), []
+    model.roi_heads.box_pool.register_forward_pre_hook(
+        lambda module, given: seen.append([tuple(level.shape[2:]) for level in given[0]])
+    )
+    model([picture(64, 96)], [two_objects()])
+    model.detect([picture(64, 96)])
+    assert seen == [[(16, 24), (8, 12), (4, 6), (2, 3)]] * 2
+
+
+def test_each_phase_has_its_own_ratio() -> None:
     model, seen = build_detector(small_config()), []
     model.backbone.encoder.register_forward_hook(
         lambda module, given, output: seen.append(len(output[0]))
@@ -192,7 +204,7 @@ def test_each_phase_has_its_own_ratio():
     assert seen == [8, 16, 4, 12, 12]
 
 
-def test_keep_can_be_chosen_for_a_call():
+def test_keep_can_be_chosen_for_a_call() -> None:
     model, seen = build_detector(small_config()), []
     model.backbone.encoder.register_forward_hook(
         lambda module, given, output: seen.append([len(kept) for kept in output])
@@ -203,7 +215,7 @@ def test_keep_can_be_chosen_for_a_call():
     assert seen == [[16, 8], [16, 16]]
 
 
-def test_a_generator_an_image_makes_the_draw_repeatable():
+def test_a_generator_an_image_makes_the_draw_repeatable() -> None:
     model, images = build_detector(small_config()), [picture(64, 64), picture(64, 64)]
 
     def boxes(order: list[int], seed: int) -> list[Tensor]:
@@ -220,7 +232,7 @@ def test_a_generator_an_image_makes_the_draw_repeatable():
 # ------------------------------------------------------------------ slots
 
 
-def test_a_sampler_and_a_stem_of_ones_own():
+def test_a_sampler_and_a_stem_of_ones_own() -> None:
     def centre(tokens: Tensor, grid: tuple[int, int], generator: object) -> Tensor:
         assert tokens.shape == (grid[0] * grid[1], 32)
         places = torch.arange(len(tokens))
@@ -236,13 +248,13 @@ def test_a_sampler_and_a_stem_of_ones_own():
     assert sorted(seen[0].keep[0].tolist()) == [5, 6, 9, 10]  # the middle of a 4 x 4 grid
 
 
-def test_scores_of_a_wrong_shape():
+def test_scores_of_a_wrong_shape() -> None:
     model = build_detector(small_config(), sampler=lambda tokens, grid, generator: torch.rand(grid))
     with pytest.raises(ValueError, match=r"scores of shape \(4, 2\).*one score per token: \(8,\)"):
         model.detect([picture(64, 32)])
 
 
-def test_a_backbone_and_a_neck_of_ones_own():
+def test_a_backbone_and_a_neck_of_ones_own() -> None:
     class Pyramid(nn.Module):
         """The smallest one that keeps the contract."""
 
@@ -274,7 +286,7 @@ def test_a_backbone_and_a_neck_of_ones_own():
         build_detector(small_config(), backbone=Pyramid(), stem=ConvStem(32))
 
 
-def test_a_ready_sample_is_used_as_it_is():
+def test_a_ready_sample_is_used_as_it_is() -> None:
     model, images = build_detector(small_config()).eval(), [picture(64, 64), picture(64, 33)]
     keep = [torch.tensor([3, 15, 0]), torch.tensor([9])]
     seen: list[Sample] = []
@@ -286,7 +298,7 @@ def test_a_ready_sample_is_used_as_it_is():
             model.detect(images, sample=wrong)
 
 
-def test_a_slot_is_a_name_or_an_import():
+def test_a_slot_is_a_name_or_an_import() -> None:
     assert resolve("conv", STEMS, "stem") is ConvStem
     assert resolve("mimdet.models.stem:PatchStem", STEMS, "stem") is STEMS["patch"]
     for name, said in [
@@ -298,7 +310,7 @@ def test_a_slot_is_a_name_or_an_import():
             resolve(name, STEMS, "stem")
 
 
-def test_slots_are_named_in_the_configuration():
+def test_slots_are_named_in_the_configuration() -> None:
     cfg = small_config()
     cfg.backbone.stem = "mimdet.models.stem:PatchStem"
     cfg.backbone.sampler = "mimdet.models.sampling:block_sampler"
@@ -308,7 +320,7 @@ def test_slots_are_named_in_the_configuration():
         build_detector(cfg)
 
 
-def test_the_detector_takes_finished_parts():
+def test_the_detector_takes_finished_parts() -> None:
     built = build_detector(small_config())
     again = Detector(built.backbone, built.neck, built.rpn, built.roi_heads)
     assert again.config == Config() and again.slots == {} and again.categories == []

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from mimdet.data.masks import crops_from_bitmaps
+from mimdet.data.rasters import crops_from_bitmaps
 from mimdet.masks import crops_to_bitmaps
 from mimdet.models.sampling import Sample
 from mimdet.structures import Crops, Detections, Record, Target
@@ -95,6 +95,14 @@ def test_pairs_stay_together() -> None:
     inner = lefts[1] - fig.axes[0].get_position().x1
     outer = lefts[2] - fig.axes[1].get_position().x1
     assert 0 < 2 * inner < outer
+
+
+def test_one_column_is_drawn_larger() -> None:
+    inches = [
+        show_detections([image()], [detections()], columns=columns).get_size_inches()[0]
+        for columns in (1, 4)
+    ]
+    assert inches == pytest.approx([6.48, 3.28])
 
 
 def test_low_scores_are_left_out_and_the_best_is_on_top() -> None:

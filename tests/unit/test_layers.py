@@ -24,6 +24,7 @@ ORDER = (
     ("training",),
     ("experiments",),
     ("viz",),
+    ("demo",),
     ("cli", "notebook"),
     ("__main__",),
 )

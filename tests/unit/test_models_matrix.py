@@ -42,7 +42,9 @@ def weighted_sum(maps: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize(
     ("stem", "sampler", "fill", "keep"), list(itertools.product(STEMS, SAMPLERS, FILLS, KEEPS))
 )
-def test_contract_of_a_backbone_and_its_pyramid(stem: str, sampler: str, fill: str, keep: str):
+def test_contract_of_a_backbone_and_its_pyramid(
+    stem: str, sampler: str, fill: str, keep: str
+) -> None:
     backbone = build_backbone(config(stem=stem, sampler=sampler, decoder_fill=fill, keep=keep))
     maps = backbone(torch.randn(2, 3, HEIGHT, WIDTH), SIZES)
     assert list(maps) == ["c2", "c3", "c4", "c5"]
@@ -68,7 +70,7 @@ def test_contract_of_a_backbone_and_its_pyramid(stem: str, sampler: str, fill: s
 
 
 @pytest.mark.parametrize("fill", FILLS)
-def test_at_ratio_1_only_the_fill_learns_nothing(fill: str):
+def test_at_ratio_1_only_the_fill_learns_nothing(fill: str) -> None:
     """Every place is taken by an encoded token; the fill stays in the graph with gradient 0."""
     backbone = build_backbone(config(decoder_fill=fill, sample_ratio=1.0))
     weighted_sum(backbone(torch.randn(1, 3, HEIGHT, WIDTH), SIZES[:1])).backward()
@@ -80,7 +82,7 @@ def test_at_ratio_1_only_the_fill_learns_nothing(fill: str):
 
 
 @pytest.mark.parametrize(("stem", "fill"), list(itertools.product(STEMS, FILLS)))
-def test_checkpointing_changes_neither_result_nor_gradients(stem: str, fill: str):
+def test_checkpointing_changes_neither_result_nor_gradients(stem: str, fill: str) -> None:
     images = torch.randn(2, 3, HEIGHT, WIDTH)
     results = []
     for mode in ("on", "off"):
@@ -96,7 +98,7 @@ def test_checkpointing_changes_neither_result_nor_gradients(stem: str, fill: str
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_an_images_draw_does_not_depend_on_its_batch(sampler: str):
+def test_an_images_draw_does_not_depend_on_its_batch(sampler: str) -> None:
     backbone = build_backbone(config(sampler=sampler))
     tokens = torch.zeros(2, 80, 1)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from mimdet.models.posembed import resize_table, sincos_table
 
 
-def test_a_table_of_2x2_by_hand():
+def test_a_table_of_2x2_by_hand() -> None:
     # Four channels a coordinate: frequencies 1 and 1/100, sines before cosines.
     zero = [0.0, 0.0, 1.0, 1.0]
     one = [math.sin(1), math.sin(0.01), math.cos(1), math.cos(0.01)]
@@ -28,7 +28,7 @@ def test_a_table_of_2x2_by_hand():
     torch.testing.assert_close(table[0], torch.tensor(expected))
 
 
-def test_first_half_is_the_column_second_half_the_row():
+def test_first_half_is_the_column_second_half_the_row() -> None:
     square = sincos_table(16, 5)[0, 1:].view(5, 5, 16)
     columns, rows = square[..., :8], square[..., 8:]
     assert torch.equal(columns, columns[:1].expand_as(columns))
@@ -37,17 +37,17 @@ def test_first_half_is_the_column_second_half_the_row():
     assert len(columns[0].unique(dim=0)) == 5  # every place has a code of its own
 
 
-def test_a_width_that_cannot_be_split_in_four():
+def test_a_width_that_cannot_be_split_in_four() -> None:
     with pytest.raises(ValueError, match="divisible by 4, not 6"):
         sincos_table(6, 2)
 
 
-def test_the_stored_grid_is_returned_unchanged():
+def test_the_stored_grid_is_returned_unchanged() -> None:
     table = torch.randn(1, 1 + 49, 8)
     assert torch.equal(resize_table(table, (7, 7)), table[:, 1:])
 
 
-def test_resizing_keeps_axes_apart():
+def test_resizing_keeps_axes_apart() -> None:
     """A value that depends on the row alone still does so on a wide grid, and the other way."""
     row, column = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
     places = torch.stack([row, column], dim=-1).view(1, 16, 2)
@@ -63,13 +63,23 @@ def test_resizing_keeps_axes_apart():
 
 
 @given(st.integers(1, 12), st.integers(1, 90), st.integers(1, 90))
-def test_resizing_keeps_a_constant(side: int, height: int, width: int):
+def test_resizing_keeps_a_constant(side: int, height: int, width: int) -> None:
     resized = resize_table(torch.full((1, 1 + side * side, 4), 2.5), (height, width))
     assert resized.shape == (1, height * width, 4)
     torch.testing.assert_close(resized, torch.full_like(resized, 2.5))
 
 
-def test_the_table_of_mae(golden: Path):
+def test_resizing_is_bicubic_without_antialiasing() -> None:
+    """By hand: PyTorch's cubic kernel (a = -0.75) halfway between 0, 0, 1, 1 and its neighbours."""
+    table = torch.tensor([0.0, 0, 1, 1]).repeat(4)[None, :, None]  # a step from column 1 to 2
+    resized = resize_table(torch.cat([torch.zeros(1, 1, 1), table], dim=1), (4, 2))
+    half = torch.tensor([-0.09375, 0.59375, 0.59375, -0.09375])  # weights of the four neighbours
+    left = (half * torch.tensor([0.0, 0, 0, 1])).sum()  # places -1, 0, 1, 2; the edge repeats
+    right = (half * torch.tensor([0.0, 1, 1, 1])).sum()
+    torch.testing.assert_close(resized.view(4, 2), torch.stack([left, right]).expand(4, 2))
+
+
+def test_the_table_of_mae(golden: Path) -> None:
     """The reference holds MAE's table plus noise of 0.02; a wrong axis or frequency is off by 1."""
     weights = load_file(golden / "mae_small" / "mae_model.safetensors")
     for name in ("pos_embed", "decoder_pos_embed"):
@@ -80,7 +90,7 @@ def test_the_table_of_mae(golden: Path):
         assert (ours - expected).std().item() == pytest.approx(0.02, rel=0.05)
 
 
-def test_resizing_as_the_official_loader(golden: Path):
+def test_resizing_as_the_official_loader(golden: Path) -> None:
     before = load_file(golden / "mae_to_mimdet" / "mae_full.safetensors")
     after = load_file(golden / "mae_to_mimdet" / "expected_bottom_up_after_load.safetensors")
     ours = resize_table(before["pos_embed"], (14, 14))

@@ -39,12 +39,12 @@ def in_order(count: int, device: torch.device | None = None) -> Tensor:
 # ------------------------------------------------------------------ batch
 
 
-def test_padded_size():
+def test_padded_size() -> None:
     assert padded_size(800, 1333) == (800, 1344)
     assert padded_size(1, 32) == (32, 32)
 
 
-def test_batch_is_normalised_before_it_is_padded():
+def test_batch_is_normalised_before_it_is_padded() -> None:
     tall = torch.full((3, 40, 20), 255, dtype=torch.uint8)
     wide = torch.zeros(3, 10, 33, dtype=torch.uint8)
     batch = pad_and_normalise([tall, wide], CPU)
@@ -62,7 +62,7 @@ def test_batch_is_normalised_before_it_is_padded():
 # ------------------------------------------------------------------ anchors
 
 
-def test_anchors_by_hand():
+def test_anchors_by_hand() -> None:
     two = AnchorGrid(sizes=(32,), ratios=(1.0,), strides=(4,))([(1, 2)])[0]
     assert two.tolist() == [[-16, -16, 16, 16], [-12, -16, 20, 16]]  # the second is 4 px right
 
@@ -76,7 +76,7 @@ def test_anchors_by_hand():
     assert ratios.dtype == torch.float32
 
 
-def test_anchors_of_p6_keep_stride_64_and_are_not_rounded():
+def test_anchors_of_p6_keep_stride_64_and_are_not_rounded() -> None:
     """At height 800 p6 has 13 rows; torchvision derives a stride of 800 // 13 = 61 from them."""
     ours = AnchorGrid((512,), (0.5, 1.0, 2.0), (64,))([(13, 21)])[0].view(13, 21, 3, 4)
     centre = (ours[..., :2] + ours[..., 2:]) / 2
@@ -89,7 +89,7 @@ def test_anchors_of_p6_keep_stride_64_and_are_not_rounded():
     assert (theirs.view(13, 21, 3, 4)[12, 20, 0, 1] - ours[12, 20, 0, 1]).abs() > 30
 
 
-def test_one_anchor_size_a_level():
+def test_one_anchor_size_a_level() -> None:
     with pytest.raises(ValueError, match="2 anchor sizes for 1 pyramid levels"):
         AnchorGrid((32, 64), (1.0,), (4,))
 
@@ -97,7 +97,7 @@ def test_one_anchor_size_a_level():
 # ------------------------------------------------------------------ box coder
 
 
-def test_box_deltas_by_hand():
+def test_box_deltas_by_hand() -> None:
     reference = torch.tensor([[0.0, 0.0, 10.0, 20.0]])
     box = torch.tensor([[5.0, 5.0, 15.0, 15.0]])
     deltas = BoxCoder((10.0, 10.0, 5.0, 5.0)).encode(reference, box)
@@ -111,7 +111,7 @@ def test_box_deltas_by_hand():
     )
 
 
-def test_a_size_delta_is_clamped_from_above_only():
+def test_a_size_delta_is_clamped_from_above_only() -> None:
     reference = torch.tensor([[0.0, 0.0, 8.0, 8.0]])
     huge = BoxCoder().decode(reference, torch.tensor([[0.0, 0.0, 50.0, -50.0]]))[0]
     assert math.exp(MAX_SIZE_DELTA) == pytest.approx(62.5)
@@ -124,7 +124,7 @@ sides = st.floats(1, 500, width=32)
 
 
 @given(st.tuples(coordinates, coordinates, sides, sides, coordinates, coordinates, sides, sides))
-def test_decoding_undoes_encoding(numbers: tuple[float, ...]):
+def test_decoding_undoes_encoding(numbers: tuple[float, ...]) -> None:
     x, y, w, h, x2, y2, w2, h2 = numbers
     reference, box = torch.tensor([[[x, y, x + w, y + h]], [[x2, y2, x2 + w2, y2 + h2]]])
     if max(w2 / w, h2 / h) > 60:
@@ -135,7 +135,7 @@ def test_decoding_undoes_encoding(numbers: tuple[float, ...]):
         torch.testing.assert_close(decoded, box, rtol=1e-4, atol=2e-2)
 
 
-def test_decoding_is_float32_whatever_the_heads_computed_in():
+def test_decoding_is_float32_whatever_the_heads_computed_in() -> None:
     decoded = BoxCoder().decode(torch.rand(3, 4), torch.zeros(3, 4, dtype=torch.bfloat16))
     assert decoded.dtype == torch.float32
 
@@ -152,7 +152,7 @@ def ramp(stride: int, height: int = 512, width: int = 768) -> Tensor:
 
 
 @pytest.mark.parametrize("side", [40.0, 112.0, 224.0, 300.0])
-def test_pooling_a_ramp_gives_the_centres_of_the_bins(side: float):
+def test_pooling_a_ramp_gives_the_centres_of_the_bins(side: float) -> None:
     """On a map of coordinates, aligned sampling reads exactly the middle of every bin."""
     features = [ramp(stride) for stride in STRIDES]
     box = torch.tensor([[100.0, 60.0, 100 + side, 60 + side]])
@@ -163,7 +163,7 @@ def test_pooling_a_ramp_gives_the_centres_of_the_bins(side: float):
     torch.testing.assert_close(pooled[0, 1], (60 + centres)[:, None].expand(7, 7))
 
 
-def test_torchvisions_pooling_sits_half_a_cell_off():
+def test_torchvisions_pooling_sits_half_a_cell_off() -> None:
     """The reason for AlignedRoIPool: if this fails, torchvision's own pooling could be used."""
     named = {str(i): ramp(stride) for i, stride in enumerate(STRIDES)}
     pool = MultiScaleRoIAlign(list(named), 7, 2)
@@ -172,7 +172,7 @@ def test_torchvisions_pooling_sits_half_a_cell_off():
     assert (pooled[0, 0, 0, 0] - (100 + 16)).item() == pytest.approx(8, abs=0.1)  # stride 16
 
 
-def test_boxes_go_to_their_image_and_come_back_in_order():
+def test_boxes_go_to_their_image_and_come_back_in_order() -> None:
     features = [torch.zeros(2, 1, 512 // s, 512 // s) for s in STRIDES]
     for level, feature in enumerate(features):
         feature[0], feature[1] = level, 10 + level
@@ -181,7 +181,7 @@ def test_boxes_go_to_their_image_and_come_back_in_order():
     assert pooled[:, 0, 0, 0].tolist() == [2, 0, 3, 11]
 
 
-def test_no_boxes_leave_a_path_for_the_gradient():
+def test_no_boxes_leave_a_path_for_the_gradient() -> None:
     features = [torch.ones(1, 3, 8, 8, requires_grad=True) for _ in STRIDES]
     pooled = AlignedRoIPool(7, STRIDES)(features, [torch.zeros(0, 4)])
     assert pooled.shape == (0, 3, 7, 7)
@@ -194,7 +194,7 @@ def test_no_boxes_leave_a_path_for_the_gradient():
     [(0, "p2"), (1, "p2"), (111, "p2"), (112, "p3"), (223, "p3"), (224, "p4"), (447, "p4"),
      (448, "p5"), (5000, "p5")],
 )  # fmt: skip
-def test_level_of_a_box(side: float, level: str):
+def test_level_of_a_box(side: float, level: str) -> None:
     pool = AlignedRoIPool(7, STRIDES)
     square = torch.tensor([[10.0, 20.0, 10 + side, 20 + side]])
     oblong = torch.tensor([[0.0, 0.0, side / 2, side * 2]])  # the area decides
@@ -202,7 +202,7 @@ def test_level_of_a_box(side: float, level: str):
         assert ("p2", "p3", "p4", "p5")[pool.level_of(box).item()] == level
 
 
-def test_canonical_size_moves_the_levels():
+def test_canonical_size_moves_the_levels() -> None:
     box = torch.tensor([[0.0, 0.0, 112.0, 112.0]])
     assert AlignedRoIPool(7, STRIDES, 112.0).level_of(box).item() == 2
 
@@ -210,19 +210,19 @@ def test_canonical_size_moves_the_levels():
 # ------------------------------------------------------------------ matching
 
 
-def test_matching_by_hand():
+def test_matching_by_hand() -> None:
     overlap = torch.tensor([[0.90, 0.40, 0.10, 0.30], [0.20, 0.65, 0.05, 0.70]])
     index, label = match(overlap, 0.3, 0.7)
     assert index.tolist() == [0, 1, 0, 1]
     assert label.tolist() == [1, -1, 0, 1]  # at `high` is an object already
 
 
-def test_the_lower_bound_is_not_background():
+def test_the_lower_bound_is_not_background() -> None:
     assert match(torch.tensor([[0.3, 0.2999]]), 0.3, 0.7)[1].tolist() == [-1, 0]
     assert match(torch.tensor([[0.5, 0.4999]]), 0.5, 0.5)[1].tolist() == [1, 0]
 
 
-def test_every_true_box_gets_its_best_candidates():
+def test_every_true_box_gets_its_best_candidates() -> None:
     overlap = torch.tensor([[0.10, 0.20, 0.20, 0.00], [0.00, 0.60, 0.05, 0.65]])
     assert match(overlap, 0.3, 0.7)[1].tolist() == [0, -1, 0, -1]
     index, label = match(overlap, 0.3, 0.7, rescue_best=True)
@@ -230,13 +230,13 @@ def test_every_true_box_gets_its_best_candidates():
     assert index.tolist() == [0, 1, 0, 1]  # a rescued candidate keeps the truth it overlaps most
 
 
-def test_without_true_boxes_everything_is_background():
+def test_without_true_boxes_everything_is_background() -> None:
     index, label = match(torch.zeros(0, 5), 0.3, 0.7, rescue_best=True)
     assert index.tolist() == label.tolist() == [0] * 5
 
 
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 40), st.sampled_from([0.25, 0.5]))
-def test_subsample_counts(positives: int, negatives: int, total: int, share: float):
+def test_subsample_counts(positives: int, negatives: int, total: int, share: float) -> None:
     positive, negative = torch.arange(positives), torch.arange(100, 100 + negatives)
     objects, background = subsample(positive, negative, total, share)
     assert len(objects) == min(int(total * share), positives)
@@ -245,7 +245,7 @@ def test_subsample_counts(positives: int, negatives: int, total: int, share: flo
     assert len(background.unique()) == len(background) and torch.isin(background, negative).all()
 
 
-def test_subsample_takes_a_permutation():
+def test_subsample_takes_a_permutation() -> None:
     chosen = subsample(torch.arange(10, 20), torch.arange(50, 90), 8, 0.25, in_order)
     assert [part.tolist() for part in chosen] == [[10, 11], [50, 51, 52, 53, 54, 55]]
     draws = {
@@ -257,24 +257,24 @@ def test_subsample_takes_a_permutation():
 # ------------------------------------------------------------------ small ones
 
 
-def test_clipping():
+def test_clipping() -> None:
     boxes = torch.tensor([[[-5.0, -1.0, 50.0, 8.0], [45.0, 25.0, 60.0, 99.0]]])
     expected = [[[0, 0, 40, 8], [40, 25, 40, 30]]]  # (height, width) = (30, 40)
     assert clip_boxes(boxes, (30, 40)).tolist() == expected
 
 
-def test_boxes_without_width_or_height_are_empty():
+def test_boxes_without_width_or_height_are_empty() -> None:
     boxes = torch.tensor([[0.0, 0, 1, 1], [1, 0, 1, 5], [0, 5, 5, 5], [3, 0, 2, 9]])
     assert non_empty(boxes).tolist() == [True, False, False, False]
 
 
-def test_l1_is_plain():
+def test_l1_is_plain() -> None:
     assert l1_sum(torch.tensor([0.05, 3.0]), torch.zeros(2)).item() == pytest.approx(3.05)
 
 
 @pytest.mark.parametrize("name", ["BN", "GN", "LN"])
 @pytest.mark.parametrize("channels", [24, 64])
-def test_norms(name: str, channels: int):
+def test_norms(name: str, channels: int) -> None:
     norm = make_norm(name)(channels)
     x = 3 + 2 * torch.randn(4, channels, 6, 6)
     axes = {"BN": (0, 2, 3), "GN": None, "LN": (1,)}[name]
@@ -286,6 +286,6 @@ def test_norms(name: str, channels: int):
     assert (y.var(dim=axes, unbiased=False) - 1).abs().max() < 1e-3
 
 
-def test_an_unknown_norm():
+def test_an_unknown_norm() -> None:
     with pytest.raises(ValueError, match="'BN', 'GN' or 'LN'"):
         make_norm("SyncBN")

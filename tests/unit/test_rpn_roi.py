@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mimdet.data.masks import crops_from_bitmaps
+from mimdet.data.rasters import crops_from_bitmaps
 from mimdet.models.rcnn import AnchorGrid, Batch
 from mimdet.models.roi_heads import BoxHead, MaskHead, RoIHeads, SampledBoxes, mask_targets
-from mimdet.models.rpn import RPN, init_rpn
+from mimdet.models.rpn import RPN, Proposals, init_rpn
 from mimdet.structures import Crops, Detections, Target
 
 LOG2 = math.log(2)
@@ -29,34 +29,39 @@ def small_rpn(levels: int = 1, **settings: object) -> RPN:
     return RPN(4, anchors, **settings).eval()  # type: ignore[arg-type]
 
 
-def propose(rpn: RPN, logits: list[list[float]], size: tuple[int, int] = (12, 12), deltas=None):
+def propose(
+    rpn: RPN,
+    logits: list[list[float]],
+    size: tuple[int, int] = (12, 12),
+    deltas: list[Tensor] | None = None,
+) -> Proposals:
     anchors = rpn.anchors([(2, 2)] * len(logits))
     maps = [torch.tensor([values]) for values in logits]
     zero = [torch.zeros(1, 4, 4) for _ in logits]
     return rpn.propose(anchors, maps, deltas or zero, [size])[0]
 
 
-def test_proposals_are_clipped_and_sorted():
+def test_proposals_are_clipped_and_sorted() -> None:
     found = propose(small_rpn(), [[1.0, 3.0, 2.0, -4.0]])
     assert found.boxes.tolist() == [[4, 0, 12, 4], [0, 4, 4, 12], [0, 0, 4, 4], [4, 4, 12, 12]]
     assert found.logits.tolist() == [3, 2, 1, -4]
 
 
-def test_proposals_outside_the_image_or_not_finite_drop_out():
+def test_proposals_outside_the_image_or_not_finite_drop_out() -> None:
     deltas = torch.zeros(1, 4, 4)
     deltas[0, 0, 2] = float("nan")
     found = propose(small_rpn(), [[5.0, 3.0, 2.0, 1.0]], (12, 4), [deltas])
     assert found.boxes.tolist() == [[0, 4, 4, 12]]  # of an image 4 wide; anchor 0 was not a number
 
 
-def test_pre_and_post_nms_counts_depend_on_the_phase():
+def test_pre_and_post_nms_counts_depend_on_the_phase() -> None:
     rpn = small_rpn(2, pre_nms=(4, 2), post_nms=(5, 3))
     logits = [[4.0, 3.0, 2.0, 1.0], [8.0, 7.0, 6.0, 5.0]]
     assert propose(rpn, logits).logits.tolist() == [8, 7, 4]  # two a level, three in all
     assert propose(rpn.train(), logits).logits.tolist() == [8, 7, 6, 5, 4]
 
 
-def test_nms_works_within_a_level():
+def test_nms_works_within_a_level() -> None:
     shifted = torch.zeros(1, 4, 4)
     shifted[0, 0, 0] = 1.0  # anchor 0 moves 8 px right, onto anchor 1
     equal = propose(small_rpn(), [[5.0, 3.0, 2.0, 1.0]], deltas=[shifted])
@@ -65,7 +70,7 @@ def test_nms_works_within_a_level():
     assert len(across.boxes) == 8  # equal boxes of different levels all stay
 
 
-def test_rpn_losses_by_hand():
+def test_rpn_losses_by_hand() -> None:
     """Four anchors, one of them the object; a second image is empty."""
     rpn = small_rpn(anchors_per_image=4)
     anchors = torch.cat(rpn.anchors([(2, 2)]))
@@ -81,7 +86,7 @@ def test_rpn_losses_by_hand():
     assert loss.item() == pytest.approx(20 / 8)
 
 
-def test_rpn_loss_divides_by_the_fixed_count():
+def test_rpn_loss_divides_by_the_fixed_count() -> None:
     """Only 4 anchors exist, yet the sum is divided by the 256 asked for, as detectron2 does."""
     rpn = small_rpn(anchors_per_image=256)
     anchors = torch.cat(rpn.anchors([(2, 2)]))
@@ -90,7 +95,7 @@ def test_rpn_loss_divides_by_the_fixed_count():
     assert losses["loss_rpn_loc"].item() == 0
 
 
-def test_head_maps_and_anchors_are_in_the_same_order():
+def test_head_maps_and_anchors_are_in_the_same_order() -> None:
     """Anchor a of place (y, x) must meet channel a (and 4a..4a+3) of that place."""
     rpn = RPN(1, AnchorGrid((8,), (0.5, 2.0), (8,)), pre_nms=(1, 1))
     rpn.eval()
@@ -107,7 +112,7 @@ def test_head_maps_and_anchors_are_in_the_same_order():
     assert losses == {}
 
 
-def test_init_rpn():
+def test_init_rpn() -> None:
     rpn = RPN(64, AnchorGrid((8,), (1.0,), (8,)))
     init_rpn(rpn)
     for name, parameter in rpn.head.named_parameters():
@@ -126,7 +131,7 @@ def heads(num_classes: int = 2, masks: bool = True, **settings: object) -> RoIHe
     return RoIHeads(box_head, mask_head, **settings)  # type: ignore[arg-type]
 
 
-def test_sampled_boxes_hold_the_truth_and_a_quarter_of_objects():
+def test_sampled_boxes_hold_the_truth_and_a_quarter_of_objects() -> None:
     made = heads(rois_per_image=8, permute=lambda n, device: torch.arange(n))
     truth = target([[0, 0, 10, 10], [50, 50, 70, 70]], [1, 0])
     near, far = [0.0, 0, 10, 9], [200.0, 200, 220, 230]
@@ -141,12 +146,12 @@ def test_sampled_boxes_hold_the_truth_and_a_quarter_of_objects():
     assert alone.labels.tolist() == [1, 0] and alone.truth.tolist() == [0, 1]
 
 
-def test_an_image_without_objects_gives_background_only():
+def test_an_image_without_objects_gives_background_only() -> None:
     sampled = heads().sample(torch.rand(5, 4).cumsum(1), target([], []))
     assert sampled.labels.tolist() == [2] * 5
 
 
-def test_box_losses_by_hand():
+def test_box_losses_by_hand() -> None:
     truth = target([[5, 5, 15, 15]], [1])
     boxes = torch.tensor([[0.0, 0, 10, 20], [40, 40, 50, 50]])
     sampled = SampledBoxes(boxes, torch.tensor([1, 2]), torch.tensor([0, 0]))
@@ -157,7 +162,7 @@ def test_box_losses_by_hand():
     assert losses["loss_box_reg"].item() == pytest.approx((5 + 0 + 0 + 5 * LOG2) / 2)
 
 
-def test_background_is_the_last_class():
+def test_background_is_the_last_class() -> None:
     sampled = SampledBoxes(torch.rand(3, 4), torch.tensor([2, 2, 2]), torch.tensor([0, 0, 0]))
     logits = torch.tensor([[0.0, 0.0, 30.0]] * 3)
     losses = heads().box_losses(logits, torch.ones(3, 2, 4), [sampled], [target([], [])])
@@ -171,7 +176,7 @@ def constant_mask_head(made: RoIHeads, logit_of_class: list[float]) -> None:
     last.bias.data = torch.tensor(logit_of_class)
 
 
-def test_mask_loss_by_hand():
+def test_mask_loss_by_hand() -> None:
     """A mask that fills the left half of its box, logits of 1 everywhere for its class."""
     made = heads()
     constant_mask_head(made, [-9.0, 1.0])
@@ -187,7 +192,7 @@ def test_mask_loss_by_hand():
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_no_objects_leave_zero_gradients_in_the_mask_head():
+def test_no_objects_leave_zero_gradients_in_the_mask_head() -> None:
     made = heads()
     features = [torch.randn(1, 4, 16 // s, 16 // s, requires_grad=True) for s in (1, 2, 4, 8)]
     none = Target(
@@ -202,7 +207,7 @@ def test_no_objects_leave_zero_gradients_in_the_mask_head():
     assert all(p.grad.abs().sum() == 0 for p in made.mask_head.parameters())
 
 
-def test_missing_masks_are_named():
+def test_missing_masks_are_named() -> None:
     sampled = SampledBoxes(torch.rand(1, 4), torch.tensor([0]), torch.tensor([0]))
     with pytest.raises(ValueError, match=r"detector\.masks=False"):
         heads().mask_loss([torch.zeros(1, 4, 8, 8)] * 4, [sampled], [target([[0, 0, 5, 5]], [0])])
@@ -211,7 +216,7 @@ def test_missing_masks_are_named():
 # ------------------------------------------------------------------ mask targets
 
 
-def test_mask_target_of_a_box_local_crop_by_hand():
+def test_mask_target_of_a_box_local_crop_by_hand() -> None:
     """A crop over (10, 10)..(30, 50) whose upper half is filled, seen from three boxes."""
     bitmap = torch.zeros(1, 10, 6, dtype=torch.uint8)
     bitmap[:, :5] = 1
@@ -235,7 +240,7 @@ def is_border(pattern: Tensor) -> Tensor:
     return largest != smallest
 
 
-def test_full_bitmaps_and_box_local_crops_give_the_same_targets():
+def test_full_bitmaps_and_box_local_crops_give_the_same_targets() -> None:
     height, width = 120, 160
     masks = np.stack(
         [ellipse(height, width, 60, 50, 35, 20), ellipse(height, width, 110, 80, 12, 33)]
@@ -265,11 +270,11 @@ def test_full_bitmaps_and_box_local_crops_give_the_same_targets():
 # ------------------------------------------------------------------ detections
 
 
-def test_best_boxes_by_hand():
+def test_best_boxes_by_hand() -> None:
     made = heads(num_classes=2, score_threshold=0.3, nms_threshold=0.5)
     first, second, third = [0.0, 0, 10, 10], [0.0, 0, 10, 9], [20.0, 0, 30, 10]
     boxes = torch.tensor([[first, first], [second, second], [third, [20.0, 0, 90, 10]]])
-    scores = torch.tensor([[0.9, 0.4], [0.8, 0.3], [0.2, 0.7]])
+    scores = torch.tensor([[0.9, 0.4], [0.8, 0.2], [0.3, 0.7]])
     found = made.best_boxes(boxes, scores, (50, 40))
     # Class 0 loses `second` to NMS; class 1 keeps `first` although class 0 has it too; a score at
     # the threshold is out; the last box is clipped to the image.
@@ -282,14 +287,14 @@ def test_best_boxes_by_hand():
     assert made.best_boxes(boxes, scores, (50, 40)).scores.tolist() == pytest.approx([0.9])
 
 
-def test_a_proposal_with_a_box_that_is_no_number_drops_out():
+def test_a_proposal_with_a_box_that_is_no_number_drops_out() -> None:
     boxes = torch.tensor([[[0.0, 0, 10, 10]], [[float("inf"), 0, 10, 10]], [[20.0, 0, 30, 10]]])
     scores = torch.tensor([[0.9], [0.8], [float("nan")]])
     found = heads(num_classes=1).best_boxes(boxes, scores, (50, 50))
     assert found.scores.tolist() == pytest.approx([0.9])
 
 
-def test_masks_are_of_the_predicted_class():
+def test_masks_are_of_the_predicted_class() -> None:
     made = heads().eval()
     constant_mask_head(made, [-LOG2, LOG2])
     box = torch.tensor([[0.0, 0, 8, 8], [1, 1, 9, 9]])
@@ -303,7 +308,18 @@ def test_masks_are_of_the_predicted_class():
     assert second.mask_probabilities.shape == (0, 28, 28)
 
 
-def test_nothing_found_is_empty_not_an_error():
+def test_the_class_that_is_no_detection_is_the_last() -> None:
+    made = heads(num_classes=2, masks=False, score_threshold=0.5).eval()
+    nn.init.zeros_(made.box_head.cls_score.weight)
+    features = [torch.randn(1, 4, 32 // s, 32 // s) for s in (4, 8, 16, 32)]
+    batch = Batch(torch.zeros(1, 3, 32, 32), [(32, 32)])
+    for favourite, labels in [(0, [0]), (1, [1]), (2, [])]:
+        made.box_head.cls_score.bias.data = 9.0 * torch.eye(3)[favourite]
+        found = made.detect(batch, features, [torch.tensor([[0.0, 0, 8, 8]])])[0]
+        assert found.labels.tolist() == labels and found.mask_probabilities is None
+
+
+def test_nothing_found_is_empty_not_an_error() -> None:
     made = heads(score_threshold=0.99).eval()
     features = [torch.randn(1, 4, 32 // s, 32 // s) for s in (4, 8, 16, 32)]
     batch = Batch(torch.zeros(1, 3, 32, 32), [(32, 32)])

@@ -37,7 +37,7 @@ def encoder(**settings: object) -> Encoder:
 
 
 @pytest.mark.parametrize("name", STEMS)
-def test_shapes_of_a_stem(name: str):
+def test_shapes_of_a_stem(name: str) -> None:
     c2, c3, tokens = STEMS[name](DIM)(torch.randn(2, 3, 64, 96))
     assert c2.shape == (2, DIM // 4, 16, 24)
     assert c3.shape == (2, DIM // 2, 8, 12)
@@ -45,12 +45,12 @@ def test_shapes_of_a_stem(name: str):
 
 
 @pytest.mark.parametrize("name", STEMS)
-def test_a_stem_halves_its_width_three_times(name: str):
+def test_a_stem_halves_its_width_three_times(name: str) -> None:
     with pytest.raises(ValueError, match=r"embed_dim=36: .* multiple of 8"):
         STEMS[name](36)
 
 
-def test_parameters_of_the_base_stem_by_hand():
+def test_parameters_of_the_base_stem_by_hand() -> None:
     convolutions = 9 * (3 * 96 + 96 * 192 + 192 * 384 + 384 * 768)
     norms = 2 * (96 + 192 + 384 + 768)
     last = 768 * 768 + 768
@@ -58,7 +58,7 @@ def test_parameters_of_the_base_stem_by_hand():
     assert count == convolutions + norms + last == 4_079_712
 
 
-def test_conv_stem_normalises_over_all_of_an_image():
+def test_conv_stem_normalises_over_all_of_an_image() -> None:
     """One group: mean 0 and variance 1 over channels and places together, for each image."""
     stem = ConvStem(DIM)
     convolution, norm, _ = stem.stage1
@@ -68,7 +68,7 @@ def test_conv_stem_normalises_over_all_of_an_image():
     assert convolution.bias is None and norm.eps == 1e-6
 
 
-def test_patch_stem_is_a_matrix_product_of_patches():
+def test_patch_stem_is_a_matrix_product_of_patches() -> None:
     stem, image = PatchStem(DIM), torch.randn(1, 3, 32, 48)
     patch = image[0, :, 16:32, 32:48].flatten()
     expected = stem.patchify.weight.flatten(1) @ patch + stem.patchify.bias
@@ -78,7 +78,7 @@ def test_patch_stem_is_a_matrix_product_of_patches():
 # ------------------------------------------------------------------ encoder
 
 
-def test_encoder_equals_timm():
+def test_encoder_equals_timm() -> None:
     vit = VisionTransformer(
         img_size=(64, 96),
         embed_dim=DIM,
@@ -101,7 +101,7 @@ def test_encoder_equals_timm():
     torch.testing.assert_close(encoded, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_an_image_alone_equals_the_image_in_a_batch():
+def test_an_image_alone_equals_the_image_in_a_batch() -> None:
     """Same tokens and positions; the neighbours have other counts, some have the same."""
     made = encoder()
     tokens = torch.randn(4, LENGTH, DIM)
@@ -114,7 +114,7 @@ def test_an_image_alone_equals_the_image_in_a_batch():
             torch.testing.assert_close(alone, together[i], rtol=0, atol=1e-5)
 
 
-def test_what_is_not_kept_does_not_matter():
+def test_what_is_not_kept_does_not_matter() -> None:
     made, sample = encoder(), half(1)
     tokens = torch.randn(1, LENGTH, DIM)
     changed = torch.randn(1, LENGTH, DIM)
@@ -122,7 +122,7 @@ def test_what_is_not_kept_does_not_matter():
     assert torch.equal(made(tokens, sample)[0], made(changed, sample)[0])
 
 
-def test_the_order_of_kept_tokens_does_not_matter():
+def test_the_order_of_kept_tokens_does_not_matter() -> None:
     made, tokens, sample = encoder(), torch.randn(1, LENGTH, DIM), half(1)
     order = torch.randperm(len(sample.keep[0]))
     shuffled = Sample([sample.keep[0][order]], GRID)
@@ -131,19 +131,19 @@ def test_the_order_of_kept_tokens_does_not_matter():
     torch.testing.assert_close(straight[order], permuted, rtol=1e-5, atol=1e-5)
 
 
-def test_positions_reach_the_tokens():
+def test_positions_reach_the_tokens() -> None:
     """Equal tokens at two places differ after the encoder."""
     encoded = encoder()(torch.zeros(1, LENGTH, DIM), everything(1))[0]
     assert (encoded[0] - encoded[1]).abs().max() > 1e-2
 
 
-def test_drop_path_grows_linearly():
+def test_drop_path_grows_linearly() -> None:
     rates = [block.drop_path1.drop_prob for block in Encoder(8, 4, 1, drop_path=0.3).blocks[1:]]
     assert rates == pytest.approx([0.1, 0.2, 0.3])
     assert isinstance(Encoder(8, 4, 1, drop_path=0.3).blocks[0].drop_path1, nn.Identity)
 
 
-def test_an_empty_sample_gives_the_stem_fill():
+def test_an_empty_sample_gives_the_stem_fill() -> None:
     """A brush that keeps nothing of one image: everything the decoder sees comes from the stem."""
     tokens = torch.randn(1, LENGTH, DIM)
     nothing = Sample([torch.zeros(0, dtype=torch.long)], GRID)
@@ -171,7 +171,7 @@ def decode(decoder: Decoder, sample: Sample, encoded: list[Tensor], stem: Tensor
         return decoder(encoded, sample, stem)
 
 
-def test_both_fills_are_equal_when_every_token_is_kept():
+def test_both_fills_are_equal_when_every_token_is_kept() -> None:
     v2, v1 = decoders()
     stem, encoded = torch.randn(2, LENGTH, DIM), list(torch.randn(2, LENGTH, DIM))
     c4 = decode(v2, everything(2), encoded, stem)
@@ -179,7 +179,7 @@ def test_both_fills_are_equal_when_every_token_is_kept():
     assert torch.equal(c4, decode(v1, everything(2), encoded, stem))
 
 
-def test_fills_differ_below_ratio_1_and_only_v2_sees_the_stem():
+def test_fills_differ_below_ratio_1_and_only_v2_sees_the_stem() -> None:
     v2, v1 = decoders()
     sample, encoded = half(1), [torch.randn(LENGTH // 2, DIM)]
     one, other = torch.randn(2, 1, LENGTH, DIM)
@@ -189,7 +189,7 @@ def test_fills_differ_below_ratio_1_and_only_v2_sees_the_stem():
 
 
 @pytest.mark.parametrize("version", [0, 1])
-def test_what_the_decoder_sees_by_hand(version: int):
+def test_what_the_decoder_sees_by_hand(version: int) -> None:
     """Depth 0: kept places hold embed(token), the others the fill, positions added to both."""
     decoder = (Decoder(DIM, 16, 0, 2), Decoder(DIM, 16, 0, 2, fill="mask_token"))[version]
     decoder.norm = nn.Identity()  # type: ignore[assignment]
@@ -203,7 +203,7 @@ def test_what_the_decoder_sees_by_hand(version: int):
     torch.testing.assert_close(seen, expected + resize_table(decoder.pos_embed, GRID)[0])
 
 
-def test_an_unknown_fill():
+def test_an_unknown_fill() -> None:
     with pytest.raises(ValueError, match="'stem' \\(v2\\) or 'mask_token' \\(v1\\)"):
         Decoder(DIM, 16, 1, 2, fill="zeros")  # type: ignore[arg-type]
 
@@ -211,7 +211,7 @@ def test_an_unknown_fill():
 # ------------------------------------------------------------------ both
 
 
-def test_initialisation_is_maes():
+def test_initialisation_is_maes() -> None:
     decoder = Decoder(256, 128, 1, 4, fill="mask_token")
     decoder.apply(init_like_mae)
     bound = (6 / (256 + 128)) ** 0.5  # Xavier, uniform
@@ -221,13 +221,20 @@ def test_initialisation_is_maes():
     assert decoder.mask_token.std().item() == pytest.approx(0.02, rel=0.3)
 
 
-def test_position_tables_are_stored_but_not_trained():
+def test_every_layer_norm_has_the_detectors_epsilon() -> None:
+    """1e-5, while MAE and timm's default have 1e-6: too close for any output to tell."""
+    for part in (Encoder(8, 2, 1), Decoder(8, 8, 2, 1)):
+        norms = [module for module in part.modules() if isinstance(module, nn.LayerNorm)]
+        assert [norm.eps for norm in norms] == [1e-5] * 5
+
+
+def test_position_tables_are_stored_but_not_trained() -> None:
     for part in (Encoder(8, 1, 1), Decoder(8, 8, 1, 1)):
         assert "pos_embed" in part.state_dict() and not part.pos_embed.requires_grad
         assert part.pos_embed.shape == (1, 2501, 8)
 
 
-def test_checkpointing_recomputes_the_same_drop_path():
+def test_checkpointing_recomputes_the_same_drop_path() -> None:
     gradients = []
     tokens = torch.randn(3, LENGTH, DIM)
     made = encoder(drop_path=0.5).train()

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from mimdet.data.masks import crops_from_bitmaps, crops_from_segmentations, extent
+from mimdet.data.rasters import crops_from_bitmaps, crops_from_segmentations, extent
 
 SQUARE = [10.0, 10.0, 20.0, 10.0, 20.0, 20.0, 10.0, 20.0]
 

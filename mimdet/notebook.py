@@ -1,0 +1,256 @@
+"""What the cells of a notebook share: the first cell, sanity checks, a live figure."""
+
+import io
+import os
+import platform
+import random
+import sys
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mimdet import __version__
+from mimdet.config import Config
+from mimdet.presets import mimdet_base, tiny
+from mimdet.training.train import Step, seed_all
+
+MODES = ("quick", "full")
+COCO = "MIMDET_COCO"
+"""Environment variable that names the folder of COCO 2017, for full mode."""
+COCO_LAYOUT = {
+    "train_json": "annotations/instances_train2017.json",
+    "train_images": "train2017",
+    "val_json": "annotations/instances_val2017.json",
+    "val_images": "val2017",
+}
+"""Field of `DataConfig` -> place in that folder, as the official archives unpack."""
+
+
+# ------------------------------------------------------------------------------- the first cell
+
+
+def notebook_setup(
+    mode: str, *, steps: int = 0, seed: int = 0, minutes: Mapping[str, float] | None = None
+) -> Config:
+    """Prepare this process, print what a reader should know, and return the mode's Config.
+
+    mode: "quick" (a small detector on drawn scenes, any CPU) or "full" (MIMDet ViT-B on the COCO
+    2017 that the environment variable MIMDET_COCO points to, a GPU). steps: training steps, 0 = as
+    many as the mode takes. seed: of every generator and of the configuration. minutes: measured
+    time of the notebook by mode, for the table. Raises ValueError for an unknown mode or an unset
+    variable, FileNotFoundError for a part of COCO that is missing.
+    """
+    if mode not in MODES:
+        raise ValueError(f"MODE={mode!r}: use one of {list(MODES)}")
+    cfg = quick_config() if mode == "quick" else full_config()
+    cfg.training.steps = steps or cfg.training.steps
+    cfg.training.seed = seed
+    threads = sensible_threads()
+    torch.set_num_threads(threads)
+    random.seed(seed)
+    np.random.seed(seed)
+    seed_all(seed)
+    estimate = (minutes or {}).get(mode)
+    lines = {
+        "mode": f"{mode}: preset {cfg.preset}, seed {seed}",
+        "device": device_text(threads),
+        "versions": versions_text(),
+        "time": "not measured" if estimate is None else f"about {estimate:g} min",
+        "data": data_text(cfg),
+    }
+    print("\n".join(f"{name:<9} {text}" for name, text in lines.items()))
+    return cfg
+
+
+def quick_config() -> Config:
+    """`tiny` shortened to a minute: easy scenes at 128 px, fewer blocks and head layers.
+
+    The statistics of two images a step are too noisy for BatchNorm, so the heads have GroupNorm
+    (one run each: box AP 15.5 with it, 12.7 without).
+    """
+    from mimdet.data.shapes import LEVELS
+
+    cfg = tiny()
+    cfg.data.shapes_level = "shapes-v1-easy"
+    cfg.data.shapes_val = 40
+    cfg.data.short_sides = (128,)
+    cfg.data.test_short_side = 128
+    cfg.backbone.depth = 2
+    cfg.backbone.decoder_depth = 1
+    cfg.detector.num_classes = len(LEVELS[cfg.data.shapes_level].classes)
+    cfg.detector.norm = "GN"
+    cfg.detector.box_convs = 0
+    cfg.detector.mask_convs = 1
+    cfg.training.steps = 220
+    cfg.training.batch_size = 2
+    cfg.training.reference_batch = 2
+    cfg.training.learning_rate = 1.5e-3
+    cfg.training.betas = (0.9, 0.98)
+    cfg.training.warmup_steps = 22
+    return cfg
+
+
+def full_config() -> Config:
+    """`mimdet_base` with the COCO paths that the environment variable MIMDET_COCO leads to."""
+    value = os.environ.get(COCO, "")
+    if not value:
+        raise ValueError(
+            f"full mode trains on COCO 2017: set the environment variable {COCO} to the folder "
+            f"that holds {', '.join(COCO_LAYOUT.values())} (in a cell: %env {COCO}=path), or use "
+            'MODE = "quick", which needs no data'
+        )
+    cfg = mimdet_base()
+    for name, place in COCO_LAYOUT.items():
+        path = Path(value) / place
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} is missing: {COCO}={value} must be the folder that holds "
+                f"{', '.join(COCO_LAYOUT.values())}"
+            )
+        setattr(cfg.data, name, str(path))
+    return cfg
+
+
+def sensible_threads() -> int:
+    """CPU threads for small models: OMP_NUM_THREADS if set; one on a small or busy machine; else 4.
+
+    Threads that wait for a core another program uses are slower than a single one.
+    """
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdecimal() and int(wanted) > 0:
+        return int(wanted)
+    cores = usable_cores()
+    busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > cores / 2
+    return 1 if cores <= 2 or busy else min(4, cores // 2)
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def device_text(threads: int) -> str:
+    cpu = f"CPU, {threads} thread{'' if threads == 1 else 's'}"
+    if not torch.cuda.is_available():
+        return cpu
+    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return f"{torch.cuda.get_device_name(0)}, {memory:.0f} GiB; {cpu}"
+
+
+def versions_text() -> str:
+    import torchvision
+
+    return (
+        f"mimdet {__version__}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
+        f"Python {platform.python_version()}"
+    )
+
+
+def data_text(cfg: Config) -> str:
+    if cfg.data.source == "shapes":
+        return f"{cfg.data.shapes_level}, {cfg.data.shapes_size} px, drawn on the fly: no files"
+    return f"{cfg.data.train_json}, {cfg.data.val_json}"
+
+
+# ------------------------------------------------------------------------------- sanity checks
+
+
+def check(text: str, condition: Any, why: str = "") -> None:
+    """Print `✓ text: why`, or raise AssertionError with the text when the condition does not hold.
+
+    condition: anything with a truth value, such as a bool or a tensor of one element.
+    """
+    if not bool(condition):
+        raise AssertionError(f"✗ {text}" + (f" ({why})" if why else ""))
+    print(f"✓ {text}" + (f": {why}" if why else ""))
+
+
+# ------------------------------------------------------------------------------- a live figure
+
+
+def watch(
+    steps: Iterable[Step], figure: Callable[[], Any] | None = None, every: float = 3.0
+) -> Iterator[Step]:
+    """Pass training steps on; redraw one picture of the losses, in a notebook, as they come.
+
+    figure: a function without arguments that returns a matplotlib Figure, for example of the
+    current detections; it is drawn below the losses. every: least seconds between two drawings;
+    drawing takes at most a tenth of the time. The last state is always drawn, also after an
+    interruption, so it is what a saved notebook shows. Outside a notebook nothing is drawn.
+    """
+    live = LivePicture() if in_notebook() else None
+    rows: list[dict[str, Any]] = []
+    drawn, due = 0, time.perf_counter() + every
+    try:
+        for step in steps:
+            rows.append({"step": step.number, "loss": step.loss, **step.losses})
+            if step.evaluation:
+                rows.append({"step": step.number, "evaluation": step.evaluation})
+            if live is not None and time.perf_counter() >= due:
+                start = time.perf_counter()
+                live.show(_pictures(rows, figure))
+                drawn, now = len(rows), time.perf_counter()
+                due = now + max(every, 9 * (now - start))
+            yield step
+    finally:
+        if isinstance(steps, Generator):
+            steps.close()  # a loop that was left early: training saves now, not at some later time
+        if live is not None and len(rows) > drawn:
+            live.show(_pictures(rows, figure))
+
+
+def in_notebook() -> bool:
+    """True in a process that serves a notebook; a terminal IPython has nowhere to draw."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return getattr(shell, "kernel", None) is not None
+
+
+class LivePicture:
+    """One output of a cell that is drawn again and again."""
+
+    def __init__(self) -> None:
+        self.handle: Any = None
+
+    def show(self, figures: list[Any]) -> None:
+        from IPython.display import display
+
+        data, metadata = stacked(figures)
+        if self.handle is None:
+            self.handle = display(data, metadata=metadata, raw=True, display_id=True)
+        else:
+            self.handle.update(data, metadata=metadata, raw=True)
+
+
+def stacked(figures: list[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Matplotlib figures below each other as one PNG: (data, metadata) for IPython's display."""
+    from PIL import Image
+
+    pictures = []
+    for figure in figures:
+        png = io.BytesIO()
+        figure.savefig(png, format="png")
+        pictures.append(Image.open(png).convert("RGB"))
+    size = (max(p.width for p in pictures), sum(p.height for p in pictures))
+    canvas = Image.new("RGB", size, "white")
+    top = 0
+    for picture in pictures:
+        canvas.paste(picture, (0, top))
+        top += picture.height
+    png = io.BytesIO()
+    canvas.save(png, format="png")
+    alt = " ".join(text for f in figures if (text := getattr(f, "alt_text", "")))
+    return {"image/png": png.getvalue(), "text/plain": alt}, {"image/png": {"alt": alt}}
+
+
+def _pictures(rows: list[dict[str, Any]], figure: Callable[[], Any] | None) -> list[Any]:
+    from mimdet.viz.figures import show_training
+
+    losses = show_training(rows)
+    return [losses] if figure is None else [losses, figure()]
