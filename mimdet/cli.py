@@ -178,7 +178,7 @@ def run_evaluate(words: list[str]) -> None:
     from mimdet.data.coco import build_dataset
     from mimdet.files import write_json
     from mimdet.training.run import load_detector
-    from mimdet.training.train import pick_device
+    from mimdet.training.trainer import pick_device
 
     device = str(pick_device(command.device))
     model = load_detector(
@@ -208,7 +208,7 @@ def run_predict(words: list[str]) -> None:
     from mimdet.data.images import read_image
     from mimdet.predict import predict
     from mimdet.training.run import load_detector
-    from mimdet.training.train import pick_device
+    from mimdet.training.trainer import pick_device
     from mimdet.viz.figures import save_figure, show_detections
 
     device = str(pick_device(command.device))

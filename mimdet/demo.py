@@ -15,7 +15,8 @@ from mimdet.predict import predict
 from mimdet.presets import tiny
 from mimdet.training.progress import show_progress
 from mimdet.training.run import Run, load_detector
-from mimdet.training.train import Trainer, train
+from mimdet.training.train import train
+from mimdet.training.trainer import Trainer
 from mimdet.viz.figures import save_figure, show_detections, show_ratios, show_training
 
 RATIOS = (0.25, 0.5, 1.0)

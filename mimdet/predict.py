@@ -70,7 +70,7 @@ def run_detector(model: Detector, images: Sequence[Tensor], **sampling: Any) -> 
 
 
 def to_original(detections: Detections, size: tuple[int, int]) -> Detections:
-    """Boxes in the resized image -> boxes in the original of (height, width); empty ones drop out."""
+    """Boxes in the resized image -> in the original of (height, width); empty ones drop out."""
     height, width = detections.image_size
     scale = detections.boxes.new_tensor([size[1] / width, size[0] / height]).repeat(2)
     boxes = clip_boxes(detections.boxes * scale, size)

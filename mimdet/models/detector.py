@@ -1,5 +1,6 @@
 """The Mask R-CNN, read top-down."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -106,7 +107,7 @@ def build_detector(
     if neck is None:
         neck = FPN(backbone.channels, d.channels, make_norm(d.norm))  # type: ignore[arg-type]
     detector = Detector(backbone, neck, build_rpn(d), build_roi_heads(d))
-    detector.config = cfg
+    detector.config = copy.deepcopy(cfg)  # a later change of cfg must not change the model's
     passed = {"backbone": given_backbone, "neck": given_neck, "stem": stem, "sampler": sampler}
     detector.slots = {name: part for name, part in passed.items() if part is not None}
     return detector

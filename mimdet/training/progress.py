@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from mimdet.training.train import Step
+from mimdet.training.trainer import Step
 
 
 def show_progress(steps: Iterable[Step]) -> Iterator[Step]:

@@ -13,8 +13,8 @@ from mimdet import __version__
 from mimdet.config import Config, difference, load_config, save_config
 from mimdet.files import write_file, write_json, write_text
 from mimdet.models.detector import Detector, build_detector
-from mimdet.training.checkpoints import WEIGHTS, CheckpointStore, read_weights
 from mimdet.training.cell_code import load_slots, save_slots
+from mimdet.training.checkpoints import WEIGHTS, CheckpointStore, read_weights
 
 
 class Run:
@@ -115,6 +115,23 @@ def read_run_weights(source: str | Path) -> dict[str, Tensor]:
     if not (place / WEIGHTS).exists():
         raise FileNotFoundError(f"{source} is neither a run, nor a checkpoint, nor a weights file")
     return read_weights(place / WEIGHTS)
+
+
+def warm_start(model: Detector, source: str) -> None:
+    """Take every tensor of equal name and shape; say which ones stay new."""
+    weights = read_run_weights(source)
+    own = model.state_dict()
+    fitting = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
+    if len(fitting) < len(own) / 2:
+        raise ValueError(
+            f"{source} fits only {len(fitting)} of {len(own)} tensors of this model: "
+            "use the preset and the sizes it was trained with"
+        )
+    model.load_state_dict(fitting, strict=False)
+    new = sorted(set(own) - set(fitting))
+    print(f"warm start from {source}: {len(fitting)} tensors loaded, {len(new)} stay new")
+    for name in new:
+        print(f"  new: {name}")
 
 
 def load_detector(

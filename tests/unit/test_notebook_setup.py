@@ -15,7 +15,7 @@ from PIL import Image
 import mimdet
 from mimdet import check, notebook, notebook_setup
 from mimdet.notebook import watch
-from mimdet.training.train import Step
+from mimdet.training.trainer import Step
 from mimdet.viz.style import new_figure
 
 
@@ -246,6 +246,15 @@ def test_stacked_puts_figures_below_each_other() -> None:
     assert picture.getpixel((99, 100)) == (0, 0, 255)
     assert picture.getpixel((100, 100)) == (255, 255, 255)
     assert data["text/plain"] == metadata["image/png"]["alt"] == "Above. Below."
+
+
+def test_stacked_stores_photographs_as_jpeg() -> None:
+    photograph, curve = new_figure(1, 1), new_figure(1, 1)
+    photograph.has_photographs = True
+    data, metadata = notebook.stacked([curve, photograph])
+    assert sorted(data) == ["image/jpeg", "text/plain"]
+    assert list(metadata) == ["image/jpeg"]
+    assert Image.open(io.BytesIO(data["image/jpeg"])).format == "JPEG"
 
 
 def test_live_picture_updates_one_output(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,5 +103,5 @@ def test_wrong_input_says_what_is_right(model, image, message):
 
 
 def test_missing_file_is_named(model):
-    with pytest.raises(FileNotFoundError, match="nowhere.jpg"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jpg"):
         mimdet.predict(model, "nowhere.jpg")

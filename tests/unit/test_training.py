@@ -15,9 +15,9 @@ from mimdet.training.checkpoints import Checkpoint, CheckpointStore
 from mimdet.training.optim import build_optimizer, parameter_groups, rate_factor, scaled_rate
 from mimdet.training.run import Run, load_detector
 from mimdet.training.signals import TrainingStopped
-from mimdet.training.train import Trainer, fit, train
+from mimdet.training.train import fit, train
+from mimdet.training.trainer import Trainer
 from tests.small import small
-
 
 # ---------------------------------------------------------------- optimiser
 
