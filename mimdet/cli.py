@@ -20,7 +20,7 @@ USAGE = f"""mimdet {__version__}: a ViT detector that trains on a sample of an i
 
   mimdet demo                        train a small MIMDet on drawn scenes and look at it (minutes)
   mimdet check-data ANNOTATIONS IMAGES        what is wrong with a COCO-format data set, and where
-  mimdet train PRESET --run NAME              train, or resume; presets: {{presets}}
+  mimdet train PRESET RUN                     train, or resume; presets: {{presets}}
   mimdet evaluate RUN --ratios 0.25 0.5 1     COCO metrics at any sample ratios
   mimdet predict RUN IMAGE...                 detections as json and pictures
 
@@ -35,7 +35,7 @@ class Train:
     RUN/metrics.jsonl, weights to RUN/checkpoints.
     """
 
-    run: str
+    run: Positional[str]
     """Directory of the run, for example runs/nuclei."""
     config: Config = field(default_factory=Config)
 
@@ -159,31 +159,40 @@ def run_train(words: list[str]) -> None:
         description=inspect.getdoc(Train),
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    from mimdet import processes
     from mimdet.training.progress import show_progress
     from mimdet.training.signals import TrainingStopped
     from mimdet.training.train import train
 
+    steps = train(command.config, command.run)
     try:
-        for _ in show_progress(train(command.config, command.run)):
+        for _ in show_progress(steps) if processes.first_of_torchrun() else steps:
             pass
     except TrainingStopped as stopped:
-        print(stopped)
+        if processes.first_of_torchrun():
+            print(stopped)
         sys.exit(128 + stopped.signal_number)
-    print(f"done: {command.run}; next: mimdet evaluate {command.run} --ratios 0.25 0.5 1")
+    finally:
+        processes.leave()
+    if processes.first_of_torchrun():
+        print(f"done: {command.run}; next: mimdet evaluate {command.run} --ratios 0.25 0.5 1")
 
 
 def run_evaluate(words: list[str]) -> None:
     command = _parse(Evaluate, words, "evaluate")
+    from mimdet import processes
     from mimdet.analysis.evaluate import evaluate_ratios, ratio_table
     from mimdet.data.coco import build_dataset
     from mimdet.files import write_json
     from mimdet.training.run import load_detector
-    from mimdet.training.trainer import pick_device
+    from mimdet.training.trainer import pick_device, use_threads
 
+    processes.join()
     device = str(pick_device(command.device))
     model = load_detector(
         command.run, checkpoint=command.checkpoint, trust_code=command.trust_code, device=device
     )
+    use_threads(model.config.training.threads)
     data = model.config.data
     data.limit_val = command.limit or data.limit_val
     data.val_json = command.val_json or data.val_json
@@ -198,8 +207,11 @@ def run_evaluate(words: list[str]) -> None:
         progress=True,
         save_to=Path(command.run) / "predictions.json",
     )
-    print(ratio_table(rows))
-    write_json(Path(command.run) / "evaluation.json", {"data": dataset.version, "ratios": rows})
+    if processes.first_of_torchrun():
+        print(ratio_table(rows))
+        place = Path(command.run) / "evaluation.json"
+        write_json(place, {"data": dataset.version, "ratios": rows})
+    processes.leave()
 
 
 def run_predict(words: list[str]) -> None:
@@ -208,13 +220,14 @@ def run_predict(words: list[str]) -> None:
     from mimdet.data.images import read_image
     from mimdet.predict import predict
     from mimdet.training.run import load_detector
-    from mimdet.training.trainer import pick_device
+    from mimdet.training.trainer import pick_device, use_threads
     from mimdet.viz.figures import save_figure, show_detections
 
     device = str(pick_device(command.device))
     model = load_detector(
         command.run, checkpoint=command.checkpoint, trust_code=command.trust_code, device=device
     )
+    use_threads(model.config.training.threads)
     names, ids = model.categories, list(range(1, len(model.categories) + 1))
     masks = model.roi_heads.mask_head is not None
     for path in map(Path, command.images):

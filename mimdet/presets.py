@@ -73,7 +73,7 @@ def tiny() -> Config:
         ),
         detector=DetectorConfig(
             num_classes=12,
-            channels=64,
+            channels=48,
             anchor_sizes=(12, 24, 48, 96, 192),
             rpn_convs=1,
             rpn_pre_nms=(300, 300),
@@ -94,15 +94,16 @@ def tiny() -> Config:
         ),
         training=TrainingConfig(
             steps=800,
-            batch_size=8,
+            batch_size=4,
             accumulate=1,
-            learning_rate=1e-3,
-            reference_batch=8,
+            learning_rate=3e-3,
+            reference_batch=4,
             rate_multiplier=1.0,
             weight_decay=0.05,
             schedule="cosine",
             warmup_steps=40,
             clip_norm=1.0,
+            threads=1,
         ),
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mimdet import processes
 from mimdet.analysis.metrics import IouType, Metrics, coco_metrics
 from mimdet.analysis.results import results_for, save_results
 from mimdet.data.loader import Dataset, EvalLoader
@@ -56,13 +57,16 @@ def evaluate(
     """COCO box and mask metrics at one sample ratio (default: the model's `sample_ratio_eval`).
 
     The tokens of an image are drawn from (seed, its place in the data set), so the numbers do not
-    depend on the batch size. Published APs use ratio 1, where nothing is drawn.
+    depend on the batch size. Published APs use ratio 1, where nothing is drawn. Several processes
+    share the images; the first one holds all results.
     """
     start = time.perf_counter()
     if sample_ratio is None:
         sample_ratio = model.config.backbone.sample_ratio_eval
     device = device_of(model)
-    loader = EvalLoader(dataset, model.config.data, batch_size, workers)
+    loader = EvalLoader(
+        dataset, model.config.data, batch_size, workers, processes.rank(), processes.world()
+    )
     results: list[dict[str, Any]] = []
     masks = model.roi_heads.mask_head is not None
     for batch in _with_progress(loader, len(dataset), progress):
@@ -73,9 +77,13 @@ def evaluate(
         for i, size, detections in zip(batch.indices, batch.original_sizes, found, strict=True):
             original = to_original(detections, size).to("cpu")
             results += results_for(original, dataset.image_id(i), dataset.category_ids, masks)
+    results = processes.gather_lists(results)
     kinds: list[IouType] = ["bbox", "segm"] if masks and dataset.has_masks else ["bbox"]
     scale = getattr(dataset, "area_scale", 1.0)
-    metrics = coco_metrics(dataset.ground_truth(), results, kinds, scale)
+    metrics = Metrics()
+    if processes.rank() == 0:
+        metrics = coco_metrics(dataset.ground_truth(), results, kinds, scale)
+    metrics = processes.from_first(metrics)
     return Evaluation(metrics, results, sample_ratio, seed, time.perf_counter() - start)
 
 
@@ -117,7 +125,7 @@ def evaluate_ratios(
                 row[f"{kind}_ap_sd"] = float(ap.std()) if len(values) > 1 else 0.0
         row["metrics"] = [p.metrics.to_dict() for p in passes]
         rows.append(row)
-    if save_to is not None:
+    if save_to is not None and processes.rank() == 0:
         save_results(passes[-1].results, save_to)
     return rows
 
@@ -147,7 +155,7 @@ def image_seed(seed: int, index: int) -> int:
 
 
 def _with_progress(loader: EvalLoader, images: int, show: bool) -> Any:
-    if not show:
+    if not show or processes.rank() != 0:
         yield from loader
         return
     from tqdm import tqdm

@@ -120,12 +120,19 @@ class EvalLoader:
 
     Padding changes a detector's output a little (GroupNorm, positions, decoder), so evaluation
     never mixes padded sizes; with the largest first, memory runs out at once or not at all.
+    Process `rank` of `world` gets every world-th group.
     """
 
     def __init__(
-        self, dataset: Dataset, cfg: DataConfig, batch_size: int, workers: int = 0
+        self,
+        dataset: Dataset,
+        cfg: DataConfig,
+        batch_size: int,
+        workers: int = 0,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
-        self.order = eval_order(dataset, cfg, batch_size)
+        self.order = eval_order(dataset, cfg, batch_size)[rank::world]
         self.workers = workers
         self._load = _EvalTask(dataset, cfg)
 

@@ -32,10 +32,12 @@ class StopSignals:
     """Turns SIGINT and SIGTERM into `StepAbandoned`, but only where a step may be abandoned.
 
     Elsewhere (optimiser step, checkpoint) the signal waits for `check`. Outside the main thread,
-    where Python allows no handlers, signals keep their usual meaning.
+    where Python allows no handlers, signals keep their usual meaning. With at_once=False signals
+    are only noted in `received`: several processes must stop at the same place.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: bool = True) -> None:
+        self.at_once = at_once
         self.received = 0
         self._interruptible = False
 
@@ -65,11 +67,11 @@ class StopSignals:
         self.check()
 
     def check(self) -> None:
-        if self.received:
+        if self.received and self.at_once:
             raise StepAbandoned
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        if self._interruptible:
+        if self._interruptible and self.at_once:
             self._interruptible = False
             raise StepAbandoned

@@ -4,14 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from mimdet import processes
 from mimdet.config import Config
 from mimdet.data.coco import build_dataset
 from mimdet.data.loader import Dataset
 from mimdet.models.detector import Detector, build_detector
 from mimdet.training.run import Run, load_detector
-from mimdet.training.trainer import Step, Trainer, seed_all
+from mimdet.training.trainer import Step, Trainer, seed_all, use_threads
 
 
 def train(
@@ -29,9 +28,9 @@ def train(
     TrainingStopped; leaving the loop saves too. A model, for example with a sampler of your own,
     and data sets may be passed in; else they are built from `cfg`.
     """
+    processes.join()
     seed_all(cfg.training.seed)
-    if cfg.training.threads:
-        torch.set_num_threads(cfg.training.threads)
+    use_threads(cfg.training.threads)
     data = train_data or build_dataset(cfg.data, "train", cfg.training.seed)
     if model is None:
         adapt_to_data(cfg, data)
@@ -42,7 +41,9 @@ def train(
             f"{len(data.categories)}: set detector.num_classes={len(data.categories)}"
         )
     model.categories = list(data.categories)
-    run = run if isinstance(run, Run) else Run(run, cfg)
+    if not isinstance(run, Run):
+        path = run  # the first process makes the directory, the others then find it
+        run = processes.in_turn(lambda: Run(path, cfg))
     yield from Trainer(cfg, run, model, data, val_data).steps()
 
 

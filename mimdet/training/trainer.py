@@ -1,6 +1,7 @@
 """One training between two steps: gradients, updates, checkpoints, evaluations."""
 
 import math
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mimdet import processes
 from mimdet.config import Config
 from mimdet.data.coco import build_dataset
 from mimdet.data.loader import Dataset, MicroBatch, TrainLoader
@@ -54,11 +56,19 @@ class Trainer:
         self.device = pick_device(t.device)
         self.model = model.to(self.device).train()
         self.loader = TrainLoader(
-            data, cfg.data, t.batch_size, t.accumulate, t.seed, workers=cfg.data.workers
+            data,
+            cfg.data,
+            t.batch_size,
+            t.accumulate,
+            t.seed,
+            processes.rank(),
+            processes.world(),
+            workers=cfg.data.workers,
         )
         self.val_data = val_data
         self.data_version = data.version
         self.optimizer = build_optimizer(self.model, t)
+        self.parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=t.precision == "fp16")
         per_epoch = len(data) / (t.batch_size * t.accumulate)
         self.total = t.steps or max(1, round(t.epochs * per_epoch))
@@ -68,10 +78,11 @@ class Trainer:
             1, min(round(per_epoch), math.ceil(self.total / 10))
         )
         self.best = -1.0
+        self.evaluated = -1
         self.updating = False
         self.done = 0
         self.saved = -1
-        self.signals = StopSignals()
+        self.signals = StopSignals(at_once=processes.world() == 1)
 
     # -------------------------------------------------------------- the loop
 
@@ -87,11 +98,18 @@ class Trainer:
                 batches = iter(self.loader.batches(self.done, self.total))
                 while self.done < self.total:
                     yield self.finish(self.one_step(batches))
+                    self.stop_together()
             except StepAbandoned:
                 self.save()
                 raise TrainingStopped(self.done, self.run.path, self.signals.received) from None
             finally:
                 self.save()
+
+    def stop_together(self) -> None:
+        """With several processes a signal waits for the end of the step, and stops them all."""
+        if processes.any_process(self.signals.received > 0, self.device):
+            self.signals.received = self.signals.received or signal.SIGTERM
+            raise StepAbandoned
 
     def one_step(self, batches: Iterator[list[MicroBatch]]) -> Step:
         """Accumulate the gradients of the step's micro-batches, then update the weights once.
@@ -117,7 +135,10 @@ class Trainer:
                     losses = self.backward(batch)
                     images += len(batch.images)
                     for name, value in losses.items():
-                        sums[name] = sums.get(name, 0) + value / len(micro_batches)
+                        sums[name] = sums.get(name, 0) + value / self.cfg.training.accumulate
+                processes.sum_gradients(self.parameters)
+                processes.average_buffers(self.model)
+                processes.sum_in_place(list(sums.values()))
                 grad_norm = self.clip([i for b in micro_batches for i in b.image_ids])
         except BaseException:
             for name, buffer in self.model.named_buffers():
@@ -139,7 +160,7 @@ class Trainer:
             total,
             grad_norm,
             rate,
-            images,
+            images * processes.world(),
             seconds,
             loading / seconds,
         )
@@ -161,8 +182,7 @@ class Trainer:
         """Clip the gradients where the configuration asks for it; returns their norm before."""
         self.scaler.unscale_(self.optimizer)
         limit = self.cfg.training.clip_norm or math.inf
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
         if (
             not math.isfinite(norm) and not self.scaler.is_enabled()
         ):  # fp16 skips such a step itself
@@ -194,7 +214,8 @@ class Trainer:
             "loading": round(step.loading, 3),
             "gpu_memory_gb": peak_memory(self.device),
         }
-        self.run.append(row)
+        if processes.rank() == 0:
+            self.run.append(row)
         if step.number % self.checkpoint_every == 0 or self.evaluation_due():
             self.save()
         if self.evaluation_due():
@@ -209,8 +230,7 @@ class Trainer:
         regular = self.evaluate_every > 0 and self.done > 0 and self.done % self.evaluate_every == 0
         if not regular and self.done != self.total:
             return False
-        recorded = [r["step"] for r in self.run.metrics()[-2:] if "evaluation" in r]
-        return self.done not in recorded
+        return self.done != self.evaluated
 
     def evaluate(self) -> dict[str, Any]:
         from mimdet.analysis.evaluate import evaluate
@@ -228,6 +248,9 @@ class Trainer:
             progress=len(self.val_data) >= 1000,
         )
         metrics = evaluation.metrics.to_dict()
+        self.evaluated = self.done
+        if processes.rank() != 0:
+            return metrics
         seconds = round(time.perf_counter() - start, 2)
         save_results(evaluation.results, self.run.path / "predictions.json")
         write_json(self.run.path / "eval.json", {"step": self.done, **metrics})
@@ -247,7 +270,7 @@ class Trainer:
         A failure in the middle of an update leaves weights that belong to no step: they are not
         saved, and the last checkpoint stays the newest one.
         """
-        if self.updating or (self.done == self.saved and not again):
+        if self.updating or (self.done == self.saved and not again) or processes.rank() != 0:
             return
         state = {
             "optimizer": self.optimizer.state_dict(),
@@ -263,14 +286,20 @@ class Trainer:
         if last is None:
             if self.cfg.training.init_from:
                 warm_start(self.model, self.cfg.training.init_from)
-            self.run.record_environment(self.model, self.data_version)
+            if processes.rank() == 0:
+                self.run.record_environment(self.model, self.data_version)
         else:
             self.model.load_state_dict(last.weights)
             self.optimizer.load_state_dict(last.optimizer["optimizer"])
             self.scaler.load_state_dict(last.optimizer["scaler"])
             self.best = last.optimizer["best"]
             self.done = self.saved = last.step
-        self.run.forget_after(self.done)
+        processes.wait_for_all()  # every process has read the checkpoint
+        if processes.rank() == 0:
+            self.run.forget_after(self.done)
+            evaluations = [row["step"] for row in self.run.metrics() if "evaluation" in row]
+            self.evaluated = evaluations[-1] if evaluations else -1
+        self.evaluated = processes.from_first(self.evaluated)
 
 
 def seed_all(*numbers: int) -> None:
@@ -281,10 +310,18 @@ def seed_all(*numbers: int) -> None:
     torch.manual_seed(mixed)
 
 
+def use_threads(count: int) -> None:
+    """Set PyTorch's CPU threads; 0 leaves them as they are."""
+    if count:
+        torch.set_num_threads(count)
+
+
 def pick_device(name: str) -> torch.device:
     if name != "auto":
         return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def peak_memory(device: torch.device) -> float:

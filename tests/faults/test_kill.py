@@ -22,7 +22,7 @@ WORDS = (
 
 
 def command(run: Path, steps: int) -> list[str]:
-    return ["train", "tiny", "--run", str(run), *WORDS, "--steps", str(steps)]
+    return ["train", "tiny", str(run), *WORDS, "--steps", str(steps)]
 
 
 def start(run: Path, steps: int) -> subprocess.Popen:

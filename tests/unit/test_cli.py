@@ -30,14 +30,14 @@ def test_train_writes_a_run_and_resumes_to_nothing(run, capsys):
     assert load_config(run / "config.json").training.accumulate == 2
     assert (run / "eval.json").exists()
     before = (run / "metrics.jsonl").read_text()
-    cli.main(["train", "tiny", "--run", str(run), *TINY])
+    cli.main(["train", "tiny", str(run), *TINY])
     assert (run / "metrics.jsonl").read_text() == before
     assert "done" in capsys.readouterr().out
 
 
 def test_another_configuration_is_refused(run):
     with pytest.raises(SystemExit, match=r"training.steps: 2 -> 3"):
-        cli.main(["train", "tiny", "--run", str(run), *TINY, "--steps", "3"])
+        cli.main(["train", "tiny", str(run), *TINY, "--steps", "3"])
 
 
 def test_evaluate(run, capsys):

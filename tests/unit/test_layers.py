@@ -17,7 +17,7 @@ MAX_LINES = 350
 # A part may import from the rows above its own, and from itself. The parts of the first row are
 # plain data and may use each other; any other two parts of one row may not.
 ORDER = (
-    ("config", "presets", "structures", "masks", "files"),
+    ("config", "presets", "structures", "masks", "files", "processes"),
     ("models", "data"),
     ("predict",),
     ("analysis",),
