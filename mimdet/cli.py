@@ -122,7 +122,11 @@ class Demo:
     """shapes-v1-easy, shapes-v1-medium or shapes-v1-hard."""
     steps: int = 0
     """Train exactly this many steps instead of measuring what fits into the time."""
+    scenes: int = 200
+    """Held-out scenes to evaluate on."""
     seed: int = 0
+    processes: int = 0
+    """Processes that share the work; 0 = two on a CPU with two cores or more, one on a GPU."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -264,7 +268,7 @@ def run_demo(words: list[str]) -> None:
     command = _parse(Demo, words, "demo")
     from mimdet.demo import demo
 
-    demo(command.minutes, command.run, command.level, command.steps, command.seed)
+    demo(**vars(command))
 
 
 def _parse(kind: type, words: list[str], name: str) -> Any:

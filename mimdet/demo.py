@@ -1,101 +1,123 @@
-"""`mimdet demo`: from nothing to a trained detector, its AP and its pictures, in minutes."""
+"""`mimdet demo`: from nothing to a trained detector, its AP and its pictures, in minutes.
 
-import copy
-import dataclasses
+The demo types the commands a user would type: `mimdet train`, `mimdet evaluate`. On two or more CPU
+cores each is shared by two processes, which for a small model is far faster than two threads.
+"""
+
+import json
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
-from mimdet.analysis.evaluate import evaluate, evaluate_ratios, ratio_table
-from mimdet.config import Config, load_config
-from mimdet.data.coco import build_dataset
-from mimdet.files import write_json
-from mimdet.models.detector import build_detector
-from mimdet.predict import predict
-from mimdet.presets import tiny
-from mimdet.training.progress import show_progress
-from mimdet.training.run import Run, load_detector
-from mimdet.training.train import train
-from mimdet.training.trainer import Trainer
-from mimdet.viz.figures import save_figure, show_detections, show_ratios, show_training
-
-RATIOS = (0.25, 0.5, 1.0)
+RATIOS = ("0.25", "0.5", "1")
 DRAWS = 2
-CURVE_POINTS = 3
+CURVE_POINTS = 2
 """Evaluations while training, for the curve of AP; the last one is at the end."""
-TIMED_STEPS = 12
-TIMED_SCENES = 16
-STARTUP_SECONDS = 15
-"""Imports, opening data, and drawing the figures."""
+TIMED_STEPS = 30
+TIMED_SCENES = 40
+STARTUP_SECONDS = 30
+"""Starting three times, and drawing the figures."""
 
 
 def demo(
-    minutes: float, run: str = "", level: str = "shapes-v1-medium", steps: int = 0, seed: int = 0
+    minutes: float, run: str, level: str, steps: int, scenes: int, seed: int, processes: int
 ) -> None:
     """Train `tiny` on ShapesCOCO for about `minutes`, then evaluate it and draw what it sees."""
     start = time.perf_counter()
     path = Path(run or f"runs/demo-{minutes:g}min")
-    cfg = demo_config(path, minutes, level, steps, seed)
-    print(f"Training a MIMDet of 2 million parameters on drawn scenes ({level}), in {path}:")
-    print(f"{cfg.training.steps} steps of {cfg.training.batch_size} new scenes; Ctrl-C saves.")
-    for _ in show_progress(train(cfg, path)):
-        pass
-    report(path)
+    processes = processes or default_processes()
+    if (path / "config.json").exists():
+        steps = json.loads((path / "config.json").read_text())["training"]["steps"]
+        print(f"{path} exists: going on with it.")
+    what = ["--shapes-level", level, "--seed", str(seed)]
+    if not steps:
+        print("Timing this machine ...", flush=True)
+        steps = steps_that_fit(minutes * 60, scenes, what, processes)
+    every = max(1, -(-steps // CURVE_POINTS))
+    length = ["--steps", str(steps), "--evaluate-every-steps", str(every)]
+    print(f"Training a MIMDet of 2 million parameters on {4 * steps:,} new scenes of {level}.")
+    launch(["train", "tiny", str(path), *what, *length, "--shapes-val", str(scenes)], processes)
+    print(f"\nAP x 100 on {scenes} held-out scenes, by the share of tokens the encoder sees:")
+    launch(["evaluate", str(path), "--ratios", *RATIOS, "--draws", str(DRAWS)], processes)
+    draw(path)
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all.")
 
 
-def demo_config(path: Path, minutes: float, level: str, steps: int, seed: int) -> Config:
-    """The configuration of an existing demo, or a new one whose steps fit into the time."""
-    if (path / "config.json").exists():
-        print(f"{path} exists: resuming it with its own configuration.")
-        return load_config(path / "config.json")
-    cfg = tiny()
-    cfg.data.shapes_level = level
-    cfg.training.seed = seed
-    cfg.training.steps = steps or steps_that_fit(cfg, minutes * 60)
-    cfg.training.evaluate_every_steps = max(1, cfg.training.steps // CURVE_POINTS)
-    return cfg
-
-
-def steps_that_fit(cfg: Config, seconds: float) -> int:
+def steps_that_fit(seconds: float, scenes: int, what: list[str], processes: int) -> int:
     """Training steps that fit into the time, after a short throwaway training has been timed.
 
-    Set aside are the evaluations: three while training, the ratio table, and the pictures.
+    Set aside are the evaluations while training and for the table, and the starts.
     """
-    print("Timing this machine for a few seconds ...", flush=True)
+    begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        trial = copy.deepcopy(cfg)
-        trial.training.steps = TIMED_STEPS
-        data = build_dataset(cfg.data, "train", seed=cfg.training.seed)
-        run = Run(Path(folder) / "trial", trial)
-        model = build_detector(trial)
-        trainer = Trainer(trial, run, model, data, None)
-        batches = iter(trainer.loader.batches(0, TIMED_STEPS))
-        times = [trainer.one_step(batches).seconds for _ in range(TIMED_STEPS)]
-        few = dataclasses.replace(cfg.data, shapes_val=TIMED_SCENES)
-        pass_seconds = evaluate(model, build_dataset(few, "val")).seconds
-    per_step = sum(times[2:]) / len(times[2:])  # the first ones pay for warming up
+        trial = Path(folder) / "trial"
+        length = ["--steps", str(TIMED_STEPS), "--shapes-val", str(TIMED_SCENES)]
+        launch(["train", "tiny", str(trial), *what, *length], processes, quiet=True)
+        rows = [json.loads(line) for line in (trial / "metrics.jsonl").read_text().splitlines()]
+    times = [row["time"]["seconds"] for row in rows if "loss" in row]
+    steady = times[len(times) // 3 :]  # the first ones pay for warming up
+    per_scene = rows[-1]["time"]["seconds"] / TIMED_SCENES
     passes = CURVE_POINTS + 1 + DRAWS * (len(RATIOS) - 1)
-    evaluations = passes * pass_seconds * cfg.data.shapes_val / TIMED_SCENES
-    return max(20, int((seconds - evaluations - STARTUP_SECONDS) / per_step))
+    left = seconds - (time.perf_counter() - begin) - passes * scenes * per_scene - STARTUP_SECONDS
+    return max(20, int(left / (sum(steady) / len(steady))))
 
 
-def report(path: Path) -> None:
-    """AP at each sample ratio, and three figures, in the run's directory."""
-    model = load_detector(path)
-    dataset = build_dataset(model.config.data, "val")
-    print(f"AP x 100 on {len(dataset)} held-out scenes of {dataset.version}, by sample ratio:")
-    rows = evaluate_ratios(model, dataset, RATIOS, DRAWS, save_to=path / "predictions.json")
-    write_json(path / "evaluation.json", {"data": dataset.version, "ratios": rows})
-    print(ratio_table(rows))
-    scenes = [dataset[i] for i in range(8)]
-    found = predict(model, [scene.image for scene in scenes])
+def launch(words: list[str], processes: int, quiet: bool = False) -> None:
+    """Run a `mimdet` command in a process of its own, or in several that share the work."""
+    shared = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    command = [sys.executable, "-m", *(shared if processes > 1 else []), "mimdet", *words]
+    if not quiet:
+        print(f"$ mimdet {' '.join(words)}   [{processes} process(es)]", flush=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE if quiet else None,
+        stderr=subprocess.STDOUT if quiet else None,
+        text=True,
+    )
+    try:
+        printed, _ = child.communicate()
+    except KeyboardInterrupt:  # the child has received it too, and saves
+        child.wait()
+        sys.exit("stopped; run the same command again to go on")
+    if child.returncode:
+        sys.exit(printed or f"mimdet {words[0]} failed with exit code {child.returncode}")
+
+
+def default_processes() -> int:
+    """One on a GPU (there the model fills it), two on a CPU with at least two cores."""
+    import torch
+
+    if torch.cuda.is_available():
+        return 1
+    return min(2, os.cpu_count() or 1)
+
+
+def draw(path: Path) -> None:
+    """Three figures in the run's directory: detections beside the truth, training, ratios."""
+    from mimdet.config import load_config
+    from mimdet.data.coco import build_dataset
+    from mimdet.predict import predict
+    from mimdet.training.run import Run, load_detector
+    from mimdet.training.trainer import use_threads
+    from mimdet.viz.figures import save_figure, show_detections, show_ratios, show_training
+
+    use_threads(1)
+    cfg = load_config(path / "config.json")
+    dataset = build_dataset(cfg.data, "val")
+    records = [dataset[i] for i in range(min(8, len(dataset)))]
+    found = predict(load_detector(path), [record.image for record in records])
+    ratios = json.loads((path / "evaluation.json").read_text())["ratios"]
     figures = {
         "detections": show_detections(
-            [s.image for s in scenes], found, [s.target for s in scenes], dataset.categories
+            [r.image for r in records], found, [r.target for r in records], dataset.categories
         ),
-        "training": show_training(Run(path, model.config).metrics()),
-        "ratios": show_ratios(rows),
+        "training": show_training(Run(path, cfg).metrics()),
+        "ratios": show_ratios(ratios),
     }
     for name, figure in figures.items():
         save_figure(figure, path / f"{name}.png")

@@ -71,15 +71,9 @@ def test_check_data(tmp_path, capsys):
     assert json.loads((tmp_path / "r.json").read_text())["problems"]
 
 
-def test_demo_from_start_to_pictures(tmp_path, capsys, monkeypatch):
-    few = presets.tiny()
-    few.backbone.embed_dim = few.backbone.decoder_dim = 32
-    few.detector.channels = 16
-    few.data.shapes_size, few.data.shapes_val = 64, 8
-    few.data.short_sides, few.data.test_short_side = (64,), 64
-    monkeypatch.setattr("mimdet.demo.tiny", lambda: few)
-    cli.main(["demo", "--steps", "3", "--run", str(tmp_path / "demo")])
-    printed = capsys.readouterr().out
+def test_demo_from_start_to_pictures(tmp_path, capfd):
+    cli.main(["demo", "--steps", "3", "--scenes", "4", "--run", str(tmp_path / "demo")])
+    printed = capfd.readouterr().out
     assert "0.25      2" in printed and "1.00      1" in printed
     for name in ("detections", "training", "ratios"):
         assert (tmp_path / "demo" / f"{name}.png").stat().st_size > 1000
