@@ -145,8 +145,10 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"mimdet has no command {name!r}; it has {', '.join(COMMANDS)}")
     try:
         COMMANDS[name](rest)
-    except (ValueError, FileNotFoundError, PermissionError) as error:
+    except (ValueError, FileNotFoundError, PermissionError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def run_train(words: list[str]) -> None:

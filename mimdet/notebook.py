@@ -90,6 +90,7 @@ def quick_config() -> Config:
     cfg.detector.rois_per_image = 32
     cfg.training.steps = 280
     cfg.training.batch_size = 2
+    cfg.training.accumulate = 1
     cfg.training.reference_batch = 2
     cfg.training.learning_rate = 1.5e-3
     cfg.training.betas = (0.9, 0.98)

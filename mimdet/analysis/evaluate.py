@@ -163,4 +163,4 @@ def _with_progress(loader: EvalLoader, images: int, show: bool) -> Any:
     with tqdm(total=images, unit="img", mininterval=1, file=sys.stdout, desc="evaluate") as bar:
         for batch in loader:
             yield batch
-            bar.update(len(batch.images))
+            bar.update(min(len(batch.images) * processes.world(), images - bar.n))

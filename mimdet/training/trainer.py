@@ -251,15 +251,17 @@ class Trainer:
         self.evaluated = self.done
         if processes.rank() != 0:
             return metrics
+        data = self.val_data.version
         seconds = round(time.perf_counter() - start, 2)
         save_results(evaluation.results, self.run.path / "predictions.json")
-        write_json(self.run.path / "eval.json", {"step": self.done, **metrics})
-        self.run.append({"step": self.done, "evaluation": metrics, "time": {"seconds": seconds}})
-        score = evaluation.metrics.box["AP"]
-        if score > self.best:
-            self.best = score
+        write_json(self.run.path / "eval.json", {"step": self.done, "data": data, **metrics})
+        if evaluation.box["AP"] > self.best:
+            self.best = evaluation.box["AP"]
             self.save(again=True)
             self.run.store.point("best", f"{self.done:06d}")
+        # Last: a run that is killed before this line evaluates again when it is resumed.
+        row: dict[str, Any] = {"step": self.done, "data": data, "evaluation": metrics}
+        self.run.append(row | {"time": {"seconds": seconds}})
         return metrics
 
     # -------------------------------------------------------------- checkpoints
