@@ -87,7 +87,6 @@ def tiny() -> Config:
             box_convs=1,
             box_fc_dim=256,
             mask_convs=2,
-            detections_per_image=50,
         ),
         data=DataConfig(
             source="shapes",
@@ -125,7 +124,6 @@ def nuclei() -> Config:
     cfg.detector.rpn_post_nms = (300, 300)
     cfg.detector.rpn_anchors_per_image = 256
     cfg.detector.rois_per_image = 128
-    cfg.detector.detections_per_image = 100
     cfg.data = DataConfig(
         source="coco",
         augment="multiscale",

@@ -22,7 +22,7 @@ TINY = (
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     path = tmp_path_factory.mktemp("cli") / "run"
-    cli.main(["train", "tiny", "--run", str(path), *TINY])
+    cli.main(["train", "tiny", str(path), *TINY])
     return path
 
 
