@@ -1,132 +1,40 @@
 """The `mimdet` command. Every field of the configuration is a flag of the same name.
 
-Each command is a dataclass whose fields become its options; what it does stands in `run_*` below.
+What a command does stands in `run_*` below, its options in options.py.
 """
 
 import inspect
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import tyro
-from tyro.conf import Positional
 
 from mimdet import __version__
-from mimdet.config import Config
+from mimdet.options import (
+    CheckData,
+    Demo,
+    Download,
+    Evaluate,
+    Export,
+    Predict,
+    Pretrain,
+    Train,
+)
 
 USAGE = f"""mimdet {__version__}: a ViT detector that trains on a sample of an image's tokens
 
   mimdet demo                        train a small MIMDet on drawn scenes and look at it (minutes)
   mimdet check-data ANNOTATIONS IMAGES        what is wrong with a COCO-format data set, and where
+  mimdet download [NAME...]                   list public weights and COCO, or fetch them
   mimdet train PRESET RUN                     train, or resume; presets: {{presets}}
+  mimdet pretrain PRESET RUN                  a masked autoencoder; presets: {{pretrain_presets}}
   mimdet evaluate RUN --ratios 0.25 0.5 1     COCO metrics at any sample ratios
   mimdet predict RUN IMAGE...                 detections as json and pictures
+  mimdet export RUN FILE.pth                  weights for the original's own tools (detectron2)
 
 `mimdet COMMAND --help` explains every option."""
-
-
-@dataclass
-class Train:
-    """Train a detector; the same command resumes an interrupted run exactly.
-
-    Ctrl-C or SIGTERM saves and exits. Progress goes to the screen, every number to
-    RUN/metrics.jsonl, weights to RUN/checkpoints.
-    """
-
-    run: Positional[str]
-    """Directory of the run, for example runs/nuclei."""
-    config: Config = field(default_factory=Config)
-
-
-@dataclass
-class Evaluate:
-    """COCO box and mask metrics of a trained run, at any list of sample ratios.
-
-    Below ratio 1 the tokens are drawn at random, so the mean and the standard deviation over
-    --draws samplings are given. Writes RUN/evaluation.json and, at the last ratio,
-    RUN/predictions.json in COCO results format.
-    """
-
-    run: Positional[str]
-    """Directory of the run."""
-    ratios: tuple[float, ...] = (1.0,)
-    """Shares of the tokens the encoder sees, for example 0.25 0.5 1."""
-    draws: int = 2
-    """Samplings per ratio below 1."""
-    checkpoint: str = "last"
-    """`last`, `best` or a step number."""
-    limit: int = 0
-    """Evaluate the first N images only; 0 = all."""
-    val_json: str = ""
-    """Another annotation file than the run's own."""
-    val_images: str = ""
-    """Its image folder."""
-    batch_size: int = 4
-    device: str = "auto"
-    trust_code: bool = False
-    """Execute a sampler or stem that was written in a notebook and is stored in the run."""
-
-
-@dataclass
-class Predict:
-    """Detect objects in image files; writes one json and one picture per image."""
-
-    run: Positional[str]
-    """Directory of the run."""
-    images: Positional[tuple[str, ...]]
-    """Image files."""
-    out: str = "predictions"
-    """Folder for the results."""
-    sample_ratio: float = 1.0
-    """Share of the tokens the encoder sees."""
-    score: float = 0.3
-    """Draw detections with at least this score (the json holds all)."""
-    checkpoint: str = "last"
-    device: str = "auto"
-    seed: int = 0
-    trust_code: bool = False
-    """Execute a sampler or stem that was written in a notebook and is stored in the run."""
-
-
-@dataclass
-class CheckData:
-    """Say what is wrong with a COCO-format data set, and where. Exit code 1 if anything is."""
-
-    annotations: Positional[str]
-    """The json file."""
-    images: Positional[str]
-    """The image folder."""
-    examples: int = 3
-    """Examples shown of each kind of problem."""
-    quick: bool = False
-    """Read only the headers of the image files."""
-    json: str = ""
-    """Write the whole report to this file."""
-
-
-@dataclass
-class Demo:
-    """Train a small MIMDet on ShapesCOCO, read its AP at three sample ratios, look at detections.
-
-    Everything is drawn and trained on this machine; nothing is downloaded. Run it again to resume
-    an interrupted demo, or with other --minutes to train longer.
-    """
-
-    minutes: float = 6.0
-    """Time for everything, from drawing scenes to figures, on an idle machine."""
-    run: str = ""
-    """Directory of the run; default runs/demo-<minutes>min."""
-    level: str = "shapes-v1-medium"
-    """shapes-v1-easy, shapes-v1-medium or shapes-v1-hard."""
-    steps: int = 0
-    """Train exactly this many steps instead of measuring what fits into the time."""
-    scenes: int = 200
-    """Held-out scenes to evaluate on."""
-    seed: int = 0
-    processes: int = 0
-    """Processes that share the work; 0 = two on a CPU with two cores or more, one on a GPU."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -135,17 +43,22 @@ def main(arguments: list[str] | None = None) -> None:
     name, rest = (words[0], words[1:]) if words else ("--help", [])
     if name in ("-h", "--help", "help"):
         from mimdet.presets import PRESETS
+        from mimdet.pretrain_config import PRETRAIN_PRESETS
 
-        print(USAGE.format(presets=", ".join(PRESETS)))
+        presets, more = ", ".join(PRESETS), ", ".join(PRETRAIN_PRESETS)
+        print(USAGE.format(presets=presets, pretrain_presets=more))
         return
     if name == "--version":
         print(__version__)
         return
     if name not in COMMANDS:
         sys.exit(f"mimdet has no command {name!r}; it has {', '.join(COMMANDS)}")
+    from mimdet.processes import ProcessLost
+
+    mistakes = (ValueError, FileNotFoundError, PermissionError, FloatingPointError, ProcessLost)
     try:
         COMMANDS[name](rest)
-    except (ValueError, FileNotFoundError, PermissionError, FloatingPointError) as error:
+    except mistakes as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
@@ -154,34 +67,45 @@ def main(arguments: list[str] | None = None) -> None:
 def run_train(words: list[str]) -> None:
     from mimdet.presets import PRESETS
 
-    choices = {
-        name: (inspect.getdoc(preset) or "", Train(run=tyro.MISSING, config=preset()))
-        for name, preset in PRESETS.items()
-    }
-    command: Train = tyro.extras.overridable_config_cli(
-        choices,
-        args=words,
-        prog="mimdet train",
-        description=inspect.getdoc(Train),
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    command = _parse_preset(Train, PRESETS, words, "train")
+    from mimdet.training.train import train
+
+    _follow(train(command.config, command.run))
+    _say(f"done: {command.run}; next: mimdet evaluate {command.run} --ratios 0.25 0.5 1")
+
+
+def run_pretrain(words: list[str]) -> None:
+    from mimdet.pretrain_config import PRETRAIN_PRESETS
+
+    command = _parse_preset(Pretrain, PRETRAIN_PRESETS, words, "pretrain")
+    from mimdet.training.pretrain import pretrain
+
+    _follow(pretrain(command.config, command.run))
+    _say(f"done: {command.run}; next: mimdet train PRESET RUN --init-from {command.run}")
+
+
+def _follow(steps: Iterator[Any]) -> None:
+    """Run a training to its end with a progress bar, in the first process."""
     from mimdet import processes
     from mimdet.training.progress import show_progress
     from mimdet.training.signals import TrainingStopped
-    from mimdet.training.train import train
 
-    steps = train(command.config, command.run)
     try:
         for _ in show_progress(steps) if processes.first_of_torchrun() else steps:
             pass
     except TrainingStopped as stopped:
-        if processes.first_of_torchrun():
-            print(stopped)
+        _say(str(stopped))
         sys.exit(128 + stopped.signal_number)
     finally:
         processes.leave()
+
+
+def _say(text: str) -> None:
+    """Print, once for all processes."""
+    from mimdet import processes
+
     if processes.first_of_torchrun():
-        print(f"done: {command.run}; next: mimdet evaluate {command.run} --ratios 0.25 0.5 1")
+        print(text)
 
 
 def run_evaluate(words: list[str]) -> None:
@@ -203,6 +127,8 @@ def run_evaluate(words: list[str]) -> None:
     data.limit_val = command.limit or data.limit_val
     data.val_json = command.val_json or data.val_json
     data.val_images = command.val_images or data.val_images
+    run = Path(command.run)
+    out = Path(command.out) if command.out else (run if run.is_dir() else run.with_suffix(""))
     dataset = build_dataset(data, "val", model.config.training.seed)
     rows = evaluate_ratios(
         model,
@@ -211,12 +137,11 @@ def run_evaluate(words: list[str]) -> None:
         command.draws,
         batch_size=command.batch_size,
         progress=True,
-        save_to=Path(command.run) / "predictions.json",
+        save_to=out / "predictions.json",
     )
     if processes.first_of_torchrun():
         print(ratio_table(rows))
-        place = Path(command.run) / "evaluation.json"
-        write_json(place, {"data": dataset.version, "ratios": rows})
+        write_json(out / "evaluation.json", {"data": dataset.version, "ratios": rows})
     processes.leave()
 
 
@@ -251,6 +176,16 @@ def run_predict(words: list[str]) -> None:
         print(f"{path}: {shown} objects with score >= {command.score} -> {place}.json, .png")
 
 
+def run_export(words: list[str]) -> None:
+    command = _parse(Export, words, "export")
+    from mimdet.models.official import export_detectron2
+    from mimdet.training.run import load_detector
+
+    model = load_detector(command.run, checkpoint=command.checkpoint)
+    export_detectron2(model, command.file)
+    print(f"{command.file}: {len(model.state_dict())} tensors under detectron2's names")
+
+
 def run_check_data(words: list[str]) -> None:
     command = _parse(CheckData, words, "check-data")
     from mimdet.data.checks import check_dataset
@@ -266,11 +201,42 @@ def run_check_data(words: list[str]) -> None:
         sys.exit(1)
 
 
+def run_download(words: list[str]) -> None:
+    command = _parse(Download, words, "download")
+    from mimdet.downloads.catalogue import table
+    from mimdet.downloads.fetch import download
+
+    if not command.names:
+        print(table())
+        return
+    try:
+        download(command.names, command.to, yes=command.yes, unpack=command.unpack)
+    except OSError as error:  # the network, or a disk that filled up meanwhile
+        sys.exit(f"error: {error}")
+
+
 def run_demo(words: list[str]) -> None:
     command = _parse(Demo, words, "demo")
     from mimdet.demo import demo
 
     demo(**vars(command))
+
+
+def _parse_preset(
+    kind: type, presets: dict[str, Callable[[], Any]], words: list[str], name: str
+) -> Any:
+    """A command whose first word is a preset and whose flags change its fields."""
+    choices = {
+        preset: (inspect.getdoc(make) or "", kind(run=tyro.MISSING, config=make()))
+        for preset, make in presets.items()
+    }
+    return tyro.extras.overridable_config_cli(
+        choices,
+        args=words,
+        prog=f"mimdet {name}",
+        description=inspect.getdoc(kind),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
 
 
 def _parse(kind: type, words: list[str], name: str) -> Any:
@@ -281,7 +247,10 @@ def _parse(kind: type, words: list[str], name: str) -> Any:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": run_demo,
     "train": run_train,
+    "pretrain": run_pretrain,
     "evaluate": run_evaluate,
     "predict": run_predict,
+    "export": run_export,
     "check-data": run_check_data,
+    "download": run_download,
 }

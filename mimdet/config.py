@@ -15,26 +15,34 @@ from typing import Any, Literal, get_type_hints
 
 @dataclass(slots=True)
 class BackboneConfig:
-    """The ConvNet-ViT hybrid: stem -> sampled encoder -> decoder -> c2..c5."""
+    """What turns images into c2..c5: MIMDet's ConvNet-ViT hybrid, or a baseline beside it.
+
+    Fields without a kind in their description belong to `mimdet`; a baseline sees every token, so
+    it wants both sample ratios to be 1.
+    """
 
     kind: str = "mimdet"
-    """Registered name or `module:function` of the backbone."""
+    """`mimdet`, `benchmarking_vit`, `vitdet`, `swin`, `resnet`, or `module:function`."""
     embed_dim: int = 768
-    """Encoder width D; the stem ends with D channels, so it must divide by 8."""
+    """Encoder width D; the stem ends with D channels, so it must divide by 8. `swin`, `resnet`:
+    width of the first stage, doubled by each later one (a resnet's bottlenecks widen it x 4)."""
     depth: int = 12
-    """Encoder blocks."""
+    """Encoder blocks; also `benchmarking_vit`, `vitdet`."""
     num_heads: int = 12
-    """Attention heads of the encoder."""
+    """Attention heads of the encoder; also `benchmarking_vit`, `vitdet`. `swin`: of the first
+    stage, doubled by each later one."""
     decoder_dim: int = 512
     """Decoder width, which is also the number of channels of c4 and c5."""
     decoder_depth: int = 4
-    """Decoder blocks (the first ones of MAE's 8)."""
+    """Decoder blocks (the first ones of MAE's 8). 0: c4 is the decoder without its blocks, i.e.
+    projected tokens at sampled places, the fill elsewhere, plus positions, normed."""
     decoder_heads: int = 16
     """Attention heads of the decoder."""
     drop_path: float = 0.1
-    """Stochastic depth of the last encoder block; it grows linearly from 0."""
+    """Stochastic depth of the last encoder block; it grows linearly from 0. All kinds."""
     position_grid: int = 50
-    """Side of the stored square position table; it is resized to the image's grid on the fly."""
+    """Side of the stored square position table; it is resized to the image's grid on the fly. Also
+    `benchmarking_vit`; `vitdet`: of the tables of relative positions."""
     stem: str = "conv"
     """`conv` (the paper's), `patch` (ablation), or `module:function`."""
     sampler: str = "random"
@@ -47,22 +55,38 @@ class BackboneConfig:
     """Count kept tokens on each image's own valid grid, or (the paper's code) on the padded one."""
     decoder_fill: Literal["stem", "mask_token"] = "stem"
     """What the decoder sees at unsampled places: projected stem tokens (v2) or MAE's token (v1)."""
+    window_size: int = 16
+    """`benchmarking_vit`, `vitdet`, `swin`: side of an attention window, in tokens."""
+    global_blocks: int = 4
+    """`benchmarking_vit`, `vitdet`: blocks that attend to the whole image, each the last of an
+    equal part of the depth; all others attend within windows."""
+    stage_depths: tuple[int, int, int, int] = (2, 2, 18, 2)
+    """`swin`, `resnet`: blocks of the four stages that end in c2..c5."""
+    bottleneck: bool = True
+    """`resnet`: blocks of three convolutions (ResNet-50 and deeper) instead of two."""
     checkpointing: Literal["auto", "on", "off"] = "auto"
-    """Recompute activations in the backward pass; `auto` = on for a GPU with little memory."""
+    """Recompute activations in the backward pass; `auto` = on for a GPU with little memory. All
+    kinds but `resnet`, where recomputing would count every batch twice in BatchNorm."""
 
 
 @dataclass(slots=True)
 class DetectorConfig:
-    """FPN, RPN and RoI heads (Mask R-CNN as detectron2 computes it)."""
+    """Neck, RPN and RoI heads (Mask R-CNN as detectron2 computes it)."""
 
     num_classes: int = 80
     """Foreground classes; set from the data set when training starts."""
     masks: bool = True
     """False drops the mask head (data sets with boxes only)."""
+    neck: str = "fpn"
+    """`fpn`, `simple_pyramid` (ViTDet's: no path from level to level), or `module:function`."""
+    canvas: int = 0
+    """Side of the square that every image is placed on, the rest grey (128 before normalisation);
+    boxes then return to the image with one factor for both axes. This is how ViTs that were trained
+    with large-scale jitter are tested. 0 = zeros up to a multiple of 32."""
     channels: int = 256
     """Channels of p2..p6, the RPN and the head convolutions."""
     norm: Literal["BN", "GN", "LN"] = "BN"
-    """Norm of the FPN and of the box and mask heads."""
+    """Norm of the neck and of the box and mask heads."""
     anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
     """Anchor side in pixels, one per level p2..p6."""
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
@@ -165,7 +189,9 @@ class TrainingConfig:
     rate_multiplier: float = 2.0
     """Encoder rate = rate / multiplier; decoder, FPN and heads = rate x multiplier."""
     weight_decay: float = 0.1
-    """Not applied to biases and other one-dimensional parameters."""
+    """Not applied to biases, other one-dimensional parameters and learnt position tables."""
+    decay_biases: bool = False
+    """Apply it to biases too, those of norms left out (recipes of the baselines)."""
     betas: tuple[float, float] = (0.9, 0.999)
     schedule: Literal["multistep", "cosine"] = "multistep"
     milestones: tuple[float, ...] = (27 / 36, 33 / 36)
@@ -175,8 +201,9 @@ class TrainingConfig:
     warmup_steps: int = 0
     clip_norm: float = 0.0
     """Clip the gradient's norm; 0 = off, as in the paper."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """`auto` = bf16 on CUDA and fp32 elsewhere."""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
+    """`auto` = bf16 on CUDA and fp32 elsewhere. `fp64` is slow: it shows that two trainings are
+    equal but for rounding."""
     evaluate_every: float = 1.0
     """Epochs between two evaluations; the last step is always evaluated. 0 = at the end only."""
     evaluate_every_steps: int = 0
@@ -187,8 +214,11 @@ class TrainingConfig:
     """Newest checkpoints that stay on disk, besides the best one."""
     seed: int = 0
     init_from: str = ""
-    """Warm start: a run directory or weights file; tensors of other shapes (another class count)
-    stay new and are named."""
+    """Starting weights: a masked autoencoder (Meta's full file, as the paper; a hub id; a run of
+    `mimdet pretrain`), a released MIMDet, a run or a weights file; of a detector, tensors of other
+    shapes (another class count) stay new and are named."""
+    init_decoder: Literal["pretrained", "random"] = "pretrained"
+    """`random` allows an autoencoder file without decoder: MIMDet's decoder then starts new."""
     threads: int = 0
     """CPU threads of a process; 0 = PyTorch's choice. For small models on a CPU, two processes of
     one thread (torchrun) are far faster than one process of two."""
@@ -208,8 +238,8 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
 
-def to_dict(cfg: Config) -> dict[str, Any]:
-    """The configuration as nested plain dictionaries, ready for json."""
+def to_dict(cfg: Any) -> dict[str, Any]:
+    """A configuration (this one, or another dataclass of sections) as nested dictionaries."""
     return dataclasses.asdict(cfg)
 
 
@@ -232,20 +262,20 @@ def from_dict(values: dict[str, Any], kind: type = Config) -> Any:
     return kind(**parts)
 
 
-def save_config(cfg: Config, path: str | Path) -> None:
+def save_config(cfg: Any, path: str | Path) -> None:
     Path(path).write_text(json.dumps(to_dict(cfg), indent=2) + "\n")
 
 
-def load_config(path: str | Path) -> Config:
+def load_config(path: str | Path, kind: type = Config) -> Any:
     """Read `config.json` of a run. Raises ValueError naming the file when it is not one."""
     try:
         values = json.loads(Path(path).read_text())
-        return from_dict(values)
+        return from_dict(values, kind)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is not a mimdet configuration: {error}") from error
 
 
-def difference(a: Config, b: Config) -> list[str]:
+def difference(a: Any, b: Any) -> list[str]:
     """Lines `training.steps: 100 -> 200` for every field in which two configurations differ."""
     flat_a, flat_b = _flat(to_dict(a)), _flat(to_dict(b))
     return [f"{k}: {flat_a[k]} -> {flat_b[k]}" for k in flat_a if flat_a[k] != flat_b[k]]

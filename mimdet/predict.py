@@ -58,21 +58,32 @@ def predict(
             generators=generators,
         )
         for i, d in zip(members, detections, strict=True):
-            found[i] = to_original(d, sizes[i]).to("cpu")
+            found[i] = to_original(d, sizes[i], model.canvas > 0).to("cpu")
     ordered = [found[i] for i in range(len(pictures))]
     return ordered if many else ordered[0]
 
 
 def run_detector(model: Detector, images: Sequence[Tensor], **sampling: Any) -> list[Detections]:
     """One batch of resized images in evaluation mode, at the precision of the device."""
-    with autocast(device_of(model), "auto"):
+    weights = next(model.parameters())
+    precision = "fp64" if weights.dtype == torch.float64 else "auto"
+    with autocast(weights.device, precision):
         return model.detect(images, **sampling)
 
 
-def to_original(detections: Detections, size: tuple[int, int]) -> Detections:
-    """Boxes in the resized image -> in the original of (height, width); empty ones drop out."""
+def to_original(
+    detections: Detections, size: tuple[int, int], one_factor: bool = False
+) -> Detections:
+    """Boxes in the resized image -> in the original of (height, width); empty ones drop out.
+
+    one_factor: the image was placed on a square canvas, so the larger of the two factors is that of
+    both axes.
+    """
     height, width = detections.image_size
-    scale = detections.boxes.new_tensor([size[1] / width, size[0] / height]).repeat(2)
+    factors = size[1] / width, size[0] / height
+    if one_factor:
+        factors = max(factors), max(factors)
+    scale = detections.boxes.new_tensor(factors).repeat(2)
     boxes = clip_boxes(detections.boxes * scale, size)
     moved = Detections(
         boxes, detections.scores, detections.labels, size, detections.mask_probabilities
@@ -126,12 +137,20 @@ def device_of(model: torch.nn.Module) -> torch.device:
 
 @contextmanager
 def autocast(device: torch.device, precision: str) -> Iterator[None]:
-    """Mixed precision as configured; `auto` is bf16 on CUDA and fp32 elsewhere."""
+    """Mixed precision as configured; `auto` is bf16 on CUDA and fp32 elsewhere.
+
+    `fp64` makes new tensors float64, as the weights of the model have to be already.
+    """
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     context = (
         torch.autocast(device.type, dtypes[precision]) if precision in dtypes else nullcontext()
     )
-    with context:
-        yield
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if precision == "fp64" else default)
+    try:
+        with context:
+            yield
+    finally:
+        torch.set_default_dtype(default)

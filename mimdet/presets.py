@@ -1,11 +1,23 @@
 """Every named recipe: a function that returns a fresh Config and states its cost and its result.
 
-`PRESETS` maps the names used on the command line to these functions.
+`PRESETS` maps the names used on the command line to these functions. MIMDet's own stand here, the
+baselines' in baseline_presets.py, those for a laptop in tiny_presets.py.
 """
 
 from collections.abc import Callable
 
-from mimdet.config import BackboneConfig, Config, DataConfig, DetectorConfig, TrainingConfig
+from mimdet.baseline_presets import benchmarking_vit_base, resnet50, swin_base, vitdet_base
+from mimdet.config import BackboneConfig, Config, DataConfig
+from mimdet.tiny_presets import (
+    nuclei,
+    tiny,
+    tiny_benchmarking_vit,
+    tiny_no_decoder,
+    tiny_patch_stem,
+    tiny_resnet,
+    tiny_swin,
+    tiny_vitdet,
+)
 
 
 def mimdet_base() -> Config:
@@ -57,95 +69,49 @@ def mimdet_v1_large() -> Config:
     return cfg
 
 
-def tiny() -> Config:
-    """A MIMDet for a laptop CPU and ShapesCOCO at 128 pixels: all the parts, small numbers.
+def mimdet_patch_stem() -> Config:
+    """Ablation: the pre-trained 16x16 patchify stem instead of the ConvStem.
 
-    2,023,192 parameters. `mimdet demo` trains it for minutes; README.md has its results.
+    125,941,552 parameters. c2 and c3 are won back from its tokens by transposed convolutions.
     """
-    return Config(
-        preset="tiny",
-        backbone=BackboneConfig(
-            embed_dim=128,
-            depth=4,
-            num_heads=4,
-            decoder_dim=96,
-            decoder_depth=2,
-            decoder_heads=3,
-            drop_path=0.0,
-            position_grid=16,
-        ),
-        detector=DetectorConfig(
-            num_classes=12,
-            channels=48,
-            anchor_sizes=(12, 24, 48, 96, 192),
-            rpn_convs=1,
-            rpn_pre_nms=(300, 300),
-            rpn_post_nms=(150, 150),
-            rpn_anchors_per_image=128,
-            rois_per_image=64,
-            canonical_size=112.0,
-            box_convs=1,
-            box_fc_dim=256,
-            mask_convs=2,
-        ),
-        data=DataConfig(
-            source="shapes",
-            augment="multiscale",
-            short_sides=(256,),
-            test_short_side=256,
-            workers=0,
-        ),
-        training=TrainingConfig(
-            steps=800,
-            batch_size=2,
-            accumulate=2,
-            learning_rate=3e-3,
-            reference_batch=4,
-            rate_multiplier=1.0,
-            weight_decay=0.05,
-            schedule="cosine",
-            warmup_steps=40,
-            clip_norm=1.0,
-            threads=1,
-        ),
-    )
+    cfg = mimdet_base()
+    cfg.preset = "mimdet_patch_stem"
+    cfg.backbone.stem = "patch"
+    return cfg
 
 
-def nuclei() -> Config:
-    """The tiny MIMDet for microscopy on a CPU: one class, dozens of small objects an image.
+def mimdet_no_decoder() -> Config:
+    """Ablation: no decoder blocks. 115,345,232 parameters.
 
-    Images are enlarged (short side 448), turned and mirrored. Trains from scratch on DSB2018's 270
-    images; point --train-json, --train-images, --val-json and --val-images at a COCO-format copy.
+    c4 holds projected encoder tokens at sampled places and projected stem tokens at the others,
+    plus positions, normed: what the paper's code does with a depth of 0.
     """
-    cfg = tiny()
-    cfg.preset = "nuclei"
-    cfg.detector.num_classes = 1
-    cfg.detector.norm = "GN"  # two stainings: BatchNorm's running means fit neither
-    cfg.detector.rpn_pre_nms = (600, 600)
-    cfg.detector.rpn_post_nms = (300, 300)
-    cfg.detector.rpn_anchors_per_image = 256
-    cfg.detector.rois_per_image = 128
-    cfg.data = DataConfig(
-        source="coco",
-        augment="multiscale",
-        flips="dihedral",
-        short_sides=(384, 448, 512),
-        test_short_side=448,
-        workers=1,
-    )
-    cfg.training.steps = 0
-    cfg.training.epochs = 5
-    cfg.training.learning_rate = 2e-3
-    cfg.training.warmup_steps = 50
-    cfg.training.evaluate_every = 2
+    cfg = mimdet_base()
+    cfg.preset = "mimdet_no_decoder"
+    cfg.backbone.decoder_depth = 0
     return cfg
 
 
 PRESETS: dict[str, Callable[[], Config]] = {
-    "mimdet_base": mimdet_base,
-    "mimdet_large": mimdet_large,
-    "mimdet_v1_base": mimdet_v1_base,
-    "mimdet_v1_large": mimdet_v1_large,
-    "tiny": tiny,
-    "nuclei": nuclei,
+    recipe.__name__: recipe
+    for recipe in (
+        mimdet_base,
+        mimdet_large,
+        mimdet_v1_base,
+        mimdet_v1_large,
+        mimdet_patch_stem,
+        mimdet_no_decoder,
+        benchmarking_vit_base,
+        vitdet_base,
+        swin_base,
+        resnet50,
+        tiny,
+        tiny_patch_stem,
+        tiny_no_decoder,
+        tiny_benchmarking_vit,
+        tiny_vitdet,
+        tiny_swin,
+        tiny_resnet,
+        nuclei,
+    )
 }

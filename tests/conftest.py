@@ -47,3 +47,19 @@ def _folder(variable: str, contents: str) -> Path:
     if not folder.is_dir():
         pytest.fail(f"{variable}={value} is not a folder; it should hold the {contents}")
     return folder
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Two tables: parity, each quantity with its error; and what is said about bad checkpoints."""
+    reports = [r for kind in ("passed", "failed") for r in terminalreporter.getreports(kind)]
+    noted = [item for report in reports for item in report.user_properties]
+    parity = sorted(value for name, value in noted if name == "parity")
+    if parity:
+        terminalreporter.section("parity with the original implementation")
+    for where, quantity, error, bound in parity:
+        terminalreporter.write_line(f"{where:32} {quantity:44} {error:8.1e}  (<= {bound:.0e})")
+    refused = sorted(value for name, value in noted if name == "refused")
+    if refused and terminalreporter.config.get_verbosity() > 0:
+        terminalreporter.section("bad checkpoints, and what is said about them")
+        for fault, message in refused:
+            terminalreporter.write_line(f"{fault}\n    {message}")

@@ -75,7 +75,7 @@ def evaluate(
             model, batch.images, sample_ratio=sample_ratio, keep=keep, generators=generators
         )
         for i, size, detections in zip(batch.indices, batch.original_sizes, found, strict=True):
-            original = to_original(detections, size).to("cpu")
+            original = to_original(detections, size, model.canvas > 0).to("cpu")
             results += results_for(original, dataset.image_id(i), dataset.category_ids, masks)
     results = processes.gather_lists(results)
     kinds: list[IouType] = ["bbox", "segm"] if masks and dataset.has_masks else ["bbox"]

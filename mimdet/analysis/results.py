@@ -1,11 +1,10 @@
 """Detections -> COCO results, and results -> a file that pycocotools reads."""
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mimdet.files import write_json
 from mimdet.masks import probabilities_to_rle
 from mimdet.structures import Detections
 
@@ -41,19 +40,5 @@ def results_for(
 
 
 def save_results(results: list[dict[str, Any]], path: str | Path) -> None:
-    """Write a COCO results file: complete or, if interrupted, as it was before.
-
-    The text goes to `<path>.partial` first, which is renamed when it is on the disk.
-    """
-    path = Path(path)
-    text = json.dumps(results)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    """Write a COCO results file: complete or, if interrupted, as it was before."""
+    write_json(path, results, indent=None)

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from mimdet.config import BackboneConfig
+from mimdet.models.baselines import build_resnet, build_swin, build_vitdet
+from mimdet.models.benchmarking import build_benchmarking_vit
 from mimdet.models.sampling import (
     SAMPLERS,
     Keep,
@@ -134,7 +136,13 @@ def build_mimdet(
     )
 
 
-BACKBONES: dict[str, Callable[..., nn.Module]] = {"mimdet": build_mimdet}
+BASELINES: dict[str, Callable[[BackboneConfig], nn.Module]] = {
+    "benchmarking_vit": build_benchmarking_vit,
+    "vitdet": build_vitdet,
+    "swin": build_swin,
+    "resnet": build_resnet,
+}
+BACKBONES: dict[str, Callable[..., nn.Module]] = {"mimdet": build_mimdet, **BASELINES}
 
 
 def build_backbone(
@@ -144,4 +152,12 @@ def build_backbone(
     build = resolve(cfg.kind, BACKBONES, "backbone")
     parts = {"stem": stem, "sampler": sampler}
     given = {name: part for name, part in parts.items() if part is not None}
+    if cfg.kind in BASELINES:
+        if given:
+            raise ValueError(f"a {cfg.kind} backbone has no {' and no '.join(given)} to replace")
+        if (cfg.sample_ratio, cfg.sample_ratio_eval) != (1, 1):
+            raise ValueError(
+                f"a {cfg.kind} backbone sees every token: set backbone.sample_ratio and "
+                f"backbone.sample_ratio_eval to 1, not {cfg.sample_ratio}, {cfg.sample_ratio_eval}"
+            )
     return build(cfg, **given)

@@ -5,29 +5,43 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from mimdet.config import Config, DetectorConfig
 from mimdet.models.backbones import build_backbone
-from mimdet.models.necks import FPN
+from mimdet.models.necks import NECKS
 from mimdet.models.rcnn import AnchorGrid, make_norm, pad_and_normalise
 from mimdet.models.roi_heads import BoxHead, MaskHead, RoIHeads
 from mimdet.models.rpn import RPN, init_rpn
 from mimdet.models.sampling import Keep, Sample, Sampler
+from mimdet.models.slots import resolve
 from mimdet.structures import Detections, Target
 
 STRIDES = (4, 8, 16, 32, 64)
+CANVAS_GREY = 128  # what large-scale jitter fills its square with; data/augment.py has the same
 
 
 class Detector(nn.Module):
-    """Finished parts in, no configuration inside: backbone -> neck -> RPN -> RoI heads."""
+    """Finished parts in, no configuration inside: backbone -> neck -> RPN -> RoI heads.
 
-    def __init__(self, backbone: nn.Module, neck: nn.Module, rpn: RPN, roi_heads: RoIHeads) -> None:
+    canvas: side of the grey square that every image is placed on; 0 = none.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        neck: nn.Module,
+        rpn: RPN,
+        roi_heads: RoIHeads,
+        canvas: int = 0,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.neck = neck
         self.rpn = rpn
         self.roi_heads = roi_heads
+        self.canvas = canvas
         self.config = Config()
         self.categories: list[str] = []
         self.slots: dict[str, Any] = {}
@@ -45,10 +59,13 @@ class Detector(nn.Module):
         """images: uint8 (3, h, w) RGB, any sizes.
 
         With targets -> dict of loss_rpn_cls, loss_rpn_loc, loss_cls, loss_box_reg, loss_mask
-        (float32 scalars); without -> list of Detections in the pixels of these images. The keyword
-        arguments decide which tokens the encoder sees (`mimdet.models.sampling`).
+        (float32 scalars); without -> list of Detections in the pixels of these images, or of the
+        canvas where there is one. The keyword arguments decide which tokens the encoder sees
+        (`mimdet.models.sampling`).
         """
         device = next(self.parameters()).device
+        if self.canvas:
+            images = [on_canvas(image, self.canvas) for image in images]
         batch = pad_and_normalise(images, device)
         choice = dict(sample=sample, sample_ratio=sample_ratio, keep=keep, generators=generators)
         given = {name: value for name, value in choice.items() if value is not None}
@@ -73,6 +90,21 @@ class Detector(nn.Module):
         finally:
             for module, training in modes.items():
                 module.training = training
+
+
+def on_canvas(image: Tensor, side: int) -> Tensor:
+    """uint8 (3, h, w) -> (3, side, side): the image top left, grey elsewhere.
+
+    What follows takes the canvas for the image, as the original does: boxes may reach into the
+    grey part until `mimdet.predict.to_original` cuts them off.
+    """
+    height, width = image.shape[1:]
+    if height > side or width > side:
+        raise ValueError(
+            f"an image of {height}x{width} does not fit on the canvas of detector.canvas={side}: "
+            f"set data.test_short_side and data.max_side to at most {side}"
+        )
+    return F.pad(image, (0, side - width, 0, side - height), value=CANVAS_GREY)
 
 
 def check_targets(targets: Sequence[Target], images: int, num_classes: int) -> None:
@@ -105,8 +137,8 @@ def build_detector(
     given_backbone, given_neck = backbone, neck
     backbone = backbone if backbone is not None else build_backbone(cfg.backbone, stem, sampler)
     if neck is None:
-        neck = FPN(backbone.channels, d.channels, make_norm(d.norm))  # type: ignore[arg-type]
-    detector = Detector(backbone, neck, build_rpn(d), build_roi_heads(d))
+        neck = resolve(d.neck, NECKS, "neck")(backbone.channels, d.channels, make_norm(d.norm))
+    detector = Detector(backbone, neck, build_rpn(d), build_roi_heads(d), d.canvas)
     detector.config = copy.deepcopy(cfg)  # a later change of cfg must not change the model's
     passed = {"backbone": given_backbone, "neck": given_neck, "stem": stem, "sampler": sampler}
     detector.slots = {name: part for name, part in passed.items() if part is not None}

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
+from mimdet.models.batchnorm import SyncedBatchNorm
 from mimdet.structures import padded_size
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
@@ -45,10 +46,15 @@ def pad_and_normalise(images: Sequence[Tensor], device: torch.device) -> Batch:
     return Batch(batch, sizes)
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """float16 and bfloat16 become float32; float64 stays (training.precision="fp64")."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def make_norm(name: str) -> Callable[[int], nn.Module]:
     """A norm layer for convolutional maps: batch, group or (channel-wise) layer norm."""
     if name == "BN":
-        return nn.BatchNorm2d
+        return SyncedBatchNorm
     if name == "GN":
         return lambda channels: nn.GroupNorm(math.gcd(32, channels), channels)
     if name == "LN":
@@ -86,7 +92,7 @@ class AnchorGrid(nn.Module):
         """(h, w) of each level -> its anchors (h * w * A, 4), ordered by row, column, A."""
         anchors = []
         for i, ((h, w), stride) in enumerate(zip(grids, self.strides, strict=True)):
-            cell = self.get_buffer(f"cell{i}")
+            cell = self.get_buffer(f"cell{i}").float()  # a float64 model has converted it
             y = torch.arange(h, device=cell.device, dtype=torch.float32) * stride
             x = torch.arange(w, device=cell.device, dtype=torch.float32) * stride
             rows, columns = torch.meshgrid(y, x, indexing="ij")
@@ -110,7 +116,8 @@ class BoxCoder(NamedTuple):
 
     def decode(self, reference: Tensor, deltas: Tensor) -> Tensor:
         """(N, 4) references and (N, ..., 4) deltas -> boxes shaped as the deltas."""
-        deltas = deltas.float() / torch.tensor(self.weights, device=deltas.device)
+        deltas = deltas.float()
+        deltas = deltas / deltas.new_tensor(self.weights)
         reference = reference.view(len(reference), *[1] * (deltas.dim() - 2), 4)
         centre, size = _centre_and_size(reference)
         centre = centre + deltas[..., :2] * size
@@ -137,17 +144,23 @@ class AlignedRoIPool(nn.Module):
         self.canonical_size = canonical_size
 
     def forward(self, features: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
-        """features: one (B, C, h, w) a stride; boxes: (N_i, 4) an image -> (sum N_i, C, s, s)."""
+        """features: one (B, C, h, w) a stride; boxes: (N_i, 4) an image -> (sum N_i, C, s, s).
+
+        The result is float32, or float64 where the features are. There may be no boxes at all.
+        """
+        dtype = torch.promote_types(features[0].dtype, torch.float32)
         image = [torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)]
         rois = torch.cat([torch.cat(image), torch.cat(list(boxes))], dim=1)  # (N, 5)
         level = self.level_of(rois[:, 1:])
+        rois = rois.to(dtype)
         pooled = features[0].new_zeros(
-            len(rois), features[0].shape[1], self.size, self.size, dtype=torch.float32
+            len(rois), features[0].shape[1], self.size, self.size, dtype=dtype
         )
         for i, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
             chosen = (level == i).nonzero()[:, 0]
+            feature = feature.to(dtype)
             values = roi_align(
-                feature.float(), rois[chosen], self.size, 1 / stride, sampling_ratio=0, aligned=True
+                feature, rois[chosen], self.size, 1 / stride, sampling_ratio=0, aligned=True
             )
             pooled = pooled.index_copy(0, chosen, values)
         return pooled

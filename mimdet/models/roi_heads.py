@@ -14,6 +14,7 @@ from mimdet.models.rcnn import (
     AlignedRoIPool,
     Batch,
     BoxCoder,
+    at_least_float32,
     clip_boxes,
     l1_sum,
     match,
@@ -59,10 +60,10 @@ class BoxHead(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, C, 7, 7) -> logits (N, classes + 1) and deltas (N, classes, 4), float32."""
+        """(N, C, 7, 7) -> logits (N, classes + 1) and deltas (N, classes, 4), not below float32."""
         features = self.features(pooled)
-        deltas = self.bbox_pred(features).float().unflatten(1, (-1, 4))
-        return self.cls_score(features).float(), deltas
+        deltas = at_least_float32(self.bbox_pred(features)).unflatten(1, (-1, 4))
+        return at_least_float32(self.cls_score(features)), deltas
 
 
 class MaskHead(nn.Module):
@@ -78,8 +79,8 @@ class MaskHead(nn.Module):
         nn.init.zeros_(self.predictor.mask_fcn_logits.bias)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """(N, C, 14, 14) -> (N, classes, 28, 28), float32."""
-        return self.predictor(self.features(pooled)).float()
+        """(N, C, 14, 14) -> (N, classes, 28, 28), not below float32."""
+        return at_least_float32(self.predictor(self.features(pooled)))
 
 
 class RoIHeads(nn.Module):
@@ -158,12 +159,16 @@ class RoIHeads(nn.Module):
         objects = (labels < self.num_classes).nonzero()[:, 0]
         wanted = self.coder.encode(boxes[objects], torch.cat(matched)[objects])
         loss_box = l1_sum(deltas[objects, labels[objects]], wanted) / max(1, len(labels))
-        return {"loss_cls": F.cross_entropy(logits, labels), "loss_box_reg": loss_box}
+        loss_cls = F.cross_entropy(logits, labels) if len(labels) else logits.sum()
+        return {"loss_cls": loss_cls, "loss_box_reg": loss_box}
 
     def mask_loss(
         self, features: Sequence[Tensor], sampled: Sequence[SampledBoxes], targets: Sequence[Target]
     ) -> Tensor:
-        """Binary cross-entropy on the true class's map of the sampled objects only."""
+        """Binary cross-entropy on the true class's map of the sampled objects only.
+
+        The head runs without objects too: its norms wait for all processes (SyncedBatchNorm).
+        """
         assert self.mask_head is not None
         boxes, labels, wanted = [], [], []
         for s, target in zip(sampled, targets, strict=True):
@@ -174,11 +179,11 @@ class RoIHeads(nn.Module):
                 raise ValueError("a target has no masks: set detector.masks=False for boxes only")
             wanted.append(mask_targets(target.masks, s.truth[objects], s.boxes[objects]))
         label = torch.cat(labels)
-        if len(label) == 0:  # keeps every parameter in the graph, so that no process waits for it
-            return sum((p.sum() * 0 for p in self.mask_head.parameters()), features[0].sum() * 0)
         logits = self.mask_head(self.mask_pool(features, boxes))
         own = logits[torch.arange(len(label), device=label.device), label]  # (N, 28, 28)
-        return F.binary_cross_entropy_with_logits(own, torch.cat(wanted))
+        if len(label) == 0:
+            return own.sum()  # 0, with zero gradients for everything above; an empty mean is NaN
+        return F.binary_cross_entropy_with_logits(own, torch.cat(wanted).to(own.dtype))
 
     # -------------------------------------------------------------- evaluation
 
@@ -188,7 +193,7 @@ class RoIHeads(nn.Module):
         """Detections in the pixels of the network input, best first."""
         logits, deltas = self.box_head(self.box_pool(features, proposals))
         boxes = self.coder.decode(torch.cat(list(proposals)), deltas)  # (N, classes, 4)
-        scores = logits.softmax(dim=1)[:, :-1]  # (N, classes)
+        scores = logits.softmax(dim=1)[:, :-1].float()  # (N, classes)
         counts = [len(p) for p in proposals]
         found = [
             self.best_boxes(image_boxes, image_scores, size)
@@ -213,9 +218,9 @@ class RoIHeads(nn.Module):
         label = torch.cat([d.labels for d in found])
         if len(label):
             logits = self.mask_head(self.mask_pool(features, [d.boxes for d in found]))
-            own = logits[torch.arange(len(label), device=label.device), label].sigmoid()
+            own = logits[torch.arange(len(label), device=label.device), label].sigmoid().float()
         else:
-            own = torch.zeros(0, MASK_SIDE, MASK_SIDE, device=label.device)
+            own = torch.zeros(0, MASK_SIDE, MASK_SIDE, device=label.device, dtype=torch.float32)
         for d, masks in zip(found, own.split([len(d) for d in found]), strict=True):
             d.mask_probabilities = masks
         return found

@@ -13,6 +13,7 @@ from mimdet.models.rcnn import (
     AnchorGrid,
     Batch,
     BoxCoder,
+    at_least_float32,
     clip_boxes,
     l1_sum,
     match,
@@ -66,10 +67,13 @@ class RPN(nn.Module):
         """features: one (B, C, h, w) per level -> proposals of each image, losses when training."""
         anchors = self.anchors([(f.shape[2], f.shape[3]) for f in features])
         logit_maps, delta_maps = self.head(list(features))
-        logits = [m.permute(0, 2, 3, 1).flatten(1).float() for m in logit_maps]  # (B, h*w*A)
+        logits = [
+            at_least_float32(m.permute(0, 2, 3, 1).flatten(1))  # (B, h*w*A)
+            for m in logit_maps
+        ]
         deltas = [
-            m.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3).float()  # (B, h*w*A, 4)
-            for m in delta_maps
+            at_least_float32(m.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3))
+            for m in delta_maps  # (B, h*w*A, 4)
         ]
         losses = {}
         if targets is not None:
@@ -112,7 +116,7 @@ class RPN(nn.Module):
         boxes = clip_boxes(boxes, size)
         usable = finite & non_empty(boxes)
         boxes, scores, level = boxes[usable], scores[usable], level[usable]
-        kept = batched_nms(boxes, scores, level, self.nms)[:count]
+        kept = batched_nms(boxes, scores.to(boxes.dtype), level, self.nms)[:count]
         return Proposals(boxes[kept], scores[kept])
 
     def losses(
@@ -131,9 +135,9 @@ class RPN(nn.Module):
                 self.permute,
             )
             sampled = torch.cat([positive, negative])
-            truth = (torch.arange(len(sampled), device=sampled.device) < len(positive)).float()
+            truth = torch.arange(len(sampled), device=sampled.device) < len(positive)
             loss_cls = loss_cls + F.binary_cross_entropy_with_logits(
-                logit[sampled], truth, reduction="sum"
+                logit[sampled], truth.to(logit.dtype), reduction="sum"
             )
             wanted = self.coder.encode(anchors[positive], target.boxes[index[positive]])
             loss_loc = loss_loc + l1_sum(delta[positive], wanted)

@@ -18,14 +18,16 @@ Checkpointing = Literal["auto", "on", "off"]
 DetectorLayerNorm = partial(nn.LayerNorm, eps=1e-5)
 
 
-def transformer_block(dim: int, heads: int, drop_path: float, mlp_ratio: float = 4.0) -> Block:
+def transformer_block(
+    dim: int, heads: int, drop_path: float = 0.0, norm: Callable[..., nn.Module] = DetectorLayerNorm
+) -> Block:
     return Block(
         dim,
         heads,
-        mlp_ratio=mlp_ratio,
+        mlp_ratio=4.0,
         qkv_bias=True,
         drop_path=drop_path,
-        norm_layer=DetectorLayerNorm,  # type: ignore[arg-type]
+        norm_layer=norm,  # type: ignore[arg-type]
     )
 
 
@@ -99,7 +101,7 @@ class Decoder(nn.Module):
         else:
             raise ValueError(f"decoder_fill={fill!r}: use 'stem' (v2) or 'mask_token' (v1)")
         self.pos_embed = frozen_positions(dim, position_grid)
-        self.blocks = nn.ModuleList(transformer_block(dim, heads, 0.0) for _ in range(depth))
+        self.blocks = nn.ModuleList(transformer_block(dim, heads) for _ in range(depth))
         self.norm = DetectorLayerNorm(dim)
         self.checkpointing = checkpointing
 

@@ -7,8 +7,10 @@ the reader's consent.
 
 import hashlib
 import inspect
+import sys
 import textwrap
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from mimdet.files import write_json, write_text
@@ -32,7 +34,7 @@ def save_slots(folder: Path, slots: dict[str, Any]) -> None:
     index = {}
     for name, part in slots.items():
         is_function = inspect.isfunction(part)
-        definition = part if is_function else type(part)
+        definition = part if is_function or inspect.isclass(part) else type(part)
         try:
             source = HEADER + textwrap.dedent(inspect.getsource(definition))
         except (OSError, TypeError) as error:
@@ -43,7 +45,7 @@ def save_slots(folder: Path, slots: dict[str, Any]) -> None:
         if is_function:
             _check_self_contained(name, part)
         else:
-            _check_default_constructor(name, type(part))
+            _check_default_constructor(name, definition)
         write_text(folder / f"{name}.py", source)
         index[name] = {
             "kind": "function" if is_function else "class",
@@ -72,9 +74,11 @@ def load_slots(folder: Path, trust_code: bool) -> dict[str, Any]:
         source = path.read_text(encoding="utf-8")
         if _sha256(source) != entry["sha256"]:
             raise ValueError(f"{path} was changed after the run wrote it: its sha256 differs")
-        namespace: dict[str, Any] = {"__name__": f"mimdet_slot_{name}"}
-        exec(compile(source, str(path), "exec"), namespace)
-        part = namespace[entry["object"]]
+        module = ModuleType(f"mimdet_slot_{name}_{entry['sha256'][:12]}")
+        module.__file__ = str(path)
+        sys.modules[module.__name__] = module  # so that the source of a class is found again
+        exec(compile(source, str(path), "exec"), module.__dict__)
+        part = getattr(module, entry["object"])
         slots[name] = part if entry["kind"] == "function" else part()
     return slots
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mimdet.files import sync, write_text
+from mimdet.models.checkpoint_files import read_safetensors
 
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.pt"
@@ -81,7 +81,7 @@ class CheckpointStore:
             return None
         place = self.folder / f"{steps[-1]:06d}"
         optimizer = torch.load(place / OPTIMIZER, map_location=device, weights_only=True)
-        return Checkpoint(steps[-1], read_weights(place / WEIGHTS), optimizer)
+        return Checkpoint(steps[-1], read_safetensors(place / WEIGHTS)[0], optimizer)
 
     def _drop_old(self) -> None:
         best = self.pointed("best")
@@ -89,11 +89,3 @@ class CheckpointStore:
             place = self.folder / f"{step:06d}"
             if place != best:
                 shutil.rmtree(place)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file. Raises ValueError naming a file that is not one."""
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors weights: {error}") from error

@@ -7,6 +7,9 @@ from torch import nn
 
 from mimdet.config import TrainingConfig
 
+# Learnt tables of positions, absolute and relative: never decayed.
+POSITIONS = ("pos_embed", "relative_position_bias_table")
+
 
 def scaled_rate(cfg: TrainingConfig) -> float:
     """The stem's learning rate for this configuration's images a step.
@@ -21,8 +24,9 @@ def scaled_rate(cfg: TrainingConfig) -> float:
 def parameter_groups(model: nn.Module, cfg: TrainingConfig) -> list[dict[str, Any]]:
     """Three learning rates: stem = rate, encoder = rate / m, everything else = rate * m.
 
-    Weight decay leaves out biases and other one-dimensional parameters; frozen parameters are in
-    no group. Each group carries the names of its parameters and its base rate.
+    Weight decay leaves out one-dimensional parameters and learnt positions; `decay_biases` brings
+    the biases of linear layers and convolutions back. Frozen parameters are in no group. Each group
+    carries the names of its parameters and its base rate.
     """
     rate = scaled_rate(cfg)
     rates = {
@@ -35,7 +39,7 @@ def parameter_groups(model: nn.Module, cfg: TrainingConfig) -> list[dict[str, An
         if not parameter.requires_grad:
             continue
         part = part_of(name)
-        decay = parameter.ndim > 1
+        decay = is_decayed(model, name, cfg.decay_biases)
         group = groups.setdefault(
             (part, decay),
             {
@@ -53,12 +57,25 @@ def parameter_groups(model: nn.Module, cfg: TrainingConfig) -> list[dict[str, An
 
 
 def part_of(name: str) -> str:
-    """The learning-rate group of a parameter, by its name in the detector."""
+    """The learning-rate group of a parameter, by its name in the detector.
+
+    A baseline's pre-trained part is called encoder (ViTs) or stages (Swin, ResNet).
+    """
     if name.startswith("backbone.stem."):
         return "stem"
-    if name.startswith("backbone.encoder."):
+    if name.startswith(("backbone.encoder.", "backbone.stages.")):
         return "encoder"
     return "rest"
+
+
+def is_decayed(model: nn.Module, name: str, biases: bool) -> bool:
+    """Whether weight decay applies to a parameter; `biases`: also to those beside a matrix."""
+    owner, _, own_name = name.rpartition(".")
+    if own_name in POSITIONS:
+        return False
+    if biases and own_name == "bias":
+        return getattr(model.get_submodule(owner), "weight", model.get_parameter(name)).ndim > 1
+    return model.get_parameter(name).ndim > 1
 
 
 def build_optimizer(model: nn.Module, cfg: TrainingConfig) -> torch.optim.AdamW:

@@ -25,7 +25,7 @@ def show_progress(steps: Iterable[Step]) -> Iterator[Step]:
                 )
             bar.update()
             bar.set_postfix_str(
-                f"loss {step.loss:.2f}, {step.images / step.seconds:.1f} img/s", refresh=False
+                f"loss {step.loss:.3g}, {step.images / step.seconds:.1f} img/s", refresh=False
             )
             if step.evaluation:
                 bar.write(f"step {step.number}: {summary(step.evaluation)}")
@@ -36,7 +36,10 @@ def show_progress(steps: Iterable[Step]) -> Iterator[Step]:
 
 
 def summary(evaluation: dict) -> str:  # type: ignore[type-arg]
-    """`box AP 18.2, mask AP 14.9` of an evaluation's metrics."""
+    """`box AP 18.2, mask AP 14.9` of an evaluation's metrics; of an autoencoder its loss."""
+    if "held_out" in evaluation:
+        loss = evaluation["held_out"].get("loss")
+        return "" if loss is None else f"loss of held-out images {loss:.4f}"
     parts = [
         f"{kind} AP {100 * evaluation[kind]['AP']:.1f}"
         for kind in ("box", "mask")

@@ -4,7 +4,7 @@ import json
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,22 +12,30 @@ from torch import Tensor
 from mimdet import __version__
 from mimdet.config import Config, difference, load_config, save_config
 from mimdet.files import write_file, write_json, write_text
+from mimdet.models.checkpoint_files import read_checkpoint, read_safetensors
 from mimdet.models.detector import Detector, build_detector
+from mimdet.models.names import detectron2_rules
+from mimdet.models.official import from_detectron2, holds_detector, load_official
+from mimdet.models.weights import LoadReport, load_mae
+from mimdet.pretrain_config import PretrainConfig
 from mimdet.training.cell_code import load_slots, save_slots
-from mimdet.training.checkpoints import WEIGHTS, CheckpointStore, read_weights
+from mimdet.training.checkpoints import WEIGHTS, CheckpointStore
+
+MAE_FILE = "mae.safetensors"
+"""What `mimdet pretrain` leaves in its run for others to read."""
 
 
 class Run:
     """The directory of one training. Same configuration: resumed. Another one: an error."""
 
-    def __init__(self, path: str | Path, cfg: Config) -> None:
+    def __init__(self, path: str | Path, cfg: Config | PretrainConfig) -> None:
         self.path = Path(path)
         self.cfg = cfg
         self.store = CheckpointStore(self.path / "checkpoints", cfg.training.keep_checkpoints)
         self.metrics_path = self.path / "metrics.jsonl"
         existing = self.path / "config.json"
         if existing.exists():
-            changed = difference(load_config(existing), cfg)
+            changed = difference(load_config(existing, type(cfg)), cfg)
             if changed:
                 raise ValueError(
                     f"{self.path} holds a run with another configuration:\n  "
@@ -40,9 +48,12 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
             write_file(existing, lambda partial: save_config(cfg, partial))
 
-    def record_environment(self, model: Detector, data: str) -> None:
-        """Versions, machine, seed, data fingerprint, and code of slots written in a notebook."""
+    def record_environment(self, data: str) -> None:
+        """Versions, machine, seed and data fingerprint."""
         write_json(self.path / "environment.json", environment(self.cfg, data))
+
+    def record_detector(self, model: Detector) -> None:
+        """Class names, and the code of parts that were written in a notebook."""
         write_json(self.path / "categories.json", model.categories)
         save_slots(self.path / "slots", model.slots)
 
@@ -69,7 +80,7 @@ class Run:
         write_text(self.metrics_path, "".join(line + "\n" for line in kept))
 
 
-def environment(cfg: Config, data: str) -> dict[str, Any]:
+def environment(cfg: Config | PretrainConfig, data: str) -> dict[str, Any]:
     import timm
     import torchvision
 
@@ -106,20 +117,36 @@ def _git(folder: Path, *words: str) -> str:
     return result.stdout.strip()
 
 
-def read_run_weights(source: str | Path) -> dict[str, Tensor]:
-    """Weights of a run's newest checkpoint, of a checkpoint folder, or of a safetensors file."""
+def initialise(
+    model: Detector, source: str | Path, decoder: Literal["pretrained", "random"] = "pretrained"
+) -> None:
+    """Starting weights for a new run, from whatever `source` is; says what was taken.
+
+    source: a masked autoencoder (`mimdet.load_mae`), a released detector, a weights file, a
+    checkpoint folder or a run. Of a detector every tensor of equal name and shape is taken, so that
+    another class count or another norm is no obstacle.
+    """
     path = Path(source)
-    if path.is_file():
-        return read_weights(path)
-    place = CheckpointStore(path / "checkpoints").pointed("last") or path
-    if not (place / WEIGHTS).exists():
-        raise FileNotFoundError(f"{source} is neither a run, nor a checkpoint, nor a weights file")
-    return read_weights(place / WEIGHTS)
+    if (path / MAE_FILE).exists():  # a run of `mimdet pretrain`
+        path = path / MAE_FILE
+    if path.is_dir():
+        place = CheckpointStore(path / "checkpoints").pointed("last") or path
+        if not (place / WEIGHTS).exists():
+            raise FileNotFoundError(f"{source} is a folder without a checkpoint of a run")
+        warm_start(model, read_checkpoint(place / WEIGHTS).tensors, str(source))
+        return
+    file = read_checkpoint(path if path.exists() else source)
+    if holds_detector(file):
+        d = model.config.detector
+        rules = detectron2_rules(d.box_convs, d.rpn_convs, model.config.backbone.kind)
+        tensors = from_detectron2(file, rules)
+        warm_start(model, tensors, file.name)
+    else:
+        load_mae(model, path if path.exists() else source, decoder=decoder)
 
 
-def warm_start(model: Detector, source: str) -> None:
+def warm_start(model: Detector, weights: dict[str, Tensor], source: str) -> None:
     """Take every tensor of equal name and shape; say which ones stay new."""
-    weights = read_run_weights(source)
     own = model.state_dict()
     fitting = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
     if len(fitting) < len(own) / 2:
@@ -128,24 +155,37 @@ def warm_start(model: Detector, source: str) -> None:
             "use the preset and the sizes it was trained with"
         )
     model.load_state_dict(fitting, strict=False)
-    new = sorted(set(own) - set(fitting))
-    print(f"warm start from {source}: {len(fitting)} tensors loaded, {len(new)} stay new")
+    new = [name for name in own if name not in fitting]
+    unused = [name for name in weights if name not in fitting]
+    print(LoadReport(f"warm start from {source}", list(fitting), new, unused))
     for name in new:
         print(f"  new: {name}")
 
 
 def load_detector(
-    source: str | Path, *, checkpoint: str = "last", trust_code: bool = False, device: str = "cpu"
+    source: str | Path,
+    cfg: Config | None = None,
+    *,
+    checkpoint: str = "last",
+    trust_code: bool = False,
+    device: str = "cpu",
 ) -> Detector:
-    """The detector of a run, in evaluation mode.
+    """The detector of a run, or of a released file, in evaluation mode.
 
-    source: a run directory; checkpoint: `last`, `best` or a step number. A run whose sampler or
-    stem was written in a notebook holds that code under `slots/`; it is executed only with
-    trust_code=True, because code from others can do anything.
+    source: a run directory, or a weights file (`mimdet.models.official`): a released one is
+    recognised by its names and shapes, any other needs `cfg`. checkpoint: of a run, `last`, `best`
+    or a step number. A run whose sampler or stem was written in a notebook holds that code under
+    `slots/`; it is executed only with trust_code=True, because code from others can do anything.
     """
     path = Path(source)
+    if path.is_file():
+        return load_official(path, cfg).to(device)
     if not (path / "config.json").exists():
-        raise FileNotFoundError(f"{path} is not a run: there is no config.json in it")
+        raise FileNotFoundError(
+            f"{path} is neither a run (there is no config.json in it) nor a weights file"
+        )
+    if cfg is not None:
+        raise ValueError(f"{path} is a run and has its own configuration: leave cfg out")
     cfg = load_config(path / "config.json")
     slots = load_slots(path / "slots", trust_code)
     model = build_detector(cfg, **slots)
@@ -158,7 +198,7 @@ def load_detector(
             f"{path} has no checkpoint {checkpoint!r}; it has steps {store.steps()}, "
             "and the names 'last' and (after an evaluation) 'best'"
         )
-    model.load_state_dict(read_weights(place / WEIGHTS))
+    model.load_state_dict(read_safetensors(place / WEIGHTS)[0])
     categories = path / "categories.json"
     if categories.exists():
         model.categories = json.loads(categories.read_text())

@@ -1,15 +1,19 @@
 """Train a detector: a generator that can be stopped and resumed at any step."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from mimdet import processes
 from mimdet.config import Config
 from mimdet.data.coco import build_dataset
-from mimdet.data.loader import Dataset
+from mimdet.data.loader import Dataset, MicroBatch, TrainLoader
+from mimdet.files import write_json
 from mimdet.models.detector import Detector, build_detector
-from mimdet.training.run import Run, load_detector
+from mimdet.training.run import Run, initialise, load_detector
 from mimdet.training.trainer import Step, Trainer, seed_all, use_threads
 
 
@@ -44,7 +48,7 @@ def train(
     if not isinstance(run, Run):
         path = run  # the first process makes the directory, the others then find it
         run = processes.in_turn(lambda: Run(path, cfg))
-    yield from Trainer(cfg, run, model, data, val_data).steps()
+    yield from DetectorTrainer(cfg, run, model, data, val_data).steps()
 
 
 def fit(cfg: Config, name: str, *, runs: str | Path = "runs", **parts: Any) -> Detector:
@@ -57,9 +61,73 @@ def fit(cfg: Config, name: str, *, runs: str | Path = "runs", **parts: Any) -> D
     return load_detector(path, trust_code=True)
 
 
+class DetectorTrainer(Trainer):
+    """What is special to a detector: its losses, AP, and the best checkpoint by box AP."""
+
+    cfg: Config
+    model: Detector
+
+    def __init__(
+        self, cfg: Config, run: Run, model: Detector, data: Dataset, val_data: Dataset | None
+    ) -> None:
+        t = cfg.training
+        loader = TrainLoader(
+            data,
+            cfg.data,
+            t.batch_size,
+            t.accumulate,
+            t.seed,
+            processes.rank(),
+            processes.world(),
+            workers=cfg.data.workers,
+        )
+        super().__init__(cfg, run, model, loader, len(data), data.version)
+        self.val_data = val_data
+
+    def start(self) -> None:
+        if self.cfg.training.init_from:
+            initialise(self.model, self.cfg.training.init_from, self.cfg.training.init_decoder)
+        self.run.record_detector(self.model)
+
+    def losses(self, batch: MicroBatch) -> dict[str, Tensor]:
+        return self.model(batch.images, batch.targets)
+
+    def evaluate(self) -> dict[str, Any]:
+        from mimdet.analysis.evaluate import evaluate
+        from mimdet.analysis.results import save_results
+
+        if self.val_data is None:
+            self.val_data = build_dataset(self.cfg.data, "val", self.cfg.training.seed)
+        start = time.perf_counter()
+        evaluation = evaluate(
+            self.model,
+            self.val_data,
+            batch_size=self.cfg.training.batch_size,
+            workers=self.cfg.data.workers,
+            progress=len(self.val_data) >= 1000,
+        )
+        metrics = evaluation.metrics.to_dict()
+        self.evaluated = self.done
+        if processes.rank() != 0:
+            return metrics
+        data = self.val_data.version
+        seconds = round(time.perf_counter() - start, 2)
+        save_results(evaluation.results, self.run.path / "predictions.json")
+        write_json(self.run.path / "eval.json", {"step": self.done, "data": data, **metrics})
+        if evaluation.box["AP"] > self.best:
+            self.best = evaluation.box["AP"]
+            self.save(again=True)
+            self.run.store.point("best", f"{self.done:06d}")
+        # Last: a run that is killed before this line evaluates again when it is resumed.
+        row: dict[str, Any] = {"step": self.done, "data": data, "evaluation": metrics}
+        self.run.append(row | {"time": {"seconds": seconds}})
+        return metrics
+
+
 def adapt_to_data(cfg: Config, data: Dataset) -> None:
     """The class count, and whether there are masks to learn, follow from the data."""
     cfg.detector.num_classes = len(data.categories)
     if cfg.detector.masks and not data.has_masks:
-        print("The data set has boxes but no masks: training without the mask head.")
+        if processes.rank() == 0:
+            print("The data set has boxes but no masks: training without the mask head.")
         cfg.detector.masks = False

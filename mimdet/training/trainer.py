@@ -2,23 +2,22 @@
 
 import math
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mimdet import processes
 from mimdet.config import Config
-from mimdet.data.coco import build_dataset
-from mimdet.data.loader import Dataset, MicroBatch, TrainLoader
-from mimdet.models.detector import Detector
 from mimdet.predict import autocast
+from mimdet.pretrain_config import PretrainConfig
 from mimdet.training.checkpoints import Checkpoint
 from mimdet.training.optim import build_optimizer, rate_factor, scaled_rate, set_rates
-from mimdet.training.run import Run, warm_start
+from mimdet.training.run import Run
 from mimdet.training.signals import StepAbandoned, StopSignals, TrainingStopped
 
 
@@ -44,33 +43,43 @@ class Step:
     """Metrics, when this step ended with an evaluation."""
 
 
+class Loader(Protocol):
+    """`TrainLoader` and `PictureLoader`: micro-batches addressed by step."""
+
+    def batches(self, start_step: int, stop_step: int) -> Iterator[list[Any]]:
+        """This process's micro-batches of each step, with `images`, `image_ids` and `number`."""
+        ...
+
+
 class Trainer:
-    """Everything of a training between two steps; `steps` is the loop."""
+    """Everything of a training between two steps; `steps` is the loop.
+
+    What depends on the task are three methods: `start`, `losses` and `evaluate`.
+    """
 
     def __init__(
-        self, cfg: Config, run: Run, model: Detector, data: Dataset, val_data: Dataset | None
+        self,
+        cfg: Config | PretrainConfig,
+        run: Run,
+        model: nn.Module,
+        loader: Loader,
+        epoch_images: int,
+        data_version: str,
     ) -> None:
+        """epoch_images: how many images are an epoch, from which the schedule follows."""
         t = cfg.training
         self.cfg = cfg
         self.run = run
         self.device = pick_device(t.device)
         self.model = model.to(self.device).train()
-        self.loader = TrainLoader(
-            data,
-            cfg.data,
-            t.batch_size,
-            t.accumulate,
-            t.seed,
-            processes.rank(),
-            processes.world(),
-            workers=cfg.data.workers,
-        )
-        self.val_data = val_data
-        self.data_version = data.version
+        if t.precision == "fp64":
+            self.model.double()
+        self.loader = loader
+        self.data_version = data_version
         self.optimizer = build_optimizer(self.model, t)
         self.parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=t.precision == "fp16")
-        per_epoch = len(data) / (t.batch_size * t.accumulate)
+        per_epoch = epoch_images / (t.batch_size * t.accumulate)
         self.total = t.steps or max(1, round(t.epochs * per_epoch))
         self.warmup = t.warmup_steps or round(t.warmup_epochs * per_epoch)
         self.evaluate_every = t.evaluate_every_steps or round(t.evaluate_every * per_epoch)
@@ -83,6 +92,20 @@ class Trainer:
         self.done = 0
         self.saved = -1
         self.signals = StopSignals(at_once=processes.world() == 1)
+
+    # -------------------------------------------------------------- what the task decides
+
+    def start(self) -> None:
+        """Give a fresh run its starting weights and its records; in the first process only."""
+        raise NotImplementedError
+
+    def losses(self, batch: Any) -> dict[str, Tensor]:
+        """The losses of one micro-batch, whose sum is minimised."""
+        raise NotImplementedError
+
+    def evaluate(self) -> dict[str, Any]:
+        """Measure the model, write the results, record the evaluation of this step."""
+        raise NotImplementedError
 
     # -------------------------------------------------------------- the loop
 
@@ -102,6 +125,11 @@ class Trainer:
             except StepAbandoned:
                 self.save()
                 raise TrainingStopped(self.done, self.run.path, self.signals.received) from None
+            except processes.ProcessLost as lost:
+                # First the message: torchrun is about to end the processes that are left.
+                print(f"\n{lost}; run the same command again to resume", file=sys.stderr)
+                self.save()
+                raise TrainingStopped(self.done, self.run.path, signal.SIGTERM) from None
             finally:
                 self.save()
 
@@ -111,7 +139,7 @@ class Trainer:
             self.signals.received = self.signals.received or signal.SIGTERM
             raise StepAbandoned
 
-    def one_step(self, batches: Iterator[list[MicroBatch]]) -> Step:
+    def one_step(self, batches: Iterator[list[Any]]) -> Step:
         """Accumulate the gradients of the step's micro-batches, then update the weights once.
 
         The buffers (BatchNorm statistics) change in every forward pass; when the step is abandoned
@@ -120,7 +148,7 @@ class Trainer:
         start = time.perf_counter()
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         sums: dict[str, Tensor] = {}
-        images, loading = 0, 0.0
+        totals: list[Tensor] = []
         try:
             with self.signals.interruptible():
                 before = time.perf_counter()
@@ -133,13 +161,17 @@ class Trainer:
                 self.optimizer.zero_grad(set_to_none=True)
                 for batch in micro_batches:
                     losses = self.backward(batch)
-                    images += len(batch.images)
+                    totals.append(sum(losses.values(), torch.zeros((), device=self.device)))
                     for name, value in losses.items():
                         sums[name] = sums.get(name, 0) + value / self.cfg.training.accumulate
                 processes.sum_gradients(self.parameters)
-                processes.average_buffers(self.model)
                 processes.sum_in_place(list(sums.values()))
-                grad_norm = self.clip([i for b in micro_batches for i in b.image_ids])
+                values = {name: float(value) for name, value in sums.items()}
+                if not all(math.isfinite(value) for value in values.values()):
+                    found = zip(micro_batches, totals, strict=True)
+                    suspects = [batch for batch, total in found if not total.isfinite()]
+                    raise self.not_finite("loss", str(values), suspects)
+                grad_norm = self.clip(micro_batches)
         except BaseException:
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(buffers[name])
@@ -148,45 +180,39 @@ class Trainer:
         self.update()
         self.done += 1
         seconds = time.perf_counter() - start
-        values = {name: float(value) for name, value in sums.items()}
         rate = scaled_rate(self.cfg.training) * rate_factor(
             self.done - 1, self.total, self.warmup, self.cfg.training
         )
-        total = sum(values.values())
         return Step(
             self.done,
             self.total,
             values,
-            total,
+            sum(values.values()),
             grad_norm,
             rate,
-            images * processes.world(),
+            sum(len(batch.images) for batch in micro_batches) * processes.world(),
             seconds,
             loading / seconds,
         )
 
-    def backward(self, batch: MicroBatch) -> dict[str, Tensor]:
+    def backward(self, batch: Any) -> dict[str, Tensor]:
         """Losses of one micro-batch, gradients added. Its random draws depend on nothing else."""
         t = self.cfg.training
         seed_all(t.seed, self.done, batch.number)
         with autocast(self.device, t.precision):
-            losses: dict[str, Tensor] = self.model(batch.images, batch.targets)
+            losses = self.losses(batch)
         loss = sum(losses.values(), torch.zeros((), device=self.device))
-        if not torch.isfinite(loss):
-            values = {name: value.item() for name, value in losses.items()}
-            raise FloatingPointError(self.not_finite("loss", str(values), batch.image_ids))
         self.scaler.scale(loss / t.accumulate).backward()
         return {name: value.detach() for name, value in losses.items()}
 
-    def clip(self, image_ids: list[int | str]) -> float:
+    def clip(self, micro_batches: list[Any]) -> float:
         """Clip the gradients where the configuration asks for it; returns their norm before."""
         self.scaler.unscale_(self.optimizer)
         limit = self.cfg.training.clip_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
-        if (
-            not math.isfinite(norm) and not self.scaler.is_enabled()
-        ):  # fp16 skips such a step itself
-            raise FloatingPointError(self.not_finite("gradient", f"norm {norm}", image_ids))
+        # fp16 skips such a step itself.
+        if not math.isfinite(norm) and not self.scaler.is_enabled():
+            raise self.not_finite("gradient", f"norm {norm}", micro_batches)
         return norm
 
     def update(self) -> None:
@@ -196,8 +222,11 @@ class Trainer:
         self.scaler.update()
         self.updating = False
 
-    def not_finite(self, what: str, value: str, image_ids: list[int | str]) -> str:
-        return (
+    def not_finite(self, what: str, value: str, batches: list[Any]) -> FloatingPointError:
+        """The same error in every process; batches: this one's share of those to blame."""
+        ids = processes.gather_lists([i for batch in batches for i in batch.image_ids])
+        image_ids = processes.from_first(ids)
+        return FloatingPointError(
             f"step {self.done + 1}: the {what} is not finite ({value}) for the images {image_ids}. "
             "The run is saved as it was before this step; running it again repeats the step. Try a "
             "lower training.learning_rate, training.clip_norm=1, or training.precision=fp32, in a "
@@ -223,46 +252,12 @@ class Trainer:
                 step.evaluation = self.evaluate()
         return step
 
-    # -------------------------------------------------------------- evaluation
-
     def evaluation_due(self) -> bool:
         """True at the end and at every `evaluate_every` steps, until the result is recorded."""
         regular = self.evaluate_every > 0 and self.done > 0 and self.done % self.evaluate_every == 0
         if not regular and self.done != self.total:
             return False
         return self.done != self.evaluated
-
-    def evaluate(self) -> dict[str, Any]:
-        from mimdet.analysis.evaluate import evaluate
-        from mimdet.analysis.results import save_results
-        from mimdet.files import write_json
-
-        if self.val_data is None:
-            self.val_data = build_dataset(self.cfg.data, "val", self.cfg.training.seed)
-        start = time.perf_counter()
-        evaluation = evaluate(
-            self.model,
-            self.val_data,
-            batch_size=self.cfg.training.batch_size,
-            workers=self.cfg.data.workers,
-            progress=len(self.val_data) >= 1000,
-        )
-        metrics = evaluation.metrics.to_dict()
-        self.evaluated = self.done
-        if processes.rank() != 0:
-            return metrics
-        data = self.val_data.version
-        seconds = round(time.perf_counter() - start, 2)
-        save_results(evaluation.results, self.run.path / "predictions.json")
-        write_json(self.run.path / "eval.json", {"step": self.done, "data": data, **metrics})
-        if evaluation.box["AP"] > self.best:
-            self.best = evaluation.box["AP"]
-            self.save(again=True)
-            self.run.store.point("best", f"{self.done:06d}")
-        # Last: a run that is killed before this line evaluates again when it is resumed.
-        row: dict[str, Any] = {"step": self.done, "data": data, "evaluation": metrics}
-        self.run.append(row | {"time": {"seconds": seconds}})
-        return metrics
 
     # -------------------------------------------------------------- checkpoints
 
@@ -283,13 +278,13 @@ class Trainer:
         self.saved = self.done
 
     def resume(self) -> None:
-        """Continue from the newest checkpoint, or start fresh (warm where `init_from` is set)."""
+        """Continue from the newest checkpoint, or start fresh."""
         last = self.run.store.load_last(self.device)
         if last is None:
-            if self.cfg.training.init_from:
-                warm_start(self.model, self.cfg.training.init_from)
             if processes.rank() == 0:
-                self.run.record_environment(self.model, self.data_version)
+                self.start()
+                self.run.record_environment(self.data_version)
+            processes.copy_first(self.model.state_dict().values())
         else:
             self.model.load_state_dict(last.weights)
             self.optimizer.load_state_dict(last.optimizer["optimizer"])
@@ -297,6 +292,11 @@ class Trainer:
             self.best = last.optimizer["best"]
             self.done = self.saved = last.step
         processes.wait_for_all()  # every process has read the checkpoint
+        if self.done != processes.from_first(self.done):
+            raise ValueError(
+                f"process {processes.rank()} found step {self.done} in {self.run.path}, the first "
+                "process another one: all machines must see the same folder (a shared file system)"
+            )
         if processes.rank() == 0:
             self.run.forget_after(self.done)
             evaluations = [row["step"] for row in self.run.metrics() if "evaluation" in row]

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mimdet import presets
 from mimdet.models.detector import build_detector
-from tests.parity.official_names import our_name
+from tests.parity.reference import our_name
 
 
 @pytest.mark.parametrize(

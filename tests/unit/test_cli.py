@@ -8,8 +8,14 @@ from pathlib import Path
 import pytest
 
 import mimdet
-from mimdet import cli, presets
-from mimdet.config import load_config
+from mimdet import cli
+from mimdet.config import (
+    BackboneConfig,
+    DataConfig,
+    DetectorConfig,
+    TrainingConfig,
+    load_config,
+)
 from mimdet.data.shapes import export
 
 TINY = (
@@ -80,7 +86,7 @@ def test_demo_from_start_to_pictures(tmp_path, capfd):
 
 
 def test_errors_are_one_line_without_traceback(tmp_path):
-    with pytest.raises(SystemExit, match="is not a run"):
+    with pytest.raises(SystemExit, match="is neither a run"):
         cli.main(["evaluate", str(tmp_path)])
     with pytest.raises(SystemExit, match="no command 'trian'"):
         cli.main(["trian"])
@@ -97,7 +103,7 @@ def test_every_field_of_the_configuration_is_a_flag(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "mimdet_base", "--help"])
     printed = capsys.readouterr().out
-    for section in (presets.BackboneConfig, presets.DetectorConfig, presets.DataConfig):
+    for section in (BackboneConfig, DetectorConfig, DataConfig, TrainingConfig):
         for name in section.__dataclass_fields__:
             assert f"--{name.replace('_', '-')}" in printed
 

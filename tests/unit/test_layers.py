@@ -17,14 +17,25 @@ MAX_LINES = 350
 # A part may import from the rows above its own, and from itself. The parts of the first row are
 # plain data and may use each other; any other two parts of one row may not.
 ORDER = (
-    ("config", "presets", "structures", "masks", "files", "processes"),
+    (
+        "config",
+        "presets",
+        "baseline_presets",
+        "tiny_presets",
+        "pretrain_config",
+        "structures",
+        "masks",
+        "files",
+        "processes",
+        "downloads",
+    ),
     ("models", "data"),
     ("predict",),
     ("analysis",),
     ("training",),
     ("experiments",),
     ("viz",),
-    ("demo",),
+    ("demo", "options"),
     ("cli", "notebook"),
     ("__main__",),
 )

@@ -1,64 +1,318 @@
-"""Two processes compute what one process computes by accumulation."""
+"""Several processes compute what one process computes by accumulation, and speak with one voice."""
 
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from PIL import Image
 
-from mimdet import processes
+import mimdet
+from mimdet import ShapesCOCO, cli, processes
+from mimdet.analysis.evaluate import evaluate
+from mimdet.models.detector import build_roi_heads
+from mimdet.structures import Crops, Target
 from mimdet.training.checkpoints import CheckpointStore
+from mimdet.training.run import load_detector
+from mimdet.training.train import train
+from tests.small import small
 
-WORDS = (
+SIZES = (
     "--embed-dim 32 --depth 2 --num-heads 2 --decoder-dim 32 --decoder-depth 1 --decoder-heads 2 "
-    "--channels 16 --box-fc-dim 32 --short-sides 64 96 --test-short-side 64 --shapes-size 64 "
-    "--shapes-train 10 --shapes-val 5 --steps 4 --batch-size 2 --accumulate 2 --drop-path 0.1"
+    "--channels 16 --box-fc-dim 32 --short-sides 64 96 --test-short-side 64 --evaluate-every 0"
 ).split()
+SHAPES = "--shapes-size 64 --shapes-train 10 --shapes-val 5 --batch-size 2".split()
+WORDS = [*SIZES, *SHAPES, *"--drop-path 0.1 --sample-ratio 0.5".split()]
+# Without BatchNorm a micro-batch stands alone, whichever process computes it. Four of them are
+# added up in another order by two processes than by one: float64 shows that this is all.
+EXACT = "--norm GN --precision fp64 --accumulate 4 --steps 10".split()
 
 
-def train(path, count: int) -> None:
-    shared = ["torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m"]
-    words = [*(shared if count > 1 else []), "mimdet", "train", "tiny", str(path), *WORDS]
-    done = subprocess.run(
-        [sys.executable, "-m", *words],
+def start(launcher: list[str], words: list[str]) -> subprocess.Popen:
+    """A torchrun with these options; `words` are those of the mimdet command."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *launcher, "-m", "mimdet", *words],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=240,
     )
-    assert done.returncode == 0, done.stderr
+
+
+def finish(process: subprocess.Popen) -> str:
+    """What it printed, once it has ended well."""
+    try:
+        printed, errors = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun then ends its processes, within 30 s
+        process.wait()
+        raise
+    assert process.returncode == 0, errors
+    return printed
+
+
+def in_two_processes(*words: str) -> str:
+    return finish(start(["--standalone", "--nproc-per-node=2"], list(words)))
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    last = CheckpointStore(run / "checkpoints").load_last(torch.device("cpu"))
+    assert last is not None
+    return last.weights
+
+
+def steps(run: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "time"} for row in rows if "loss" in row]
+
+
+# ------------------------------------------------------------------ the same training
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    for count in (1, 2):
-        train(folder / str(count), count)
-    return [folder / "1", folder / "2"]
+def one(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("one") / "run"
+    cli.main(["train", "tiny", str(run), *WORDS, *EXACT])
+    return run
 
 
-def test_two_processes_equal_one(runs):
-    one, two = (
-        CheckpointStore(run / "checkpoints").load_last(torch.device("cpu")).weights for run in runs
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> tuple[Path, str]:
+    """The same training in two processes, and what they printed."""
+    run = tmp_path_factory.mktemp("two") / "run"
+    return run, in_two_processes("train", "tiny", str(run), *WORDS, *EXACT)
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory) -> Path:
+    """The same training on two machines of one process each, both of them this one."""
+    run = tmp_path_factory.mktemp("nodes") / "run"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1"]
+    command = ["train", "tiny", str(run), *WORDS, *EXACT]
+    machines = [
+        start([*shared, f"--master-port={port}", f"--node-rank={node}"], command) for node in (0, 1)
+    ]
+    printed = [finish(machine) for machine in machines]
+    assert "done: " in printed[0] and printed[1] == ""
+    return run
+
+
+@pytest.mark.parametrize("other", ["two", "nodes"])
+def test_two_processes_equal_one(one, other, request):
+    found = request.getfixturevalue(other)
+    run = found if isinstance(found, Path) else found[0]
+    expected, actual = steps(one), steps(run)
+    assert [row["step"] for row in actual] == list(range(1, 11))
+    for a, b in zip(expected, actual, strict=True):
+        assert b == pytest.approx(a, rel=1e-9, abs=1e-9)
+        assert a["images"] == 8
+    ours, theirs = weights(run), weights(one)
+    assert {value.dtype for value in ours.values()} == {torch.float64}
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, atol=1e-9, rtol=0, msg=name)
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_one_micro_batch_a_process_is_bit_identical_and_starts_from_given_weights(tmp_path, two):
+    """a + b = b + a: nothing is rounded otherwise, in float32 too."""
+    words = [*WORDS, "--norm", "GN", "--accumulate", "2", "--steps", "3"]
+    words += ["--init-from", str(two[0])]
+    cli.main(["train", "tiny", str(tmp_path / "one"), *words])
+    printed = in_two_processes("train", "tiny", str(tmp_path / "two"), *words)
+    assert printed.count("warm start from") == 1
+    assert steps(tmp_path / "two") == steps(tmp_path / "one")
+    ours, theirs = weights(tmp_path / "two"), weights(tmp_path / "one")
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_only_the_first_process_prints_and_writes(two):
+    run, printed = two
+    lines = [line for line in re.split(r"[\r\n]+", printed) if line.strip()]
+    told = [line for line in lines if "step/s" not in line and "s/step" not in line]  # not the bar
+    assert len(told) == len(set(told))
+    assert sum(line.startswith("done: ") for line in told) == 1
+    assert sum(line.startswith("step 10: box AP") for line in told) == 1
+    assert [row["step"] for row in steps(run)] == list(range(1, 11))
+
+
+# ------------------------------------------------------------------ evaluation
+
+
+def evaluation(run: Path) -> tuple[list[dict], list[dict]]:
+    """Metrics at every ratio, and the detections in the order of the images."""
+    rows = json.loads((run / "evaluation.json").read_text())["ratios"]
+    for row in rows:
+        del row["seconds"]
+    found = json.loads((run / "predictions.json").read_text())
+    return rows, sorted(found, key=lambda result: result["image_id"])
+
+
+def numbers(value: object) -> list:
+    """The leaves of nested lists, tuples and dictionaries."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, list | tuple):
+        return [value]
+    return [leaf for item in value for leaf in numbers(item)]
+
+
+def test_evaluation_is_shared_and_equal(one):
+    words = ["evaluate", str(one), "--ratios", "0.5", "1", "--draws", "1", "--batch-size", "2"]
+    cli.main(words)
+    rows, found = evaluation(one)
+    (one / "evaluation.json").unlink()
+    in_two_processes(*words)
+    rows_of_two, found_by_two = evaluation(one)
+    assert numbers(rows_of_two) == pytest.approx(numbers(rows), abs=1e-9, nan_ok=True)
+    assert found_by_two == found
+    assert len({result["image_id"] for result in found}) == 5
+
+
+def test_evaluation_of_fewer_images_than_processes(one, seen):
+    alone = evaluate(load_detector(one), ShapesCOCO(size=64, length=1, split="val"))
+    assert len(alone.results) > 0
+    for part in seen:
+        expected = numbers(alone.metrics.to_dict())
+        assert numbers(part["metrics"]) == pytest.approx(expected, abs=1e-9, nan_ok=True)
+    assert [part["results"] for part in seen] == [alone.results, []]
+
+
+# ------------------------------------------------------------------ images without objects
+
+
+@pytest.fixture(scope="module")
+def mostly_empty(tmp_path_factory) -> list[str]:
+    """Four images, an object on one of them: with two images a step, some process has none."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    images = []
+    for i in range(1, 5):
+        pixels = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "height": 64, "width": 64})
+    thing = {"id": 1, "image_id": 3, "category_id": 1, "bbox": [8, 8, 32, 40], "area": 1280}
+    thing |= {"iscrowd": 0, "segmentation": [[8, 8, 40, 8, 40, 48, 8, 48]]}
+    data = {"images": images, "annotations": [thing], "categories": [{"id": 1, "name": "thing"}]}
+    (folder / "set.json").write_text(json.dumps(data))
+    words = ["--source", "coco", "--no-skip-empty", "--batch-size", "1", "--accumulate", "2"]
+    for part in ("train", "val"):
+        words += [f"--{part}-json", str(folder / "set.json"), f"--{part}-images", str(folder)]
+    return words
+
+
+def test_processes_without_objects_keep_up(tmp_path, mostly_empty):
+    """With BatchNorm every process must take part in every exchange of every norm."""
+    run = tmp_path / "run"
+    words = [*SIZES, *mostly_empty, "--norm", "BN", "--steps", "4"]
+    in_two_processes("train", "tiny", str(run), *words)
+    rows = steps(run)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert np.isfinite([value for row in rows for value in row.values()]).all()
+    assert sorted(row["loss_mask"] > 0 for row in rows) == [False, False, True, True]
+    assert all(value.isfinite().all() for value in weights(run).values())
+
+
+@pytest.mark.parametrize("norm", ["BN", "GN", "LN"])
+def test_heads_without_a_single_roi_stay_in_the_graph(norm):
+    cfg = small().detector
+    cfg.norm = norm
+    heads = build_roi_heads(cfg)
+    features = [torch.rand(1, 16, 64 // s, 64 // s, requires_grad=True) for s in (4, 8, 16, 32)]
+    masks = Crops(torch.zeros(0, 4), torch.zeros(0, 112, 112, dtype=torch.uint8))
+    nothing = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), masks)
+    losses = heads.losses(features, [torch.zeros(0, 4)], [nothing])
+    assert {name: value.item() for name, value in losses.items()} == {
+        "loss_cls": 0,
+        "loss_box_reg": 0,
+        "loss_mask": 0,
+    }
+    sum(losses.values()).backward()
+    for tensor in [*features, *heads.parameters()]:
+        assert tensor.grad is not None and tensor.grad.abs().sum() == 0
+
+
+# ------------------------------------------------------------------ one fails, all fail
+
+
+def work(rank: int, folder: str, run: str) -> None:
+    """What each of two processes does: exchanges by hand, an evaluation, a training that breaks."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    seen = {}
+    both, first, none = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
+    both.grad = torch.full((2,), rank + 1.0)
+    first.grad = torch.ones(2) if rank == 0 else None
+    processes.sum_gradients([both, first, none])
+    seen["gradients"] = [
+        p.grad.tolist() if p.grad is not None else None for p in (both, first, none)
+    ]
+    seen["rows"] = processes.gather_rows(torch.tensor([rank, 5])).tolist()
+    seen["lists"] = processes.gather_lists([rank] * rank)
+    seen["any"] = processes.any_process(rank == 1, torch.device("cpu"))
+
+    evaluated = evaluate(load_detector(run), ShapesCOCO(size=64, length=1, split="val"))
+    seen["metrics"], seen["results"] = evaluated.metrics.to_dict(), evaluated.results
+
+    cfg = small()
+    cfg.detector.norm = "GN"
+    torch.manual_seed(rank)  # whoever builds a model without a seed
+    model = mimdet.build_detector(cfg)
+    trained = train(cfg, Path(folder) / "run", model=model)
+    next(trained)
+    seen["weights"] = {name: value.clone() for name, value in model.state_dict().items()}
+    if rank == 1:
+        model.neck.register_forward_hook(
+            lambda *args: {k: v * float("nan") for k, v in args[2].items()}
+        )
+    try:
+        next(trained)
+    except FloatingPointError as error:
+        seen["error"] = str(error)
+    torch.save(seen, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def seen(one, tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("together")
+    mp.spawn(work, (str(folder), str(one)), nprocs=2)
+    assert CheckpointStore(folder / "run" / "checkpoints").steps() == [1]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+def test_a_gradient_is_missing_only_where_all_miss_it(seen):
+    for part in seen:
+        assert part["gradients"] == [[3, 3], [1, 1], None]
+
+
+def test_exchanges_by_hand(seen):
+    assert [part["rows"] for part in seen] == [[[0, 5], [1, 5]]] * 2
+    assert [part["lists"] for part in seen] == [[1], []]
+    assert [part["any"] for part in seen] == [True, True]
+
+
+def test_all_start_from_the_first_ones_weights(seen):
+    first, second = (part["weights"] for part in seen)
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def test_a_loss_that_is_not_finite_stops_all_and_names_the_images_of_one(seen):
+    assert seen[0]["error"] == seen[1]["error"]
+    named = re.search(
+        r"step 2: the loss is not finite .* for the images \[(.*?)\]", seen[0]["error"]
     )
-    for name, value in one.items():
-        if "running_" in name or "num_batches" in name:
-            continue  # two processes average their statistics, one updates them twice
-        torch.testing.assert_close(value, two[name], atol=2e-6, rtol=1e-4, msg=name)
-
-
-def test_losses_equal_and_every_step_is_written_once(runs):
-    one, two = (
-        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        for run in runs
-    )
-    assert [row["step"] for row in one] == [row["step"] for row in two]
-    for a, b in zip(one, two, strict=True):
-        if "loss" in a:
-            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-            assert a["images"] == b["images"] == 4
+    assert named is not None and len(named[1].split(",")) == 2  # of the step's four
 
 
 def test_alone_nothing_is_exchanged():
@@ -66,6 +320,15 @@ def test_alone_nothing_is_exchanged():
     layer = torch.nn.Linear(2, 2)
     processes.sum_gradients(layer.parameters())
     assert layer.weight.grad is None
+    assert processes.gather_rows(torch.ones(3)).tolist() == [[1, 1, 1]]
     assert processes.gather_lists([1, 2]) == [1, 2]
     assert processes.from_first("x") == "x"
     assert not processes.any_process(False, torch.device("cpu"))
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(ValueError, match="--nproc-per-node 1"):
+        processes.join()

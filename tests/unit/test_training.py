@@ -15,8 +15,7 @@ from mimdet.training.checkpoints import Checkpoint, CheckpointStore
 from mimdet.training.optim import build_optimizer, parameter_groups, rate_factor, scaled_rate
 from mimdet.training.run import Run, load_detector
 from mimdet.training.signals import TrainingStopped
-from mimdet.training.train import fit, train
-from mimdet.training.trainer import Trainer
+from mimdet.training.train import DetectorTrainer, fit, train
 from tests.small import small
 
 # ---------------------------------------------------------------- optimiser
@@ -287,5 +286,5 @@ def test_trainer_steps_from_epochs(tmp_path):
     cfg = small(0)
     cfg.training.epochs = 2.0
     data = mimdet.ShapesCOCO(size=64, length=10)
-    trainer = Trainer(cfg, Run(tmp_path / "x", cfg), mimdet.build_detector(cfg), data, None)
+    trainer = DetectorTrainer(cfg, Run(tmp_path / "x", cfg), mimdet.build_detector(cfg), data, None)
     assert trainer.total == 5  # 2 epochs of 10 images, 4 a step

@@ -1,0 +1,128 @@
+"""What a model costs: parameters, and multiply-adds at a given image size and share of tokens.
+
+Nothing is computed: the model is built on PyTorch's meta device, which knows shapes only, and the
+operations of one forward pass are counted.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mimdet.config import Config
+from mimdet.models.detector import Detector, build_detector
+from mimdet.models.roi_heads import BOX_POOL, MASK_POOL
+from mimdet.structures import padded_size
+
+COLUMNS = (
+    "model",
+    "parameters, M",
+    "trainable, M",
+    "image",
+    "ratio",
+    "backbone + neck, G",
+    "detector, G",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """One image through one model, in evaluation."""
+
+    name: str
+    parameters: int
+    """All of them, frozen position tables included."""
+    trainable: int
+    size: tuple[int, int]
+    """(height, width) of the padded image in pixels."""
+    sample_ratio: float
+    """Share of the tokens the encoder sees."""
+    backbone_and_neck: int
+    """Multiply-adds of matrix products, convolutions and attention. Norms, activations, resizing,
+    pooling and sorting are not counted, as usual."""
+    heads: int
+    """The same of RPN, box head on all proposals and mask head on all detections: the most that an
+    image can ask for."""
+
+    @property
+    def detector(self) -> int:
+        """Multiply-adds of everything."""
+        return self.backbone_and_neck + self.heads
+
+
+def cost_of(
+    cfg: Config, size: tuple[int, int] = (800, 1280), sample_ratio: float | None = None
+) -> Cost:
+    """The cost of a configuration for an image of `size` = (height, width).
+
+    The image is padded as the detector does it: to a multiple of 32, or to the whole canvas where
+    it has one, whatever `size` is. sample_ratio: None = `backbone.sample_ratio_eval`.
+    """
+    ratio = cfg.backbone.sample_ratio_eval if sample_ratio is None else sample_ratio
+    height, width = (cfg.detector.canvas,) * 2 if cfg.detector.canvas else padded_size(*size)
+    with torch.device("meta"), torch.no_grad():
+        model = build_detector(cfg).eval()
+        images = torch.empty(1, 3, height, width)
+        given = {"sample_ratio": sample_ratio} if sample_ratio is not None else {}
+        backbone = multiply_adds(lambda: run_backbone(model, images, given))
+        heads = multiply_adds(lambda: run_heads(model, height, width))
+    return Cost(
+        cfg.preset or cfg.backbone.kind,
+        sum(p.numel() for p in model.parameters()),
+        sum(p.numel() for p in model.parameters() if p.requires_grad),
+        (height, width),
+        ratio,
+        backbone,
+        heads,
+    )
+
+
+def multiply_adds(run: Callable[[], Any]) -> int:
+    """Of whatever `run` does, half of what PyTorch counts: it takes one for two operations."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() // 2
+
+
+def run_backbone(model: Detector, images: torch.Tensor, given: dict[str, float]) -> None:
+    size = (images.shape[2], images.shape[3])
+    model.neck(model.backbone(images, [size], **given))
+
+
+def run_heads(model: Detector, height: int, width: int) -> None:
+    """The heads on as many boxes as an image can have; which boxes they are makes no difference."""
+    d = model.config.detector
+    levels = [(-(-height // stride), -(-width // stride)) for stride in model.rpn.anchors.strides]
+    model.rpn.head([torch.empty(1, d.channels, h, w) for h, w in levels])
+    model.roi_heads.box_head(torch.empty(d.rpn_post_nms[1], d.channels, BOX_POOL, BOX_POOL))
+    if model.roi_heads.mask_head is not None:
+        boxes = torch.empty(d.detections_per_image, d.channels, MASK_POOL, MASK_POOL)
+        model.roi_heads.mask_head(boxes)
+
+
+def cost_table(costs: Sequence[Cost]) -> str:
+    """A markdown table, one row a cost. Numbers in millions (M) and 10^9 multiply-adds (G)."""
+    lines = [
+        f"| {' | '.join(COLUMNS)} |",
+        f"|{'---|' * len(COLUMNS)}",
+    ]
+    for c in costs:
+        cells = [
+            c.name,
+            f"{c.parameters / 1e6:.2f}",
+            f"{c.trainable / 1e6:.2f}",
+            f"{c.size[0]}x{c.size[1]}",
+            f"{c.sample_ratio:g}",
+            _giga(c.backbone_and_neck),
+            _giga(c.detector),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _giga(count: int) -> str:
+    """Four digits at most: 905.2, 12.35, 0.412."""
+    value = count / 1e9
+    return f"{value:.1f}" if value >= 100 else f"{value:.3g}" if value < 1 else f"{value:.2f}"

@@ -1,0 +1,156 @@
+"""Checkpoint files of any origin, read without trusting them: no file can run code here."""
+
+import argparse
+import re
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+# A training script's options, stored beside the weights by Meta's files. Plain data.
+HARMLESS: list[Any] = [argparse.Namespace]
+
+
+@dataclass(slots=True)
+class CheckpointFile:
+    """The tensors of one file, under the names they have there."""
+
+    name: str
+    """What to call it in messages: the file's name or its id on the Hugging Face hub."""
+    tensors: dict[str, Tensor]
+    """On the CPU, floating-point ones as float32."""
+    metadata: dict[str, str] = field(default_factory=dict)
+    """Strings stored in a safetensors header."""
+    notes: list[str] = field(default_factory=list)
+    """What was changed while reading."""
+
+
+def read_checkpoint(source: str | Path) -> CheckpointFile:
+    """Read weights from a file, or from the local cache of the Hugging Face hub.
+
+    source: a `.safetensors`, `.pth`, `.pt` or `.bin` file, or an id such as
+    "facebook/vit-mae-base" that `mimdet download` has fetched. In a `.pth` the weights may stand
+    under "model" or "state_dict"; everything beside them is ignored.
+
+    Raises FileNotFoundError, or ValueError that names the file, and the tensor where one is at
+    fault, and says what to do: not a checkpoint, cut off, holding code, not floating point, not
+    finite.
+    """
+    path = find(source)
+    name = path.name if Path(source).exists() else str(source)
+    if path.suffix == ".safetensors":
+        tensors, metadata = read_safetensors(path)
+    else:
+        tensors, metadata = _read_torch(path), {}
+    if not tensors:
+        raise ValueError(f"{name} holds no tensors")
+    file = CheckpointFile(name, tensors, metadata)
+    _to_float32(file)
+    return file
+
+
+def find(source: str | Path) -> Path:
+    """The file itself, or a hub id's file in the local cache; nothing is downloaded."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix not in SUFFIXES:
+        from huggingface_hub import try_to_load_from_cache
+
+        for file in HUB_FILES:
+            cached = try_to_load_from_cache(str(source), file)
+            if isinstance(cached, str):
+                return Path(cached)
+        raise FileNotFoundError(
+            f"{source} is neither a file nor in the local cache of the Hugging Face hub: fetch it "
+            f"with `mimdet download {source}`"
+        )
+    raise FileNotFoundError(f"there is no file {source}; `mimdet download` lists public weights")
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors as they are stored, and the strings of the header. ValueError for a damaged file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(_damaged(path, error)) from error
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    with path.open("rb") as file:
+        start = file.read(64).lstrip()
+    if start.startswith((b"<", b"version https://git-lfs")):
+        raise ValueError(f"{path} is a web page or a pointer, not the weights: download it again")
+    if not (zipfile.is_zipfile(path) or start.startswith(b"\x80")):
+        raise ValueError(_damaged(path, "neither a PyTorch nor a safetensors file"))
+    try:
+        with torch.serialization.safe_globals(HARMLESS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise ValueError(_refused(path, str(error))) from None
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(_damaged(path, error)) from error
+    return _find_tensors(path, content)
+
+
+def _find_tensors(path: Path, content: Any) -> dict[str, Tensor]:
+    """The dictionary of tensors inside what a .pth holds."""
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
+    strange = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise ValueError(
+            f"{path} is no dictionary of tensors: {strange[0]!r} holds a "
+            f"{type(content[strange[0]]).__name__}. Save the model's state_dict() alone, or "
+            'under the key "model"'
+        )
+    return content
+
+
+def _to_float32(file: CheckpointFile) -> None:
+    """Half and double precision become float32, with a note; anything else is an error."""
+    converted: set[str] = set()
+    for name, value in file.tensors.items():
+        if name.endswith(("num_batches_tracked", "relative_position_index")):
+            continue  # counters and index tables
+        if not value.is_floating_point():
+            raise ValueError(
+                f"{file.name}: {name} is {value.dtype}, not floating point: quantised or damaged "
+                "weights cannot be loaded"
+            )
+        if not value.isfinite().all():
+            raise ValueError(f"{file.name}: {name} holds NaN or infinite values; do not use it")
+        if value.dtype != torch.float32:
+            converted.add(str(value.dtype))
+            file.tensors[name] = value.float()
+    file.notes += [f"{kind} converted to float32" for kind in sorted(converted)]
+
+
+def _refused(path: Path, error: str) -> str:
+    if "Unsupported" not in error and "GLOBAL" not in error:
+        return _damaged(path, error.splitlines()[0])
+    found = re.search(r"(?:GLOBAL|class|global:?) ([\w.]+\.[\w.]+)", error)
+    what = f" ({found[1]})" if found else ""
+    return (
+        f"{path} holds Python objects{what} besides tensors. Loading those can run any code, so it "
+        "is refused. If you trust its origin, strip it once where that does no harm: "
+        'torch.save({"model": torch.load(FILE, weights_only=False)["model"]}, "clean.pth")'
+    )
+
+
+def _damaged(path: Path, error: object) -> str:
+    return (
+        f"{path} cannot be read as weights, it is cut off or damaged ({error}): download it again"
+    )

@@ -1,0 +1,144 @@
+"""Released MIMDet detectors, in detectron2's layout: loaded, recognised, and written back."""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mimdet.config import Config
+from mimdet.files import write_file
+from mimdet.models.checkpoint_files import CheckpointFile, read_checkpoint
+from mimdet.models.detector import Detector, build_detector
+from mimdet.models.names import BACKBONE_RULES, Rule, detectron2_rules, translate
+from mimdet.models.weights import LoadReport, load_exactly
+from mimdet.presets import PRESETS
+
+PUBLISHED = (
+    "mimdet_base",
+    "mimdet_large",
+    "mimdet_v1_base",
+    "mimdet_v1_large",
+    "benchmarking_vit_base",
+)
+# Constants that some versions of detectron2 stored.
+DETECTRON2_CONSTANTS = r"pixel_mean|pixel_std|proposal_generator\.anchor_generator\."
+
+
+def load_official(source: str | Path, cfg: Config | None = None) -> Detector:
+    """A released MIMDet detector (detectron2's layout), or our weights when `cfg` describes them.
+
+    Without `cfg` the file must equal one of the published models in every name and shape, up to
+    the grid of its position tables, which is read from the file. The detector keeps tokens as the
+    paper's code does (keep="padded") and evaluates at ratio 1, as the published APs.
+    """
+    file = read_checkpoint(source)
+    rules = detectron2_rules(kind=released_kind(file))
+    if cfg is not None:
+        d = cfg.detector
+        rules = detectron2_rules(d.box_convs, d.rpn_convs, cfg.backbone.kind)
+    tensors = from_detectron2(file, rules)
+    if cfg is None:
+        cfg = match_preset(file.name, tensors)
+        cfg.backbone.keep = "padded"
+    model = build_detector(cfg)
+    load_exactly(model, tensors, file.name)
+    model.categories = class_names(cfg.detector.num_classes)
+    print(
+        LoadReport(f"{file.name} as {cfg.preset or 'cfg'}", list(tensors), [], [], [], file.notes)
+    )
+    return model.eval()
+
+
+def class_names(count: int) -> list[str]:
+    """COCO's 80 names in order, which a file of 80 classes is taken to mean; else "class 1", ..."""
+    from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
+
+    every_id = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # 0..90, with gaps
+    coco = [name for name in every_id if name not in ("__background__", "N/A")]
+    return coco if count == len(coco) else [f"class {i + 1}" for i in range(count)]
+
+
+def holds_detector(file: CheckpointFile) -> bool:
+    """Whether a file holds a detector, ours or detectron2's layout, rather than an autoencoder."""
+    return any(name.startswith(("backbone.", "roi_heads.")) for name in file.tensors)
+
+
+def released_kind(file: CheckpointFile) -> str:
+    """Which `backbone.kind` a released file was trained with: only the baseline's blocks stand at
+    the top of its backbone."""
+    plain_vit = any(name.startswith("backbone.bottom_up.blocks.") for name in file.tensors)
+    return "benchmarking_vit" if plain_vit else "mimdet"
+
+
+def from_detectron2(file: CheckpointFile, rules: list[Rule]) -> dict[str, Tensor]:
+    """The file's tensors under our names; our own names are left as they are."""
+    if any(name.startswith("neck.") for name in file.tensors):
+        return file.tensors
+    if "blocks.0.attn.qkv.weight" in file.tensors or "vit.layernorm.weight" in file.tensors:
+        raise ValueError(
+            f"{file.name} is a masked autoencoder, not a detector: load_mae(model, ...) starts a "
+            "detector from it (--init-from in `mimdet train`)"
+        )
+    tensors = {}
+    for name, value in file.tensors.items():
+        try:
+            tensors[translate(name, rules)] = value
+        except KeyError:
+            if not re.match(DETECTRON2_CONSTANTS, name):
+                raise ValueError(
+                    f"{file.name}: none of the published models has a tensor {name!r}. If it is a "
+                    "MIMDet of other sizes, describe it: load_detector(file, cfg=...)"
+                ) from None
+    return tensors
+
+
+def match_preset(name: str, tensors: dict[str, Tensor]) -> Config:
+    """The published model with exactly these names and shapes. ValueError: ask for cfg=."""
+    shapes = {key: value.shape for key, value in tensors.items()}
+    best: list[str] = []
+    kind = "benchmarking_vit" if "backbone.adaptor.1.weight" in shapes else "mimdet"
+    for preset in PUBLISHED:
+        cfg = PRESETS[preset]()
+        if cfg.backbone.kind != kind:
+            continue
+        table = shapes.get("backbone.encoder.pos_embed")
+        if kind == "mimdet" and table is not None and len(table) == 3:
+            cfg.backbone.position_grid = round((table[1] - 1) ** 0.5)
+        with torch.device("meta"):
+            own = {key: value.shape for key, value in build_detector(cfg).state_dict().items()}
+        different = [key for key in {**own, **shapes} if own.get(key) != shapes.get(key)]
+        if not different:
+            return cfg
+        if not best or len(different) < len(best) - 1:
+            best = [preset, *different]
+    key = best[1]
+    raise ValueError(
+        f"{name} is none of the published models: closest is {best[0]}, but {len(best) - 1} "
+        f"tensors differ, first {key!r} ({_shape_or_absent(tensors.get(key))} in the file). "
+        "Describe it: load_detector(file, cfg=...)"
+    )
+
+
+def _shape_or_absent(value: Tensor | None) -> str:
+    return "absent" if value is None else str(tuple(value.shape))
+
+
+def export_detectron2(model: Detector, path: str | Path) -> None:
+    """Write a detector in the layout of the released checkpoints, for the original's own tools.
+
+    The file is {"model": tensors}, which detectron2's checkpointer reads. Raises ValueError naming
+    a part the original does not have.
+    """
+    d, kind = model.config.detector, model.config.backbone.kind
+    if kind not in BACKBONE_RULES:
+        raise ValueError(f"the original MIMDet has no counterpart of a {kind!r} backbone")
+    rules = detectron2_rules(d.box_convs, d.rpn_convs, kind)
+    state: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        try:
+            theirs = translate(name, rules, back=True)
+        except KeyError:
+            raise ValueError(f"the original MIMDet has no counterpart of {name!r}") from None
+        state[theirs] = value.detach().cpu().contiguous().clone()
+    write_file(path, lambda partial: torch.save({"model": state}, partial))

@@ -1,0 +1,285 @@
+"""Other people's checkpoints -> our models, loudly: nothing is left out without being named.
+
+`load_mae` starts a detector from a masked autoencoder, `load_mae_model` loads the autoencoder
+itself; released detectors are in official.py.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mimdet.files import write_file
+from mimdet.models.checkpoint_files import CheckpointFile, read_checkpoint
+from mimdet.models.mae import MAE
+from mimdet.models.names import HF_RULES, MAE_RULES, translate
+from mimdet.models.posembed import resize_table
+
+# Parts of a MAE file that the detector has no place for: its stem, fill and heads are its own.
+EXPECTED_UNUSED = r"cls_token|mask_token|patch_embed\.proj\.|decoder_blocks\.\d+\.|decoder_pred\."
+# Width -> attention heads of the standard ViTs; a checkpoint does not say how many it was made for.
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+DECODER_HEADS = {512: 16}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What became of every tensor. Printing it gives a short table."""
+
+    source: str
+    loaded: list[str]
+    """Our tensors that took their values from the file."""
+    new: list[str]
+    """Our tensors the file is not meant to hold: they keep their random values."""
+    unused: list[str]
+    """The file's tensors that have no place in our model, as expected."""
+    missing: list[str] = field(default_factory=list)
+    """Our tensors the file should have held; always empty unless that was allowed."""
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [self.source]
+        for kind in ("loaded", "new", "unused", "missing"):
+            names: list[str] = getattr(self, kind)
+            lines.append(f"  {kind:8}{len(names):5}  {_by_part(names)}".rstrip())
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+
+def _by_part(names: list[str]) -> str:
+    """'encoder 148, decoder 52': how many names begin with which part."""
+    parts = Counter(re.match(r"(?:backbone\.)?(\w+)", name)[1] for name in names)  # type: ignore[index]
+    return ", ".join(f"{part} {count}" for part, count in parts.items())
+
+
+# ------------------------------------------------------------------ a masked autoencoder's file
+
+
+def load_mae(
+    model: nn.Module,
+    source: str | Path,
+    *,
+    decoder: Literal["pretrained", "random"] = "pretrained",
+) -> LoadReport:
+    """Start a MIMDet backbone, or a detector that has one, from a masked autoencoder.
+
+    source: Meta's files, `facebook/vit-mae-*` or `timm/...mae` (fetched by `mimdet download`), or
+    our own MAE. The encoder takes blocks, norm and positions; the decoder takes its embedding,
+    positions, first blocks and norm; position tables are resized bicubically to the model's grid,
+    as the original does. A file without decoder is an error, because a random decoder at the
+    paper's learning rates ends in NaN for many; decoder="random" says that this is wanted.
+
+    Raises ValueError naming the tensors for a file of another size, with missing or with unknown
+    tensors. The model is changed only when everything fits.
+    """
+    backbone: nn.Module = getattr(model, "backbone", model)
+    if not hasattr(backbone, "encoder"):
+        raise ValueError(f"a {type(backbone).__name__} has no encoder that a MAE could start")
+    file = read_mae(source)
+    own = backbone.state_dict()
+    wanted = {theirs: ours for ours in own if (theirs := _mae_name(ours)) is not None}
+    absent = [theirs for theirs in wanted if theirs not in file.tensors]
+    if decoder == "random":
+        absent = [theirs for theirs in absent if not _of_decoder(theirs)]
+        wanted = {theirs: ours for theirs, ours in wanted.items() if not _of_decoder(theirs)}
+    elif absent and not any(name.startswith("decoder_") for name in file.tensors):
+        raise ValueError(
+            f"{file.name} holds the encoder only: MIMDet's decoder starts from the autoencoder's "
+            "own. Use the full file (for example mae_pretrain_vit_base_full.pth, "
+            '`mimdet download`), or decoder="random" (--init-decoder random) to train a new one'
+        )
+    _check_size(file, backbone)
+    if absent:
+        raise ValueError(f"{file.name} lacks {len(absent)} tensors, first {absent[0]!r}")
+    unused = [name for name in file.tensors if name not in wanted]
+    strange = [name for name in unused if not re.match(EXPECTED_UNUSED, name)]
+    if decoder == "random":
+        strange = [name for name in strange if not _of_decoder(name)]
+    if strange:
+        raise ValueError(
+            f"{file.name} holds {len(strange)} tensors that no masked autoencoder has, first "
+            f"{strange[0]!r}: it is another model, or its tensors were renamed"
+        )
+    loaded = {
+        ours: _fit(file, theirs, ours, file.tensors[theirs], own[ours])
+        for theirs, ours in wanted.items()
+    }
+    backbone.load_state_dict(loaded, strict=False)
+    prefix = "backbone." if backbone is not model else ""
+    new = [name for name in model.state_dict() if name.removeprefix(prefix) not in loaded]
+    report = LoadReport(
+        file.name, [prefix + name for name in loaded], new, unused, notes=file.notes
+    )
+    print(report)
+    return report
+
+
+def read_mae(source: str | Path) -> CheckpointFile:
+    """Any supported autoencoder file, its tensors under Meta's names."""
+    file = read_checkpoint(source)
+    if any(name.startswith("vit.") for name in file.tensors):
+        file.tensors = _from_hub_names(file)
+    if any(name.startswith(("backbone.", "roi_heads.")) for name in file.tensors):
+        raise ValueError(f"{file.name} is a detector, not an autoencoder: use load_detector")
+    if "pos_embed" not in file.tensors or "blocks.0.attn.qkv.weight" not in file.tensors:
+        raise ValueError(
+            f"{file.name} is no masked autoencoder: it lacks pos_embed or blocks.0.attn.qkv.weight "
+            f"(its first tensor is {next(iter(file.tensors))!r})"
+        )
+    return file
+
+
+def _from_hub_names(file: CheckpointFile) -> dict[str, Tensor]:
+    """`facebook/vit-mae-*`: other names, and query, key and value apart."""
+    renamed: dict[str, Tensor] = {}
+    for name, value in file.tensors.items():
+        try:
+            renamed[translate(name, HF_RULES)] = value
+        except KeyError:
+            raise ValueError(f"{file.name}: no ViT-MAE of the hub has a tensor {name!r}") from None
+    joined: dict[str, Tensor] = {}
+    for name, value in renamed.items():
+        if ".attn.query." in name:
+            parts = [name.replace("query", part) for part in ("query", "key", "value")]
+            lost = [part for part in parts if part not in renamed]
+            if lost:
+                raise ValueError(f"{file.name} has {name!r} but not {lost[0]!r}")
+            joined[name.replace("query", "qkv")] = torch.cat([renamed[part] for part in parts])
+        elif ".attn.key." not in name and ".attn.value." not in name:
+            joined[name] = value
+    return joined
+
+
+def _mae_name(ours: str) -> str | None:
+    """What a MAE file calls a tensor of our backbone; None for what it does not hold."""
+    try:
+        return translate(ours, MAE_RULES, back=True)
+    except KeyError:
+        return None
+
+
+def _of_decoder(name: str) -> bool:
+    return name.startswith(("decoder_", "mask_token"))
+
+
+def _check_size(file: CheckpointFile, backbone: nn.Module) -> None:
+    """The remedy for a file of another ViT is another preset, so say the sizes."""
+    encoder: nn.Module = backbone.encoder  # type: ignore[assignment]
+    theirs = file.tensors["pos_embed"].shape[-1], _count_blocks(file.tensors, "blocks")
+    ours = (
+        encoder.get_parameter("pos_embed").shape[-1],
+        len(encoder.get_submodule("blocks")._modules),
+    )
+    if theirs != ours:
+        raise ValueError(
+            f"{file.name} is a ViT of width {theirs[0]} with {theirs[1]} blocks, this model has "
+            f"width {ours[0]} and {ours[1]} blocks: use the preset of that size (width 768: "
+            "mimdet_base, 1024: mimdet_large), or set backbone.embed_dim and backbone.depth"
+        )
+
+
+def _count_blocks(tensors: dict[str, Tensor], part: str) -> int:
+    return 1 + max(
+        (int(found[1]) for name in tensors if (found := re.match(rf"{part}\.(\d+)\.", name))),
+        default=-1,
+    )
+
+
+def _fit(file: CheckpointFile, theirs: str, ours: str, value: Tensor, own: Tensor) -> Tensor:
+    """The value in our shape: position tables are resized, everything else must be equal."""
+    if ours.endswith("pos_embed") and value.ndim == 3 and value.shape[2] == own.shape[2]:
+        side = round((own.shape[1] - 1) ** 0.5)
+        return torch.cat([value[:, :1], resize_table(value, (side, side))], dim=1)
+    if value.shape != own.shape:
+        raise ValueError(
+            f"{file.name}: {theirs} has shape {tuple(value.shape)}, our {ours} has "
+            f"{tuple(own.shape)}: the sizes of the model and the file differ"
+        )
+    return value
+
+
+# ------------------------------------------------------------------ the autoencoder itself
+
+
+def load_mae_model(
+    source: str | Path,
+    *,
+    num_heads: int = 0,
+    decoder_heads: int = 0,
+    norm_pix_loss: bool | None = None,
+) -> MAE:
+    """The whole autoencoder, for reconstructions, in evaluation mode; sizes follow from the file.
+
+    num_heads, decoder_heads: needed for widths no standard ViT has. norm_pix_loss: None = what the
+    file says; Meta's files say nothing, except by "visualize" in the name of those trained without,
+    and `facebook/vit-mae-*` on the hub are converted from these.
+    """
+    file = read_mae(source)
+    t, meta = file.tensors, file.metadata
+    if "decoder_pred.weight" not in t:
+        raise ValueError(
+            f"{file.name} holds the encoder only, which reconstructs nothing: use the full or the "
+            "visualize file (`mimdet download`), or facebook/vit-mae-base"
+        )
+    width, decoder_dim = t["pos_embed"].shape[2], t["decoder_pos_embed"].shape[2]
+    heads = num_heads or int(meta.get("num_heads", HEADS.get(width, 0)))
+    own_heads = decoder_heads or int(meta.get("decoder_heads", DECODER_HEADS.get(decoder_dim, 0)))
+    if not heads or not own_heads:
+        raise ValueError(
+            f"{file.name}: how many attention heads has a ViT of width {width} with a decoder of "
+            f"width {decoder_dim}? Say num_heads= and decoder_heads="
+        )
+    if norm_pix_loss is None:
+        visualize = "visualize" in file.name or file.name.startswith("facebook/vit-mae-")
+        norm_pix_loss = meta.get("norm_pix_loss", str(not visualize)) == "True"
+    patch = t["patch_embed.proj.weight"].shape[-1]
+    model = MAE(
+        round((t["pos_embed"].shape[1] - 1) ** 0.5) * patch,
+        patch,
+        width,
+        _count_blocks(t, "blocks"),
+        heads,
+        decoder_dim,
+        _count_blocks(t, "decoder_blocks"),
+        own_heads,
+        norm_pix_loss,
+    )
+    load_exactly(model, t, file.name)
+    return model.eval()
+
+
+def save_mae(model: MAE, path: str | Path) -> None:
+    """Write an autoencoder in Meta's layout: `.pth` for other tools, `.safetensors` for ours, which
+    also keeps the number of heads and norm_pix_loss."""
+    from safetensors.torch import save_file
+
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    if Path(path).suffix == ".safetensors":
+        metadata = {
+            "num_heads": str(model.num_heads),
+            "decoder_heads": str(model.decoder_heads),
+            "norm_pix_loss": str(model.norm_pix_loss),
+        }
+        write_file(path, lambda partial: save_file(state, partial, metadata))
+    else:
+        write_file(path, lambda partial: torch.save({"model": state}, partial))
+
+
+def load_exactly(model: nn.Module, tensors: dict[str, Tensor], name: str) -> None:
+    """Every name and shape must fit. ValueError names the first that does not."""
+    own = model.state_dict()
+    for key, value in own.items():
+        if key not in tensors:
+            raise ValueError(f"{name} lacks the tensor {key!r} of this model")
+        if tensors[key].shape != value.shape:
+            raise ValueError(
+                f"{name}: {key} has shape {tuple(tensors[key].shape)}, this model's has "
+                f"{tuple(value.shape)}: class count, width or depth of cfg differ from the file"
+            )
+    extra = [key for key in tensors if key not in own]
+    if extra:
+        raise ValueError(f"{name} holds {len(extra)} more tensors than this model: {extra[0]!r}")
+    model.load_state_dict(tensors)

@@ -1,0 +1,156 @@
+"""The options of every `mimdet` command: a dataclass each, whose docstrings are the help."""
+
+from dataclasses import dataclass, field
+
+from tyro.conf import Positional
+
+from mimdet.config import Config
+from mimdet.pretrain_config import PretrainConfig
+
+
+@dataclass
+class Train:
+    """Train a detector; the same command resumes an interrupted run exactly.
+
+    Ctrl-C or SIGTERM saves and exits. Progress goes to the screen, every number to
+    RUN/metrics.jsonl, weights to RUN/checkpoints.
+    """
+
+    run: Positional[str]
+    """Directory of the run, for example runs/nuclei."""
+    config: Config = field(default_factory=Config)
+
+
+@dataclass
+class Pretrain:
+    """Pre-train a masked autoencoder; the same command resumes an interrupted run exactly.
+
+    Writes RUN/metrics.jsonl, a picture of reconstructions at every evaluation and, for
+    `mimdet train PRESET RUN2 --init-from RUN`, RUN/mae.safetensors.
+    """
+
+    run: Positional[str]
+    """Directory of the run, for example runs/mae."""
+    config: PretrainConfig = field(default_factory=PretrainConfig)
+
+
+@dataclass
+class Evaluate:
+    """COCO box and mask metrics of a trained run, at any list of sample ratios.
+
+    Below ratio 1 the tokens are drawn at random, so the mean and the standard deviation over
+    --draws samplings are given. Writes evaluation.json and, at the last ratio, predictions.json in
+    COCO results format.
+    """
+
+    run: Positional[str]
+    """Directory of the run, or a released MIMDet file (.pth)."""
+    ratios: tuple[float, ...] = (1.0,)
+    """Shares of the tokens the encoder sees, for example 0.25 0.5 1."""
+    draws: int = 2
+    """Samplings per ratio below 1."""
+    checkpoint: str = "last"
+    """`last`, `best` or a step number."""
+    limit: int = 0
+    """Evaluate the first N images only; 0 = all."""
+    val_json: str = ""
+    """Another annotation file than the run's own."""
+    val_images: str = ""
+    """Its image folder."""
+    out: str = ""
+    """Folder for the results; default: the run, or for a file a folder of its name beside it."""
+    batch_size: int = 4
+    device: str = "auto"
+    trust_code: bool = False
+    """Execute a sampler or stem that was written in a notebook and is stored in the run."""
+
+
+@dataclass
+class Predict:
+    """Detect objects in image files; writes one json and one picture per image."""
+
+    run: Positional[str]
+    """Directory of the run, or a released MIMDet file (.pth)."""
+    images: Positional[tuple[str, ...]]
+    """Image files."""
+    out: str = "predictions"
+    """Folder for the results."""
+    sample_ratio: float = 1.0
+    """Share of the tokens the encoder sees."""
+    score: float = 0.3
+    """Draw detections with at least this score (the json holds all)."""
+    checkpoint: str = "last"
+    device: str = "auto"
+    seed: int = 0
+    trust_code: bool = False
+    """Execute a sampler or stem that was written in a notebook and is stored in the run."""
+
+
+@dataclass
+class Export:
+    """Write a run's weights in the layout of the released MIMDet checkpoints (detectron2)."""
+
+    run: Positional[str]
+    """Directory of the run."""
+    file: Positional[str]
+    """The .pth to write: {"model": tensors}."""
+    checkpoint: str = "last"
+    """`last`, `best` or a step number."""
+
+
+@dataclass
+class CheckData:
+    """Say what is wrong with a COCO-format data set, and where. Exit code 1 if anything is."""
+
+    annotations: Positional[str]
+    """The json file."""
+    images: Positional[str]
+    """The image folder."""
+    examples: int = 3
+    """Examples shown of each kind of problem."""
+    quick: bool = False
+    """Read only the headers of the image files."""
+    json: str = ""
+    """Write the whole report to this file."""
+
+
+@dataclass
+class Download:
+    """Fetch public weights or COCO; without a name, list what there is.
+
+    Shows address, size, licence and free space, then asks. An interrupted download goes on where it
+    stopped when the same command runs again. What arrived is checked and noted in
+    TO/downloads.json; run again, the command checks that the files are still the same.
+    """
+
+    names: Positional[tuple[str, ...]] = ()
+    """Names from the list; `coco` means images and annotations of train2017 and val2017."""
+    to: str = "downloads"
+    """Folder for the files. Those of the Hugging Face hub go to the hub's own cache."""
+    yes: bool = False
+    """Do not ask."""
+    unpack: bool = False
+    """Unzip COCO to TO/coco/train2017, val2017 and annotations; go on with a half unpacked one."""
+
+
+@dataclass
+class Demo:
+    """Train a small MIMDet on ShapesCOCO, read its AP at three sample ratios, look at detections.
+
+    Everything is drawn and trained on this machine; nothing is downloaded. Run it again to resume
+    an interrupted demo, or with other --minutes to train longer.
+    """
+
+    minutes: float = 6.0
+    """Time for everything, from drawing scenes to figures, on an idle machine."""
+    run: str = ""
+    """Directory of the run; default runs/demo-<minutes>min."""
+    level: str = "shapes-v1-medium"
+    """shapes-v1-easy, shapes-v1-medium or shapes-v1-hard."""
+    steps: int = 0
+    """Train exactly this many steps instead of measuring what fits into the time."""
+    scenes: int = 200
+    """Held-out scenes to evaluate on."""
+    seed: int = 0
+    processes: int = 0
+    """Processes that share the work; 0 = two on a CPU with two cores or more, one on a GPU."""

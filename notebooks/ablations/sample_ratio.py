@@ -1,0 +1,20 @@
+"""Is a share of the tokens enough, in training and at evaluation?
+
+    mimdet ablate notebooks/ablations/sample_ratio.py [--dry-run]
+
+The paper trains with 25 % or 50 % of the tokens and evaluates with all of them. Here the tiny
+detector is trained with 25 %, 50 % and all, and each training is evaluated with 25 % to all:
+a matrix of 3 x 4, with 3 seeds. Nine trainings of about 12 CPU minutes each.
+"""
+
+from mimdet import presets
+
+base = presets.tiny()
+base.data.shapes_level = "shapes-v1-medium"
+base.training.steps = 1080  # 4 images a step
+base.training.evaluate_every_steps = 360  # the curve has three points
+
+grid = {"backbone.sample_ratio": [1.0, 0.5, 0.25]}  # the first one is what others differ from
+seeds = 3
+evaluate_ratios = (0.25, 0.5, 0.75, 1.0)
+draws = 2

@@ -1,0 +1,135 @@
+"""Two runs image by image: cases worked out by hand, and COCO's AP of single images."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mimdet.analysis.comparison import RunComparison, compare_runs
+from mimdet.analysis.metrics import IouType, coco_metrics
+from tests.unit.test_metrics import found, random_case, rectangle, truth_of
+
+A, B = rectangle(10, 10, 50, 50), rectangle(100, 10, 40, 40)
+NOTHING = rectangle(150, 150, 30, 30)
+
+
+def three_images() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Image 1 has A and B (of kind 2), image 2 nothing, image 3 A."""
+    truth = truth_of(A, B | {"category_id": 2}, A | {"image_id": 3}, images=3, categories=2)
+    early = [
+        found(0.9, A),
+        found(0.6, NOTHING, image_id=2),
+        found(0.5, NOTHING, image_id=2, category_id=2),
+        found(0.8, A, image_id=3),
+    ]
+    late = [
+        found(0.7, A),
+        found(0.6, B, category_id=2),
+        found(0.9, rectangle(10, 10, 50, 41), image_id=3),
+    ]
+    return truth, {"early": early, "late": late}
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_by_hand(iou_type: IouType) -> None:
+    """Image 1: one of two objects, 51 of 101 recall levels, then both. Image 2 has no object, so no
+    AP. Image 3: A, then A with IoU .82, which counts at seven of the ten thresholds."""
+    comparison = compare_runs(*three_images(), iou_type)
+    images = comparison.images
+    assert comparison.names == ("early", "late")
+    assert list(images["image_id"]) == [1, 2, 3] and list(images["objects"]) == [2, 0, 1]
+    np.testing.assert_allclose(images["ap_1"], [51 / 101, math.nan, 1])
+    np.testing.assert_allclose(images["ap_2"], [1, math.nan, 0.7])
+    np.testing.assert_allclose(images["change"], [50 / 101, math.nan, -0.3])
+    assert list(images["found_1"]) == [1, 0, 1] and list(images["found_2"]) == [2, 0, 1]
+    assert list(images["matched_score_1"]) == pytest.approx([0.9, 0, 0.8])
+    assert list(images["matched_score_2"]) == pytest.approx([1.3, 0, 0.9])
+    assert list(images["wrong_score_1"]) == pytest.approx([0, 1.1, 0])
+    assert list(comparison.gained()["image_id"]) == [1]
+    assert list(comparison.lost()["image_id"]) == [3]
+    expected = {"images": 2, "gained": 1, "lost": 1, "same": 0, "found_1": 2, "found_2": 3}
+    expected |= {"mean_ap_1": (51 / 101 + 1) / 2, "mean_ap_2": 0.85}
+    assert comparison.summary() == pytest.approx(expected)
+
+
+def test_table() -> None:
+    assert compare_runs(*three_images()).table().splitlines() == [
+        "segm, from early to late: of 2 images 1 gained, 1 lost, 0 kept their AP",
+        "mean AP of an image 75.2 -> 85.0, objects found 2 -> 3",
+        "gained  image 1: AP 50.5 -> 100.0, found 1 -> 2 of 2",
+        "lost    image 3: AP 100.0 -> 70.0, found 1 -> 1 of 1",
+    ]
+
+
+def test_a_wrong_class_spoils_the_ranking_of_its_image() -> None:
+    """The first of two detections is wrong: precision 1/2 at recall 1."""
+    truth = truth_of(A, categories=2)
+    called_2 = found(0.9, A, category_id=2)
+    comparison = compare_runs(truth, {"a": [called_2, found(0.8, A)], "b": [found(0.8, A)]})
+    assert list(comparison.images["ap_1"]) == pytest.approx([0.5])
+
+
+def test_crowds_are_neither_found_nor_wrong() -> None:
+    crowd = NOTHING | {"iscrowd": 1}
+    inside = found(0.9, rectangle(155, 155, 10, 10))
+    comparison = compare_runs(truth_of(A, crowd), {"a": [inside, found(0.8, A)], "b": []})
+    (row,) = comparison.images.itertuples()
+    assert (row.objects, row.ap_1, row.ap_2, row.wrong_score_1) == (1, 1.0, 0.0, 0.0)
+
+
+def test_largest_changes_first() -> None:
+    images = range(1, 5)
+    truth = truth_of(*(A | {"image_id": i} for i in images), images=4)
+    heights = [50, 41, 30, 20]  # IoU 1, .82, .6, .4 with A
+    results = [
+        found(0.9, rectangle(10, 10, 50, height), image_id=i)
+        for i, height in zip(images, heights, strict=True)
+    ]
+    perfect = [found(0.9, A, image_id=i) for i in images]
+    comparison = compare_runs(truth, {"a": results, "b": perfect})
+    assert list(comparison.images["ap_1"]) == pytest.approx([1, 0.7, 0.3, 0])
+    assert list(comparison.gained()["image_id"]) == [4, 3, 2]
+    assert list(comparison.gained(1)["image_id"]) == [4]
+    back = compare_runs(truth, {"b": perfect, "a": results})
+    assert list(back.lost()["image_id"]) == [4, 3, 2] and len(back.gained()) == 0
+
+
+def single_class(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [entry | {"category_id": 1} for entry in entries]
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["bbox", "segm"]))
+def test_of_one_class_it_is_the_ap_of_the_image_alone(seed: int, iou_type: IouType) -> None:
+    truth, results = random_case(seed)
+    truth |= {
+        "annotations": single_class(truth["annotations"]),
+        "categories": truth_of()["categories"],
+    }
+    results = single_class(results)
+    comparison = compare_runs(truth, {"all": results, "half": results[::2]}, iou_type)
+    for row in comparison.images.itertuples():
+        one = truth | {
+            "annotations": [a for a in truth["annotations"] if a["image_id"] == row.image_id]
+        }
+        alone = [r for r in results if r["image_id"] == row.image_id]
+        metrics = coco_metrics(one, alone, (iou_type,))
+        np.testing.assert_allclose(row.ap_1, (metrics.box or metrics.mask)["AP"], rtol=0, atol=1e-9)
+
+
+def test_nothing_to_compare() -> None:
+    for truth in (truth_of(images=0), truth_of(images=2, categories=0)):
+        comparison = compare_runs(truth, {"a": [], "b": []})
+        assert isinstance(comparison, RunComparison)
+        assert comparison.summary()["images"] == 0 and len(comparison.gained()) == 0
+        assert "of 0 images" in comparison.table()
+
+
+def test_what_cannot_be_compared() -> None:
+    with pytest.raises(ValueError, match=r"runs has 1 entries \(only\): give two"):
+        compare_runs(truth_of(A), {"only": []})
+    with pytest.raises(ValueError, match=r"results\[0\]: image_id 9"):
+        compare_runs(truth_of(A), {"a": [], "b": [found(0.9, A, image_id=9)]})

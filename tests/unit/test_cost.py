@@ -1,0 +1,95 @@
+"""Multiply-adds and parameters, against sums done by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from mimdet.analysis.cost import cost_of, cost_table, multiply_adds
+from mimdet.config import BackboneConfig, Config, DetectorConfig
+from mimdet.presets import PRESETS
+
+
+def by_hand(cfg: Config, h: int, w: int, kept: int) -> tuple[int, int]:
+    """Backbone and neck, heads, of a mimdet with ConvStem on a grid of h x w tokens."""
+    b, d = cfg.backbone, cfg.detector
+    places = h * w
+    dim, own = b.embed_dim, b.decoder_dim
+    stem = 9 * (
+        64 * places * 3 * dim // 8
+        + 16 * places * dim // 8 * dim // 4
+        + 4 * places * dim // 4 * dim // 2
+        + places * dim // 2 * dim
+    )
+    stem += places * dim * dim  # the 1x1 convolution
+    encoder = b.depth * (12 * kept * dim**2 + 2 * kept**2 * dim)
+    decoder = kept * dim * own + places * dim * own  # embed, stem_proj
+    decoder += b.decoder_depth * (12 * places * own**2 + 2 * places**2 * own)
+    c = d.channels
+    sizes = [16 * places, 4 * places, places, places // 4]
+    widths = [dim // 4, dim // 2, own, own]
+    neck = sum(n * (width * c + 9 * c * c) for n, width in zip(sizes, widths, strict=True))
+
+    everywhere = sum(sizes) + places // 16
+    rpn = everywhere * (d.rpn_convs * 9 * c * c + c * 3 * 5)
+    box = 49 * (d.box_convs * 9 * c * c + c * d.box_fc_dim)
+    box += d.box_fc_dim * (d.num_classes + 1 + 4 * d.num_classes)
+    mask = 196 * d.mask_convs * 9 * c * c + 784 * (c * c + c * d.num_classes)
+    heads = rpn + d.rpn_post_nms[1] * box + d.detections_per_image * mask
+    return stem + encoder + decoder + neck, heads
+
+
+@pytest.mark.parametrize("preset", ["tiny", "mimdet_base"])
+@pytest.mark.parametrize("ratio", [1.0, 0.5])
+def test_mimdet_by_hand(preset: str, ratio: float) -> None:
+    cfg = PRESETS[preset]()
+    cost = cost_of(cfg, (250, 377), ratio)
+    assert cost.size == (256, 384) and cost.sample_ratio == ratio
+    # The image's own grid is 16 x 24 as well: 250 and 377 pixels touch all of its tokens.
+    assert (cost.backbone_and_neck, cost.heads) == by_hand(cfg, 16, 24, int(ratio * 16 * 24))
+    assert cost.detector == cost.backbone_and_neck + cost.heads
+
+
+def test_a_layer_by_hand() -> None:
+    with torch.device("meta"):
+        layer = nn.Conv2d(3, 8, 5, padding=2)
+        assert multiply_adds(lambda: layer(torch.empty(2, 3, 10, 12))) == 2 * 120 * 8 * 3 * 25
+        assert multiply_adds(lambda: nn.LayerNorm(7)(torch.empty(4, 7))) == 0
+
+
+def test_trainable_and_frozen() -> None:
+    cost = cost_of(PRESETS["tiny"](), (64, 64))
+    assert cost.parameters - cost.trainable == 257 * (128 + 96)  # two frozen position tables
+    assert cost.sample_ratio == 1.0
+
+
+def test_a_canvas_is_always_seen_whole() -> None:
+    cfg = PRESETS["tiny_benchmarking_vit"]()
+    assert cost_of(cfg, (64, 96)) == cost_of(cfg, (200, 100))
+    assert cost_of(cfg).size == (256, 256)
+
+
+def test_without_masks() -> None:
+    cfg = Config(backbone=BackboneConfig(embed_dim=32, depth=1, num_heads=1, position_grid=4))
+    with_masks = cost_of(cfg, (64, 64))
+    cfg.detector = DetectorConfig(masks=False)
+    assert cost_of(cfg, (64, 64)).heads < with_masks.heads
+
+
+def test_a_baseline_refuses_a_ratio() -> None:
+    with pytest.raises(ValueError, match="sees every token"):
+        cost_of(PRESETS["tiny_swin"](), (64, 64), 0.5)
+
+
+@pytest.mark.parametrize("kind", ["tiny_resnet", "tiny_swin"])
+def test_twice_the_area_is_twice_the_cost(kind: str) -> None:
+    """Convolutions and windowed attention are linear in the area where windows fit."""
+    cfg = PRESETS[kind]()
+    once, twice = (cost_of(cfg, size).backbone_and_neck for size in ((256, 256), (256, 512)))
+    assert twice == 2 * once
+
+
+def test_table() -> None:
+    rows = [cost_of(PRESETS[name](), (256, 256)) for name in ("tiny", "tiny_swin")]
+    table = cost_table(rows).splitlines()
+    assert len(table) == 2 + 2 and all(line.count("|") == 8 for line in table)
+    assert table[2].startswith("| tiny | 2.02 | 1.97 | 256x256 | 1 | 0.548 | 1.95 |")

@@ -1,0 +1,507 @@
+"""`mimdet download` against a real server on this machine: it breaks off, changes files, lies."""
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from mimdet import cli
+from mimdet.downloads import catalogue, transfer
+from mimdet.downloads.catalogue import CATALOGUE, GROUPS, PublicFile, find, table
+from mimdet.downloads.fetch import download, fetch
+from mimdet.downloads.transfer import readable, receive
+from mimdet.downloads.unpack import unzip
+
+CONTENT = bytes(range(256)) * 40  # 10,240 bytes
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+MD5 = hashlib.md5(CONTENT).hexdigest()
+
+
+class Remote(ThreadingHTTPServer):
+    """Serves one content at every path; each test sets how badly it behaves."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.content = CONTENT
+        self.headers = {"ETag": '"one"', "Content-Type": "application/octet-stream"}
+        self.ranges = True
+        self.says_length = True
+        self.cuts: list[int] = []
+        """Bytes after which the connection of the first, second, ... GET ends."""
+        self.status = 200
+        self.seen: list[tuple[str, str]] = []
+        """Method and Range of every request."""
+        self.statuses: list[int] = []
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/weights.pth"
+
+    def ranges_asked(self) -> list[str]:
+        return [asked for method, asked in self.seen if method == "GET"]
+
+
+class Answer(BaseHTTPRequestHandler):
+    server: Remote
+
+    def do_HEAD(self) -> None:
+        self.answer(sends_body=False)
+
+    def do_GET(self) -> None:
+        self.answer(sends_body=True)
+
+    def answer(self, sends_body: bool) -> None:
+        remote, asked = self.server, self.headers.get("Range", "")
+        if self.path.startswith("/api/"):  # a question of huggingface_hub's own
+            return self.send_error(404)
+        remote.seen.append((self.command, asked))
+        if remote.status != 200:
+            return self.send_error(remote.status)
+        versions = {remote.headers.get("ETag"), remote.headers.get("Last-Modified")}
+        version = self.headers.get("If-Range", "")
+        same = version in versions and not version.startswith("W/")
+        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
+        partly = bool(asked) and remote.ranges and same
+        body = remote.content[start:] if partly else remote.content
+        self.send_response(206 if partly else 200)
+        remote.statuses.append(206 if partly else 200)
+        if partly:
+            total = len(remote.content)
+            self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
+        if remote.says_length:
+            self.send_header("Content-Length", str(len(body)))
+        for name, value in remote.headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if sends_body:
+            cut = remote.cuts.pop(0) if remote.cuts else len(body)
+            self.wfile.write(body[:cut])
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def remote():
+    server = Remote()
+    Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(transfer, "WAIT", 0.0)
+
+
+@pytest.fixture
+def file(remote) -> PublicFile:
+    return PublicFile("small", remote.address, "https://authors.example", "CC0", "a test")
+
+
+@pytest.fixture
+def listed(file, monkeypatch) -> PublicFile:
+    """The file as the only one of the catalogue."""
+    monkeypatch.setattr(catalogue, "CATALOGUE", (file,))
+    return file
+
+
+class Keyboard(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# ------------------------------------------------------------------------------ one file
+
+
+def test_complete_download_is_recorded(remote, file, tmp_path):
+    place = fetch(file, tmp_path / "new")
+    assert place == tmp_path / "new" / "weights.pth" and place.read_bytes() == CONTENT
+    assert files_in(place.parent) == {"weights.pth", "downloads.json"}
+    entry = json.loads((place.parent / "downloads.json").read_text())["weights.pth"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", entry.pop("date"))
+    assert entry == {
+        "address": remote.address,
+        "bytes": 10240,
+        "sha256": SHA256,
+        "licence": "CC0",
+    }
+
+
+def test_broken_connection_is_continued(remote, file, tmp_path):
+    remote.cuts = [6000, 1000]
+    assert fetch(file, tmp_path).read_bytes() == CONTENT
+    assert remote.ranges_asked() == ["", "bytes=6000-", "bytes=7000-"]
+
+
+def test_a_later_run_continues(remote, file, tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "TRIES", 1)
+    remote.cuts = [6000]
+    with pytest.raises(ConnectionError, match=r"after 6000 of 10240 bytes.*6 kB\) is kept"):
+        fetch(file, tmp_path)
+    assert files_in(tmp_path) == {"weights.pth.part", "weights.pth.part.json"}
+    assert fetch(file, tmp_path).read_bytes() == CONTENT
+    assert remote.ranges_asked() == ["", "bytes=6000-"]
+
+
+def test_continues_by_date_where_the_tag_is_weak(remote, file, tmp_path):
+    date = "Wed, 06 Apr 2022 10:00:00 GMT"
+    remote.headers |= {"ETag": 'W/"one"', "Last-Modified": date}
+    remote.cuts = [6000]
+    assert fetch(file, tmp_path).read_bytes() == CONTENT
+    assert remote.statuses == [200, 206]
+
+
+@pytest.mark.parametrize("headers", [{"ETag": '"one"'}, {}])
+def test_without_ranges_or_versions_it_starts_over(remote, file, tmp_path, headers):
+    remote.ranges, remote.headers, remote.cuts = False, headers, [6000]
+    assert fetch(file, tmp_path).read_bytes() == CONTENT
+    assert remote.statuses == [200, 200]
+
+
+@pytest.mark.parametrize("obeys_if_range", [True, False])
+def test_two_versions_are_not_glued(remote, file, tmp_path, monkeypatch, obeys_if_range):
+    monkeypatch.setattr(transfer, "TRIES", 1)
+    remote.cuts = [6000]
+    with pytest.raises(ConnectionError):
+        fetch(file, tmp_path)
+    remote.content = CONTENT[::-1]
+    remote.headers["ETag"] = '"two"'
+    if not obeys_if_range:  # a careless server: sends the rest of the new version
+        note = tmp_path / "weights.pth.part.json"
+        remote.headers["Last-Modified"] = json.loads(note.read_text())["version"]
+        monkeypatch.setattr(transfer, "TRIES", 2)
+    assert fetch(file, tmp_path).read_bytes() == CONTENT[::-1]
+
+
+def test_server_that_always_stops_early(remote, file, tmp_path):
+    remote.ranges, remote.cuts = False, [6000] * 20
+    with pytest.raises(ConnectionError, match="after 6000 of 10240 bytes"):
+        fetch(file, tmp_path)
+    assert not (tmp_path / "weights.pth").exists()
+    assert len(remote.ranges_asked()) == transfer.TRIES
+
+
+def test_part_that_was_complete_needs_no_server(remote, file, tmp_path):
+    """As after a kill between the last byte and the new name."""
+    receive(file.address, tmp_path / "weights.pth.part")
+    remote.status = 500
+    assert fetch(file, tmp_path).read_bytes() == CONTENT
+
+
+def test_too_long_a_part_is_named(remote, file, tmp_path):
+    receive(file.address, tmp_path / "weights.pth.part")
+    with (tmp_path / "weights.pth.part").open("ab") as part:
+        part.write(b"more")
+    with pytest.raises(ValueError, match=r"weights\.pth\.part is longer .* delete it"):
+        fetch(file, tmp_path)
+
+
+def test_unknown_length_is_accepted(remote, file, tmp_path):
+    remote.says_length = False
+    assert fetch(file, tmp_path).read_bytes() == CONTENT
+
+
+def test_server_errors(remote, file, tmp_path):
+    remote.status = 404
+    with pytest.raises(ConnectionError, match=r"weights\.pth: HTTP Error 404"):
+        fetch(file, tmp_path)
+    assert len(remote.seen) == 1  # asking again would not help
+    remote.status = 503
+    with pytest.raises(ConnectionError, match="503"):
+        fetch(file, tmp_path)
+    assert len(remote.seen) == 1 + transfer.TRIES
+
+
+def test_web_page_is_refused(remote, file, tmp_path):
+    remote.headers["Content-Type"] = "text/html; charset=utf-8"
+    with pytest.raises(ValueError, match="a web page instead of the file"):
+        fetch(file, tmp_path)
+    assert files_in(tmp_path) == set()
+
+
+def test_full_disk_is_noticed_before_the_first_byte(file, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=10239)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ValueError, match=r"10\.2 kB are needed: make room"):
+        fetch(file, tmp_path)
+    assert files_in(tmp_path) == set()
+
+
+# ------------------------------------------------------------------------------ checks
+
+
+@pytest.mark.parametrize("right", [{"sha256": SHA256}, {"md5_start": MD5[:6]}])
+def test_known_checksums_pass(file, tmp_path, right):
+    assert fetch(replace(file, **right), tmp_path).exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [({"sha256": "0" * 64}, f"sha256 {SHA256} instead of 000"), ({"md5_start": "0000"}, "MD5")],
+)
+def test_wrong_checksum_is_refused_and_kept(file, tmp_path, wrong, said):
+    with pytest.raises(ValueError, match=rf"weights\.pth\.part has .*{said}.*delete it"):
+        fetch(replace(file, **wrong), tmp_path)
+    assert files_in(tmp_path) == {"weights.pth.part", "weights.pth.part.json"}
+
+
+def test_second_run_only_checks(remote, listed, tmp_path):
+    first = download(["small"], tmp_path, yes=True)
+    remote.seen.clear()
+    assert download(["small"], tmp_path) == first  # no --yes: there is nothing to ask
+    assert remote.seen == []
+
+
+def test_tampered_file_is_named_and_kept(file, tmp_path):
+    place = fetch(file, tmp_path)
+    place.write_bytes(CONTENT[:-1] + b"x")
+    with pytest.raises(ValueError, match=r"not what was downloaded on .* Move it away"):
+        fetch(file, tmp_path)
+    assert place.read_bytes().endswith(b"x")
+
+
+def test_file_from_elsewhere(file, tmp_path):
+    (tmp_path / "weights.pth").write_bytes(CONTENT)
+    with pytest.raises(ValueError, match="cannot be checked"):
+        fetch(file, tmp_path)
+    fetch(replace(file, sha256=SHA256), tmp_path)  # its sum is known, so now it is in the record
+    fetch(file, tmp_path)
+    assert json.loads((tmp_path / "downloads.json").read_text())["weights.pth"]["sha256"] == SHA256
+
+
+def test_damaged_record_is_named(file, tmp_path):
+    fetch(file, tmp_path)
+    (tmp_path / "downloads.json").write_text("{")
+    with pytest.raises(ValueError, match=r"downloads\.json cannot be read"):
+        fetch(file, tmp_path)
+
+
+# ------------------------------------------------------------------------------ asking
+
+
+def test_refuses_without_a_terminal(remote, listed, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
+    with pytest.raises(ValueError, match="add --yes"):
+        download(["small"], tmp_path)
+    assert remote.seen == [] and files_in(tmp_path) == set()
+
+
+@pytest.mark.parametrize("answer", ["n\n", "\n", "", "maybe\n"])
+def test_only_yes_is_yes(remote, listed, tmp_path, monkeypatch, capsys, answer):
+    monkeypatch.setattr(sys, "stdin", Keyboard(answer))
+    assert download(["small"], tmp_path) == []
+    assert [method for method, _ in remote.seen] == ["HEAD"]  # the size, nothing of the file
+    assert files_in(tmp_path) == set()
+    printed = capsys.readouterr().out
+    for part in (
+        remote.address,
+        "https://authors.example",
+        "10.2 kB",
+        "CC0",
+        "weights.pth",
+        "free",
+    ):
+        assert part in printed
+    assert "nothing was downloaded" in printed
+
+
+def test_answering_yes(listed, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", Keyboard("y\n"))
+    (place,) = download(["small"], tmp_path)
+    assert place.read_bytes() == CONTENT
+
+
+def test_command(remote, listed, tmp_path, monkeypatch, capsys):
+    cli.main(["download"])
+    assert "small" in capsys.readouterr().out
+    cli.main(["download", "small", "--to", str(tmp_path / "w"), "--yes"])
+    assert (tmp_path / "w" / "weights.pth").read_bytes() == CONTENT
+    assert "complete and checked" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"no public file 'smal'.*did you mean small"):
+        cli.main(["download", "smal"])
+    remote.status = 404
+    with pytest.raises(SystemExit, match=r"error: .*404"):
+        cli.main(["download", "small", "--to", str(tmp_path / "v"), "--yes"])
+    with pytest.raises(SystemExit, match="none of them is named"):
+        cli.main(["download", "small", "--unpack", "--yes"])
+    with pytest.raises(SystemExit):
+        cli.main(["download", "--help"])
+    assert len(capsys.readouterr().out) > 300
+
+
+# ------------------------------------------------------------------------------ the hub
+
+
+HUB_RUN = """
+import sys
+from mimdet.downloads import catalogue, fetch
+file = catalogue.PublicFile("tiny/mae", "https://hub.example/f", "page", "CC0", "a test",
+                            sha256=sys.argv[1], hub_file="weights.safetensors")
+catalogue.CATALOGUE = (file,)
+print(fetch.is_there(file, "."))
+print(*fetch.download(["tiny/mae"], "unused", yes=True))
+"""
+
+
+def test_hub_file_goes_to_the_hubs_cache(remote, tmp_path):
+    """In a process of its own, because huggingface_hub reads its settings while it loads."""
+    remote.headers |= {"ETag": f'"{SHA256}"', "X-Repo-Commit": "a" * 40}
+    server = remote.address.rsplit("/", 1)[0]
+    settings = {"HF_ENDPOINT": server, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0"}
+
+    def run(sha256: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-c", HUB_RUN, sha256],
+            cwd=tmp_path,
+            env=os.environ | settings,
+            capture_output=True,
+            text=True,
+        )
+
+    first, second, wrong = run(SHA256), run(SHA256), run("0" * 64)
+    there, *_, place = first.stdout.split()
+    assert there == "False" and second.stdout.split()[0] == "True"
+    assert Path(place).is_relative_to(tmp_path / "hub") and Path(place).read_bytes() == CONTENT
+    assert len(remote.ranges_asked()) == 1  # the second run found it in the cache
+    assert f"{SHA256} instead of 000" in wrong.stderr
+    assert files_in(tmp_path) == {"hub"}
+
+
+# ------------------------------------------------------------------------------ zip files
+
+
+def zipped(path: Path, entries: dict[str, bytes], link: bool = False) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            info = zipfile.ZipInfo(name)
+            if link:
+                info.external_attr = (stat.S_IFLNK | 0o777) << 16
+            archive.writestr(info, content)
+    return path
+
+
+IMAGES = {"val2017/": b"", "val2017/1.jpg": b"first" * 100, "val2017/2.jpg": b"second" * 100}
+
+
+def test_unpack_coco(remote, file, tmp_path, monkeypatch):
+    remote.content = zipped(tmp_path / "source.zip", IMAGES).read_bytes()
+    archive = replace(file, address=remote.address.replace("weights.pth", "val2017.zip"))
+    monkeypatch.setattr(catalogue, "CATALOGUE", (archive,))
+    cli.main(["download", "small", "--to", str(tmp_path / "d"), "--yes", "--unpack"])
+    for name in ("1.jpg", "2.jpg"):
+        unpacked = tmp_path / "d" / "coco" / "val2017" / name
+        assert unpacked.read_bytes() == IMAGES[f"val2017/{name}"]
+
+
+def test_unpacking_goes_on_with_what_is_incomplete(tmp_path):
+    archive = zipped(tmp_path / "a.zip", IMAGES)
+    assert "2 files unpacked, 0 were there" in unzip(archive, tmp_path / "coco")
+    first, second = (tmp_path / "coco" / "val2017" / name for name in ("1.jpg", "2.jpg"))
+    written = first.stat().st_mtime_ns
+    second.write_bytes(b"SECOND" * 100)  # same size, another CRC
+    assert "1 files unpacked, 1 were there" in unzip(archive, tmp_path / "coco")
+    second.write_bytes(b"sec")
+    assert "1 files unpacked, 1 were there" in unzip(archive, tmp_path / "coco")
+    assert second.read_bytes() == IMAGES["val2017/2.jpg"]
+    assert first.stat().st_mtime_ns == written
+    assert files_in(first.parent) == {"1.jpg", "2.jpg"}
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "{}/evil", "a\\..\\evil", "C:evil"])
+def test_entries_outside_the_folder_are_refused(tmp_path, name):
+    archive = zipped(tmp_path / "a.zip", {"fine.jpg": b"1", name.format(tmp_path): b"2"})
+    with pytest.raises(ValueError, match="points outside the folder"):
+        unzip(archive, tmp_path / "deep" / "coco")
+    assert files_in(tmp_path) == {"a.zip"}
+
+
+def test_links_are_refused(tmp_path):
+    archive = zipped(tmp_path / "a.zip", {"link": b"/etc/passwd"}, link=True)
+    with pytest.raises(ValueError, match="'link' is a link"):
+        unzip(archive, tmp_path / "coco")
+
+
+def test_damaged_archive_and_full_disk(tmp_path, monkeypatch):
+    archive = zipped(tmp_path / "a.zip", IMAGES)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1099)  # 500 + 600 bytes are to come
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"1\.1 kB are needed"):
+        patch.setattr(shutil, "disk_usage", lambda path: usage)
+        unzip(archive, tmp_path / "coco")
+    content = bytearray(archive.read_bytes())
+    content[content.index(b"1.jpg") + 8] ^= 0xFF
+    archive.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.zip is damaged .*download again"):
+        unzip(archive, tmp_path / "coco")
+    archive.write_bytes(b"no zip at all")
+    with pytest.raises(ValueError, match="is damaged"):
+        unzip(archive, tmp_path / "coco")
+
+
+# ------------------------------------------------------------------------------ the catalogue
+
+
+@pytest.mark.parametrize("entry", CATALOGUE, ids=lambda entry: entry.name)
+def test_entry_is_well_formed(entry):
+    assert re.fullmatch(r"https?://[\w.-]+/[\w./-]+\.(pth|bin|safetensors|zip)", entry.address)
+    assert entry.page.startswith("https://") and entry.licence and entry.good_for
+    assert re.fullmatch(r"([0-9a-f]{64})?", entry.sha256)
+    assert re.fullmatch(r"([0-9a-f]{6})?", entry.md5_start)
+    assert re.fullmatch(r"([\d.]+ [MG]B)?", entry.size)
+    assert re.fullmatch(r"[\w.-]+", entry.file_name)
+    if entry.hub_file:
+        assert entry.address == f"{entry.page}/resolve/main/{entry.hub_file}"
+        assert entry.page == f"https://huggingface.co/{entry.name}"
+
+
+def test_names_are_unique_on_the_command_line_and_on_disk():
+    plain = [entry for entry in CATALOGUE if not entry.hub_file]
+    names = [entry.name for entry in CATALOGUE] + [entry.file_name for entry in plain]
+    assert len(set(names)) == len(names) and len({e.address for e in CATALOGUE}) == len(CATALOGUE)
+    assert not set(GROUPS) & set(names)
+
+
+def test_find():
+    coco = find(["coco"])
+    assert [entry.file_name for entry in coco] == [
+        "train2017.zip",
+        "val2017.zip",
+        "annotations_trainval2017.zip",
+    ]
+    assert find(["coco-val2017", "coco", "val2017.zip"]) == [coco[1], coco[0], coco[2]]
+    assert find(["mae_pretrain_vit_base_full.pth"]) == find(["mae-base-full"])
+
+
+def test_table_shows_everything():
+    lines = table().splitlines()
+    assert len(lines) == 1 + len(CATALOGUE) + len(GROUPS)
+    for entry, line in zip(CATALOGUE, lines[1:], strict=False):
+        for part in (entry.name, entry.size, entry.licence, entry.good_for):
+            assert part in line
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (448_000_000, "448 MB"), (18e9, "18 GB")],
+)
+def test_readable(count, text):
+    assert readable(count) == text

@@ -1,0 +1,870 @@
+"""Types and prices of errors: by hand, by plain loops, by editing the files, and by tidecv."""
+
+import copy
+import itertools
+import json
+import math
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools import mask as coco_mask
+
+from mimdet.analysis import error_fixes
+from mimdet.analysis.error_overlaps import as_rle
+from mimdet.analysis.errors import KINDS, ErrorReport, find_errors
+from mimdet.analysis.metrics import IouType, coco_metrics
+from mimdet.masks import bitmap_to_rle
+from tests.unit.test_metrics import found, random_case, rectangle, truth_of
+
+IOU_TYPES: tuple[IouType, ...] = ("bbox", "segm")
+FALSE_POSITIVES = [kind for kind in KINDS if kind != "missed"]
+
+
+def of(kind: int, shape: dict[str, Any]) -> dict[str, Any]:
+    """The shape as an object of category 1, 2, ..."""
+    return shape | {"category_id": kind}
+
+
+def check(report: ErrorReport, ap: float, **expected: tuple[int, float]) -> None:
+    """AP, and for each type that is named (errors, dAP); every other type has none."""
+    assert report.ap == pytest.approx(ap)
+    counts = {kind: expected.get(kind, (0, 0.0))[0] for kind in KINDS}
+    assert report.counts == counts
+    dap = {kind: expected.get(kind, (0, 0.0))[1] for kind in KINDS}
+    assert report.dap == pytest.approx(dap, abs=1e-12)
+    assert report.progressive["missed"] == pytest.approx(1)
+
+
+# --- one case per type --------------------------------------------------------------------------
+# A is the box 10 10 40 40; LEFT, half of it, has IoU 1/2 with A, STRIP, a tenth, 1/10, and PART,
+# 16 of its 40 columns, 0.4. B lies apart from A. All are filled rectangles, so the IoU of masks is
+# that of boxes. AP = precision summed over the 101 recall levels / 101; half of the objects found
+# reaches levels 0, .01, ..., .50: 51 of them.
+
+A, B, C = rectangle(10, 10, 40, 40), rectangle(100, 10, 40, 40), rectangle(10, 100, 40, 40)
+LEFT, PART, STRIP = rectangle(10, 10, 20, 40), rectangle(10, 10, 16, 40), rectangle(10, 10, 4, 40)
+NOTHING = rectangle(150, 150, 30, 30)
+
+
+@pytest.mark.parametrize("iou_type", IOU_TYPES)
+def test_classification(iou_type: IouType) -> None:
+    """A is of kind 1, B of kind 2; both are called kind 1.
+
+    Kind 1: right (.9), wrong (.8): precision 1 at recall 1, AP 1. Kind 2: nothing, AP 0. Mean 1/2.
+    Fixed, B's detection is a correct one of kind 2: AP 1, dAP 1/2. Without the false positive
+    nothing changes. If only objects found count, kind 2 has none and claims none: perfect, +1/2.
+    """
+    truth = truth_of(A, of(2, B), categories=2)
+    report = find_errors(truth, [found(0.9, A), found(0.8, B)], iou_type)
+    check(report, 1 / 2, classification=(1, 1 / 2))
+    assert report.special == pytest.approx({"false positives": 0, "false negatives": 1 / 2})
+
+
+@pytest.mark.parametrize("iou_type", IOU_TYPES)
+def test_localisation(iou_type: IouType) -> None:
+    """B is found (.9), A only by PART (.8), IoU 0.4.
+
+    Right, wrong; half of the objects: 51/101. Fixed: right, right, AP 1, dAP 50/101.
+    """
+    report = find_errors(truth_of(A, B), [found(0.9, B), found(0.8, PART)], iou_type)
+    check(report, 51 / 101, localisation=(1, 50 / 101))
+    assert report.special == pytest.approx({"false positives": 0, "false negatives": 50 / 101})
+
+
+@pytest.mark.parametrize("iou_type", IOU_TYPES)
+def test_localisation_of_an_object_that_is_found(iou_type: IouType) -> None:
+    """PART (.9), then A itself (.8): wrong, right: precision 1/2 at recall 1, AP 1/2.
+
+    A has its detection, so the fix removes PART: AP 1, dAP 1/2, and so does the removal of all
+    false positives.
+    """
+    report = find_errors(truth_of(A), [found(0.9, PART), found(0.8, A)], iou_type)
+    check(report, 1 / 2, localisation=(1, 1 / 2))
+    assert report.special == pytest.approx({"false positives": 1 / 2, "false negatives": 0})
+
+
+@pytest.mark.parametrize("iou_type", IOU_TYPES)
+def test_both(iou_type: IouType) -> None:
+    """PART of A, an object of kind 1, is called kind 2 (.9), then B of kind 2 (.8) and A are found.
+
+    Kind 1: AP 1. Kind 2: wrong, right: AP 1/2. Mean 3/4; fixed (removed) 1, dAP 1/4.
+    """
+    truth = truth_of(A, of(2, B), categories=2)
+    results = [found(0.9, of(2, PART)), found(0.8, of(2, B)), found(0.7, A)]
+    check(find_errors(truth, results, iou_type), 3 / 4, both=(1, 1 / 4))
+
+
+@pytest.mark.parametrize("iou_type", IOU_TYPES)
+def test_duplicate(iou_type: IouType) -> None:
+    """A (.9), A again (.8), B (.7): right, wrong, right.
+
+    Precision 1 up to recall 1/2, 2/3 up to recall 1: AP (51 + 50 * 2/3) / 101. Fixed (removed) 1,
+    dAP 50 * 1/3 / 101.
+    """
+    results = [found(0.9, A), found(0.8, A), found(0.7, B)]
+    report = find_errors(truth_of(A, B), results, iou_type)
+    check(report, (51 + 50 * 2 / 3) / 101, duplicate=(1, 50 / 3 / 101))
+
+
+@pytest.mark.parametrize("iou_type", IOU_TYPES)
+def test_background(iou_type: IouType) -> None:
+    """NOTHING (.9), A (.8): wrong, right, AP 1/2; fixed (removed) 1, dAP 1/2."""
+    report = find_errors(truth_of(A), [found(0.9, NOTHING), found(0.8, A)], iou_type)
+    check(report, 1 / 2, background=(1, 1 / 2))
+
+
+@pytest.mark.parametrize("iou_type", IOU_TYPES)
+def test_missed(iou_type: IouType) -> None:
+    """Of A and B only A is found: 51/101; when B is not asked for, AP 1, dAP 50/101."""
+    report = find_errors(truth_of(A, B), [found(0.9, A)], iou_type)
+    check(report, 51 / 101, missed=(1, 50 / 101))
+    assert report.special == pytest.approx({"false positives": 0, "false negatives": 50 / 101})
+
+
+# --- mixtures -----------------------------------------------------------------------------------
+
+
+def test_all_types_in_one_class() -> None:
+    """Kind 1 has A, B and C, kind 2 has D; detections of kind 1 in order of score:
+
+    1. NOTHING: background   2. A: right   3. D: classification   4. A again: duplicate
+    5. PART of D: both       6. PART of B: localisation           (C is missed; D by kind 2)
+
+    Kind 1 is right at place 2 of 6: precision 1/2 up to recall 1/3, levels 0..33: AP 34/202.
+    Kind 2: AP 0. Mean 17/202. Of the fixes
+    background:     right first: precision 1: kind 1 34/101, mean + 17/202
+    classification: kind 1 the same, kind 2 has D: AP 1, mean + 1/2
+    localisation:   B right at place 6, recall 2/3 with precision 2/6: levels 34..66: + 33/3/101,
+                    mean + 11/202
+    duplicate, both: kind 1 the same (nothing right after place 2): 0
+    missed:         C not asked for: recall 1/2 with precision 1/2, levels 0..50: 51/202 instead of
+                    34/202, mean + 17/404
+    false positives: 34/101, mean + 17/202
+    false negatives: kind 1 asks for A alone, precision 1/2 at recall 1: 1/2; kind 2 asks for
+                    nothing and claims nothing: 1. Mean 3/4
+    """
+    d = rectangle(100, 100, 40, 40)
+    truth = truth_of(A, B, C, of(2, d), categories=2)
+    shapes = [NOTHING, A, d, A, rectangle(100, 100, 16, 40), rectangle(100, 10, 16, 40)]
+    results = [found(0.9 - 0.1 * i, shape) for i, shape in enumerate(shapes)]
+    for iou_type in IOU_TYPES:
+        report = find_errors(truth, results, iou_type)
+        check(
+            report,
+            17 / 202,
+            background=(1, 17 / 202),
+            classification=(1, 1 / 2),
+            localisation=(1, 11 / 202),
+            duplicate=(1, 0),
+            both=(1, 0),
+            missed=(1, 17 / 404),
+        )
+        special = {"false positives": 17 / 202, "false negatives": 3 / 4 - 17 / 202}
+        assert report.special == pytest.approx(special)
+        # One after the other: kind 1 is wrong, right, wrong, wrong, wrong for classification (the
+        # removed one is later); then B is right at place 5 (2/5); places 4 and 3 go (2/3 of recall
+        # at 2/4, then 2/3); then the first (2/2), and at last C is not asked for.
+        kind_1 = [34 / 202, (17 + 33 * 2 / 5) / 101, (17 + 33 / 2) / 101]
+        kind_1 += [67 * 2 / 3 / 101, 67 / 101, 1]
+        assert list(report.progressive) == list(KINDS)
+        assert list(report.progressive.values()) == pytest.approx([(ap + 1) / 2 for ap in kind_1])
+
+
+def test_one_object_is_repaired_once() -> None:
+    """B, of kind 2, is called kind 1 (.9) and kind 3 (.8), and found too small as kind 2 (.7).
+
+    Kinds: 1 has A, found (.95): AP 1; 2: AP 0; 3 has C, found (.6) after the wrong one: AP 1/2.
+    Mean 1/2. Fixing classification makes .9 a correct one of kind 2, ahead of the wrong .7, and
+    removes .8: all AP 1, dAP 1/2. Fixing localisation corrects nothing, as .9 would be B's better
+    detection, but removes .7: kind 2 stays 0.
+    """
+    truth = truth_of(A, of(2, B), of(3, C), categories=3)
+    results = [
+        found(0.95, A),
+        found(0.9, B),
+        found(0.8, of(3, B)),
+        found(0.7, of(2, rectangle(100, 10, 16, 40))),
+        found(0.6, of(3, C)),
+    ]
+    report = find_errors(truth, results)
+    check(report, 1 / 2, classification=(2, 1 / 2), localisation=(1, 0))
+
+
+def test_thresholds_belong_to_a_type() -> None:
+    """IoU 1/2 is a match; of an object already found it is a wrong place, as in tidecv, not a
+    duplicate. IoU 1/10 with an object of the class is a wrong place, of another class background.
+    """
+    assert find_errors(truth_of(A), [found(0.9, LEFT)]).correct == 1
+    report = find_errors(truth_of(A), [found(0.9, A), found(0.8, LEFT), found(0.7, STRIP)])
+    assert report.counts["localisation"] == 2
+    truth = truth_of(A, of(2, B), categories=2)
+    report = find_errors(truth, [found(0.9, of(2, LEFT)), found(0.8, of(2, STRIP))])
+    assert (report.counts["classification"], report.counts["background"]) == (1, 1)
+    assert find_errors(truth_of(A), [found(0.9, PART)], iou_threshold=0.4).correct == 1
+    report = find_errors(truth_of(A), [found(0.9, PART)], background_threshold=0.45)
+    assert report.counts["background"] == 1
+
+
+def test_the_right_class_counts_before_the_right_place() -> None:
+    """A detection with IoU .4 with its own class and 1 with another is a localisation error."""
+    truth = truth_of(A, of(2, PART), categories=2)
+    report = find_errors(truth, [found(0.9, PART)])
+    assert report.counts["localisation"] == 1 and report.counts["classification"] == 0
+
+
+@pytest.mark.parametrize("iou_type", IOU_TYPES)
+def test_crowds_forgive_their_own_class(iou_type: IouType) -> None:
+    """Detections inside a crowd are neither right nor wrong; of another class they are wrong. A
+    crowd is never missed, and nothing is repaired with it."""
+    crowd = NOTHING | {"iscrowd": 1}
+    truth = truth_of(A, of(2, B), crowd, categories=2)
+    inside = rectangle(155, 155, 10, 10)
+    results = [found(0.9, inside), found(0.8, of(2, inside)), found(0.7, A), found(0.6, of(2, B))]
+    report = find_errors(truth, results, iou_type)
+    check(report, 3 / 4, background=(1, 1 / 4))
+    assert (report.ignored, report.correct, report.objects) == (1, 2, 2)
+
+
+def test_a_real_object_comes_before_its_crowd() -> None:
+    crowd = rectangle(0, 0, 90, 90) | {"iscrowd": 1}
+    report = find_errors(truth_of(crowd, A), [found(0.9, A), found(0.8, PART)])
+    check(report, 1)
+    assert (report.correct, report.ignored) == (1, 1)
+
+
+def test_the_best_hundred_of_an_image_and_class_count() -> None:
+    results = [found(0.9 - 0.001 * i, NOTHING) for i in range(101)]
+    results += [found(0.1, of(2, B)), found(0.95, A)]
+    report = find_errors(truth_of(A, of(2, B), categories=2), results)
+    assert (report.left_out, report.correct, report.counts["background"]) == (2, 2, 99)
+
+
+def test_classes_without_objects_cost_nothing() -> None:
+    truth = truth_of(A, categories=2)
+    report = find_errors(truth, [found(0.9, A), found(0.8, of(2, NOTHING))])
+    check(report, 1, background=(1, 0))
+    row = report.by_class().loc["kind 2"]
+    assert row["errors_background"] == 1 and math.isnan(row["ap"])
+    assert math.isnan(row["dap_background"])
+
+
+def test_a_missed_class_with_false_alarms_is_not_perfect_without_its_misses() -> None:
+    """Kind 1: AP 1. Kind 2 has C, missed, and claims NOTHING: AP 0, with either fix alone too."""
+    truth = truth_of(A, of(2, C), categories=2)
+    report = find_errors(truth, [found(0.9, A), found(0.8, of(2, NOTHING))])
+    check(report, 1 / 2, background=(1, 0), missed=(1, 0))
+    assert report.special == pytest.approx({"false positives": 0, "false negatives": 0})
+
+
+def test_of_objects_overlapped_equally_the_later_is_taken() -> None:
+    """As in COCO, so that the second detection, which only meets the later one, is a duplicate."""
+    first, second = rectangle(0, 0, 30, 20), rectangle(10, 0, 30, 20)
+    results = [found(0.9, rectangle(5, 0, 30, 20)), found(0.8, rectangle(18, 0, 26, 20))]
+    truth = truth_of(first, second)
+    report = find_errors(truth, results)
+    assert (report.correct, report.counts["duplicate"]) == (1, 1)
+    assert report.ap == pytest.approx(ap50(truth, results, "segm"))
+
+
+def test_recall_levels_are_those_of_coco() -> None:
+    """7 of 20 objects: recall .35 is a rounding error below COCO's level, so 35 count, not 36."""
+    squares = [rectangle(12 * i, 12 * j, 10, 10) for i in range(5) for j in range(4)]
+    results = [found(0.9, square) for square in squares[:7]]
+    truth = truth_of(*squares)
+    assert find_errors(truth, results).ap == pytest.approx(35 / 101)
+    assert ap50(truth, results, "segm") == pytest.approx(35 / 101)
+
+
+def test_nothing_found_and_nothing_to_find() -> None:
+    check(find_errors(truth_of(A, B), []), 0, missed=(2, 1))
+    for truth in (truth_of(images=2), truth_of(images=2, categories=0)):
+        report = find_errors(truth, [])
+        assert math.isnan(report.ap) and set(report.counts.values()) == {0}
+        assert all(math.isnan(dap) for dap in report.dap.values())
+        assert len(report.by_class()) == len(truth["categories"])
+        assert len(report.by_size()) == 3 and len(report.confusions()) == 0
+        assert len(report.table().splitlines()) == 10
+        assert math.isnan(report.curves()[0].ap)
+        json.dumps(report.to_dict(), allow_nan=False)
+    report = find_errors(truth_of(images=0), [])
+    assert math.isnan(report.ap)
+
+
+# --- single errors and tables -------------------------------------------------------------------
+
+
+def two_kinds() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Two images: in the first, A of kind 1 and B of kind 2, called each other's kind; in the
+    second a small missed object and two false alarms."""
+    small, large = rectangle(50, 50, 9, 9), rectangle(10, 80, 100, 100)
+    truth = truth_of(A, of(2, B), small | {"image_id": 2}, images=2, categories=2)
+    results = [
+        found(0.7, of(2, A)),
+        found(0.8, B),
+        found(0.3, of(2, NOTHING), image_id=2),
+        found(0.6, large, image_id=2),
+    ]
+    return truth, results
+
+
+def test_single_errors_have_names() -> None:
+    truth, results = two_kinds()
+    report = find_errors(truth, results)
+    first, second = report.errors("classification")
+    assert (first.kind, first.image_id, first.score, first.iou) == ("classification", 1, 0.8, 1.0)
+    assert (first.said, first.true, second.said, second.true) == (
+        "kind 1",
+        "kind 2",
+        "kind 2",
+        "kind 1",
+    )
+    assert first.result is results[1] and first.truth is truth["annotations"][1]
+    false = report.errors("background")
+    assert [e.score for e in false] == [0.6, 0.3] and [e.image_id for e in false] == [2, 2]
+    assert false[0].true == "" and false[0].truth is None and false[0].iou == 0
+    (missed,) = report.errors("missed")
+    assert missed.result is None and missed.truth is truth["annotations"][2]
+    assert (missed.said, missed.true, missed.image_id) == ("", "kind 1", 2)
+    assert math.isnan(missed.score) and math.isnan(missed.iou)
+    assert report.errors("classification", said="kind 2") == [second]
+    assert report.errors("classification", true="kind 2") == [first]
+    assert report.errors("background", true="kind 2") == []
+
+
+def test_overlap_of_each_type() -> None:
+    truth = truth_of(A, of(2, B), categories=2)
+    results = [
+        found(0.9, A),
+        found(0.8, A),
+        found(0.7, of(2, PART)),
+        found(0.6, PART),
+        found(0.5, of(2, rectangle(10, 10, 2, 40))),
+    ]
+    report = find_errors(truth, results)
+    ious = {kind: [e.iou for e in report.errors(kind)] for kind in FALSE_POSITIVES}
+    assert ious.pop("classification") == []
+    expected = {"duplicate": [1], "both": [0.4], "localisation": [0.4], "background": [0.05]}
+    assert ious == {kind: pytest.approx(iou) for kind, iou in expected.items()}
+    assert [e.true for e in report.errors("duplicate")] == ["kind 1"]
+    assert [e.true for e in report.errors("both")] == ["kind 1"]
+
+
+def test_missed_objects_come_largest_first() -> None:
+    report = find_errors(truth_of(rectangle(0, 0, 9, 9), A, rectangle(80, 80, 20, 20)), [])
+    assert [e.truth["area"] for e in report.errors("missed") if e.truth] == [1600, 400, 81]
+
+
+def test_by_class() -> None:
+    """Kind 1: A and the small one, wrong (.8), wrong (.6): AP 0; fixed, A is right at place 1 of 2
+    (the first wrong one has left): half of the objects, 51/101. Kind 2: AP 0, fixed B is right at
+    place 1: AP 1."""
+    table = find_errors(*two_kinds()).by_class()
+    assert list(table.index) == ["kind 1", "kind 2"]
+    assert list(table["objects"]) == [2, 1] and list(table["ap"]) == [0, 0]
+    assert list(table["errors_classification"]) == [1, 1]
+    assert list(table["errors_background"]) == [1, 1]
+    assert list(table["errors_missed"]) == [1, 0]
+    assert list(table["dap_classification"]) == pytest.approx([51 / 101, 1])
+    assert list(table["dap_missed"]) == [0, 0]
+
+
+def test_by_size() -> None:
+    """A and B (1600 px) are medium, the missed one (81 px) small, the false alarms of 900 and
+    10000 px small and large. Only the medium ones' classes matter, as nothing is right."""
+    table = find_errors(*two_kinds()).by_size()
+    assert list(table.index) == ["small", "medium", "large"]
+    assert list(table["objects"]) == [1, 2, 0]
+    assert list(table["errors_classification"]) == [0, 2, 0]
+    assert list(table["errors_background"]) == [1, 0, 1]
+    assert list(table["errors_missed"]) == [1, 0, 0]
+    dap = (51 / 101 + 1) / 2
+    assert list(table["dap_classification"]) == pytest.approx([0, dap, 0])
+    scaled = find_errors(*two_kinds(), area_scale=4.0)
+    assert list(scaled.by_size()["errors_classification"]) == [2, 0, 0]
+    assert scaled.area_ranges["small"] == (0, 4096)
+
+
+def test_size_of_an_error_is_its_objects_where_the_fix_needs_one() -> None:
+    """PART of A, 640 px, is a small detection of a medium object; the duplicate LEFT is small."""
+    report = find_errors(truth_of(A, B), [found(0.9, A), found(0.8, PART), found(0.7, NOTHING)])
+    table = report.by_size()
+    assert list(table["errors_localisation"]) == [0, 1, 0]
+    assert list(table["errors_background"]) == [1, 0, 0]
+
+
+def test_size_of_missed_objects() -> None:
+    """One object of each size, the medium one found: recall 1/3, 34 levels. Without one of the
+    missed ones recall is 1/2, 51 levels."""
+    truth = truth_of(rectangle(0, 0, 9, 9), A, rectangle(60, 60, 100, 100))
+    table = find_errors(truth, [found(0.9, A)]).by_size()
+    assert list(table["errors_missed"]) == [1, 0, 1]
+    assert list(table["dap_missed"]) == pytest.approx([17 / 101, 0, 17 / 101])
+
+
+def test_sizes_of_masks_and_boxes_differ() -> None:
+    thin = rectangle(100, 100, 8, 40) | {"bbox": [100, 100, 40, 40]}
+    for iou_type, size in (("segm", "small"), ("bbox", "medium")):
+        table = find_errors(truth_of(A), [found(0.9, thin)], iou_type).by_size()
+        assert table.loc[size, "errors_background"] == 1
+
+
+def test_confusions() -> None:
+    truth = truth_of(A, B, of(2, C), categories=2)
+    results = [found(0.9, of(2, A)), found(0.8, of(2, B)), found(0.7, C)]
+    table = find_errors(truth, results).confusions()
+    rows = [tuple(row) for row in table.itertuples(index=False)]
+    assert rows == [("kind 2", "kind 1", 2), ("kind 1", "kind 2", 1)]
+
+
+def test_curves_of_a_class() -> None:
+    """Right, wrong, right of two objects at IoU .5; at .9 nothing is right."""
+    shrunk = rectangle(100, 10, 30, 40)  # IoU .75 with B
+    results = [found(0.9, rectangle(10, 10, 30, 40)), found(0.8, NOTHING), found(0.7, shrunk)]
+    curves = find_errors(truth_of(A, B, categories=2), results).curves((0.5, 0.9))
+    assert [(c.category, c.iou_threshold) for c in curves[:3]] == [
+        ("", 0.5),
+        ("kind 1", 0.5),
+        ("kind 2", 0.5),
+    ]
+    assert curves[1].precision[:51] == pytest.approx(1)
+    assert curves[1].precision[51:] == pytest.approx(2 / 3)
+    assert curves[1].ap == curves[0].ap == pytest.approx((51 + 50 * 2 / 3) / 101)
+    assert math.isnan(curves[2].ap)
+    assert curves[3].ap == 0 and curves[3].recall[-1] == 1
+
+
+def test_table_and_json() -> None:
+    report = find_errors(*two_kinds())
+    lines = report.table().splitlines()
+    assert lines[0] == "segm, IoU 0.5, background 0.1: AP 0.0, 0 of 3 objects found"
+    assert lines[2].split()[:3] == ["classification", "75.2", "2"]
+    assert [line.split()[0] for line in lines[2:8]] == list(KINDS)
+    assert lines[8].startswith("false positives")
+    written = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert written["counts"]["background"] == 2
+    assert written["dap"]["classification"] == pytest.approx(report.dap["classification"])
+
+
+def test_names_as_image_ids_and_annotation_id_0() -> None:
+    truth = truth_of(A, B)
+    truth["images"][0]["id"] = "a.png"
+    for annotation in truth["annotations"]:
+        annotation |= {"id": annotation["id"] - 1, "image_id": "a.png"}
+    report = find_errors(truth, [found(0.9, A, image_id="a.png")])
+    check(report, 51 / 101, missed=(1, 50 / 101))
+    assert report.errors("missed")[0].image_id == "a.png"
+
+
+def test_the_same_input_to_read_only() -> None:
+    truth, results = random_case(5)
+    before = copy.deepcopy((truth, results))
+    report = find_errors(truth, results)
+    report.by_class(), report.by_size(), report.curves()
+    assert (truth, results) == before
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"iou_type": "boxes"}, "iou_types"),
+        ({"background_threshold": 0.5}, "background_threshold=0.5, iou_threshold=0.5"),
+        ({"background_threshold": 0.0}, "background_threshold=0.0"),
+        ({"iou_threshold": 1.5}, "iou_threshold=1.5"),
+        ({"area_scale": 0}, "area_scale=0"),
+    ],
+)
+def test_arguments_that_cannot_be_used(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_errors(truth_of(A), [], **arguments)
+
+
+def test_what_a_report_cannot_answer() -> None:
+    report = find_errors(truth_of(A), [found(0.9, A)])
+    with pytest.raises(ValueError, match="kind='wrong': use one of classification"):
+        report.errors("wrong")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'cat' is no class; there are kind 1"):
+        report.errors("missed", true="cat")
+    with pytest.raises(ValueError, match=r"iou_thresholds: 0\.1 is not in"):
+        report.curves((0.1,))
+    with pytest.raises(ValueError, match=r"results\[0\]: image_id 9"):
+        find_errors(truth_of(A), [found(0.9, A, image_id=9)])
+
+
+# --- any scene ----------------------------------------------------------------------------------
+
+SIDE = 48
+
+
+def ellipse(box: Any) -> dict[str, Any]:
+    """A filled ellipse in a box of x, y, width, height, at least a pixel, in a 48 x 48 image."""
+    x, y, w, h = (float(value) for value in box)
+    rows, columns = np.mgrid[:SIDE, :SIDE] + 0.5
+    bitmap = ((columns - x - w / 2) / w) ** 2 + ((rows - y - h / 2) / h) ** 2 <= 0.25
+    bitmap[min(int(y + h / 2), SIDE - 1), min(int(x + w / 2), SIDE - 1)] = True
+    return {"bbox": [x, y, w, h], "segmentation": bitmap_to_rle(bitmap), "area": int(bitmap.sum())}
+
+
+def random_scenes(
+    seed: int, images: int = 6, crowds: bool = False, tied: bool = False
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Scenes with all types of errors, in three classes that each have an object and a correct
+    detection."""
+    rng = np.random.default_rng(seed)
+    objects, results = [], []
+
+    def somewhere() -> Any:
+        w, h = rng.uniform(6, 24, 2)
+        return np.array([rng.uniform(0, SIDE - w), rng.uniform(0, SIDE - h), w, h])
+
+    def say(box: Any, image: int, kind: int) -> None:
+        score = float(rng.random())
+        where = {"image_id": image, "category_id": kind}
+        results.append(found(round(score, 1) if tied else score, ellipse(box), **where))
+
+    for image in range(1, images + 1):
+        for number in range(int(rng.integers(0, 5)) + 3 * (image == 1)):
+            kind = number % 3 + 1 if image == 1 else int(rng.integers(1, 4))
+            box = somewhere()
+            is_crowd = int(crowds and image > 1 and rng.random() < 0.3)
+            where = {"image_id": image, "category_id": kind, "iscrowd": is_crowd}
+            objects.append(ellipse(box) | where)
+            if image == 1 and number < 3:
+                say(box, image, kind)
+            for _ in range(rng.integers(0, 4)):
+                moved = box + np.array([1, 1, 0, 0]) * rng.normal(0, 4, 4)
+                says = kind if rng.random() < 0.6 else int(rng.integers(1, 4))
+                say(moved.clip(0, SIDE), image, says)
+        for _ in range(rng.integers(0, 3)):
+            say(somewhere(), image, int(rng.integers(1, 4)))
+    truth = truth_of(*objects, categories=3)
+    truth["images"] = [{"id": i, "height": SIDE, "width": SIDE} for i in range(1, images + 1)]
+    return truth, [results[i] for i in rng.permutation(len(results))]
+
+
+class Plain:
+    """The same judgement in plain loops over single detections, for one type of IoU."""
+
+    def __init__(self, truth: dict[str, Any], results: list[dict[str, Any]], iou_type: str) -> None:
+        self.iou_type = iou_type
+        self.kind: dict[int, str] = {}  # by place in results; "correct" and "ignored" are kinds too
+        self.repair: dict[int, int] = {}  # place in results -> place in annotations
+        self.missed: set[int] = set()
+        for image in truth["images"]:
+            inside = [i for i, a in enumerate(truth["annotations"]) if a["image_id"] == image["id"]]
+            said = [i for i, r in enumerate(results) if r["image_id"] == image["id"]]
+            said.sort(key=lambda i: -results[i]["score"])
+            self.image({i: truth["annotations"][i] for i in inside}, {i: results[i] for i in said})
+
+    def image(self, annotations: dict[int, Any], results: dict[int, Any]) -> None:
+        real = {i: a for i, a in annotations.items() if not a["iscrowd"]}
+        crowds = [a for a in annotations.values() if a["iscrowd"]]
+        taken = set()
+        for place, result in results.items():
+            mine = {i: self.iou(result, a) for i, a in real.items() if self.same(result, a)}
+            free = {i: iou for i, iou in mine.items() if i not in taken and iou >= 0.5}
+            inside = [self.iou(result, c, crowd=True) for c in crowds if self.same(result, c)]
+            if free:
+                taken.add(max(free, key=lambda i: free[i]))
+                self.kind[place] = "correct"
+            elif max(inside, default=0) >= 0.5:
+                self.kind[place] = "ignored"
+        better = set(taken)
+        for place, result in results.items():
+            if place in self.kind:
+                continue
+            ious = {i: self.iou(result, a) for i, a in real.items()}
+            own = {i: iou for i, iou in ious.items() if self.same(result, real[i])}
+            others = {i: iou for i, iou in ious.items() if i not in own}
+            if 0.1 <= max(own.values(), default=0) <= 0.5:
+                self.kind[place], meant = "localisation", max(own, key=lambda i: own[i])
+            elif max(others.values(), default=0) >= 0.5:
+                self.kind[place], meant = "classification", max(others, key=lambda i: others[i])
+            else:
+                most = max(ious.values(), default=0)
+                is_again = max(own.values(), default=0) > 0.5
+                rest = "background" if most <= 0.1 else "both"
+                self.kind[place] = "duplicate" if is_again else rest
+                continue
+            if meant not in better:
+                self.repair[place] = meant
+                better.add(meant)
+        self.missed |= set(real) - better
+
+    def same(self, result: dict[str, Any], annotation: dict[str, Any]) -> bool:
+        return result["category_id"] == annotation["category_id"]
+
+    def iou(self, a: dict[str, Any], b: dict[str, Any], crowd: bool = False) -> float:
+        if self.iou_type == "segm":
+            one, two = (coco_mask.decode(x["segmentation"]).astype(bool) for x in (a, b))
+            common, size, other = (one & two).sum(), one.sum(), two.sum()
+        else:
+            (x, y, w, h), (u, v, p, q) = a["bbox"], b["bbox"]
+            common = max(0, min(x + w, u + p) - max(x, u)) * max(0, min(y + h, v + q) - max(y, v))
+            size, other = w * h, p * q
+        whole = size if crowd else size + other - common
+        return common / whole if whole else 0.0
+
+
+def ap50(truth: dict[str, Any], results: list[dict[str, Any]], iou_type: IouType) -> float:
+    metrics = coco_metrics(truth, results, (iou_type,))
+    return (metrics.box or metrics.mask)["AP50"]
+
+
+def after_fix(
+    truth: dict[str, Any], results: list[dict[str, Any]], plain: Plain, kind: str
+) -> float:
+    """AP50 of files in which the errors of a type were corrected by hand."""
+    if kind != "missed":
+        corrected = []
+        for place, result in enumerate(results):
+            if plain.kind[place] != kind:
+                corrected.append(result)
+            elif place in plain.repair:
+                right = truth["annotations"][plain.repair[place]]
+                keys = ("category_id", "bbox", "segmentation")
+                corrected.append(result | {key: right[key] for key in keys})
+        return ap50(truth, corrected, plain.iou_type)  # type: ignore[arg-type]
+    annotations = [a for i, a in enumerate(truth["annotations"]) if i not in plain.missed]
+    return ap50(truth | {"annotations": annotations}, results, plain.iou_type)  # type: ignore[arg-type]
+
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+@settings(max_examples=30)
+@given(seeds, st.booleans(), st.sampled_from(IOU_TYPES))
+def test_types_are_those_of_plain_loops_and_a_fix_is_an_edit(
+    seed: int, crowds: bool, iou_type: IouType
+) -> None:
+    """Every result has the type that loops over single detections give it, and each dAP is the
+    difference of two COCO evaluations: of the files as they are, and corrected by hand."""
+    truth, results = random_scenes(seed, crowds=crowds, tied=crowds)
+    report = find_errors(truth, results, iou_type)
+    plain = Plain(truth, results, iou_type)
+    for kind in FALSE_POSITIVES:
+        ours = {id(error.result) for error in report.errors(kind)}  # type: ignore[arg-type]
+        theirs = {id(results[place]) for place, name in plain.kind.items() if name == kind}
+        assert ours == theirs
+    missed = {id(error.truth) for error in report.errors("missed")}
+    assert missed == {id(truth["annotations"][place]) for place in plain.missed}
+    for kind in KINDS:
+        fixed = after_fix(truth, results, plain, kind)
+        assert report.ap + report.dap[kind] == pytest.approx(fixed, abs=1e-9)
+    right = [r for place, r in enumerate(results) if plain.kind[place] == "correct"]
+    without = ap50(truth, right, iou_type) - report.ap
+    assert report.special["false positives"] == pytest.approx(without, abs=1e-9)
+
+
+def test_the_scenes_have_errors_of_every_type() -> None:
+    counts = dict.fromkeys(KINDS, 0)
+    for seed in range(10):
+        for kind, count in find_errors(*random_scenes(seed)).counts.items():
+            counts[kind] += count
+    assert min(counts.values()) >= 10
+
+
+@settings(max_examples=30)
+@given(seeds, st.sampled_from(IOU_TYPES), st.booleans())
+def test_numbers_add_up(seed: int, iou_type: IouType, mixed: bool) -> None:
+    """On our scenes and on those of the metrics (ties, crowds, a class without objects)."""
+    truth, results = random_case(seed) if mixed else random_scenes(seed, crowds=True, tied=True)
+    report = find_errors(truth, results, iou_type)
+    errors = {kind: report.errors(kind) for kind in KINDS}
+    assert {kind: len(of_kind) for kind, of_kind in errors.items()} == report.counts
+    wrong = [id(error.result) for kind in FALSE_POSITIVES for error in errors[kind]]
+    assert len(set(wrong)) == len(wrong)  # exactly one type each
+    assert report.correct + report.ignored + report.left_out + len(wrong) == len(results)
+    meant = [*errors["classification"], *errors["localisation"]]
+    covered = {id(error.truth) for error in meant}
+    missed = {id(error.truth) for error in errors["missed"]}
+    assert not covered & missed and len(missed) == report.counts["missed"]
+    assert report.correct + len(missed) <= report.objects
+    assert report.objects <= report.correct + len(missed) + len(covered)
+    for scores in ([error.score for error in of_kind] for of_kind in errors.values()):
+        assert scores == sorted(scores, reverse=True) or all(map(math.isnan, scores))
+
+    classes, sizes = report.by_class(), report.by_size()
+    for kind in KINDS:
+        column = f"errors_{kind}"
+        assert classes[column].sum() == sizes[column].sum() == report.counts[kind]
+    assert classes["objects"].sum() == sizes["objects"].sum() == report.objects
+    assert classes["correct"].sum() == sizes["correct"].sum() == report.correct
+    assert report.confusions()["errors"].sum() == report.counts["classification"]
+
+
+@settings(max_examples=30)
+@given(seeds, st.sampled_from(IOU_TYPES), st.booleans())
+def test_a_fix_never_costs_and_all_of_them_reach_100(
+    seed: int, iou_type: IouType, mixed: bool
+) -> None:
+    truth, results = random_case(seed) if mixed else random_scenes(seed, crowds=True, tied=True)
+    report = find_errors(truth, results, iou_type)
+    if not report.objects:
+        assert math.isnan(report.ap)
+        return
+    reached = [report.ap, *report.progressive.values()]
+    assert all(after >= before - 1e-12 for before, after in itertools.pairwise(reached))
+    assert report.progressive["missed"] == pytest.approx(1, abs=1e-12)
+    assert min([*report.dap.values(), *report.special.values()]) >= -1e-12
+    classes, sizes = report.by_class(), report.by_size()
+    for kind in KINDS:
+        assert classes[f"dap_{kind}"].min() >= -1e-12 and sizes[f"dap_{kind}"].min() >= -1e-12
+        assert classes[f"dap_{kind}"].mean() == pytest.approx(report.dap[kind], abs=1e-12)
+
+
+@settings(max_examples=30)
+@given(seeds, st.sampled_from(IOU_TYPES), st.booleans())
+def test_ap_is_that_of_coco(seed: int, iou_type: IouType, mixed: bool) -> None:
+    """At IoU .5, and through the curves at all ten thresholds, of each class and their mean."""
+    truth, results = random_case(seed) if mixed else random_scenes(seed, crowds=True, tied=True)
+    metrics = coco_metrics(truth, results, (iou_type,))
+    numbers = metrics.box or metrics.mask
+    report = find_errors(truth, results, iou_type)
+    np.testing.assert_allclose(report.ap, numbers["AP50"], rtol=0, atol=1e-9)
+    curves = report.curves(np.linspace(0.5, 0.95, 10).tolist())
+    per_class = {"": numbers["AP"]} | (metrics.box_per_class or metrics.mask_per_class)
+    for name, ap in per_class.items():
+        ours = [curve.ap for curve in curves if curve.category == name]
+        np.testing.assert_allclose(np.mean(ours), ap, rtol=0, atol=1e-9)
+
+
+# --- tidecv -------------------------------------------------------------------------------------
+
+TIDE_NAMES = dict(zip(KINDS, ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss"), strict=True))
+
+
+@pytest.fixture
+def tide_run(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """tidecv's own class for one evaluation. What the package loads for drawings and downloads
+    (OpenCV, seaborn, appdirs) is replaced by empty modules where it is not installed."""
+    for name in ("cv2", "seaborn", "appdirs"):
+        try:
+            __import__(name)
+        except ImportError:
+            empty = types.ModuleType(name)
+            empty.FONT_HERSHEY_SIMPLEX = empty.user_data_dir = None  # type: ignore[attr-defined]
+            monkeypatch.setitem(sys.modules, name, empty)
+    try:
+        from tidecv.quantify import TIDERun
+    except ImportError:
+        pytest.skip("needs the authors' tidecv: pip install --no-deps tidecv")
+    return TIDERun
+
+
+def tide(run_class: Any, truth: dict[str, Any], results: list[dict[str, Any]], mode: str) -> Any:
+    """(AP x 100, {type: count}, {type: dAP x 100}, {oracle: dAP x 100}) from tidecv."""
+    from tidecv import Data
+
+    real, said = Data("truth"), Data("results")
+    for image in truth["images"]:
+        real.add_image(image["id"], str(image["id"]))
+    for a in truth["annotations"]:
+        add = real.add_ignore_region if a["iscrowd"] else real.add_ground_truth
+        add(a["image_id"], a["category_id"], a["bbox"], a["segmentation"])
+    for r in results:
+        shape = (r["bbox"], r["segmentation"])
+        said.add_detection(r["image_id"], r["category_id"], r["score"], *shape)
+    run = run_class(real, said, 0.5, 0.1, {"bbox": "bbox", "segm": "mask"}[mode], 100)
+    counts = {error.short_name: count for error, count in run.count_errors().items()}
+    dap = {error.short_name: value for error, value in run.fix_main_errors().items()}
+    special = {error.short_name: value for error, value in run.fix_special_errors().items()}
+    return run.ap, counts, dap, special
+
+
+@pytest.mark.parametrize("iou_type", IOU_TYPES)
+def test_the_numbers_of_tidecv(
+    tide_run: Any, iou_type: IouType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal to 1e-9, counts and all dAPs, on scenes in which the departures that the module names
+    do not matter, with tidecv's rounding of the recall levels."""
+    monkeypatch.setattr(error_fixes, "RECALLS", np.arange(101) / 100)
+    for seed in range(40):
+        truth, results = random_scenes(seed, images=12)
+        report = find_errors(truth, results, iou_type)
+        ap, counts, dap, special = tide(tide_run, truth, results, iou_type)
+        assert counts == {TIDE_NAMES[kind]: count for kind, count in report.counts.items()}
+        assert 100 * report.ap == pytest.approx(ap, abs=1e-9)
+        for kind, name in TIDE_NAMES.items():
+            assert 100 * report.dap[kind] == pytest.approx(dap[name], abs=1e-9)
+        for ours, theirs in (("false positives", "FalsePos"), ("false negatives", "FalseNeg")):
+            assert 100 * report.special[ours] == pytest.approx(special[theirs], abs=1e-9)
+
+
+@pytest.mark.parametrize("iou_type", IOU_TYPES)
+def test_the_numbers_of_tidecv_on_coco_images(
+    tide_run: Any, shared_data: Path, iou_type: IouType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundred real images, without what the departures are about: crowds, classes without
+    objects, equal scores. One class is missed altogether, and left out of tidecv's means."""
+    monkeypatch.setattr(error_fixes, "RECALLS", np.arange(101) / 100)
+    folder = shared_data / "evalbench"
+    truth = json.loads((folder / "instances_val2014_100.json").read_text())
+    name = f"instances_val2014_fake{iou_type}100_results.json"
+    results = json.loads((folder / name).read_text())
+    sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
+    objects = [a for a in truth["annotations"] if not a["iscrowd"]]
+    for a in objects:
+        a["segmentation"] = as_rle(a["segmentation"], *sizes[a["image_id"]])
+    truth["annotations"] = objects
+    asked = {a["category_id"] for a in objects}
+    results = [r for r in results if r["category_id"] in asked]
+    results.sort(key=lambda r: (-r["score"], r["image_id"]))
+    for place, r in enumerate(results):
+        r |= {"score": 1 - place / len(results)}
+        r |= {"bbox": None, "segmentation": None} | r  # tidecv wants both fields
+
+    report = find_errors(truth, results, iou_type)
+    ap, counts, dap, special = tide(tide_run, truth, results, iou_type)
+    assert list(counts.values()) == list(report.counts.values())
+    assert 100 * report.ap == pytest.approx(ap, abs=1e-9)
+    for kind in FALSE_POSITIVES:
+        assert 100 * report.dap[kind] == pytest.approx(dap[TIDE_NAMES[kind]], abs=1e-9)
+    assert 100 * report.special["false positives"] == pytest.approx(special["FalsePos"], abs=1e-9)
+    classes = report.by_class()
+    claims = classes[["correct", *(f"errors_{kind}" for kind in FALSE_POSITIVES)]].sum(axis=1)
+    assert list(classes.index[(claims == 0) & (classes["objects"] > 0)]) == ["pizza"]
+    fixed = (classes["ap"] + classes["dap_missed"]).drop("pizza").mean()
+    assert 100 * (fixed - report.ap) == pytest.approx(dap["Miss"], abs=1e-9)
+
+
+def test_where_tidecv_differs(tide_run: Any) -> None:
+    """Each departure that the module names, on the smallest case."""
+
+    def both(truth: dict[str, Any], results: list[dict[str, Any]]) -> tuple[ErrorReport, Any]:
+        return find_errors(truth, results), tide(tide_run, truth, results, "segm")
+
+    # More than 100 detections of an image: kind 2 is found by the 101st.
+    results = [found(0.9 - 0.001 * i, NOTHING) for i in range(100)]
+    results.append(found(0.1, of(2, B)))
+    ours, (ap, *_) = both(truth_of(A, of(2, B), categories=2), results)
+    assert (100 * ours.ap, ap) == pytest.approx((50, 0))
+
+    # In a crowd: no error; tidecv counts one, and B, which is missed, is repaired with it.
+    crowd = rectangle(100, 10, 16, 40) | {"iscrowd": 1}
+    ours, (_, counts, *_) = both(truth_of(A, B, crowd), [found(0.9, A), found(0.8, crowd)])
+    assert (ours.ignored, ours.counts["localisation"], ours.counts["missed"]) == (1, 0, 1)
+    assert (counts["Loc"], counts["Miss"]) == (1, 0)
+
+    # Half in a crowd is enough for COCO, not for tidecv.
+    crowd = rectangle(100, 100, 40, 40) | {"iscrowd": 1}
+    half = rectangle(80, 100, 40, 40)
+    ours, (ap, *_) = both(truth_of(A, crowd), [found(0.9, half), found(0.8, A)])
+    assert (100 * ours.ap, ap) == pytest.approx((100, 50))
+
+    # A class without objects.
+    truth = truth_of(A, categories=2)
+    ours, (ap, _, dap, _) = both(truth, [found(0.9, A), found(0.8, of(2, NOTHING))])
+    assert (100 * ours.ap, ap, dap["Bkg"]) == pytest.approx((100, 50, 50))
+
+    # A class that was missed altogether leaves tidecv's mean: 1/2 of the other one's 51/101.
+    truth = truth_of(A, B, of(2, C), categories=2)
+    results = [found(0.9, A), found(0.8, rectangle(100, 10, 16, 40))]
+    ours, (_, _, dap, _) = both(truth, results)
+    assert 100 * ours.dap["missed"] == pytest.approx(50)
+    assert dap["Miss"] == pytest.approx(50 * 51 / 101)

@@ -1,0 +1,727 @@
+"""Experiments: real runs in real processes, killed and resumed; statistics worked out by hand."""
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mimdet.analysis.cost import cost_of
+from mimdet.config import Config, save_config
+from mimdet.experiments import worker
+from mimdet.experiments.ablate import ablate, read_grid
+from mimdet.experiments.estimate import START_SECONDS, TRAINED, seconds_left
+from mimdet.experiments.experiment import experiment, plan
+from mimdet.experiments.grid import arms_of
+from mimdet.experiments.intervals import mean_interval, paired_difference, t_quantile
+from mimdet.experiments.measures import training_flops
+from mimdet.experiments.plan import CLOCK, RATIOS, PlannedRun, steps_done
+from mimdet.experiments.pool import default_processes, places
+from mimdet.experiments.results import Experiment
+from mimdet.experiments.worker import build_model
+from mimdet.models.stem import ConvStem
+from mimdet.training.cell_code import save_slots
+from mimdet.training.checkpoints import CheckpointStore
+from mimdet.training.run import Run
+from mimdet.viz.ablations import save_figures, show_arms, show_curves, show_matrix
+from tests.small import small
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def strongest(tokens, grid, generator):
+    return tokens.norm(dim=1)
+
+
+class OwnStem(nn.Module):
+    """A stem of another shape than the library's, so that it draws other numbers."""
+
+    def __init__(self, dim: int = 32) -> None:
+        super().__init__()
+        from mimdet.models.stem import ConvStem
+
+        self.inner = ConvStem(dim)
+        self.extra = torch.nn.Parameter(torch.rand(5))
+
+    def forward(self, images):
+        return self.inner(images)
+
+
+# ------------------------------------------------------------------------------- the grid
+
+
+def test_arms_are_all_combinations_in_order() -> None:
+    grid = {"backbone.sample_ratio": [0.25, 1], "detector.norm": ["BN", "GN"]}
+    base = small()
+    arms = arms_of(base, grid)
+    assert [arm.label for arm in arms] == [
+        "sample_ratio=0.25,norm=BN",
+        "sample_ratio=0.25,norm=GN",
+        "sample_ratio=1,norm=BN",
+        "sample_ratio=1,norm=GN",
+    ]
+    assert arms[3].cfg.backbone.sample_ratio == 1.0 and arms[3].cfg.detector.norm == "GN"
+    assert base == small()
+
+
+def test_a_list_of_arms_takes_the_rest_from_the_base() -> None:
+    arms = arms_of(small(), [{"detector.norm": "GN"}, {"backbone.depth": 1}])
+    assert [arm.values for arm in arms] == [
+        {"detector.norm": "GN", "backbone.depth": 2},
+        {"detector.norm": "BN", "backbone.depth": 1},
+    ]
+
+
+def elsewhere(tokens, grid, generator):
+    return tokens.norm(dim=1) * len(str(ROOT))
+
+
+@pytest.mark.parametrize(
+    ("grid", "said"),
+    [
+        ({"backbone.sampel_ratio": [1.0]}, r"no field 'backbone.sampel_ratio'.*backbone\.sample_r"),
+        ({"sample_ratio": [1.0]}, r"did you mean backbone\.sample_ratio"),
+        ({"backbone.zzz": [1.0]}, r"sections: backbone\.\*, detector"),
+        ({"backbone": [1.0]}, "no field 'backbone'"),
+        ({"backbone.sampler": "random"}, "give the values as a list, not 'random'"),
+        ({"backbone.depth": []}, "give the values as a list"),
+        ({"backbone.depth": [1.5]}, "depth=1.5: it must be int"),
+        ({"backbone.depth": [True]}, "depth=True: it must be int"),
+        ({"detector.norm": ["XN"]}, "norm='XN': it must be one of 'BN', 'GN', 'LN'"),
+        ({"backbone.depth": [1, 1]}, "two arms are both called depth=1"),
+        ({"training.seed": [1, 2]}, "give seeds="),
+        ({"backbone.sample_ratio_eval": [0.5, 1.0]}, r"give evaluate_ratios=\("),
+        ({"backbone.sampler": [lambda t, g, r: t]}, "write it with def"),
+        ({"backbone.sampler": [elsewhere]}, "uses ROOT from outside itself"),
+        ({"backbone.stem": [ConvStem]}, "needs dim to be built"),
+        ({"backbone.stem": [nn.Identity()]}, "not an object made of it"),
+        ([], "give {field: "),
+    ],
+)
+def test_what_cannot_be_run_is_said_before_anything_starts(tmp_path, grid, said) -> None:
+    with pytest.raises(ValueError, match=said):
+        experiment(small(), grid, runs=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"seeds": 0}, "at least one"),
+        ({"seeds": [1, 1]}, "none twice"),
+        ({"evaluate_ratios": (0.0,)}, r"share of tokens kept, \(0, 1\]"),
+        ({"evaluate_ratios": ()}, "evaluate_ratios is empty"),
+        ({"draws": 0}, "draws=0"),
+    ],
+)
+def test_numbers_that_cannot_be_used(tmp_path, options, said) -> None:
+    with pytest.raises(ValueError, match=said):
+        experiment(small(), {"backbone.depth": [1]}, runs=tmp_path, **options)
+
+
+def test_labels_are_names_of_folders() -> None:
+    paths = ["runs/mae base", "x" * 200, ""]
+    labels = [arm.label for arm in arms_of(small(), {"training.init_from": paths})]
+    assert labels[0] == "init_from=runs-mae-base" and labels[2] == "init_from=none"
+    assert len(labels[1]) == 80
+
+
+def test_function_is_named_by_its_source_in_the_configuration() -> None:
+    first, second = arms_of(small(), {"backbone.sampler": ["random", strongest]})
+    assert first.cfg.backbone.sampler == "random" and not first.code
+    name, _, digest = second.cfg.backbone.sampler.partition("@")
+    assert name == "cell:strongest" and len(digest) == 12
+    assert second.values == {"backbone.sampler": "strongest"}
+    assert second.code == {"sampler": strongest}
+
+
+def test_runs_come_seed_by_seed_and_know_their_data(tmp_path) -> None:
+    cfg = small(0)
+    cfg.training.epochs = 2.0
+    cfg.detector.num_classes = 80
+    _, seeds, runs = plan(cfg, {"backbone.depth": [1, 2]}, seeds=2, runs=tmp_path)
+    assert [run.name for run in runs] == ["depth=1-s0", "depth=2-s0", "depth=1-s1", "depth=2-s1"]
+    assert seeds == [0, 1] and [run.cfg.training.seed for run in runs] == [0, 0, 1, 1]
+    assert runs[0].path.parent == tmp_path / "depth"
+    assert (runs[0].images, runs[0].steps) == (10, 5)  # 2 epochs of 10 images, 4 a step
+    assert runs[0].cfg.detector.num_classes == 12 and cfg.detector.num_classes == 80
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_of_another_configuration_is_refused(tmp_path) -> None:
+    _, _, runs = plan(small(), {"backbone.depth": [1]}, seeds=1, runs=tmp_path)
+    Run(runs[0].path, runs[0].cfg)
+    with pytest.raises(ValueError, match=r"training.steps: 4 -> 5[^$]*by name="):
+        plan(small(5), {"backbone.depth": [1]}, seeds=1, runs=tmp_path)
+
+
+def weights_of(cfg: Config, path: Path, code: dict | None = None) -> dict[str, torch.Tensor]:
+    path.mkdir(parents=True)
+    save_config(cfg, path / "config.json")
+    save_slots(path / "slots", code or {})
+    return build_model(path, trust_code=True).state_dict()
+
+
+def test_arms_of_one_seed_start_with_the_same_weights(tmp_path) -> None:
+    grid = {"backbone.sample_ratio": [0.25, 1.0]}
+    _, _, runs = plan(small(), grid, seeds=2, runs=tmp_path / "runs")
+    torch.manual_seed(7)  # whatever happened before
+    quarter, full, other_seed = (
+        weights_of(run.cfg, tmp_path / str(i)) for i, run in enumerate(runs[:3])
+    )
+    assert all(torch.equal(quarter[name], full[name]) for name in quarter)
+    name = "backbone.encoder.blocks.0.attn.qkv.weight"
+    assert not torch.equal(quarter[name], other_seed[name])
+
+
+def test_a_stem_from_a_cell_leaves_encoder_and_decoder_as_they_were(tmp_path) -> None:
+    grid = {"backbone.stem": ["conv", OwnStem]}
+    _, _, runs = plan(small(), grid, seeds=1, runs=tmp_path / "runs")
+    conv, own = (weights_of(run.cfg, tmp_path / str(i), run.arm.code) for i, run in enumerate(runs))
+    shared = [name for name in conv if name.startswith(("backbone.encoder", "backbone.decoder"))]
+    assert len(shared) > 20 and all(torch.equal(conv[name], own[name]) for name in shared)
+    again = build_model(tmp_path / "1", trust_code=True).state_dict()
+    assert torch.equal(again["backbone.stem.extra"], own["backbone.stem.extra"])
+
+
+# ------------------------------------------------------------------------------- where runs go
+
+
+def test_processes_follow_cores_and_threads(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("mimdet.experiments.pool.usable_cores", lambda: 4)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    _, _, runs = plan(small(), {"backbone.depth": [1, 2]}, seeds=3, runs=tmp_path)
+    assert default_processes(runs) == 4
+    assert default_processes(runs[:3]) == 3
+    for run in runs:
+        run.cfg.training.threads = 2
+    assert default_processes(runs) == 2
+    assert places(runs, 2) == [{"OMP_NUM_THREADS": "2"}] * 2
+
+
+def test_each_gpu_has_one_run(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    _, _, runs = plan(small(), {"backbone.depth": [1, 2]}, seeds=3, runs=tmp_path)
+    assert default_processes(runs) == 2
+    seen = [place["CUDA_VISIBLE_DEVICES"] for place in places(runs, 3)]
+    assert seen == ["4", "6", "4"]
+    for run in runs:
+        run.cfg.training.device = "cpu"
+    assert places(runs, 1) == [{"OMP_NUM_THREADS": "1"}]
+
+
+# ------------------------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize(
+    ("degrees", "level", "printed"),
+    [  # as printed in tables of Student's distribution
+        (1, 0.95, 12.706),
+        (2, 0.95, 4.303),
+        (3, 0.95, 3.182),
+        (4, 0.95, 2.776),
+        (9, 0.95, 2.262),
+        (30, 0.95, 2.042),
+        (120, 0.95, 1.980),
+        (4, 0.99, 4.604),
+        (9, 0.90, 1.833),
+    ],
+)
+def test_t_quantiles_are_the_printed_ones(degrees, level, printed) -> None:
+    assert t_quantile(degrees, level) == pytest.approx(printed, abs=0.0005)
+
+
+def test_t_quantile_in_closed_form() -> None:
+    # One degree is Cauchy: tan(pi/2 x level). Two degrees: level x sqrt(2 / (1 - level^2)).
+    assert t_quantile(1, 0.5) == pytest.approx(1.0, rel=1e-12)
+    assert t_quantile(2, 0.95) == pytest.approx(0.95 * math.sqrt(2 / (1 - 0.95**2)), rel=1e-12)
+    with pytest.raises(ValueError, match="degrees=0"):
+        t_quantile(0)
+
+
+def test_interval_by_hand() -> None:
+    # 1, 2, 6: mean 3, squares 4 + 1 + 9 = 14, sd = sqrt(7), half = 4.3027 x sqrt(7/3) = 6.5724
+    found = mean_interval([1.0, 2.0, 6.0])
+    assert found == pytest.approx((3.0, -3.5724, 9.5724, math.sqrt(7), 3), abs=1e-4)
+    one = mean_interval([5.0, math.nan])
+    assert one.mean == 5.0 and one.n == 1 and math.isnan(one.low) and math.isnan(one.sd)
+    assert mean_interval([]).n == 0 and math.isnan(mean_interval([]).mean)
+
+
+def test_paired_difference_by_hand() -> None:
+    # Seeds 0, 1, 2 are in both: differences 1, 2, 3; mean 2, sd 1, half = 4.3027 / sqrt(3), which
+    # is 2.4841. Unpaired, the seeds' own spread of 10 would hide it.
+    baseline = {0: 10.0, 1: 20.0, 2: 30.0, 3: 99.0}
+    found = paired_difference({2: 33.0, 1: 22.0, 0: 11.0, 7: 0.0}, baseline)
+    assert found == pytest.approx((2.0, -0.4841, 4.4841, 1.0, 3), abs=1e-4)
+
+
+def written(folder: Path, ratios: tuple[float, ...] = (0.5, 1.0)) -> Experiment:
+    """Two arms, three seeds: box AP 20 + 10 x seed for the first, 1, 2, 3 more for the second.
+
+    At ratio 0.5, two draws: one point less and one point more than that; mask AP is missing.
+    """
+    cfg = small(2)
+    grid = {"backbone.sample_ratio": [0.25, 1.0]}
+    arms, seeds, runs = plan(cfg, grid, seeds=3, runs=folder, evaluate_ratios=ratios)
+    for run in runs:
+        score = 20 + 10 * run.seed + (run.arm is arms[1]) * (1 + run.seed)
+        _write_run(run, score / 100)
+    return Experiment(folder / "sample_ratio", cfg, arms, seeds, runs, {}, "the call")
+
+
+def _write_run(run: PlannedRun, score: float) -> None:
+    run.path.mkdir(parents=True)
+    rows = []
+    for ratio in run.ratios:
+        values = [score - 0.01, score + 0.01] if ratio < 1 else [score]
+        box = [{"AP": v, "AP_small": None, "AP_large": 2 * v} for v in values]
+        metrics = [{"box": numbers, "mask": {}} for numbers in box]
+        row = {"sample_ratio": ratio, "draws": len(values), "metrics": metrics, "seconds": 1.0}
+        rows.append(row | {"box_ap_sd": 0.0141 if ratio < 1 else 0.0})
+    (run.path / RATIOS).write_text(json.dumps({"data": "d", "rows": rows}))
+    clock = [(1, 30.0, 9.0), (2, 10.0, 8.0), (2, 30.0, 9.5)]  # step 2 was done again after a kill
+    lines = [{"step": s, "wall_seconds": w, "cpu_seconds": c} for s, w, c in clock]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "wa'
+    (run.path / CLOCK).write_text(text)
+    steps = [{"step": s, "loss": 3.0 - s, "images": 4, "time": {"seconds": 7.0}} for s in (1, 2)]
+    steps.append({"step": 2, "evaluation": {"box": {"AP": score}, "mask": {}}})
+    (run.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+
+
+def test_table_by_hand(tmp_path) -> None:
+    table = written(tmp_path).table
+    assert len(table) == 12
+    row = table[(table["seed"] == 1) & (table["backbone.sample_ratio"] == 1.0)].iloc[0]
+    assert row["arm"] == "sample_ratio=1" and row["evaluate_ratio"] == 0.5
+    assert row["box_ap"] == pytest.approx(32.0) and row["box_ap_large"] == pytest.approx(64.0)
+    assert math.isnan(row["box_ap_small"]) and math.isnan(row["mask_ap"])
+    assert row["box_draw_sd"] == pytest.approx(1.41) and row["draws"] == 2
+    assert (row["wall_seconds"], row["cpu_seconds"]) == (60.0, 18.5)
+    assert (row["steps"], row["images"]) == (2, 8)
+
+
+def test_summary_by_hand(tmp_path) -> None:
+    summary = written(tmp_path).summary()
+    assert summary["n"].tolist() == [3] * 4
+    first, _, _, last = (row for _, row in summary.iterrows())
+    assert first["mean"] == pytest.approx(30.0) and first["sd"] == pytest.approx(10.0)
+    assert first["high"] - first["mean"] == pytest.approx(24.8414, abs=1e-4)  # 4.3027 x 10 / 1.7321
+    assert math.isnan(first["difference"]) and first["pairs"] == 0
+    assert last["mean"] == pytest.approx(32.0) and last["evaluate_ratio"] == 1.0
+    difference = [last["difference"], last["difference_low"], last["difference_high"]]
+    assert difference == pytest.approx([2.0, -0.4841, 4.4841], abs=1e-4) and last["pairs"] == 3
+
+
+def test_difference_between_evaluation_ratios(tmp_path) -> None:
+    result = written(tmp_path)
+    arm = "sample_ratio=0.25"
+    assert result.difference((arm, 1.0), (arm, 0.5)) == pytest.approx((0, 0, 0, 0, 3), abs=1e-9)
+    with pytest.raises(ValueError, match="no arm 'x'"):
+        result.difference(("x", 1.0), (arm, 1.0))
+    with pytest.raises(ValueError, match="use one of"):
+        result.summary("box_app")
+
+
+def test_markdown_by_hand(tmp_path) -> None:
+    result = written(tmp_path, ratios=(1.0,))
+    result.errors = {"sample_ratio=1-s9": "ValueError: no"}
+    assert result.markdown(["box_ap"]).splitlines() == [
+        "| sample_ratio | evaluated at | box AP | difference in box AP | seeds | minutes a run |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| 0.25 | 1 | 30.0 ± 10.0 | - | 3 | 1.0 |",
+        "| 1 | 1 | 32.0 ± 11.0 | +2.0 [-0.5, +4.5] | 3 | 1.0 |",
+        "",
+        "AP × 100, mean ± standard deviation over seeds. Difference: to sample_ratio=0.25 at the "
+        "same evaluation ratio, paired by seed, with its 95% t-interval.",
+        "",
+        "Failed: sample_ratio=1-s9: ValueError: no",
+    ]
+    assert "| - | - |" in result.markdown()  # mask AP was not measured
+
+
+def test_curves_by_hand(tmp_path) -> None:
+    curves = written(tmp_path).curves
+    own = curves[(curves["arm"] == "sample_ratio=0.25") & (curves["seed"] == 2)]
+    assert own["epoch"].tolist() == [0.4, 0.8]  # 4 and 8 of 10 images
+    assert own["seconds"].tolist() == [7.0, 14.0] and own["loss"].tolist() == [2.0, 1.0]
+    assert own["box_ap"].iloc[1] == pytest.approx(40.0) and math.isnan(own["box_ap"].iloc[0])
+
+
+def test_flops_by_hand(tmp_path) -> None:
+    """Three forward passes of two operations a multiply-add; fewer tokens, fewer operations."""
+    result = written(tmp_path)
+    quarter, full = result.runs[:2]
+    assert quarter.size == (64, 64)
+    once = cost_of(full.cfg, (64, 64), 1.0).detector
+    assert training_flops(full.cfg, (64, 64)) == 6 * once
+    own = result.table[result.table["arm"] == "sample_ratio=1"]
+    assert own["flops"].tolist() == [6 * once * 8] * 6  # 2 steps of 4 images
+    assert training_flops(quarter.cfg, (64, 64)) < 6 * once
+    cell = arms_of(small(), {"backbone.sampler": [strongest], "backbone.stem": ["conv", OwnStem]})
+    assert training_flops(cell[0].cfg, (64, 64)) == training_flops(small(), (64, 64))
+    assert math.isnan(training_flops(cell[1].cfg, (64, 64)))
+
+
+def test_run_evaluated_with_other_draws_is_not_complete(tmp_path) -> None:
+    written(tmp_path)
+    grid = {"backbone.sample_ratio": [0.25, 1.0]}
+
+    def complete(ratios: tuple[float, ...], draws: int) -> bool:
+        options = {"runs": tmp_path, "evaluate_ratios": ratios, "draws": draws}
+        return plan(small(2), grid, seeds=3, **options)[2][0].complete()
+
+    assert complete((0.5, 1.0), 2) and complete((1.0,), 5)
+    assert not complete((0.5,), 3) and not complete((0.25, 1.0), 2)
+
+
+def test_last_step_is_read_from_the_end_of_a_growing_file(tmp_path) -> None:
+    assert steps_done(tmp_path) == 0
+    file = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "padding": "x" * 900}) for step in range(1, 101)]
+    file.write_text("\n".join(lines) + '\n{"step": 101, "lo')
+    assert steps_done(tmp_path) == 100
+
+
+def test_code_in_a_run_s_folder_needs_consent(tmp_path) -> None:
+    _, _, runs = plan(small(), {"backbone.sampler": [strongest]}, seeds=1, runs=tmp_path / "runs")
+    weights_of(runs[0].cfg, tmp_path / "run", runs[0].arm.code)
+    with pytest.raises(PermissionError, match="trust_code=True"):
+        build_model(tmp_path / "run", trust_code=False)
+
+
+def test_two_processes_never_work_on_one_run(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(worker, "LOCK_SECONDS", 0.3)
+    with worker.alone_in(tmp_path):
+        assert worker.main([str(tmp_path), "--ratios", "1", "--draws", "1"]) == 1
+    assert "error: TimeoutError: another process works on" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------- grid files
+
+GRID = """
+from mimdet.config import load_config
+
+def own(tokens, grid, generator):
+    return tokens.norm(dim=1)
+
+base = load_config({base!r})
+grid = {{"backbone.sampler": ["random", own], "backbone.embed_dim": [32, 36]}}
+seeds = [3]
+"""
+
+
+def grid_file(folder: Path) -> Path:
+    cfg = small()
+    cfg.training.evaluate_every_steps = 0
+    save_config(cfg, folder / "base.json")
+    file = folder / "samplers.py"
+    file.write_text(GRID.format(base=str(folder / "base.json")))
+    return file
+
+
+def test_seconds_left_by_hand(tmp_path) -> None:
+    cfg = small(6)  # evaluated at steps 3 and 6, 3 images
+    options = {"seeds": 1, "runs": tmp_path, "evaluate_ratios": (0.5, 1.0), "draws": 4}
+    run = plan(cfg, {"backbone.depth": [1]}, **options)[2][0]
+    work = 6 * 2.0 + (2 + 4 + 1) * 3 * 10.0
+    assert seconds_left(run, 2.0, 10.0) == pytest.approx(START_SECONDS + TRAINED * work)
+    run.path.mkdir(parents=True)
+    (run.path / "metrics.jsonl").write_text('{"step": 3}\n')
+    work = 3 * 2.0 + (1 + 4 + 1) * 3 * 10.0
+    assert seconds_left(run, 2.0, 10.0) == pytest.approx(START_SECONDS + TRAINED * work)
+
+
+def test_dry_run_lists_the_runs_and_those_that_would_fail(tmp_path, capsys) -> None:
+    file = grid_file(tmp_path)
+    file.write_text(file.read_text().replace('["random", own]', "[own]"))
+    assert ablate(file, runs=tmp_path / "runs", dry_run=True) is None
+    printed = capsys.readouterr().out
+    good, bad, total = printed.splitlines()[-3:]
+    assert "sampler=own,embed_dim=32-s3  4 steps, evaluated at [1.0]: about 0." in good
+    assert "sampler=own,embed_dim=36-s3" in bad and "would fail: ValueError: embed_dim=36" in bad
+    assert total.startswith("2 runs, ")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("grid = {}", "does not define base: "),
+        ("x = 1", "does not define base and grid"),
+        ("base, grid = 1, {}", "it must be a Config"),
+    ],
+)
+def test_grid_file_that_lacks_something(tmp_path, text, said) -> None:
+    file = tmp_path / "grid.py"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=said):
+        read_grid(file)
+    with pytest.raises(FileNotFoundError, match="not a Python file"):
+        read_grid(tmp_path / "none.py")
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "notebooks" / "ablations").glob("*.py")))
+def test_shipped_grids_can_be_planned(tmp_path, file) -> None:
+    arguments = read_grid(file)
+    _, _, runs = plan(**arguments, runs=tmp_path)
+    assert len(runs) >= 6
+
+
+# ------------------------------------------------------------------------------- figures
+
+
+def test_figures_show_every_arm(tmp_path) -> None:
+    result = written(tmp_path)
+    matrix = show_matrix(result)
+    texts = [text.get_text() for text in matrix.axes[0].texts]
+    assert texts[:2] == ["30.0", "± 24.8"] and texts.count("32.0") == 2
+    assert "sample_ratio=1 at 0.5: 32.0" in matrix.alt_text
+    left, right = show_arms(result).axes
+    assert [tick.get_text() for tick in left.get_yticklabels()] == ["0.25", "1"]
+    assert {text.get_text() for text in left.texts} == {"30.0", "32.0"}
+    assert "2.0" in {text.get_text() for text in right.texts}
+    assert "100 % of the tokens" in left.get_title("left")
+    curves = show_curves(result, "seconds")
+    legend = curves.axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["0.25", "1"]
+    assert "floating point operations" in show_curves(result, "flops").alt_text
+    result.curves["flops"] = math.nan
+    with pytest.raises(ValueError, match="no such numbers"):
+        show_curves(result, "flops")
+    with pytest.raises(ValueError, match=r"evaluated at \[0.5, 1.0\]"):
+        show_arms(result, ratio=0.3)
+    files = save_figures(result, tmp_path / "figures")
+    assert {file.name for file in files} >= {"arms.png", "matrix.png", "curves_epoch.png"}
+    assert all(file.stat().st_size > 5000 for file in files)
+
+
+# ------------------------------------------------------------------------------- real runs
+
+CELL = """
+def strongest(tokens, grid, generator):
+    return tokens.norm(dim=1)
+grid = {"backbone.sampler": ["random", strongest]}
+result = experiment(base, grid, seeds=2, name="samplers", runs=runs, evaluate_ratios=(0.5, 1))
+print(result.markdown())
+"""
+NOTEBOOK = """
+import sys
+from IPython.core.interactiveshell import InteractiveShell
+from mimdet.config import load_config
+from mimdet.experiments.experiment import experiment
+names = dict(experiment=experiment, base=load_config(sys.argv[1]), runs=sys.argv[2])
+InteractiveShell.instance(user_ns=names, colors="NoColor").run_cell(sys.argv[3])
+"""
+STEPS = 14
+RUNS = [f"sampler={sampler}-s{seed}" for seed in (0, 1) for sampler in ("random", "strongest")]
+
+
+def base_config() -> Config:
+    cfg = small(STEPS)
+    cfg.training.evaluate_every_steps = 7
+    return cfg
+
+
+def start_cell(folder: Path) -> subprocess.Popen:
+    """The cell in a process that reads it as a notebook's kernel does."""
+    save_config(base_config(), folder / "base.json")
+    words = [str(folder / "base.json"), str(folder / "runs"), CELL]
+    command = [sys.executable, "-c", NOTEBOOK, *words]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_until(condition, what: str, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{what}: not in {seconds} s"
+        time.sleep(0.02)
+
+
+def free(run: Path) -> bool:
+    """Whether no process works on the run any more."""
+    with (run / "lock").open("a") as file:
+        return worker._try_lock(file.fileno())
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory) -> dict:
+    """The cell: SIGINT in the middle, SIGKILL of the notebook's process later, then to its end."""
+    folder = tmp_path_factory.mktemp("experiment")
+    runs = [folder / "runs" / "samplers" / name for name in RUNS]
+    noted: dict = {"folder": folder, "runs": runs}
+
+    parent = start_cell(folder)
+    wait_until(lambda: all(steps_done(run) >= 2 for run in runs[:2]), "two runs at work")
+    parent.send_signal(signal.SIGINT)
+    begin = time.monotonic()
+    noted["printed"], _ = parent.communicate(timeout=60)
+    noted["stopped_in"] = time.monotonic() - begin
+    noted["free"] = [free(run) for run in runs[:2]]
+    noted["after_sigint"] = [CheckpointStore(run / "checkpoints").steps() for run in runs[:2]]
+    noted["steps_after_sigint"] = [steps_done(run) for run in runs[:2]]
+
+    parent = start_cell(folder)
+    beyond = noted["steps_after_sigint"]
+    wait_until(
+        lambda: all(steps_done(r) > b for r, b in zip(runs[:2], beyond, strict=True)), "resumption"
+    )
+    parent.kill()
+    parent.communicate()
+    begin = time.monotonic()
+    wait_until(lambda: all(free(run) for run in runs[:2]), "orphans end", 20)
+    noted["orphans_ended_in"] = time.monotonic() - begin
+    noted["steps_after_kill"] = [steps_done(run) for run in runs[:2]]
+    noted["saved_after_kill"] = [
+        CheckpointStore(run / "checkpoints").steps()[-1] for run in runs[:2]
+    ]
+
+    noted["result"] = call(folder)
+    return noted
+
+
+def call(folder: Path, **options) -> Experiment:
+    grid = {"backbone.sampler": ["random", strongest]}
+    options = {"seeds": 2, "evaluate_ratios": (0.5, 1), **options}
+    return experiment(base_config(), grid, name="samplers", runs=folder / "runs", **options)
+
+
+def test_the_cell_is_short() -> None:
+    assert len(CELL.strip().splitlines()) <= 6
+    assert textwrap.dedent(CELL) == CELL
+
+
+def test_ctrl_c_saves_all_runs_and_says_how_to_go_on(interrupted) -> None:
+    printed = interrupted["printed"]
+    assert "stopped: 0 of 4 runs in" in printed and "the same call goes on" in printed
+    assert "Traceback" not in printed
+    assert interrupted["stopped_in"] < 20 and interrupted["free"] == [True, True]
+    for saved, done in zip(
+        interrupted["after_sigint"], interrupted["steps_after_sigint"], strict=True
+    ):
+        assert saved[-1] == done and 2 <= done < STEPS
+
+
+def test_runs_of_a_killed_notebook_save_and_end(interrupted) -> None:
+    assert interrupted["orphans_ended_in"] < 20
+    assert interrupted["saved_after_kill"] == interrupted["steps_after_kill"]
+    for before, after in zip(
+        interrupted["steps_after_sigint"], interrupted["steps_after_kill"], strict=True
+    ):
+        assert before < after < STEPS
+
+
+def test_the_table_is_complete_after_both(interrupted) -> None:
+    result = interrupted["result"]
+    table = result.table
+    assert len(table) == 8 and result.errors == {}
+    key = ["backbone.sampler", "seed", "evaluate_ratio"]
+    assert set(table[key].itertuples(index=False, name=None)) == {
+        (sampler, seed, ratio)
+        for sampler in ("random", "strongest")
+        for seed in (0, 1)
+        for ratio in (0.5, 1.0)
+    }
+    assert table["box_ap"].notna().all() and (table["steps"] == STEPS).all()
+    assert (table["cpu_seconds"] > 0.5).all() and (table["wall_seconds"] > 0.5).all()
+    counts = result.curves.groupby(["arm", "seed"])["step"].agg(list)
+    assert all(steps == list(range(1, STEPS + 1)) for steps in counts)
+    assert result.markdown().count("\n| ") == 5  # the rule below the headings, and four rows
+
+
+def test_the_cell_s_sampler_is_kept_with_its_runs_only(interrupted) -> None:
+    random, own = interrupted["runs"][:2]
+    assert "tokens.norm(dim=1)" in (own / "slots" / "sampler.py").read_text()
+    assert not (random / "slots").exists()
+
+
+def test_json_holds_what_a_reader_needs(interrupted, tmp_path) -> None:
+    interrupted["result"].to_json(tmp_path / "result.json")
+    content = json.loads((tmp_path / "result.json").read_text())
+    assert content["command"].startswith("mimdet.experiment(base, [{'backbone.sampler': 'random'}")
+    assert content["data"] == ["shapes-v1-medium@64/r1"] and content["seeds"] == [0, 1]
+    assert "CPU cores" in content["hardware"] and content["environment"]["torch"]
+    assert len(content["rows"]) == 8 and content["base"]["training"]["steps"] == STEPS
+    assert [row["pairs"] for row in content["summary"]["box_ap"]] == [0, 0, 2, 2]
+
+
+def files_of(folder: Path) -> dict[str, int]:
+    return {str(p): p.stat().st_mtime_ns for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_complete_runs_are_not_touched(interrupted, capsys) -> None:
+    before = files_of(interrupted["folder"])
+    again = call(interrupted["folder"])
+    assert files_of(interrupted["folder"]) == before and capsys.readouterr().out == ""
+    assert again.table.equals(interrupted["result"].table)
+    assert len(call(interrupted["folder"], seeds=1, evaluate_ratios=(1,)).table) == 2
+    assert files_of(interrupted["folder"]) == before
+
+
+def test_other_code_under_the_same_name_is_refused(interrupted) -> None:
+    def strongest(tokens, grid, generator):
+        return -tokens.norm(dim=1)
+
+    grid = {"backbone.sampler": ["random", strongest]}
+    with pytest.raises(ValueError, match=r"backbone.sampler: cell:strongest@\w+ -> cell:strongest"):
+        experiment(base_config(), grid, 2, name="samplers", runs=interrupted["folder"] / "runs")
+
+
+@pytest.fixture(scope="module")
+def one_at_a_time(tmp_path_factory) -> Experiment:
+    """An arm that cannot train, then one of the others again: alone and undisturbed."""
+    grid = [{"backbone.embed_dim": 36}, {"backbone.sampler": strongest}]
+    folder = tmp_path_factory.mktemp("serial")
+    return experiment(
+        base_config(), grid, 1, name="serial", runs=folder, evaluate_ratios=(0.5, 1), processes=1
+    )
+
+
+def test_two_at_once_interrupted_twice_equal_one_at_a_time(interrupted, one_at_a_time) -> None:
+    both = []
+    for result in (interrupted["result"], one_at_a_time):
+        scores = ["evaluate_ratio", "box_ap", "mask_ap", "box_ap_large"]
+        course = ["step", "loss", "box_ap"]
+        for rows, columns in ((result.table, scores), (result.curves, course)):
+            chosen = (rows["seed"] == 0) & (rows["backbone.sampler"] == "strongest")
+            both.append(rows[chosen][columns].reset_index(drop=True))
+    assert len(both[0]) == 2 and both[0].equals(both[2])
+    assert len(both[1]) == STEPS and both[1].equals(both[3])
+
+
+def test_ablate_prints_and_writes_what_the_call_returns(tmp_path, one_at_a_time, capsys) -> None:
+    """On the finished runs of another test, so that nothing needs training."""
+    folder = one_at_a_time.folder
+    save_config(base_config(), tmp_path / "base.json")
+    file = tmp_path / "serial.py"
+    text = GRID.format(base=str(tmp_path / "base.json")).replace("seeds = [3]", "seeds = 1")
+    text = text.replace("own", "strongest").replace("[32, 36]", "[32]")
+    text = text.replace('"random", ', "")
+    file.write_text(text + "evaluate_ratios = (0.5, 1)\n")
+    copy = tmp_path / "runs" / "serial" / "sampler=strongest,embed_dim=32-s0"
+    shutil.copytree(folder / "embed_dim=32,sampler=strongest-s0", copy)
+    result = ablate(file, runs=tmp_path / "runs")
+    assert result is not None and result.markdown() in capsys.readouterr().out
+    content = json.loads((tmp_path / "runs" / "serial" / "result.json").read_text())
+    assert content["command"] == f"mimdet ablate {file}" and len(content["rows"]) == 2
+
+
+def test_failing_arm_is_reported_and_the_others_go_on(one_at_a_time) -> None:
+    ((name, error),) = one_at_a_time.errors.items()
+    assert name == "embed_dim=36,sampler=random-s0"
+    assert error.startswith("ValueError: embed_dim=36")
+    assert len(one_at_a_time.table) == 2
+    assert one_at_a_time.summary()["n"].tolist() == [0, 0, 1, 1]
+    assert f"Failed: {name}: ValueError" in one_at_a_time.markdown()
+    assert "Traceback" in (one_at_a_time.folder / "logs" / f"{name}.txt").read_text()

@@ -1,0 +1,216 @@
+"""Pre-training of the autoencoder: data, resuming, processes, what it leaves behind."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mimdet
+from mimdet.config import save_config
+from mimdet.data.augment import rng_for
+from mimdet.data.pictures import (
+    PictureLoader,
+    build_pictures,
+    centre_square,
+    draw_crop,
+    held_out_images,
+)
+from mimdet.models.detector import build_detector
+from mimdet.models.weights import load_mae, load_mae_model
+from mimdet.pretrain_config import PRETRAIN_PRESETS, PicturesConfig, PretrainConfig, tiny_mae
+from mimdet.training.pretrain import build_mae, look, pretrain
+from tests.small import small
+
+
+def small_mae(steps: int = 4) -> PretrainConfig:
+    """Fits the small detector of tests/small.py."""
+    cfg = tiny_mae()
+    cfg.mae.image_size, cfg.mae.embed_dim, cfg.mae.depth, cfg.mae.num_heads = 64, 32, 2, 2
+    cfg.mae.decoder_dim, cfg.mae.decoder_depth, cfg.mae.decoder_heads = 32, 2, 2
+    cfg.data.shapes_size, cfg.data.held_out = 64, 7
+    cfg.training.steps, cfg.training.batch_size, cfg.training.accumulate = steps, 4, 2
+    cfg.training.warmup_steps, cfg.training.evaluate_every_steps = 1, 3
+    cfg.training.reference_batch = 8
+    cfg.training.checkpoint_every_steps, cfg.training.keep_checkpoints = 2, 9
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    run = tmp_path_factory.mktemp("pretrain") / "run"
+    steps = list(pretrain(small_mae(), run))
+    assert [step.number for step in steps] == [1, 2, 3, 4]
+    return run
+
+
+def test_it_learns(tmp_path) -> None:
+    cfg = small_mae(steps=40)
+    cfg.training.evaluate_every_steps = 40
+    losses = [step.loss for step in pretrain(cfg, tmp_path / "run")]
+    assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:8])
+
+
+def test_a_run_leaves_weights_metrics_and_pictures(undisturbed) -> None:
+    rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [row for row in rows if "evaluation" in row]
+    assert [row["step"] for row in evaluations] == [3, 4]
+    assert evaluations[-1]["evaluation"]["held_out"]["loss"] > 0
+    picture = Image.open(undisturbed / "reconstructions/000004.png")
+    assert picture.size == (6 * 64, 3 * 64)
+    original, visible = np.asarray(picture)[:64, :64], np.asarray(picture)[64:128, :64]
+    patches = (original == visible).all(2).reshape(4, 16, 4, 16).all((1, 3))
+    assert patches.sum() == 4  # a quarter of 16 patches, unchanged
+
+
+def test_the_detector_starts_from_it(undisturbed, tmp_path, capsys) -> None:
+    mae = load_mae_model(undisturbed / "mae.safetensors")
+    model = build_detector(small())
+    report = load_mae(model, undisturbed / "mae.safetensors")
+    assert torch.equal(model.backbone.encoder.norm.weight, mae.norm.weight)
+    assert "backbone.decoder.pos_embed" in report.loaded
+    cfg = small(1)
+    cfg.training.init_from = str(undisturbed)
+    mimdet.fit(cfg, "from-mae", runs=tmp_path)
+    assert "mae.safetensors" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_resumed_run_is_bit_identical(undisturbed, tmp_path, stop: int) -> None:
+    for step in pretrain(small_mae(), tmp_path / "run"):
+        if step.number == stop:
+            break
+    list(pretrain(small_mae(), tmp_path / "run"))
+    ours, theirs = (load_mae_model(p / "mae.safetensors") for p in (tmp_path / "run", undisturbed))
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
+
+
+def test_held_out_loss_depends_on_the_weights_alone() -> None:
+    cfg = small_mae()
+    _, held_out = build_pictures(cfg.data, 0)
+    images = held_out_images(held_out, 64)
+    model = build_mae(cfg.mae)
+    results = [look(model, images, 0.25, torch.device("cpu"), size) for size in (2, 7)]
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    assert model.training
+
+
+def test_one_run_keeps_one_configuration(undisturbed) -> None:
+    cfg = small_mae()
+    cfg.mae.sample_ratio = 0.5
+    with pytest.raises(ValueError, match=r"mae\.sample_ratio: 0\.25 -> 0\.5"):
+        next(pretrain(cfg, undisturbed))
+
+
+@pytest.mark.parametrize("name", PRETRAIN_PRESETS)
+def test_presets_are_fresh_and_stored(name: str, tmp_path) -> None:
+    from mimdet.config import load_config
+
+    cfg = PRETRAIN_PRESETS[name]()
+    assert cfg.preset == name
+    cfg.mae.depth += 1
+    assert PRETRAIN_PRESETS[name]() != cfg
+    save_config(cfg, tmp_path / "config.json")
+    assert load_config(tmp_path / "config.json", PretrainConfig) == cfg
+
+
+def test_mae_base_is_the_papers() -> None:
+    with torch.device("meta"):
+        model = build_mae(PRETRAIN_PRESETS["mae_base"]().mae)
+    assert sum(p.numel() for p in model.parameters()) == 111_907_840
+
+
+# ------------------------------------------------------------------ data
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for i, (w, h) in enumerate([(40, 30), (30, 50), (64, 64), (20, 33), (90, 31)]):
+        place = tmp_path / "images" / ("a" if i % 2 else "b")
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 255, (h, w, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / f"{i}.png")
+    (tmp_path / "images/readme.txt").write_text("no image")
+    return tmp_path / "images"
+
+
+def test_a_folder_is_split_and_cropped(folder) -> None:
+    cfg = PicturesConfig(source="folder", folder=str(folder), held_out=2, workers=0)
+    train, held_out = build_pictures(cfg, 0)
+    assert (len(train), len(held_out)) == (3, 2)
+    assert {train.name(i) for i in range(3)}.isdisjoint(held_out.name(i) for i in range(2))
+    assert [tuple(x.shape) for x in held_out_images(held_out, 32)] == [(3, 32, 32)] * 2
+    loader = PictureLoader(train, cfg, 32, batch_size=2, accumulate=3, seed=0)
+    steps = list(loader.batches(0, 2))
+    assert [len(step) for step in steps] == [3, 3]
+    assert all(
+        x.shape == (3, 32, 32) and x.dtype == torch.uint8 for b in steps[0] for x in b.images
+    )
+    first_epoch = [name for batch in steps[0] for name in batch.image_ids][:3]
+    assert sorted(first_epoch) == sorted(train.name(i) for i in range(3))
+
+
+def test_processes_share_the_steps(folder) -> None:
+    cfg = PicturesConfig(source="folder", folder=str(folder), held_out=1, workers=0)
+    train, _ = build_pictures(cfg, 0)
+    alone = PictureLoader(train, cfg, 16, 2, 4, seed=3)
+    shares = [PictureLoader(train, cfg, 16, 2, 4, 3, rank, 2) for rank in (0, 1)]
+    whole = next(iter(alone.batches(5, 6)))
+    parts = [next(iter(share.batches(5, 6))) for share in shares]
+    joined = sorted(parts[0] + parts[1], key=lambda batch: batch.number)
+    for a, b in zip(whole, joined, strict=True):
+        assert a.number == b.number
+        assert all(torch.equal(x, y) for x, y in zip(a.images, b.images, strict=True))
+
+
+def test_crops_cover_the_shares_asked_for() -> None:
+    cfg = PicturesConfig(crop_scale=(0.2, 1.0))
+    rng = rng_for("geometry", 0)
+    areas = []
+    for _ in range(500):
+        x1, y1, x2, y2 = draw_crop(cfg, 90, 120, rng)
+        assert 0 <= x1 < x2 <= 120 and 0 <= y1 < y2 <= 90
+        assert 0.72 < (x2 - x1) / (y2 - y1) < 1.38
+        areas.append((x2 - x1) * (y2 - y1) / (90 * 120))
+    assert min(areas) > 0.19 and max(areas) <= 1 and 0.4 < np.mean(areas) < 0.6
+    assert centre_square(90, 120) == (15, 0, 105, 90)
+    assert math.isclose(np.std(areas), 0.22, abs_tol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("folder", "/nowhere", "is not a folder"),
+        ("held_out", 5, "leaves no image of 5"),
+        ("source", "video", "use 'folder', 'hub' or 'shapes'"),
+    ],
+)
+def test_bad_data_names_the_field(folder, field: str, value, message: str) -> None:
+    cfg = PicturesConfig(folder=str(folder))
+    setattr(cfg, field, value)
+    with pytest.raises(ValueError, match=message):
+        build_pictures(cfg, 0)
+    empty = folder.parent / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match="holds no image files"):
+        build_pictures(PicturesConfig(folder=str(empty)), 0)
+
+
+def test_a_hub_table(tmp_path) -> None:
+    from datasets import Dataset
+    from datasets import Image as ImageFeature
+
+    rows = [{"image": Image.new("RGB", (40, 30), (i, 0, 0))} for i in range(4)]
+    table = Dataset.from_list(rows).cast_column("image", ImageFeature())
+    table.to_parquet(tmp_path / "train.parquet")
+    cfg = PicturesConfig(source="hub", hub_name=str(tmp_path), held_out=1)
+    train, held_out = build_pictures(cfg, 0)
+    assert (len(train), len(held_out)) == (3, 1)
+    assert train[2][0, 0, 0] == 2
+    cfg.hub_column = "picture"
+    with pytest.raises(ValueError, match=r"no column data\.hub_column='picture'"):
+        build_pictures(cfg, 0)

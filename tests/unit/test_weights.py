@@ -1,0 +1,401 @@
+"""Checkpoints of others: what loads, what is refused, and what is said about it."""
+
+import argparse
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import mimdet
+from mimdet.config import Config
+from mimdet.models.checkpoint_files import read_checkpoint
+from mimdet.models.detector import build_detector
+from mimdet.models.mae import MAE
+from mimdet.models.names import HF_RULES, MAE_RULES, detectron2_rules, translate
+from mimdet.models.official import class_names, export_detectron2, load_official
+from mimdet.models.weights import load_mae, load_mae_model, save_mae
+from mimdet.presets import PRESETS
+from tests.small import small
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+ENCODER = ("cls_token", "pos_embed", "patch_embed", "blocks", "norm")
+
+
+def fitting_mae(cfg: Config, extra_decoder_blocks: int = 2) -> MAE:
+    """An autoencoder whose halves have the sizes of the configuration's."""
+    b = cfg.backbone
+    depth = b.decoder_depth + extra_decoder_blocks
+    sizes = (b.embed_dim, b.depth, b.num_heads, b.decoder_dim, depth, b.decoder_heads)
+    return MAE(64, 16, *sizes)
+
+
+@pytest.fixture
+def cfg() -> Config:
+    return small()
+
+
+@pytest.fixture
+def mae_tensors(cfg) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in fitting_mae(cfg).state_dict().items()}
+
+
+def write(tensors: dict[str, Tensor], path: Path) -> Path:
+    torch.save({"model": tensors, "args": argparse.Namespace(lr=0.1), "epoch": 1}, path)
+    return path
+
+
+# ------------------------------------------------------------------ what loads
+
+
+def test_meta_file_starts_encoder_and_decoder(cfg, mae_tensors, tmp_path, capsys) -> None:
+    """And Meta's files hold an argparse.Namespace beside the weights: it is no obstacle."""
+    model = build_detector(cfg)
+    report = load_mae(model, write(mae_tensors, tmp_path / "full.pth"))
+    backbone = model.backbone
+    assert torch.equal(
+        backbone.encoder.blocks[0].attn.qkv.weight, mae_tensors["blocks.0.attn.qkv.weight"]
+    )
+    assert torch.equal(backbone.decoder.embed.weight, mae_tensors["decoder_embed.weight"])
+    assert torch.equal(backbone.decoder.norm.bias, mae_tensors["decoder_norm.bias"])
+    assert "backbone.encoder.pos_embed" in report.loaded
+    assert "backbone.stem.stage1.0.weight" in report.new
+    assert "decoder_blocks.1.norm1.weight" in report.unused and not report.missing
+    everything = set(report.loaded) | set(report.new)
+    assert everything == set(model.state_dict()) and len(report.loaded) + len(report.new) == len(
+        everything
+    )
+    assert {*report.unused} <= mae_tensors.keys()
+    said = capsys.readouterr().out
+    assert said.splitlines()[0] == "full.pth"
+    assert said.count("\n") == 5 and "decoder_pred 2" in said
+
+
+def test_the_patch_stem_takes_the_patch_embedding(cfg, mae_tensors, tmp_path) -> None:
+    cfg.backbone.stem = "patch"
+    model = build_detector(cfg)
+    report = load_mae(model, write(mae_tensors, tmp_path / "full.pth"))
+    assert torch.equal(model.backbone.stem.patchify.weight, mae_tensors["patch_embed.proj.weight"])
+    assert "backbone.stem.patchify.bias" in report.loaded
+
+
+def test_version_1_takes_the_mask_token(cfg, mae_tensors, tmp_path) -> None:
+    cfg.backbone.decoder_fill = "mask_token"
+    model = build_detector(cfg)
+    load_mae(model, write(mae_tensors, tmp_path / "full.pth"))
+    assert torch.equal(model.backbone.decoder.mask_token, mae_tensors["mask_token"])
+
+
+def test_encoder_only_with_a_random_decoder(cfg, mae_tensors, tmp_path) -> None:
+    encoder = {n: v for n, v in mae_tensors.items() if n.startswith(ENCODER)}
+    model = build_detector(cfg)
+    report = load_mae(model.backbone, write(encoder, tmp_path / "encoder.pth"), decoder="random")
+    assert {name.split(".")[0] for name in report.loaded} == {"encoder"}
+    assert "decoder.embed.weight" in report.new
+    full = write(mae_tensors, tmp_path / "full.pth")  # asked for, a random one stays random
+    before = model.backbone.decoder.embed.weight.clone()
+    load_mae(model, full, decoder="random")
+    assert torch.equal(model.backbone.decoder.embed.weight, before)
+
+
+def test_timm_names_are_metas_encoder(cfg, tmp_path) -> None:
+    from timm.models.vision_transformer import VisionTransformer
+
+    b = cfg.backbone
+    vit = VisionTransformer(
+        img_size=64, embed_dim=b.embed_dim, depth=b.depth, num_heads=b.num_heads, num_classes=0
+    )
+    save_file(vit.state_dict(), tmp_path / "timm.safetensors")
+    model = build_detector(cfg)
+    with pytest.raises(ValueError, match="encoder only"):
+        load_mae(model, tmp_path / "timm.safetensors")
+    load_mae(model, tmp_path / "timm.safetensors", decoder="random")
+    assert torch.equal(
+        model.backbone.encoder.blocks[1].mlp.fc1.weight, vit.blocks[1].mlp.fc1.weight
+    )
+
+
+def test_hub_mae_computes_what_transformers_computed(tmp_path) -> None:
+    """A tiny random ViTMAEForPreTraining, saved by transformers 4.57 with its input and output."""
+    stored = load_file(DATA / "hub_vit_mae.safetensors")
+    io = {name: stored.pop(name) for name in list(stored) if name.startswith("io.")}
+    save_file(stored, tmp_path / "model.safetensors")
+    model = load_mae_model(tmp_path / "model.safetensors", num_heads=2, decoder_heads=2)
+    grid = (4, 4)
+    sample = mimdet.select(list(-io["io.noise"]), [grid, grid], grid, 0.25)
+    with torch.inference_mode():
+        out = model(io["io.images"], sample=sample)
+    torch.testing.assert_close(out.prediction, io["io.prediction"], atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(out.loss, io["io.loss"][0])
+
+
+def test_sizes_of_an_autoencoder_follow_from_its_file(cfg, tmp_path) -> None:
+    original = fitting_mae(cfg)
+    save_mae(original, tmp_path / "mae.safetensors")
+    again = load_mae_model(tmp_path / "mae.safetensors")
+    images = torch.randn(2, 3, 64, 64)
+    sample = original(images).sample
+    ours, theirs = again(images, sample=sample), original.eval()(images, sample=sample)
+    assert torch.equal(ours.prediction, theirs.prediction)
+    save_mae(original, tmp_path / "mae_visualize_x.pth")
+    with pytest.raises(ValueError, match="num_heads="):
+        load_mae_model(tmp_path / "mae_visualize_x.pth")
+    visualize = load_mae_model(tmp_path / "mae_visualize_x.pth", num_heads=2, decoder_heads=2)
+    assert not visualize.norm_pix_loss
+
+
+def test_other_image_sizes_reconstruct_too(cfg) -> None:
+    model = fitting_mae(cfg)
+    images = torch.randn(1, 3, 96, 128)
+    out = model(images, 0.5)
+    assert out.prediction.shape == (1, 48, 768)
+    assert model.reconstruct(images, out).pasted.shape == images.shape
+    kept = model.reconstruct(images, model(images, 1.0))
+    assert torch.equal(kept.pasted, images)  # everything kept: nothing is painted over
+
+
+def test_half_precision_is_converted_with_a_note(cfg, mae_tensors, tmp_path, capsys) -> None:
+    half = {name: value.half() for name, value in mae_tensors.items()}
+    model = build_detector(cfg)
+    load_mae(model, write(half, tmp_path / "half.pth"))
+    assert model.backbone.encoder.norm.weight.dtype == torch.float32
+    assert "float16 converted to float32" in capsys.readouterr().out
+
+
+def test_a_detector_goes_to_detectron2_and_back(cfg, tmp_path) -> None:
+    model = build_detector(cfg)
+    export_detectron2(model, tmp_path / "detectron2.pth")
+    again = mimdet.load_detector(tmp_path / "detectron2.pth", cfg)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    cfg.backbone.stem = "patch"
+    with pytest.raises(ValueError, match=r"no counterpart of 'backbone\.stem\.patchify"):
+        export_detectron2(build_detector(cfg), tmp_path / "x.pth")
+    assert not (tmp_path / "x.pth").exists()
+
+
+@pytest.mark.parametrize("rules", [detectron2_rules(), detectron2_rules(1, 1), MAE_RULES, HF_RULES])
+def test_tables_are_one_to_one(rules) -> None:
+    """Each start translates to the other side and back, whatever the order of the rules."""
+    first = {"fpn_lateral{}": 2, "fpn_output{}": 2, "conv{}": 1, "mask_fcn{}": 1}
+    for theirs, _, shift in rules:
+        number = next((n for start, n in first.items() if start in theirs), 0)
+        name = theirs.format(number) + ("weight" if theirs.endswith(".") else "")
+        ours = translate(name, rules)
+        if rules is not HF_RULES:  # two spellings of the hub lead to one of ours
+            assert translate(ours, rules, back=True) == name
+        assert ("{}" not in theirs) or str(number + shift) in ours
+
+
+# ------------------------------------------------------------------ what is refused
+
+
+class RunsCode:
+    """Unpickling this runs a command."""
+
+    def __reduce__(self):
+        return os.system, ("touch was-executed",)
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+BAD_MAE: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
+    "encoder only": (
+        lambda t: {n: v for n, v in t.items() if n.startswith(ENCODER)},
+        'holds the encoder only.*full file.*decoder="random"',
+    ),
+    "one tensor missing": (
+        lambda t: {n: v for n, v in t.items() if n != "blocks.0.norm1.bias"},
+        "lacks 1 tensors, first 'blocks.0.norm1.bias'",
+    ),
+    "one decoder tensor missing": (
+        lambda t: {n: v for n, v in t.items() if n != "decoder_norm.bias"},
+        "lacks 1 tensors, first 'decoder_norm.bias'",
+    ),
+    "one tensor extra": (lambda t: t | {"head.weight": t["norm.bias"]}, "'head.weight'"),
+    "renamed": (
+        lambda t: {n.replace("blocks", "layers"): v for n, v in t.items()},
+        "no masked autoencoder: it lacks",
+    ),
+    "another width": (
+        lambda t: fitting_mae(wider()).state_dict(),
+        "ViT of width 64 with 2 blocks, this model has width 32 and 2 blocks: use the preset",
+    ),
+    "another depth": (
+        lambda t: {n: v for n, v in t.items() if not n.startswith("blocks.1.")},
+        "width 32 with 1 blocks",
+    ),
+    "integers": (lambda t: {n: v.int() for n, v in t.items()}, "int32, not floating point"),
+    "NaN": (lambda t: t | {"norm.bias": t["norm.bias"] * torch.nan}, "norm.bias holds NaN"),
+    "no tensors": (lambda t: {}, "holds no tensors"),
+}
+
+
+def wider() -> Config:
+    cfg = small()
+    cfg.backbone.embed_dim = 64
+    return cfg
+
+
+@pytest.mark.parametrize("fault", BAD_MAE)
+def test_bad_mae_files(cfg, mae_tensors, tmp_path, record_property, fault: str) -> None:
+    change, message = BAD_MAE[fault]
+    model = build_detector(cfg)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message) as caught:
+        load_mae(model, write(change(mae_tensors), tmp_path / "bad.pth"))
+    assert "bad.pth" in str(caught.value)
+    record_property("refused", [f"MAE file: {fault}", str(caught.value)])
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+
+def test_a_pickle_that_would_run_code(cfg, mae_tensors, tmp_path, monkeypatch, record_property):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": mae_tensors, "extra": RunsCode()}, "evil.pth")
+    with pytest.raises(ValueError, match="Loading those can run any code") as caught:
+        load_mae(build_detector(cfg), "evil.pth")
+    record_property("refused", ["pickle that would run code", str(caught.value)])
+    assert not Path("was-executed").exists()
+
+
+BAD_FILES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "cut off": (cut_off, "cut off or damaged.*download it again"),
+    "a web page": (lambda p: p.write_bytes(b"<!DOCTYPE html><html>404</html>"), "web page"),
+    "a git-lfs pointer": (
+        lambda p: p.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0"),
+        "pointer, not the weights",
+    ),
+    "another zip": (lambda p: zipfile.ZipFile(p, "w").writestr("a.txt", "a"), "cut off or damaged"),
+    "empty": (lambda p: p.write_bytes(b""), "cut off or damaged"),
+    "a bare tensor": (lambda p: torch.save(torch.ones(2), p), "holds a Tensor, not a dictionary"),
+    "an optimiser's state": (
+        lambda p: torch.save({"state": {0: 1}, "param_groups": []}, p),
+        "'state' holds a dict. Save the model's state_dict",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_FILES)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_bad_files(mae_tensors, tmp_path, record_property, fault: str, suffix: str) -> None:
+    path = tmp_path / f"bad{suffix}"
+    if suffix == ".pth":
+        write(mae_tensors, path)
+    else:
+        save_file(mae_tensors, path)
+    spoil, message = BAD_FILES[fault]
+    spoil(path)
+    with pytest.raises(
+        ValueError, match=message if suffix == ".pth" else "cannot be read"
+    ) as caught:
+        read_checkpoint(path)
+    assert "bad" + suffix in str(caught.value)
+    record_property("refused", [f"file {suffix}: {fault}", str(caught.value)])
+
+
+def test_missing_files_name_the_remedy(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="mimdet download facebook/vit-mae-none"):
+        read_checkpoint("facebook/vit-mae-none")
+    with pytest.raises(FileNotFoundError, match="mimdet download timm/vit_none"):
+        read_checkpoint("timm/vit_none_patch16_224.mae")
+    with pytest.raises(FileNotFoundError, match="lists public weights"):
+        read_checkpoint("runs/none.pth")
+    with pytest.raises(FileNotFoundError, match="lists public weights"):
+        read_checkpoint(tmp_path / "none.pth")
+
+
+def official(cfg: Config, path: Path) -> dict[str, Tensor]:
+    export_detectron2(build_detector(cfg), path)
+    return torch.load(path, weights_only=True)["model"]
+
+
+BAD_DETECTORS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
+    "one tensor missing": (
+        lambda t: {n: v for n, v in t.items() if n != "backbone.fpn_output3.weight"},
+        "lacks the tensor 'neck.pyramid.layer_blocks.1.0.weight'",
+    ),
+    "one tensor extra": (
+        lambda t: t | {"roi_heads.box_head.fc2.weight": torch.ones(1)},
+        "none of the published models has a tensor 'roi_heads.box_head.fc2.weight'",
+    ),
+    "renamed": (
+        lambda t: {n.replace("bottom_up", "body"): v for n, v in t.items()},
+        "none of the published models has a tensor 'backbone.body",
+    ),
+    "other class count": (
+        lambda t: t | {"roi_heads.box_predictor.cls_score.bias": torch.ones(99)},
+        r"shape \(99,\), this model's has \(\d+,\): class count",
+    ),
+    "an autoencoder": (
+        lambda t: fitting_mae(small()).state_dict(),
+        "masked autoencoder, not a detector: load_mae",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_DETECTORS)
+def test_bad_detector_files(cfg, tmp_path, record_property, fault: str) -> None:
+    change, message = BAD_DETECTORS[fault]
+    path = write(change(official(cfg, tmp_path / "good.pth")), tmp_path / "bad.pth")
+    with pytest.raises(ValueError, match=message) as caught:
+        load_official(path, cfg)
+    record_property("refused", [f"detector: {fault}", str(caught.value)])
+
+
+def test_unknown_detectors_need_a_configuration(cfg, tmp_path, record_property) -> None:
+    cfg.detector.rpn_convs = 2
+    cfg.detector.box_convs = 4
+    official(cfg, tmp_path / "mine.pth")
+    message = r"none of the published models: closest is mimdet_\w+, but \d+ tensors differ.*cfg="
+    with pytest.raises(ValueError, match=message) as caught:
+        mimdet.load_detector(tmp_path / "mine.pth")
+    record_property("refused", ["detector of no known preset", str(caught.value)])
+    with pytest.raises(ValueError, match="not an autoencoder: use load_detector"):
+        load_mae(build_detector(cfg), tmp_path / "mine.pth")
+    load_official(tmp_path / "mine.pth", cfg)
+
+
+def test_detectron2_constants_are_ignored(cfg, tmp_path) -> None:
+    tensors = official(cfg, tmp_path / "good.pth") | {"pixel_mean": torch.ones(3, 1, 1)}
+    load_official(write(tensors, tmp_path / "old.pth"), cfg)
+
+
+def test_class_names() -> None:
+    names = class_names(80)
+    assert (names[0], names[11], names[79]) == ("person", "stop sign", "toothbrush")
+    assert class_names(2) == ["class 1", "class 2"]
+
+
+def test_commands_take_released_files(cfg, tmp_path, monkeypatch, capsys) -> None:
+    """export, predict and evaluate: the file stands where the run stands."""
+    from PIL import Image
+
+    from mimdet.cli import main
+    from mimdet.training.train import fit
+
+    monkeypatch.setitem(PRESETS, "mimdet_base", published)
+    fit(published(), "run", runs=tmp_path)
+    main(["export", str(tmp_path / "run"), str(tmp_path / "m.pth")])
+    Image.new("RGB", (80, 64)).save(tmp_path / "a.png")
+    main(
+        ["predict", str(tmp_path / "m.pth"), str(tmp_path / "a.png"), "--out", str(tmp_path / "p")]
+    )
+    main(["evaluate", str(tmp_path / "m.pth"), "--limit", "2"])
+    assert (tmp_path / "p/a.json").exists() and (tmp_path / "m/evaluation.json").exists()
+    said = capsys.readouterr().out
+    assert "m.pth as mimdet_base" in said and "box AP" in said
+
+
+def published() -> Config:
+    """Small, but with the published models' numbers of convolutions."""
+    cfg = small(1)
+    cfg.preset = "mimdet_base"
+    cfg.detector.box_convs, cfg.detector.rpn_convs = 4, 2
+    return cfg
