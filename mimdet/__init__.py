@@ -37,6 +37,7 @@ _MODULE_OF = {
     "find_errors": "mimdet.analysis.errors",
     "compare_runs": "mimdet.analysis.comparison",
     "pretrain": "mimdet.training.pretrain",
+    "experiment": "mimdet.experiments.experiment",
     "notebook_setup": "mimdet.notebook",
     "check": "mimdet.notebook",
 }

@@ -13,9 +13,12 @@ import tyro
 
 from mimdet import __version__
 from mimdet.options import (
+    Ablate,
     CheckData,
+    CostTable,
     Demo,
     Download,
+    Errors,
     Evaluate,
     Export,
     Predict,
@@ -32,6 +35,9 @@ USAGE = f"""mimdet {__version__}: a ViT detector that trains on a sample of an i
   mimdet pretrain PRESET RUN                  a masked autoencoder; presets: {{pretrain_presets}}
   mimdet evaluate RUN --ratios 0.25 0.5 1     COCO metrics at any sample ratios
   mimdet predict RUN IMAGE...                 detections as json and pictures
+  mimdet errors RUN                           why AP is lost, in numbers and pictures
+  mimdet ablate GRID.py                       a grid of trainings with seeds -> a table
+  mimdet cost [PRESET...]                     parameters and multiply-adds
   mimdet export RUN FILE.pth                  weights for the original's own tools (detectron2)
 
 `mimdet COMMAND --help` explains every option."""
@@ -186,6 +192,81 @@ def run_export(words: list[str]) -> None:
     print(f"{command.file}: {len(model.state_dict())} tensors under detectron2's names")
 
 
+def run_errors(words: list[str]) -> None:
+    command = _parse(Errors, words, "errors")
+    from mimdet.analysis.comparison import compare_runs
+    from mimdet.analysis.errors import find_errors
+    from mimdet.analysis.metrics import IouType
+    from mimdet.config import load_config
+    from mimdet.data.coco import build_dataset
+    from mimdet.files import read_json, write_json
+    from mimdet.viz.errors import show_comparison, show_curves, show_errors
+    from mimdet.viz.figures import save_figure
+
+    run, out = Path(command.run), Path(command.out or command.run)
+    for folder in filter(None, (command.run, command.against)):
+        if not (Path(folder) / "predictions.json").exists():
+            raise FileNotFoundError(f"{folder} has no predictions.json: `mimdet evaluate` makes it")
+    cfg = load_config(run / "config.json")
+    dataset = build_dataset(cfg.data, "val", cfg.training.seed)
+    truth, found = dataset.ground_truth(), read_json(run / "predictions.json")
+    scale = getattr(dataset, "area_scale", 1.0)
+    kinds: dict[str, IouType] = {"box": "bbox"}
+    if cfg.detector.masks:
+        kinds["mask"] = "segm"
+    reports = {
+        name: find_errors(truth, found, kind, area_scale=scale) for name, kind in kinds.items()
+    }
+    for name, report in reports.items():
+        print(f"{name}\n{report.table()}\n")
+    figures = {"errors": show_errors(reports)}
+    figures |= {f"curves_{n}": show_curves(r.curves((0.5, 0.75, 0.9))) for n, r in reports.items()}
+    if command.against:
+        other = read_json(Path(command.against) / "predictions.json")
+        runs = {command.against: other, command.run: found}
+        figures["comparison"] = show_comparison(compare_runs(truth, runs))
+    for name, figure in figures.items():
+        save_figure(figure, out / f"{name}.png")
+        print(f"figure: {out / name}.png")
+    write_json(out / "errors.json", {name: r.to_dict() for name, r in reports.items()})
+
+
+def run_ablate(words: list[str]) -> None:
+    command = _parse(Ablate, words, "ablate")
+    from mimdet.experiments.ablate import ablate
+    from mimdet.experiments.pool import ExperimentStopped
+
+    options = vars(command)
+    try:
+        result = ablate(options.pop("file"), **options)
+    except ExperimentStopped as stopped:
+        print(stopped)
+        sys.exit(130)
+    except RuntimeError as failed:  # every run failed, and why stands in the message
+        sys.exit(f"error: {failed}")
+    if result is not None:
+        from mimdet.viz.ablations import save_figures
+
+        for path in save_figures(result, result.folder):
+            print(f"figure: {path}")
+
+
+def run_cost(words: list[str]) -> None:
+    command = _parse(CostTable, words, "cost")
+    from mimdet.analysis.cost import cost_of, cost_table
+    from mimdet.presets import PRESETS
+
+    unknown = [name for name in command.presets if name not in PRESETS]
+    if unknown:
+        raise ValueError(f"there is no preset {unknown[0]!r}; there are {', '.join(PRESETS)}")
+    rows = []
+    for name in command.presets or PRESETS:
+        cfg = PRESETS[name]()
+        ratios = command.ratios if cfg.backbone.kind == "mimdet" else (1.0,)
+        rows += [cost_of(cfg, command.size, ratio) for ratio in ratios]
+    print(cost_table(rows))
+
+
 def run_check_data(words: list[str]) -> None:
     command = _parse(CheckData, words, "check-data")
     from mimdet.data.checks import check_dataset
@@ -250,6 +331,9 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "pretrain": run_pretrain,
     "evaluate": run_evaluate,
     "predict": run_predict,
+    "errors": run_errors,
+    "ablate": run_ablate,
+    "cost": run_cost,
     "export": run_export,
     "check-data": run_check_data,
     "download": run_download,

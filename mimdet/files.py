@@ -33,6 +33,14 @@ def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
     write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
+def read_json(path: str | Path) -> Any:
+    """What a json file holds. FileNotFoundError, or ValueError naming a file that is no json."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not json: {error}") from error
+
+
 def sync(path: Path) -> None:
     """Ask the system to put a file or a folder's entries on the disk now."""
     if os.name == "nt" and path.is_dir():

@@ -134,6 +134,56 @@ class Download:
 
 
 @dataclass
+class Errors:
+    """Why a run's AP is what it is: errors by type and what fixing each would bring (TIDE).
+
+    Reads RUN/predictions.json, as `mimdet evaluate` left it. Writes errors.json, the bars, the
+    precision-recall curves and, for --against, what changed image by image.
+    """
+
+    run: Positional[str]
+    """Directory of the run."""
+    against: str = ""
+    """Another run on the same data, to compare with image by image."""
+    out: str = ""
+    """Folder for the results; default: the run."""
+
+
+@dataclass
+class Ablate:
+    """Train every arm of a grid with several seeds; print a table with 95 % intervals.
+
+    Complete runs are skipped and interrupted ones resumed, so the same command goes on.
+    """
+
+    file: Positional[str]
+    """Python file that defines `base` and `grid`; it is executed. Example:
+    notebooks/ablations/sample_ratio.py."""
+    runs: str = "runs"
+    """Folder under which the experiment's runs are kept."""
+    seeds: int = 0
+    """Another number of seeds than the file's."""
+    processes: int = 0
+    """Runs at a time; 0 = one per GPU, or one per core and thread of a run."""
+    dry_run: bool = False
+    """List the runs and time a few steps of each arm; train nothing."""
+    out: str = ""
+    """The json with everything; default RUNS/NAME/result.json."""
+
+
+@dataclass
+class CostTable:
+    """Parameters and multiply-adds of presets, as a markdown table. Nothing is computed."""
+
+    presets: Positional[tuple[str, ...]] = ()
+    """Names of presets; default: all."""
+    size: tuple[int, int] = (800, 1344)
+    """Height and width of the image in pixels."""
+    ratios: tuple[float, ...] = (1.0,)
+    """Shares of the tokens the encoder sees; baselines see them all."""
+
+
+@dataclass
 class Demo:
     """Train a small MIMDet on ShapesCOCO, read its AP at three sample ratios, look at detections.
 

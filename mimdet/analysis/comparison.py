@@ -9,7 +9,7 @@ import numpy as np
 from mimdet.analysis.error_fixes import precision_at_recalls
 from mimdet.analysis.error_matching import match_at
 from mimdet.analysis.error_overlaps import Floats, Overlaps, find_overlaps
-from mimdet.analysis.metrics import IouType, _check, _image_numbers
+from mimdet.analysis.metrics import IouType, check_results, image_numbers
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -97,10 +97,10 @@ def compare_runs(
 
     if len(runs) != 2:
         raise ValueError(f"runs has {len(runs)} entries ({', '.join(runs)}): give two, by name")
-    numbers = _image_numbers(ground_truth)
+    numbers = image_numbers(ground_truth)
     columns: dict[str, Any] = {"image_id": list(numbers)}
     for place, results in enumerate(runs.values(), start=1):
-        _check(ground_truth, results, (iou_type,), numbers)
+        check_results(ground_truth, results, (iou_type,), numbers)
         overlaps = find_overlaps(ground_truth, results, iou_type, FLOOR)
         columns["objects"] = np.bincount(overlaps.truths.image, minlength=len(numbers))
         of_run = _columns(overlaps, len(numbers))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mimdet.analysis.metrics import IouType, _areas, _image_numbers
+from mimdet.analysis.metrics import IouType, areas_of, image_numbers
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -160,7 +160,7 @@ def _detections(
     """All results, best score first."""
     detections = _objects(ground_truth, results)
     detections.score[:] = [result["score"] for result in results]
-    detections.area[:] = _areas(results, iou_type) if results else []
+    detections.area[:] = areas_of(results, iou_type) if results else []
     order = np.lexsort((detections.source, detections.image, -detections.score))
     return detections[order]
 
@@ -176,7 +176,7 @@ def _truths(ground_truth: dict[str, Any]) -> tuple[Objects, Objects]:
 
 def _objects(ground_truth: dict[str, Any], entries: list[dict[str, Any]]) -> Objects:
     """Entries in their own order, without areas and scores."""
-    images = _image_numbers(ground_truth)
+    images = image_numbers(ground_truth)
     ids = sorted(category["id"] for category in ground_truth["categories"])
     rank = {category_id: number for number, category_id in enumerate(ids)}
     return Objects(

@@ -36,7 +36,7 @@ from mimdet.analysis.error_fixes import (
 from mimdet.analysis.error_matching import KINDS, Kind, find_outcome, match_at
 from mimdet.analysis.error_overlaps import Floats, find_overlaps
 from mimdet.analysis.error_tables import Judged, class_table, confusion_table, size_table
-from mimdet.analysis.metrics import IouType, _category_names, _check, _image_numbers, _percent
+from mimdet.analysis.metrics import IouType, category_names, check_results, image_numbers, percent
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -129,12 +129,12 @@ class ErrorReport:
         """Text, a row per type: dAP x 100, how many errors, what they are."""
         head = (
             f"{self.iou_type}, IoU {self.iou_threshold:g}, background {self.background_threshold:g}"
-            f": AP {_percent(self.ap)}, {self.correct} of {self.objects} objects found"
+            f": AP {percent(self.ap)}, {self.correct} of {self.objects} objects found"
         )
         lines = [head, f"{'':<16}{'dAP':>6}{'errors':>9}"]
         for name, dap in (self.dap | self.special).items():
             count = str(self.counts.get(name, ""))
-            lines.append(f"{name:<16}{_percent(dap):>6}{count:>9}  {MEANINGS[name]}")
+            lines.append(f"{name:<16}{percent(dap):>6}{count:>9}  {MEANINGS[name]}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -256,12 +256,12 @@ def find_errors(
         )
     if not 0 < area_scale < np.inf:
         raise ValueError(f"area_scale={area_scale}: must be positive; 1 is COCO's own")
-    _check(ground_truth, results, (iou_type,), _image_numbers(ground_truth))
+    check_results(ground_truth, results, (iou_type,), image_numbers(ground_truth))
     overlaps = find_overlaps(ground_truth, results, iou_type, background_threshold)
     outcome = find_outcome(overlaps, iou_threshold, background_threshold)
     small, medium = 32**2 * area_scale, 96**2 * area_scale
     ranges = {"small": (0.0, small), "medium": (small, medium), "large": (medium, 1e10)}
-    names = _category_names(ground_truth["categories"])
+    names = category_names(ground_truth["categories"])
     judged = Judged(ground_truth, results, names, ranges, overlaps, outcome)
 
     def ap_with(*kinds: Kind) -> float:

@@ -75,7 +75,7 @@ class Metrics:
         for name, numbers in (("box", self.box), ("mask", self.mask)):
             if numbers:
                 cells = (numbers[column] for column in COLUMNS)
-                lines.append(f"{name:<5}" + "".join(f"{_percent(cell):>7}" for cell in cells))
+                lines.append(f"{name:<5}" + "".join(f"{percent(cell):>7}" for cell in cells))
         return "\n".join(lines)
 
 
@@ -98,12 +98,12 @@ def coco_metrics(
     """
     if not 0 < area_scale < math.inf:
         raise ValueError(f"area_scale={area_scale}: must be positive; 1 is COCO's own")
-    images = _image_numbers(ground_truth)
-    _check(ground_truth, results, iou_types, images)
+    images = image_numbers(ground_truth)
+    check_results(ground_truth, results, iou_types, images)
     small, medium = 32**2 * area_scale, 96**2 * area_scale
     ranges = {"small": (0.0, small), "medium": (small, medium), "large": (medium, 1e10)}
     metrics = Metrics(area_ranges=ranges)
-    names = _category_names(ground_truth["categories"])
+    names = category_names(ground_truth["categories"])
     for iou_type in iou_types:
         precision, recall = _evaluate(ground_truth, results, iou_type, images, ranges)
         numbers = _twelve(precision, recall)
@@ -139,7 +139,7 @@ def _evaluate(
         return undefined, undefined[:, 0]
     truth = _annotations(ground_truth["annotations"], iou_type, images)
     found = _annotations(results, iou_type, images)
-    for annotation, area in zip(found, _areas(found, iou_type), strict=True):
+    for annotation, area in zip(found, areas_of(found, iou_type), strict=True):
         annotation["area"] = area
     evaluator = COCOeval_faster(
         COCO(tables | {"annotations": truth}),
@@ -173,7 +173,7 @@ def _annotations(
     ]
 
 
-def _areas(found: list[dict[str, Any]], iou_type: IouType) -> list[float]:
+def areas_of(found: list[dict[str, Any]], iou_type: IouType) -> list[float]:
     """Areas of detections in square pixels: of the box or of the mask."""
     # Not pycocotools: its mask.area overflows on lists of more than 255 masks.
     from faster_coco_eval.core import mask as fast_mask
@@ -200,21 +200,21 @@ def _mean(values: Array) -> float:
     return float(defined.mean()) if defined.size else math.nan
 
 
-def _image_numbers(ground_truth: dict[str, Any]) -> dict[int | str, int]:
+def image_numbers(ground_truth: dict[str, Any]) -> dict[int | str, int]:
     """1, 2, ... for the image ids in sorted order, which decides between equal scores."""
     ids = {image["id"] for image in ground_truth["images"]}
     ordered = sorted(ids, key=lambda image_id: (isinstance(image_id, str), image_id))
     return {image_id: number for number, image_id in enumerate(ordered, start=1)}
 
 
-def _category_names(categories: list[dict[str, Any]]) -> list[str]:
+def category_names(categories: list[dict[str, Any]]) -> list[str]:
     """Names in the order of ids; where two categories share a name, with the id."""
     counts = Counter(category["name"] for category in categories)
     ordered = sorted(categories, key=lambda category: category["id"])
     return [f"{c['name']} (id {c['id']})" if counts[c["name"]] > 1 else c["name"] for c in ordered]
 
 
-def _check(
+def check_results(
     ground_truth: dict[str, Any],
     results: list[dict[str, Any]],
     iou_types: Sequence[IouType],
@@ -264,7 +264,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
     return "-" if math.isnan(value) else f"{100 * value:.1f}"
 
 

@@ -162,11 +162,11 @@ CATALOGUE: tuple[PublicFile, ...] = (
     _mimdet("mimdet-v1-large", V1_FILES + _LARGE, MIMDET_V1,
             "mimdet_v1_large, trained at ratio 0.5: 53.3 / 47.5", _V1_NAME.format("large", "0p5")),
     _mimdet("benchmarking-base-25", _PLAIN.format(25), MIMDET_V2,
-            "plain ViT-B baseline, 25 epochs: 48.0 / 43.0; no preset loads it yet"),
+            "plain ViT-B baseline, 25 epochs: 48.0 / 43.0"),
     _mimdet("benchmarking-base-50", _PLAIN.format(50), MIMDET_V2,
-            "plain ViT-B baseline, 50 epochs: 50.2 / 44.9; no preset loads it yet"),
+            "plain ViT-B baseline, 50 epochs: 50.2 / 44.9"),
     _mimdet("benchmarking-base-100", _PLAIN.format(100), MIMDET_V2,
-            "plain ViT-B baseline, 100 epochs: 50.4 / 44.9; no preset loads it yet"),
+            "plain ViT-B baseline, 100 epochs: 50.4 / 44.9"),
 
     # COCO 2017, what the recipes train and evaluate on.
     _coco("coco-train2017", "zips/train2017", "18 GB", "Flickr terms of use",

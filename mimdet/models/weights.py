@@ -19,8 +19,12 @@ from mimdet.models.mae import MAE
 from mimdet.models.names import HF_RULES, MAE_RULES, translate
 from mimdet.models.posembed import resize_table
 
-# Parts of a MAE file that the detector has no place for: its stem, fill and heads are its own.
-EXPECTED_UNUSED = r"cls_token|mask_token|patch_embed\.proj\.|decoder_blocks\.\d+\.|decoder_pred\."
+# Parts of a MAE file that a detector may have no place for: MIMDet's stem, fill and heads are its
+# own, and plain ViT baselines have no decoder, final norm or fixed positions.
+EXPECTED_UNUSED = (
+    r"cls_token|mask_token|patch_embed\.proj\.|pos_embed$|norm\.|"
+    r"decoder_(embed|pos_embed|blocks|norm|pred)\b"
+)
 # Width -> attention heads of the standard ViTs; a checkpoint does not say how many it was made for.
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 DECODER_HEADS = {512: 16}
@@ -64,7 +68,7 @@ def load_mae(
     *,
     decoder: Literal["pretrained", "random"] = "pretrained",
 ) -> LoadReport:
-    """Start a MIMDet backbone, or a detector that has one, from a masked autoencoder.
+    """Start a backbone with a ViT encoder, or a detector that has one, from a masked autoencoder.
 
     source: Meta's files, `facebook/vit-mae-*` or `timm/...mae` (fetched by `mimdet download`), or
     our own MAE. The encoder takes blocks, norm and positions; the decoder takes its embedding,
@@ -80,7 +84,8 @@ def load_mae(
         raise ValueError(f"a {type(backbone).__name__} has no encoder that a MAE could start")
     file = read_mae(source)
     own = backbone.state_dict()
-    wanted = {theirs: ours for ours in own if (theirs := _mae_name(ours)) is not None}
+    learnt = {name for name, p in backbone.named_parameters() if p.requires_grad and p.ndim == 3}
+    wanted = {theirs: ours for ours in own if (theirs := _mae_name(ours, learnt)) is not None}
     absent = [theirs for theirs in wanted if theirs not in file.tensors]
     if decoder == "random":
         absent = [theirs for theirs in absent if not _of_decoder(theirs)]
@@ -153,12 +158,21 @@ def _from_hub_names(file: CheckpointFile) -> dict[str, Tensor]:
     return joined
 
 
-def _mae_name(ours: str) -> str | None:
-    """What a MAE file calls a tensor of our backbone; None for what it does not hold."""
+def _mae_name(ours: str, learnt: set[str]) -> str | None:
+    """What a MAE file calls a tensor of our backbone; None for what it does not hold.
+
+    learnt: three-dimensional parameters that are trained. Benchmarking ViT's position table is one:
+    the original sets it anew after loading, so it is not taken from the file.
+    """
+    if ours.startswith("encoder.patch_embed."):  # ViTDet keeps it in the encoder
+        return ours.removeprefix("encoder.")
+    if "rel_pos" in ours or "relative_position" in ours:  # windowed attention's own tables
+        return None
     try:
-        return translate(ours, MAE_RULES, back=True)
+        theirs = translate(ours, MAE_RULES, back=True)
     except KeyError:
         return None
+    return None if theirs == "pos_embed" and ours in learnt else theirs
 
 
 def _of_decoder(name: str) -> bool:
@@ -190,7 +204,9 @@ def _count_blocks(tensors: dict[str, Tensor], part: str) -> int:
 
 def _fit(file: CheckpointFile, theirs: str, ours: str, value: Tensor, own: Tensor) -> Tensor:
     """The value in our shape: position tables are resized, everything else must be equal."""
-    if ours.endswith("pos_embed") and value.ndim == 3 and value.shape[2] == own.shape[2]:
+    if ours.endswith("pos_embed") and value.ndim == 3 and value.shape[2] == own.shape[-1]:
+        if own.ndim == 4:  # ViTDet: (1, h, w, D), no row for the class token
+            return resize_table(value, (own.shape[1], own.shape[2])).view_as(own)
         side = round((own.shape[1] - 1) ** 0.5)
         return torch.cat([value[:, :1], resize_table(value, (side, side))], dim=1)
     if value.shape != own.shape:

@@ -5,8 +5,10 @@ gone tomorrow. Its source and a sha256 go into the run; reading it back executes
 the reader's consent.
 """
 
+import ast
 import hashlib
 import inspect
+import linecache
 import sys
 import textwrap
 from pathlib import Path
@@ -36,7 +38,7 @@ def save_slots(folder: Path, slots: dict[str, Any]) -> None:
         is_function = inspect.isfunction(part)
         definition = part if is_function or inspect.isclass(part) else type(part)
         try:
-            source = HEADER + textwrap.dedent(inspect.getsource(definition))
+            source = HEADER + textwrap.dedent(source_of(definition))
         except (OSError, TypeError) as error:
             raise ValueError(
                 f"the source of the {name} {part!r} cannot be read, so the run could not be loaded "
@@ -81,6 +83,25 @@ def load_slots(folder: Path, trust_code: bool) -> dict[str, Any]:
         part = getattr(module, entry["object"])
         slots[name] = part if entry["kind"] == "function" else part()
     return slots
+
+
+def source_of(definition: Any) -> str:
+    """The text of a function or class. OSError or TypeError where there is none.
+
+    Before Python 3.13 `inspect` does not find a class that was written in a notebook cell; the file
+    name of one of its methods leads to the cell's text.
+    """
+    try:
+        return inspect.getsource(definition)
+    except (OSError, TypeError):
+        if not inspect.isclass(definition):
+            raise
+    for method in filter(inspect.isfunction, vars(definition).values()):
+        cell = "".join(linecache.getlines(method.__code__.co_filename))
+        for node in ast.walk(ast.parse(cell)):
+            if isinstance(node, ast.ClassDef) and node.name == definition.__name__:
+                return (ast.get_source_segment(cell, node) or "") + "\n"
+    raise OSError(f"no text of {definition.__name__} was found")
 
 
 def _check_self_contained(name: str, function: Any) -> None:

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mimdet.experiments.grid import short_names, value_text
 from mimdet.experiments.results import Experiment, title_of
-from mimdet.viz.charts import _axes
+from mimdet.viz.charts import axes_of
 from mimdet.viz.style import (
     BLUE,
     FAINT,
@@ -100,8 +100,8 @@ def show_arms(
         raise ValueError(f"ratio={ratio}: the experiment was evaluated at {result.ratios}")
     fig = new_figure(WIDTH, 1.5 + 0.42 * len(result.arms))
     title = f"{title_of(metric)} with {100 * ratio:g} % of the tokens at evaluation"
-    left = _axes(fig, 1, 2, title, f"{title_of(metric)} × 100, 95 % interval", "")
-    right = _axes(
+    left = axes_of(fig, 1, 2, title, f"{title_of(metric)} × 100, 95 % interval", "")
+    right = axes_of(
         fig,
         2,
         2,
@@ -148,7 +148,7 @@ def show_curves(
         raise ValueError(f"x={x!r}: these runs have no such numbers")
     panels = 1 + training_loss
     fig = new_figure(WIDTH if training_loss else WIDTH / 2, 3.4)
-    right = _axes(fig, panels, panels, title_of(metric), AXES[x], f"{title_of(metric)} × 100")
+    right = axes_of(fig, panels, panels, title_of(metric), AXES[x], f"{title_of(metric)} × 100")
     names = arm_names(result)
     words = []
     for place, arm in enumerate(result.arms):
@@ -161,7 +161,7 @@ def show_curves(
         if len(mean):
             words.append(f"{names[place]} ends at {mean[metric].iloc[-1]:.1f}")
     if training_loss:
-        left = _axes(fig, 1, 2, "training loss, running mean", AXES[x], "loss")
+        left = axes_of(fig, 1, 2, "training loss, running mean", AXES[x], "loss")
         for place, arm in enumerate(result.arms):
             _loss_lines(left, curves[curves["arm"] == arm.label], x, COLOURS[place % len(COLOURS)])
         left.set_ylim(bottom=0)

@@ -57,8 +57,8 @@ def show_training(metrics_rows: Sequence[dict[str, Any]], title: str = "") -> No
     evaluations = [row for row in metrics_rows if "evaluation" in row]
     curves = {kind: _evaluated(evaluations, kind) for kind in KINDS}
     fig = new_figure(WIDTH, 3.4)
-    left = _axes(fig, 1, 2, "training loss", "step", "loss (log scale)")
-    right = _axes(fig, 2, 2, "evaluation", "step", "AP × 100")
+    left = axes_of(fig, 1, 2, "training loss", "step", "loss (log scale)")
+    right = axes_of(fig, 2, 2, "evaluation", "step", "AP × 100")
     last = max((row["step"] for row in metrics_rows), default=1)
     for ax in (left, right):
         ax.set_xlim(0, last * 1.02)
@@ -96,7 +96,7 @@ def show_ratios(rows: Sequence[dict[str, Any]]) -> NotebookFigure:
         for kind in KINDS
     }
     fig = new_figure(WIDTH / 2, 3.4)
-    ax = _axes(fig, 1, 1, title, "share of tokens kept", "AP × 100")
+    ax = axes_of(fig, 1, 1, title, "share of tokens kept", "AP × 100")
     _draw_curves(ax, curves, mark_all=True)
     ax.set_xlim(0, 1.08)
     ax.set_xticks(sorted({row["sample_ratio"] for row in rows}))
@@ -250,7 +250,7 @@ def _training_in_words(steps: Sequence[dict[str, Any]], curves: dict[str, list[S
 _PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
 
-def _axes(fig: Figure, position: int, count: int, title: str, x: str, y: str) -> Axes:
+def axes_of(fig: Figure, position: int, count: int, title: str, x: str, y: str) -> Axes:
     """Axes number `position` of `count` in a row: two spines, faint horizontal lines, labels."""
     ax = fig.add_subplot(1, count, position)
     ax.set_title(title, loc="left", fontsize=LARGE, color=INK)

@@ -1,6 +1,7 @@
 """The commands as a user types them, in one process and small."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,7 +93,37 @@ def test_errors_are_one_line_without_traceback(tmp_path):
         cli.main(["trian"])
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "predict", "check-data"])
+def test_errors_of_a_run_and_against_another(run, tmp_path, capsys):
+    other = shutil.copytree(run, tmp_path / "other")
+    cli.main(["errors", str(run), "--against", str(other), "--out", str(tmp_path / "e")])
+    assert "missed" in capsys.readouterr().out
+    assert set(json.loads((tmp_path / "e/errors.json").read_text())) == {"box", "mask"}
+    for name in ("errors", "curves_box", "curves_mask", "comparison"):
+        assert (tmp_path / f"e/{name}.png").stat().st_size > 1000
+    with pytest.raises(SystemExit, match=r"no predictions.json: `mimdet evaluate`"):
+        cli.main(["errors", str(tmp_path)])
+
+
+def test_pretrain_ablate_and_cost(tmp_path, capsys):
+    words = "--image-size 64 --embed-dim 32 --depth 1 --num-heads 2 --decoder-dim 32 --steps 2"
+    more = "--decoder-depth 1 --decoder-heads 2 --batch-size 2 --accumulate 2 --held-out 2"
+    cli.main(["pretrain", "tiny_mae", str(tmp_path / "mae"), *words.split(), *more.split()])
+    assert (tmp_path / "mae/mae.safetensors").exists()
+    grid = tmp_path / "ratios.py"
+    grid.write_text(
+        "from tests.small import small\nbase = small(2)\nseeds = 1\n"
+        'grid = {"backbone.sample_ratio": [1.0, 0.5]}\n'
+    )
+    cli.main(["ablate", str(grid), "--runs", str(tmp_path / "runs")])
+    assert (tmp_path / "runs/ratios/result.json").exists()
+    cli.main(["cost", "tiny", "tiny_swin", "--size", "256", "256", "--ratios", "0.5", "1"])
+    printed = capsys.readouterr().out
+    assert printed.count("| tiny |") == 2 and printed.count("| tiny_swin |") == 1
+    with pytest.raises(SystemExit, match="no preset 'tinny'"):
+        cli.main(["cost", "tinny"])
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])

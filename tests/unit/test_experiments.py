@@ -522,13 +522,13 @@ from mimdet.experiments.experiment import experiment
 names = dict(experiment=experiment, base=load_config(sys.argv[1]), runs=sys.argv[2])
 InteractiveShell.instance(user_ns=names, colors="NoColor").run_cell(sys.argv[3])
 """
-STEPS = 14
+STEPS = 12
 RUNS = [f"sampler={sampler}-s{seed}" for seed in (0, 1) for sampler in ("random", "strongest")]
 
 
 def base_config() -> Config:
     cfg = small(STEPS)
-    cfg.training.evaluate_every_steps = 7
+    cfg.training.evaluate_every_steps = 6
     return cfg
 
 

@@ -83,6 +83,21 @@ def test_the_patch_stem_takes_the_patch_embedding(cfg, mae_tensors, tmp_path) ->
     assert "backbone.stem.patchify.bias" in report.loaded
 
 
+@pytest.mark.parametrize("preset", ["tiny_benchmarking_vit", "tiny_vitdet"])
+def test_plain_vit_baselines_take_the_encoder(preset, tmp_path) -> None:
+    model = build_detector(PRESETS[preset]())
+    b = model.config.backbone
+    original = MAE(64, 16, b.embed_dim, b.depth, b.num_heads, 32, 2, 2)
+    report = load_mae(model, write(original.state_dict(), tmp_path / "full.pth"))
+    encoder = model.backbone.encoder
+    assert torch.equal(encoder.blocks[1].mlp.fc2.weight, original.blocks[1].mlp.fc2.weight)
+    new = {name for name in report.new if name.startswith("backbone.encoder.")}
+    assert all("rel" in name or name.endswith("pos_embed") for name in new)
+    patches = [name for name in report.loaded if name.endswith(("patchify.weight", "proj.weight"))]
+    assert len(patches) == 1 + b.depth  # the patch embedding, and one projection a block
+    assert {name.split("_")[0] for name in report.unused} >= {"cls", "mask", "decoder"}
+
+
 def test_version_1_takes_the_mask_token(cfg, mae_tensors, tmp_path) -> None:
     cfg.backbone.decoder_fill = "mask_token"
     model = build_detector(cfg)

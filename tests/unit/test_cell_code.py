@@ -1,0 +1,43 @@
+"""The text of parts that were written in a notebook cell."""
+
+import pytest
+import torch
+
+from mimdet.training.cell_code import load_slots, save_slots, source_of
+
+CELL = """
+import torch
+from torch import nn
+
+class Doubling(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+def strongest(tokens, grid, generator):
+    return tokens.norm(dim=1)
+"""
+
+
+@pytest.fixture
+def cell():
+    """What a cell defines, run by IPython as a notebook runs it."""
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell()
+    assert shell.run_cell(CELL).success
+    return shell.user_ns
+
+
+def test_classes_and_functions_of_a_cell_are_found_and_run_again(cell, tmp_path) -> None:
+    assert source_of(cell["Doubling"]).startswith("class Doubling(nn.Module):")
+    assert "return 2 * x" in source_of(cell["Doubling"])
+    save_slots(tmp_path, {"stem": cell["Doubling"](), "sampler": cell["strongest"]})
+    slots = load_slots(tmp_path, trust_code=True)
+    assert slots["stem"](torch.ones(1)).item() == 2
+    assert slots["sampler"](torch.ones(3, 4), (1, 3), None).tolist() == [2, 2, 2]
+
+
+def test_a_part_without_text_is_refused(tmp_path) -> None:
+    made = type("Made", (torch.nn.Module,), {})
+    with pytest.raises(ValueError, match="define it with def or class"):
+        save_slots(tmp_path, {"stem": made()})
