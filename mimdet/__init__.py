@@ -32,6 +32,7 @@ _MODULE_OF = {
     "load_mae_model": "mimdet.models.weights",
     "save_mae": "mimdet.models.weights",
     "export_detectron2": "mimdet.models.official",
+    "save_detector": "mimdet.models.single_file",
     "MAE": "mimdet.models.mae",
     "evaluate": "mimdet.analysis.evaluate",
     "find_errors": "mimdet.analysis.errors",

@@ -38,7 +38,7 @@ USAGE = f"""mimdet {__version__}: a ViT detector that trains on a sample of an i
   mimdet errors RUN                           why AP is lost, in numbers and pictures
   mimdet ablate GRID.py                       a grid of trainings with seeds -> a table
   mimdet cost [PRESET...]                     parameters and multiply-adds
-  mimdet export RUN FILE.pth                  weights for the original's own tools (detectron2)
+  mimdet export RUN FILE                      one file: .safetensors for us, .pth for detectron2
 
 `mimdet COMMAND --help` explains every option."""
 
@@ -185,11 +185,16 @@ def run_predict(words: list[str]) -> None:
 def run_export(words: list[str]) -> None:
     command = _parse(Export, words, "export")
     from mimdet.models.official import export_detectron2
+    from mimdet.models.single_file import save_detector
     from mimdet.training.run import load_detector
 
     model = load_detector(command.run, checkpoint=command.checkpoint)
-    export_detectron2(model, command.file)
-    print(f"{command.file}: {len(model.state_dict())} tensors under detectron2's names")
+    if Path(command.file).suffix == ".safetensors":
+        save_detector(model, command.file, half=command.half)
+        print(f"{command.file}: for mimdet.load_detector, with configuration and class names")
+    else:
+        export_detectron2(model, command.file)
+        print(f"{command.file}: {len(model.state_dict())} tensors under detectron2's names")
 
 
 def run_errors(words: list[str]) -> None:

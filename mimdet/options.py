@@ -88,12 +88,19 @@ class Predict:
 
 @dataclass
 class Export:
-    """Write a run's weights in the layout of the released MIMDet checkpoints (detectron2)."""
+    """Write a run's weights into one file.
+
+    A .safetensors file holds configuration and class names too: `mimdet predict FILE IMAGE` works
+    anywhere. A .pth file has the layout of the released MIMDet checkpoints, for the original's own
+    tools.
+    """
 
     run: Positional[str]
     """Directory of the run."""
     file: Positional[str]
-    """The .pth to write: {"model": tensors}."""
+    """The .safetensors or .pth to write."""
+    half: bool = False
+    """Store float16 (.safetensors only)."""
     checkpoint: str = "last"
     """`last`, `best` or a step number."""
 

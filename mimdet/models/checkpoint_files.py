@@ -14,6 +14,8 @@ from torch import Tensor
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+SHIPPED = Path(__file__).resolve().parents[1] / "pretrained"
+"""Small weights that come with the package; README.md there says how each was made."""
 # A training script's options, stored beside the weights by Meta's files. Plain data.
 HARMLESS: list[Any] = [argparse.Namespace]
 
@@ -33,11 +35,11 @@ class CheckpointFile:
 
 
 def read_checkpoint(source: str | Path) -> CheckpointFile:
-    """Read weights from a file, or from the local cache of the Hugging Face hub.
+    """Read weights from a file, the package itself, or the local cache of the Hugging Face hub.
 
-    source: a `.safetensors`, `.pth`, `.pt` or `.bin` file, or an id such as
-    "facebook/vit-mae-base" that `mimdet download` has fetched. In a `.pth` the weights may stand
-    under "model" or "state_dict"; everything beside them is ignored.
+    source: a `.safetensors`, `.pth`, `.pt` or `.bin` file; the name of shipped weights ("tiny",
+    "tiny_mae"); or an id such as "facebook/vit-mae-base" that `mimdet download` has fetched. In a
+    `.pth` the weights may stand under "model" or "state_dict"; what is beside them is ignored.
 
     Raises FileNotFoundError, or ValueError that names the file, and the tensor where one is at
     fault, and says what to do: not a checkpoint, cut off, holding code, not floating point, not
@@ -57,10 +59,12 @@ def read_checkpoint(source: str | Path) -> CheckpointFile:
 
 
 def find(source: str | Path) -> Path:
-    """The file itself, or a hub id's file in the local cache; nothing is downloaded."""
+    """The file itself, shipped weights, or a hub id's file in the cache; nothing is downloaded."""
     path = Path(source)
     if path.is_file():
         return path
+    if str(source) in shipped():
+        return SHIPPED / f"{source}.safetensors"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix not in SUFFIXES:
         from huggingface_hub import try_to_load_from_cache
 
@@ -72,7 +76,15 @@ def find(source: str | Path) -> Path:
             f"{source} is neither a file nor in the local cache of the Hugging Face hub: fetch it "
             f"with `mimdet download {source}`"
         )
-    raise FileNotFoundError(f"there is no file {source}; `mimdet download` lists public weights")
+    raise FileNotFoundError(
+        f"there is no file {source}; `mimdet download` lists public weights, and {shipped()} come "
+        "with the package"
+    )
+
+
+def shipped() -> list[str]:
+    """Names of the weights that come with the package."""
+    return sorted(path.stem for path in SHIPPED.glob("*.safetensors"))
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -12,10 +12,11 @@ from torch import Tensor
 from mimdet import __version__
 from mimdet.config import Config, difference, load_config, save_config
 from mimdet.files import write_file, write_json, write_text
-from mimdet.models.checkpoint_files import read_checkpoint, read_safetensors
+from mimdet.models.checkpoint_files import read_checkpoint, read_safetensors, shipped
 from mimdet.models.detector import Detector, build_detector
 from mimdet.models.names import detectron2_rules
 from mimdet.models.official import from_detectron2, holds_detector, load_official
+from mimdet.models.single_file import describes_itself, load_single_file
 from mimdet.models.weights import LoadReport, load_mae
 from mimdet.pretrain_config import PretrainConfig
 from mimdet.training.cell_code import load_slots, save_slots
@@ -172,14 +173,18 @@ def load_detector(
 ) -> Detector:
     """The detector of a run, or of a released file, in evaluation mode.
 
-    source: a run directory, or a weights file (`mimdet.models.official`): a released one is
-    recognised by its names and shapes, any other needs `cfg`. checkpoint: of a run, `last`, `best`
+    source: a run directory; the name of shipped weights ("tiny"); or a weights file: one that
+    `mimdet.save_detector` wrote describes itself, a released one is recognised by its names and
+    shapes (`mimdet.models.official`), any other needs `cfg`. checkpoint: of a run, `last`, `best`
     or a step number. A run whose sampler or stem was written in a notebook holds that code under
     `slots/`; it is executed only with trust_code=True, because code from others can do anything.
     """
     path = Path(source)
-    if path.is_file():
-        return load_official(path, cfg).to(device)
+    if path.is_file() or str(source) in shipped():
+        file = read_checkpoint(source)
+        if cfg is None and describes_itself(file):
+            return load_single_file(file).to(device)
+        return load_official(source, cfg).to(device)
     if not (path / "config.json").exists():
         raise FileNotFoundError(
             f"{path} is neither a run (there is no config.json in it) nor a weights file"

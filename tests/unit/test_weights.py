@@ -193,6 +193,23 @@ def test_a_detector_goes_to_detectron2_and_back(cfg, tmp_path) -> None:
     assert not (tmp_path / "x.pth").exists()
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_a_detector_in_one_file(cfg, tmp_path, half: bool) -> None:
+    model = build_detector(cfg)
+    model.categories = ["cat"] * cfg.detector.num_classes
+    mimdet.save_detector(model, tmp_path / "one.safetensors", half=half)
+    again = mimdet.load_detector(tmp_path / "one.safetensors")
+    assert again.config == model.config and again.categories == model.categories
+    for name, value in model.state_dict().items():
+        ours = again.state_dict()[name]
+        assert ours.dtype == value.dtype
+        expected = value.half().to(value.dtype) if half and value.is_floating_point() else value
+        assert torch.equal(ours, expected), name
+    model.slots = {"sampler": len}
+    with pytest.raises(ValueError, match="share the run's directory"):
+        mimdet.save_detector(model, tmp_path / "two.safetensors")
+
+
 @pytest.mark.parametrize("rules", [detectron2_rules(), detectron2_rules(1, 1), MAE_RULES, HF_RULES])
 def test_tables_are_one_to_one(rules) -> None:
     """Each start translates to the other side and back, whatever the order of the rules."""
