@@ -11,9 +11,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
+
+from mimdet.models.checkpoint_files import shipped
 
 RATIOS = ("0.25", "0.5", "1")
 DRAWS = 2
+SHIPPED_DETECTOR = "tiny"
+"""Weights of a detector that was trained longer; see mimdet/pretrained/README.md."""
 CURVE_POINTS = 2
 """Evaluations while training, for the curve of AP; the last one is at the end."""
 TIMED_STEPS = 30
@@ -32,13 +37,16 @@ def demo(
     start = time.perf_counter()
     path = Path(run or f"runs/demo-{minutes:g}min")
     processes = processes or default_processes()
+    if SHIPPED_DETECTOR in shipped():
+        show_shipped(path.with_name(f"{path.name}-shipped"), scenes, level)
     if (path / "config.json").exists():
         steps = json.loads((path / "config.json").read_text())["training"]["steps"]
         print(f"{path} exists: going on with it.")
     what = ["--shapes-level", level, "--seed", str(seed)]
     if not steps:
         print("Timing this machine ...", flush=True)
-        steps = steps_that_fit(minutes * 60, scenes, what, processes)
+        left = minutes * 60 - (time.perf_counter() - start)
+        steps = steps_that_fit(left, scenes, what, processes)
     every = max(1, -(-steps // CURVE_POINTS))
     length = ["--steps", str(steps), "--evaluate-every-steps", str(every)]
     print(f"Training a MIMDet of 2 million parameters on {4 * steps:,} new scenes of {level}.")
@@ -47,6 +55,27 @@ def demo(
     launch(["evaluate", str(path), "--ratios", *RATIOS, "--draws", str(DRAWS)], processes)
     draw(path)
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all.")
+
+
+def show_shipped(folder: Path, scenes: int, level: str) -> None:
+    """What a finished detector looks like: the one that comes with the package, measured again."""
+    from mimdet.analysis.evaluate import evaluate
+    from mimdet.data.shapes import ShapesCOCO
+    from mimdet.training.run import load_detector
+    from mimdet.training.trainer import use_threads
+    from mimdet.viz.figures import save_figure
+
+    use_threads(1)
+    model = load_detector(SHIPPED_DETECTOR)
+    dataset = ShapesCOCO(level, model.config.data.shapes_size, scenes, "val")
+    result = evaluate(model, dataset)
+    box, mask = 100 * result.box["AP"], 100 * result.mask["AP"]
+    print(
+        f"The detector that comes with the package has box AP {box:.1f}, mask AP {mask:.1f} on "
+        f"{scenes} held-out scenes of {level}."
+    )
+    save_figure(detections_beside_truth(model, dataset), folder / "detections.png")
+    print(f"figure: {folder / 'detections.png'}; now yours, from random weights:")
 
 
 def steps_that_fit(seconds: float, scenes: int, what: list[str], processes: int) -> int:
@@ -104,24 +133,29 @@ def draw(path: Path) -> None:
     """Three figures in the run's directory: detections beside the truth, training, ratios."""
     from mimdet.config import load_config
     from mimdet.data.coco import build_dataset
-    from mimdet.predict import predict
     from mimdet.training.run import Run, load_detector
     from mimdet.training.trainer import use_threads
-    from mimdet.viz.figures import save_figure, show_detections, show_ratios, show_training
+    from mimdet.viz.figures import save_figure, show_ratios, show_training
 
     use_threads(1)
     cfg = load_config(path / "config.json")
     dataset = build_dataset(cfg.data, "val")
-    records = [dataset[i] for i in range(min(8, len(dataset)))]
-    found = predict(load_detector(path), [record.image for record in records])
     ratios = json.loads((path / "evaluation.json").read_text())["ratios"]
     figures = {
-        "detections": show_detections(
-            [r.image for r in records], found, [r.target for r in records], dataset.categories
-        ),
+        "detections": detections_beside_truth(load_detector(path), dataset),
         "training": show_training(Run(path, cfg).metrics()),
         "ratios": show_ratios(ratios),
     }
     for name, figure in figures.items():
         save_figure(figure, path / f"{name}.png")
         print(f"figure: {path / name}.png")
+
+
+def detections_beside_truth(model: Any, dataset: Any) -> Any:
+    """Figure of the first eight images."""
+    from mimdet.predict import predict
+    from mimdet.viz.figures import show_detections
+
+    records = [dataset[i] for i in range(min(8, len(dataset)))]
+    images, truth = [r.image for r in records], [r.target for r in records]
+    return show_detections(images, predict(model, images), truth, dataset.categories)

@@ -267,12 +267,13 @@ def load_mae_model(
     return model.eval()
 
 
-def save_mae(model: MAE, path: str | Path) -> None:
+def save_mae(model: MAE, path: str | Path, *, half: bool = False) -> None:
     """Write an autoencoder in Meta's layout: `.pth` for other tools, `.safetensors` for ours, which
-    also keeps the number of heads and norm_pix_loss."""
+    also keeps the number of heads and norm_pix_loss. half: as float16."""
     from safetensors.torch import save_file
 
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    dtype = torch.float16 if half else torch.float32
+    state = {n: v.detach().cpu().to(dtype).contiguous() for n, v in model.state_dict().items()}
     if Path(path).suffix == ".safetensors":
         metadata = {
             "num_heads": str(model.num_heads),
