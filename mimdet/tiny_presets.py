@@ -49,9 +49,9 @@ def tiny() -> Config:
             steps=800,
             batch_size=2,
             accumulate=2,
-            learning_rate=3e-3,
+            learning_rate=1.5e-3,
             reference_batch=4,
-            rate_multiplier=1.0,
+            rate_multiplier=2.0,  # as the paper; at 1 (3e-3) the encoder of a short run collapses
             weight_decay=0.05,
             schedule="cosine",
             warmup_steps=40,
@@ -86,6 +86,7 @@ def nuclei() -> Config:
     cfg.training.steps = 0
     cfg.training.epochs = 5
     cfg.training.learning_rate = 2e-3
+    cfg.training.rate_multiplier = 1.0
     cfg.training.warmup_steps = 50
     cfg.training.evaluate_every = 2
     return cfg
