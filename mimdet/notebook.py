@@ -93,6 +93,7 @@ def quick_config() -> Config:
     cfg.training.accumulate = 1
     cfg.training.reference_batch = 2
     cfg.training.learning_rate = 1.5e-3
+    cfg.training.rate_multiplier = 1.0
     cfg.training.betas = (0.9, 0.98)
     cfg.training.warmup_steps = 28
     return cfg
