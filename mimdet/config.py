@@ -85,8 +85,9 @@ class DetectorConfig:
     with large-scale jitter are tested. 0 = zeros up to a multiple of 32."""
     channels: int = 256
     """Channels of p2..p6, the RPN and the head convolutions."""
-    norm: Literal["BN", "GN", "LN"] = "BN"
-    """Norm of the neck and of the box and mask heads."""
+    norm: Literal["BN", "LocalBN", "GN", "LN"] = "BN"
+    """Norm of the neck and of the box and mask heads. `BN`: over the images of all processes, as the
+    paper; `LocalBN`: over each process's own micro-batch, so that none waits for another."""
     anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
     """Anchor side in pixels, one per level p2..p6."""
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)

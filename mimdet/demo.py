@@ -25,6 +25,9 @@ TIMED_STEPS = 30
 TIMED_SCENES = 40
 STARTUP_SECONDS = 30
 """Starting three times, and drawing the figures."""
+MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "2000000000"}
+"""glibc keeps freed memory instead of asking the system for it again in every step: 3 to 8 % less
+CPU time a step, a third fewer page faults. Other systems ignore it."""
 MARGIN = 0.75
 """Steps and evaluations of a trained model cost more than those that were timed: its proposals
 find more objects, so the mask head has more to do."""
@@ -103,7 +106,7 @@ def launch(words: list[str], processes: int, quiet: bool = False) -> None:
     command = [sys.executable, "-m", *(shared if processes > 1 else []), "mimdet", *words]
     if not quiet:
         print(f"$ mimdet {' '.join(words)}   [{processes} process(es)]", flush=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = MEMORY | os.environ | {"OMP_NUM_THREADS": "1"}
     child = subprocess.Popen(
         command,
         env=environment,

@@ -152,6 +152,7 @@ class Experiment:
             "arms": {arm.label: arm.values for arm in self.arms},
             "rows": _plain(self.table),
             "summary": {m: _plain(self.summary(m)) for m in TITLES},
+            "curves": _plain(self.curves[self.curves["box_ap"].notna()]),
             "errors": self.errors,
         }
         write_json(path, content)

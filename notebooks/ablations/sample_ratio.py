@@ -3,16 +3,18 @@
     mimdet ablate notebooks/ablations/sample_ratio.py [--dry-run]
 
 The paper trains with 25 % or 50 % of the tokens and evaluates with all of them. Here the tiny
-detector is trained with 25 %, 50 % and all, and each training is evaluated with 25 % to all:
-a matrix of 3 x 4, with 3 seeds. Nine trainings of about 12 CPU minutes each.
+detector starts from the shipped autoencoder, as the paper's do, is trained with 25 %, 50 % and all,
+and each training is evaluated with 25 % to all: a matrix of 3 x 4, with 3 seeds. Nine trainings of
+at most 12 CPU minutes each. All of this was fixed before any result was looked at.
 """
 
 from mimdet import presets
 
 base = presets.tiny()
 base.data.shapes_level = "shapes-v1-medium"
-base.training.steps = 1080  # 4 images a step
-base.training.evaluate_every_steps = 360  # the curve has three points
+base.training.init_from = "tiny_mae"
+base.training.steps = 900  # 4 images a step
+base.training.evaluate_every_steps = 450  # the curve has two points
 
 grid = {"backbone.sample_ratio": [1.0, 0.5, 0.25]}  # the first one is what others differ from
 seeds = 3
