@@ -85,9 +85,8 @@ class DetectorConfig:
     with large-scale jitter are tested. 0 = zeros up to a multiple of 32."""
     channels: int = 256
     """Channels of p2..p6, the RPN and the head convolutions."""
-    norm: Literal["BN", "LocalBN", "GN", "LN"] = "BN"
-    """Norm of the neck and of the box and mask heads. `BN`: over the images of all processes, as the
-    paper; `LocalBN`: over each process's own micro-batch, so that none waits for another."""
+    norm: Literal["BN", "GN", "LN"] = "BN"
+    """Norm of the neck and of the box and mask heads."""
     anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
     """Anchor side in pixels, one per level p2..p6."""
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
@@ -221,8 +220,7 @@ class TrainingConfig:
     init_decoder: Literal["pretrained", "random"] = "pretrained"
     """`random` allows an autoencoder file without decoder: MIMDet's decoder then starts new."""
     threads: int = 0
-    """CPU threads of a process; 0 = PyTorch's choice. For small models on a CPU, two processes of
-    one thread (torchrun) are far faster than one process of two."""
+    """CPU threads of a process; 0 = PyTorch's choice. More than one pays on idle cores only."""
     device: str = "auto"
     """`auto` = cuda, then cpu; or any torch device."""
 

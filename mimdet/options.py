@@ -209,5 +209,3 @@ class Demo:
     scenes: int = 200
     """Held-out scenes to evaluate on."""
     seed: int = 0
-    processes: int = 0
-    """Processes that share the work; 0 = two on a CPU with two cores or more, one on a GPU."""

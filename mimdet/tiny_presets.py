@@ -27,7 +27,6 @@ def tiny() -> Config:
         detector=DetectorConfig(
             num_classes=12,
             channels=48,
-            norm="LocalBN",  # two processes on two cores: waiting costs a third of a step
             anchor_sizes=(12, 24, 48, 96, 192),
             rpn_convs=1,
             rpn_pre_nms=(300, 300),
@@ -38,6 +37,7 @@ def tiny() -> Config:
             box_convs=1,
             box_fc_dim=256,
             mask_convs=2,
+            detections_per_image=50,  # of at most 10 objects
         ),
         data=DataConfig(
             source="shapes",
@@ -48,8 +48,8 @@ def tiny() -> Config:
         ),
         training=TrainingConfig(
             steps=800,
-            batch_size=2,
-            accumulate=2,
+            batch_size=4,
+            accumulate=1,
             learning_rate=2.4e-3,
             reference_batch=4,
             rate_multiplier=1.5,  # at 1 the encoder of a short run may collapse
@@ -77,6 +77,7 @@ def nuclei() -> Config:
     cfg.detector.rpn_post_nms = (300, 300)
     cfg.detector.rpn_anchors_per_image = 256
     cfg.detector.rois_per_image = 128
+    cfg.detector.detections_per_image = 100
     cfg.data = DataConfig(
         source="coco",
         augment="multiscale",
@@ -87,6 +88,8 @@ def nuclei() -> Config:
     )
     cfg.training.steps = 0
     cfg.training.epochs = 5
+    cfg.training.batch_size = 2
+    cfg.training.accumulate = 2
     cfg.training.learning_rate = 2e-3
     cfg.training.rate_multiplier = 1.0
     cfg.training.betas = (0.9, 0.999)

@@ -64,8 +64,8 @@ def main() -> None:
         rows.append(measure(preset, options.runs, options.steps))
         print(rows[-1], flush=True)
     if options.out:
-        hardware = "1 core (AMD EPYC), 1 thread"
-        write_json(options.out, {"limit_minutes": LIMIT_MINUTES, "hardware": hardware, "rows": rows})
+        known = {"limit_minutes": LIMIT_MINUTES, "hardware": "1 core (AMD EPYC), 1 thread"}
+        write_json(options.out, {**known, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""BatchNorm with several processes: over the batches of all of them, or over each one's own."""
+"""BatchNorm over the batches of all processes together."""
 
 from typing import Any
 
@@ -47,26 +47,6 @@ class SyncedBatchNorm(nn.BatchNorm2d):
         for running, value in ((self.running_mean, mean), (self.running_var, unbiased)):
             running += share * (value - running)
         self.num_batches_tracked += 1
-
-
-class LocalBatchNorm(nn.BatchNorm2d):
-    """nn.BatchNorm2d over each process's own micro-batch: nobody waits for anybody.
-
-    The outputs of a training step are then the same on any number of processes. The trainer gives
-    all of them the mean of their running statistics after every step (`average_statistics`).
-    """
-
-
-@torch.no_grad()
-def average_statistics(model: nn.Module) -> None:
-    """Replace the running statistics of every LocalBatchNorm by their mean over the processes."""
-    norms = [module for module in model.modules() if isinstance(module, LocalBatchNorm)]
-    if processes.world() == 1 or not norms:
-        return
-    statistics = [s for norm in norms for s in (norm.running_mean, norm.running_var)]
-    processes.sum_in_place(statistics)  # type: ignore[arg-type]
-    for values in statistics:
-        values /= processes.world()
 
 
 def joint_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

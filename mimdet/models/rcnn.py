@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from mimdet.models.batchnorm import LocalBatchNorm, SyncedBatchNorm
+from mimdet.models.batchnorm import SyncedBatchNorm
 from mimdet.structures import padded_size
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
@@ -53,15 +53,15 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def make_norm(name: str) -> Callable[[int], nn.Module]:
     """A norm layer for convolutional maps: batch, group or (channel-wise) layer norm."""
-    if name in ("BN", "LocalBN"):
-        return SyncedBatchNorm if name == "BN" else LocalBatchNorm
+    if name == "BN":
+        return SyncedBatchNorm
     if name == "GN":
         return lambda channels: nn.GroupNorm(math.gcd(32, channels), channels)
     if name == "LN":
         from timm.layers import LayerNorm2d
 
         return partial(LayerNorm2d, eps=1e-6)
-    raise ValueError(f"norm={name!r}: use 'BN', 'LocalBN', 'GN' or 'LN'")
+    raise ValueError(f"norm={name!r}: use 'BN', 'GN' or 'LN'")
 
 
 class AnchorGrid(nn.Module):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from mimdet import processes
 from mimdet.config import Config
-from mimdet.models.batchnorm import average_statistics
 from mimdet.predict import autocast
 from mimdet.pretrain_config import PretrainConfig
 from mimdet.training.checkpoints import Checkpoint
@@ -167,7 +166,6 @@ class Trainer:
                         sums[name] = sums.get(name, 0) + value / self.cfg.training.accumulate
                 processes.sum_gradients(self.parameters)
                 processes.sum_in_place(list(sums.values()))
-                average_statistics(self.model)
                 values = {name: float(value) for name, value in sums.items()}
                 if not all(math.isfinite(value) for value in values.values()):
                     found = zip(micro_batches, totals, strict=True)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from mimdet.models.batchnorm import LocalBatchNorm, SyncedBatchNorm, average_statistics
+from mimdet.models.batchnorm import SyncedBatchNorm
 from mimdet.models.rcnn import make_norm
 
 STEPS = 3
@@ -71,13 +71,6 @@ def work(rank: int, folder: str) -> None:
     output.float().square().sum().backward()
     results["bfloat16"] = (output.dtype, x.grad.dtype, norm.weight.grad.dtype, norm.running_var)
 
-    local = nn.Sequential(LocalBatchNorm(2), SyncedBatchNorm(2))
-    for part in local:
-        part.running_mean += 1 + 4 * rank
-        part.running_var += 2 * rank
-    average_statistics(local)
-    results["averaged"] = [(p.running_mean.tolist(), p.running_var.tolist()) for p in local]
-
     norm.eval()
     results["alone"] = norm(torch.randn(2, 4, 3, 3)) if rank == 0 else None
     torch.save(results, f"{folder}/{rank}.pt")
@@ -124,13 +117,6 @@ def test_bfloat16_has_float32_statistics(results):
         assert torch.equal(running, results[0]["bfloat16"][-1])
 
 
-def test_running_statistics_of_local_norms_are_averaged(results):
-    """Means 1 and 5, variances 1 and 3; a synchronised norm keeps what it has."""
-    for rank, found in enumerate(results):
-        assert found["averaged"][0] == ([3.0, 3.0], [2.0, 2.0])
-        assert found["averaged"][1] == ([1.0 + 4 * rank] * 2, [1.0 + 2 * rank] * 2)
-
-
 def test_evaluation_waits_for_nobody(results):
     assert results[0]["alone"].shape == (2, 4, 3, 3) and results[1]["alone"] is None
 
@@ -153,4 +139,3 @@ def test_alone_it_is_batchnorm_bit_for_bit(training):
 
 def test_the_detector_uses_it():
     assert make_norm("BN") is SyncedBatchNorm
-    assert make_norm("LocalBN") is LocalBatchNorm

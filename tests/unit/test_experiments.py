@@ -95,7 +95,7 @@ def elsewhere(tokens, grid, generator):
         ({"backbone.depth": []}, "give the values as a list"),
         ({"backbone.depth": [1.5]}, "depth=1.5: it must be int"),
         ({"backbone.depth": [True]}, "depth=True: it must be int"),
-        ({"detector.norm": ["XN"]}, "norm='XN': it must be one of 'BN', 'LocalBN', 'GN', 'LN'"),
+        ({"detector.norm": ["XN"]}, "norm='XN': it must be one of 'BN', 'GN', 'LN'"),
         ({"backbone.depth": [1, 1]}, "two arms are both called depth=1"),
         ({"training.seed": [1, 2]}, "give seeds="),
         ({"backbone.sample_ratio_eval": [0.5, 1.0]}, r"give evaluate_ratios=\("),
