@@ -39,6 +39,7 @@ _MODULE_OF = {
     "compare_runs": "mimdet.analysis.comparison",
     "pretrain": "mimdet.training.pretrain",
     "experiment": "mimdet.experiments.experiment",
+    "record": "mimdet.viz.record",
     "notebook_setup": "mimdet.notebook",
     "check": "mimdet.notebook",
 }

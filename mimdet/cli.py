@@ -3,13 +3,10 @@
 What a command does stands in `run_*` below, its options in options.py.
 """
 
-import inspect
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-import tyro
 
 from mimdet import __version__
 from mimdet.options import (
@@ -23,7 +20,10 @@ from mimdet.options import (
     Export,
     Predict,
     Pretrain,
+    Resume,
     Train,
+    parse,
+    parse_preset,
 )
 
 USAGE = f"""mimdet {__version__}: a ViT detector that trains on a sample of an image's tokens
@@ -32,6 +32,7 @@ USAGE = f"""mimdet {__version__}: a ViT detector that trains on a sample of an i
   mimdet check-data ANNOTATIONS IMAGES        what is wrong with a COCO-format data set, and where
   mimdet download [NAME...]                   list public weights and COCO, or fetch them
   mimdet train PRESET RUN                     train, or resume; presets: {{presets}}
+  mimdet resume RUN                           go on with a run as its folder says
   mimdet pretrain PRESET RUN                  a masked autoencoder; presets: {{pretrain_presets}}
   mimdet evaluate RUN --ratios 0.25 0.5 1     COCO metrics at any sample ratios
   mimdet predict RUN IMAGE...                 detections as json and pictures
@@ -73,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
 def run_train(words: list[str]) -> None:
     from mimdet.presets import PRESETS
 
-    command = _parse_preset(Train, PRESETS, words, "train")
+    command = parse_preset(Train, PRESETS, words, "train")
     from mimdet.training.train import train
 
     _follow(train(command.config, command.run))
@@ -83,21 +84,30 @@ def run_train(words: list[str]) -> None:
 def run_pretrain(words: list[str]) -> None:
     from mimdet.pretrain_config import PRETRAIN_PRESETS
 
-    command = _parse_preset(Pretrain, PRETRAIN_PRESETS, words, "pretrain")
+    command = parse_preset(Pretrain, PRETRAIN_PRESETS, words, "pretrain")
     from mimdet.training.pretrain import pretrain
 
     _follow(pretrain(command.config, command.run))
     _say(f"done: {command.run}; next: mimdet train PRESET RUN --init-from {command.run}")
 
 
-def _follow(steps: Iterator[Any]) -> None:
-    """Run a training to its end with a progress bar, in the first process."""
+def run_resume(words: list[str]) -> None:
+    command = parse(Resume, words, "resume")
+    from mimdet.training.resume import resume
+
+    # A log is read by people: a line of progress now and then.
+    _follow(resume(command.run, trust_code=command.trust_code), 1 if sys.stdout.isatty() else 20)
+    _say(f"done: {command.run}")
+
+
+def _follow(steps: Iterator[Any], every: float = 1) -> None:
+    """Run a training to its end with a progress bar, in the first process; every: seconds."""
     from mimdet import processes
     from mimdet.training.progress import show_progress
     from mimdet.training.signals import TrainingStopped
 
     try:
-        for _ in show_progress(steps) if processes.first_of_torchrun() else steps:
+        for _ in show_progress(steps, every) if processes.first_of_torchrun() else steps:
             pass
     except TrainingStopped as stopped:
         _say(str(stopped))
@@ -115,7 +125,7 @@ def _say(text: str) -> None:
 
 
 def run_evaluate(words: list[str]) -> None:
-    command = _parse(Evaluate, words, "evaluate")
+    command = parse(Evaluate, words, "evaluate")
     from mimdet import processes
     from mimdet.analysis.evaluate import evaluate_ratios, ratio_table
     from mimdet.data.coco import build_dataset
@@ -152,7 +162,7 @@ def run_evaluate(words: list[str]) -> None:
 
 
 def run_predict(words: list[str]) -> None:
-    command = _parse(Predict, words, "predict")
+    command = parse(Predict, words, "predict")
     from mimdet.analysis.results import results_for, save_results
     from mimdet.data.images import read_image
     from mimdet.predict import predict
@@ -183,7 +193,7 @@ def run_predict(words: list[str]) -> None:
 
 
 def run_export(words: list[str]) -> None:
-    command = _parse(Export, words, "export")
+    command = parse(Export, words, "export")
     from mimdet.models.official import export_detectron2
     from mimdet.models.single_file import save_detector
     from mimdet.training.run import load_detector
@@ -198,7 +208,7 @@ def run_export(words: list[str]) -> None:
 
 
 def run_errors(words: list[str]) -> None:
-    command = _parse(Errors, words, "errors")
+    command = parse(Errors, words, "errors")
     from mimdet.analysis.comparison import compare_runs
     from mimdet.analysis.errors import find_errors
     from mimdet.analysis.metrics import IouType
@@ -237,7 +247,7 @@ def run_errors(words: list[str]) -> None:
 
 
 def run_ablate(words: list[str]) -> None:
-    command = _parse(Ablate, words, "ablate")
+    command = parse(Ablate, words, "ablate")
     from mimdet.experiments.ablate import ablate
     from mimdet.experiments.pool import ExperimentStopped
 
@@ -257,7 +267,7 @@ def run_ablate(words: list[str]) -> None:
 
 
 def run_cost(words: list[str]) -> None:
-    command = _parse(CostTable, words, "cost")
+    command = parse(CostTable, words, "cost")
     from mimdet.analysis.cost import cost_of, cost_table
     from mimdet.presets import PRESETS
 
@@ -273,7 +283,7 @@ def run_cost(words: list[str]) -> None:
 
 
 def run_check_data(words: list[str]) -> None:
-    command = _parse(CheckData, words, "check-data")
+    command = parse(CheckData, words, "check-data")
     from mimdet.data.checks import check_dataset
     from mimdet.files import write_json
 
@@ -288,7 +298,7 @@ def run_check_data(words: list[str]) -> None:
 
 
 def run_download(words: list[str]) -> None:
-    command = _parse(Download, words, "download")
+    command = parse(Download, words, "download")
     from mimdet.downloads.catalogue import table
     from mimdet.downloads.fetch import download
 
@@ -302,37 +312,16 @@ def run_download(words: list[str]) -> None:
 
 
 def run_demo(words: list[str]) -> None:
-    command = _parse(Demo, words, "demo")
+    command = parse(Demo, words, "demo")
     from mimdet.demo import demo
 
     demo(**vars(command))
 
 
-def _parse_preset(
-    kind: type, presets: dict[str, Callable[[], Any]], words: list[str], name: str
-) -> Any:
-    """A command whose first word is a preset and whose flags change its fields."""
-    choices = {
-        preset: (inspect.getdoc(make) or "", kind(run=tyro.MISSING, config=make()))
-        for preset, make in presets.items()
-    }
-    return tyro.extras.overridable_config_cli(
-        choices,
-        args=words,
-        prog=f"mimdet {name}",
-        description=inspect.getdoc(kind),
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-
-
-def _parse(kind: type, words: list[str], name: str) -> Any:
-    """A command's dataclass filled from the words."""
-    return tyro.cli(kind, args=words, prog=f"mimdet {name}", description=inspect.getdoc(kind))
-
-
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": run_demo,
     "train": run_train,
+    "resume": run_resume,
     "pretrain": run_pretrain,
     "evaluate": run_evaluate,
     "predict": run_predict,

@@ -1,7 +1,11 @@
 """The options of every `mimdet` command: a dataclass each, whose docstrings are the help."""
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+import tyro
 from tyro.conf import Positional
 
 from mimdet.config import Config
@@ -19,6 +23,20 @@ class Train:
     run: Positional[str]
     """Directory of the run, for example runs/nuclei."""
     config: Config = field(default_factory=Config)
+
+
+@dataclass
+class Resume:
+    """Train in a run's folder, or go on there, with the configuration that stands in it.
+
+    No other option is needed; a run that is complete is left as it is. Runs that were started in a
+    notebook go on in a terminal this way.
+    """
+
+    run: Positional[str]
+    """Directory of the run, of a detector or of an autoencoder."""
+    trust_code: bool = False
+    """Execute a sampler or stem that was written in a notebook and is stored in the run."""
 
 
 @dataclass
@@ -209,3 +227,25 @@ class Demo:
     scenes: int = 200
     """Held-out scenes to evaluate on."""
     seed: int = 0
+
+
+def parse_preset(
+    kind: type, presets: dict[str, Callable[[], Any]], words: list[str], name: str
+) -> Any:
+    """A command whose first word is a preset and whose flags change its fields."""
+    choices = {
+        preset: (inspect.getdoc(make) or "", kind(run=tyro.MISSING, config=make()))
+        for preset, make in presets.items()
+    }
+    return tyro.extras.overridable_config_cli(
+        choices,
+        args=words,
+        prog=f"mimdet {name}",
+        description=inspect.getdoc(kind),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def parse(kind: type, words: list[str], name: str) -> Any:
+    """A command's dataclass filled from the words."""
+    return tyro.cli(kind, args=words, prog=f"mimdet {name}", description=inspect.getdoc(kind))

@@ -3,11 +3,13 @@
     python tools/notebooks.py sync  [NAME ...]   sources -> notebooks; unchanged cells keep outputs
     python tools/notebooks.py build [NAME ...]   run the sources and store them with their outputs
     python tools/notebooks.py check              list what is wrong; exit 1 when anything is
+    python tools/notebooks.py index [--check]    the README's table of notebooks
 
 The reviewed source of `notebooks/NN_name.ipynb` is `notebooks/py/NN_name.py` (py:percent). What
 users open is the notebook, with outputs, so that pictures show where nothing can be run. Two
 builds give the same file: outputs of cells tagged `timing` are not stored, nor are the times in
-progress bars, and folders of this machine are left out of the text.
+progress bars, folders of this machine are left out of the text, and of a panel only its picture is
+stored. Every notebook gets one more cell below its title, INSTALL.
 """
 
 import argparse
@@ -29,7 +31,24 @@ from nbformat import NotebookNode
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "notebooks"
 MAX_BYTES = 1_500_000  # a larger file is slow to open, and sites show it as text
+MAX_LINES = 15  # of a code cell: more belongs into the library
 CELL_SECONDS = 600
+WIDGET = "application/vnd.jupyter.widget-view+json"
+INSTALL = """\
+# Colab and Binder may start without the kit: this installs the clone that the notebook lies in.
+# Anywhere else it does nothing.
+from importlib.util import find_spec
+from os import environ
+
+hosted = "COLAB_RELEASE_TAG" in environ or "BINDER_SERVICE_HOST" in environ
+if hosted and not all(map(find_spec, ("mimdet", "faster_coco_eval", "anywidget"))):
+    %pip install --quiet .. anywidget
+if "COLAB_RELEASE_TAG" in environ:
+    from google.colab import output
+
+    output.enable_custom_widget_manager()"""
+README = ROOT / "README.md"
+START, END = "<!-- notebooks -->", "<!-- /notebooks -->"
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -50,8 +69,13 @@ def target_of(source: Path) -> Path:
 
 
 def read_source(source: Path) -> NotebookNode:
-    """The source as a notebook without outputs, with ids that depend on the cells alone."""
+    """The source and its install cell as a notebook without outputs, with ids that depend on the
+    cells alone."""
     notebook = jupytext.read(source)
+    cells = notebook.cells
+    install = nbformat.v4.new_code_cell(INSTALL)
+    install.metadata = nbformat.from_dict({"jupyter": {"source_hidden": True}, "tags": ["install"]})
+    cells.insert(1 if cells and cells[0].cell_type == "markdown" else 0, install)
     notebook.metadata = nbformat.from_dict(METADATA)
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     seen: Counter[str] = Counter()
@@ -68,7 +92,8 @@ def read_notebook(path: Path) -> NotebookNode:
 
 def code_hash(notebook: NotebookNode) -> str:
     """Fingerprint of the code cells: text may change without a new run, code may not."""
-    code = "\0".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    code = "\0".join(cell.source for cell in cells if "install" not in tags(cell))
     return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
@@ -145,13 +170,20 @@ def tidy(notebook: NotebookNode, private: tuple[str, ...] = ()) -> None:
         if "timing" in tags(cell):
             cell.outputs = []
         for output in cell.outputs:
+            data = output.get("data", {})
+            if WIDGET in data and _has_picture(data):
+                del data[WIDGET]  # random, and of a model that ended with the kernel
             if "execution_count" in output:
                 output["execution_count"] = None
             if output.output_type == "stream":
                 output["text"] = _repeatable(output["text"], private)
-            for kind, value in output.get("data", {}).items():
+            for kind, value in data.items():
                 if kind.startswith("text/") and isinstance(value, str):
-                    output["data"][kind] = _repeatable(value, private)
+                    data[kind] = _repeatable(value, private)
+
+
+def _has_picture(data: dict[str, Any]) -> bool:
+    return any(kind.startswith("image/") for kind in data)
 
 
 def _repeatable(text: str, private: tuple[str, ...]) -> str:
@@ -214,17 +246,80 @@ def _problems(source: Path, path: Path) -> list[str]:
         problems.append("stores widget state, which GitHub cannot show; build it with this tool")
     if parameters_cell(wanted) is None:
         problems.append("no code cell is tagged 'parameters'; tests need one with MODE in it")
+    for number, cell in enumerate(stored.cells, start=1):
+        if cell.cell_type == "code":
+            problems += [f"cell {number} {said}" for said in _cell_problems(cell)]
+    try:
+        index_row(wanted, source.stem)
+    except ValueError as error:
+        problems.append(str(error))
     if path.stat().st_size > MAX_BYTES:
         size = path.stat().st_size / 1e6
         problems.append(f"{size:.1f} MB is over {MAX_BYTES / 1e6}; store fewer or smaller pictures")
     return problems
 
 
+def _cell_problems(cell: NotebookNode) -> list[str]:
+    problems = []
+    lines = sum(bool(line.strip()) for line in cell.source.splitlines())
+    if lines > MAX_LINES and "solution" not in tags(cell):
+        problems.append(f"has {lines} lines of code, over {MAX_LINES}; move some to the library")
+    widgets = [output.data for output in cell.outputs if WIDGET in output.get("data", {})]
+    if not all(_has_picture(data) for data in widgets):
+        problems.append("shows a widget without a picture; end it with a Panel or its snapshot()")
+    elif widgets:
+        problems.append("stores a widget that has ended; build it with this tool")
+    return problems
+
+
+# ------------------------------------------------------------------------------- the index
+
+
+def index_row(notebook: NotebookNode, stem: str) -> str:
+    """A notebook's line in the README, from its first cell. ValueError when that cell lacks it.
+
+    The cell has `# NN · Title: summary` and a table with a column `quick` and a row `time`.
+    """
+    lines = notebook.cells[0].source.splitlines() if notebook.cells else [""]
+    title = re.fullmatch(r"# (\d+ · [^:]+): (.+)", lines[0])
+    if title is None:
+        raise ValueError("its first cell must start with `# NN · Title: what it is about`")
+    table = [[c.strip() for c in row.strip("|").split("|")] for row in lines if row[:1] == "|"]
+    columns = [i for i, name in enumerate(table[0]) if name.startswith("quick")] if table else []
+    times = [row for row in table if row[0] == "time"]
+    if not columns or not times:
+        raise ValueError("its first cell needs a table with a column `quick` and a row `time`")
+    time = re.split(r" o[nf] | \(|[,;]", times[0][columns[0]])[0]
+    return f"| [{title[1]}](notebooks/{stem}.ipynb) | {title[2]} | {time} |"
+
+
+def index(readme: str, folder: Path = FOLDER) -> str:
+    """The README with a table of the notebooks between its two markers."""
+    rows = [index_row(read_source(source), source.stem) for source in sources(folder)]
+    head = ["| notebook | what it is about | time, quick mode |", "|---|---|---|"]
+    before, rest = readme.split(START)
+    return "\n".join([before + START, *head, *rows, END]) + rest.split(END)[1]
+
+
+def write_index(check_only: bool) -> int:
+    readme = README.read_text(encoding="utf-8")
+    wanted = index(readme)
+    if not check_only:
+        README.write_text(wanted, encoding="utf-8")
+    elif wanted != readme:
+        print("README.md has another table of notebooks: run python tools/notebooks.py index")
+        return 1
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Keep the notebooks in step with their sources.")
-    parser.add_argument("command", choices=("sync", "build", "check"))
+    parser.add_argument("command", choices=("sync", "build", "check", "index"))
     parser.add_argument("names", nargs="*", help="such as 00_quickstart; all when none is given")
+    parser.add_argument("--check", action="store_true", help="index: only compare")
     options = parser.parse_args(arguments)
+    if options.command == "index":
+        return write_index(options.check)
     if options.command == "check":
         problems = check()
         print("\n".join(problems) or f"{len(sources())} notebooks follow their sources")

@@ -106,15 +106,13 @@ deviation of 2 draws of the tokens; {short["hardware"]}:
 |---|---|---|---|---|---|
 {chr(10).join(rows)}
 
-Runs this short differ a lot: {len(seeds["runs"])} seeds at {seeds["images"]:,} scenes gave {spread}
-at ratio 1. In a run this short, from random weights, the encoder may not have learnt to tell its
-tokens apart yet. In one run of {collapsed["steps"]:,} steps it gave all of them the same output
-(standard deviation over tokens {collapsed["std_over_tokens"]:.3f}, not .4): the detector lived on
-the stem's tokens at places that were *not* sampled, and at ratio 1, where there are none, it fell
-to {collapsed["box_ap_ratio_1"]} box AP from {collapsed["box_ap_ratio_0.25"]} at 0.25. After 15
-minutes the encoder works (.56). Figures: `notebooks/results/demo/encoder_collapse.json`; a recipe
-that avoids this is being looked for. The paper reports a gain from more tokens for fully trained
-models; here the ratios are level at best.
+Runs this short differ: {len(seeds["runs"])} seeds at {seeds["images"]:,} scenes gave {spread}
+at ratio 1. From random weights the encoder learns late. In an earlier recipe, with one learning
+rate for all parts, it once gave every token the same output: the detector lived on the stem's
+tokens at places that were *not* sampled, and at ratio 1, where there are none, it fell to
+{collapsed["box_ap_ratio_1"]} box AP from {collapsed["box_ap_ratio_0.25"]} at 0.25
+(`notebooks/results/demo/encoder_collapse.json`). The paper reports a gain from more tokens for
+fully trained models; here the ratios are level at best.
 
 ![AP against the share of tokens kept](notebooks/results/demo/ratios.png)
 
@@ -151,7 +149,7 @@ def main() -> None:
     one.add_argument("run", type=Path)
     one.add_argument("out", type=Path)
     one.add_argument("--command", required=True)
-    one.add_argument("--hardware", default="2 CPU cores (AMD EPYC), 2 processes of 1 thread")
+    one.add_argument("--hardware", default="2 CPU cores (AMD EPYC), 2 threads")
     one.add_argument("--note", default="")
     one.add_argument("--minutes", type=float, default=0.0, help="wall time, start to end")
     readme = commands.add_parser("readme")

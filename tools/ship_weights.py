@@ -20,11 +20,17 @@ from mimdet.training.run import load_detector
 
 FOLDER = Path(mimdet.__file__).parent / "pretrained"
 SCENES = 200
+TWO = "torchrun --nproc-per-node 2 -m mimdet"
+FIRST_RECIPE = (  # what `tiny` was when these were trained
+    "--batch-size 2 --accumulate 2 --learning-rate 3e-3 --rate-multiplier 1 --betas 0.9 0.999 "
+    "--detections-per-image 100"
+)
 COMMANDS = {
-    "tiny_mae": "torchrun --nproc-per-node 2 -m mimdet pretrain tiny_mae runs/tiny_mae",
-    "tiny": "torchrun --nproc-per-node 2 -m mimdet train tiny runs/tiny --init-from runs/tiny_mae "
-    "--steps 3600 --evaluate-every-steps 1200",
-    "tiny_scratch": "mimdet demo --minutes 15",
+    "tiny_mae": f"{TWO} pretrain tiny_mae runs/tiny_mae",
+    "tiny": f"{TWO} train tiny runs/tiny --init-from runs/tiny_mae --steps 3600 "
+    f"--evaluate-every-steps 1200 {FIRST_RECIPE}",
+    "tiny_scratch": f"{TWO} train tiny runs/scratch --steps 3657 --evaluate-every-steps 1829 "
+    f"{FIRST_RECIPE}",
 }
 
 

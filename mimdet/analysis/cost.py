@@ -86,6 +86,16 @@ def multiply_adds(run: Callable[[], Any]) -> int:
     return counter.get_total_flops() // 2
 
 
+def transformer_cost(tokens: int, dim: int, depth: int) -> int:
+    """Multiply-adds of `depth` ViT blocks of width `dim` on so many tokens, worked out by hand.
+
+    Linear layers: 3 D^2 for query, key and value, D^2 behind the attention, 8 D^2 in the MLP, a
+    token. Attention: D for each of K^2 scores, and D again for the weighted sum. Equal to what
+    `multiply_adds` counts.
+    """
+    return depth * (12 * tokens * dim**2 + 2 * tokens**2 * dim)
+
+
 def run_backbone(model: Detector, images: torch.Tensor, given: dict[str, float]) -> None:
     size = (images.shape[2], images.shape[3])
     model.neck(model.backbone(images, [size], **given))

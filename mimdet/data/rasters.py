@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mimdet.masks import rle_to_bitmap
 from mimdet.structures import Crops
 
 SIDE = 112
@@ -63,6 +64,19 @@ def crops_from_segmentations(segmentations: Sequence[Any], height: int, width: i
         except (ValueError, TypeError) as error:
             raise ValueError(f"segmentation of object {i}: {error}") from error
     return Crops(_with_ring(boxes, SIDE), torch.from_numpy(bitmaps))
+
+
+def full_bitmap(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
+    """(height, width): the pixels of polygons or run lengths, as COCO's own tools draw them.
+
+    segmentation: as `crops_from_segmentations` takes it, of one object.
+    """
+    from pycocotools import mask as coco_mask
+
+    if isinstance(segmentation, dict):
+        return rle_to_bitmap(segmentation)
+    rings = coco_mask.frPyObjects(segmentation, height, width)
+    return rle_to_bitmap(coco_mask.merge(rings))
 
 
 def extent(mask: NDArray[Any]) -> tuple[int, int, int, int]:

@@ -14,16 +14,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mimdet.experiments.plan import CLOCK, RATIOS, passes, read_ratios
 from mimdet.files import write_json
-
-if TYPE_CHECKING:
-    from mimdet.models.detector import Detector
+from mimdet.training.lock import alone_in
 
 STOPPED = 130
 """Exit code after an interruption; everything is saved."""
@@ -44,7 +40,7 @@ def main(words: list[str]) -> int:
     from mimdet.training.signals import TrainingStopped
 
     try:
-        with alone_in(options.run):
+        with alone_in(options.run, LOCK_SECONDS):
             train_run(options.run, options.trust_code)
             evaluate_run(options.run, options.ratios, options.draws, options.trust_code)
     except (TrainingStopped, KeyboardInterrupt) as stopped:
@@ -59,35 +55,16 @@ def main(words: list[str]) -> int:
 
 def train_run(path: Path, trust_code: bool) -> None:
     """Train, or go on, to the last step. Notes the seconds of every step."""
-    from mimdet.config import load_config
-    from mimdet.training.train import train
-    from mimdet.training.trainer import use_threads
+    from mimdet.training.resume import resume
 
-    cfg = load_config(path / "config.json")
-    use_threads(cfg.training.threads)
-    model = build_model(path, trust_code)
     wall, cpu = time.perf_counter(), time.process_time()
     with (path / CLOCK).open("a", encoding="utf-8") as clock:
-        for step in train(cfg, path, model=model):
+        for step in resume(path, trust_code=trust_code, locked=True):
             now = time.perf_counter(), time.process_time()
             row = {"step": step.number, "wall_seconds": now[0] - wall, "cpu_seconds": now[1] - cpu}
             clock.write(json.dumps(row) + "\n")
             clock.flush()
             wall, cpu = now
-
-
-def build_model(path: Path, trust_code: bool) -> "Detector":
-    """The detector of a run with its initial weights, which depend on the seed alone."""
-    from mimdet.config import load_config
-    from mimdet.models.detector import build_detector
-    from mimdet.training.cell_code import load_slots
-    from mimdet.training.trainer import seed_all
-
-    cfg = load_config(path / "config.json")
-    seed_all(cfg.training.seed)  # a stem written in a cell draws its weights when it is loaded
-    slots = load_slots(path / "slots", trust_code)
-    seed_all(cfg.training.seed)  # encoder and decoder are those of an arm without it
-    return build_detector(cfg, **slots)
 
 
 def evaluate_run(path: Path, ratios: list[float], draws: int, trust_code: bool) -> None:
@@ -139,36 +116,6 @@ def listen() -> None:
             _thread.interrupt_main()
 
     threading.Thread(target=wait_for_the_end, daemon=True).start()
-
-
-@contextmanager
-def alone_in(path: Path) -> Iterator[None]:
-    """Hold the run's lock, which ends with this process however that ends.
-
-    Raises TimeoutError when another process still holds it after LOCK_SECONDS.
-    """
-    with (path / "lock").open("a") as file:
-        end = time.monotonic() + LOCK_SECONDS
-        while not _try_lock(file.fileno()):
-            if time.monotonic() > end:
-                raise TimeoutError(f"another process works on {path}: stop it, or wait for it")
-            time.sleep(0.1)
-        yield
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

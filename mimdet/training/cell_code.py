@@ -6,13 +6,15 @@ the reader's consent.
 """
 
 import ast
+import builtins
+import dis
 import hashlib
 import inspect
 import linecache
 import sys
 import textwrap
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from mimdet.files import write_json, write_text
@@ -106,13 +108,25 @@ def source_of(definition: Any) -> str:
 
 def _check_self_contained(name: str, function: Any) -> None:
     allowed = {"math", "torch", "F", "Tensor", "nn", function.__name__}
-    used = inspect.getclosurevars(function)
-    outside = sorted({*used.globals, *used.nonlocals} - allowed)
+    outside = sorted(_names_outside(function) - allowed)
     if outside:
         raise ValueError(
             f"the {name} {function.__name__} uses {', '.join(outside)} from outside itself: move "
             "it inside the function, so that the run can be loaded again"
         )
+
+
+def _names_outside(function: Any) -> set[str]:
+    """Names that a function takes from around it, builtins left out.
+
+    `inspect.getclosurevars` also counts what is imported inside, where the notebook has a global of
+    that name.
+    """
+    names, codes = set(function.__code__.co_freevars), [function.__code__]
+    for code in codes:  # grows by the functions inside
+        codes += [part for part in code.co_consts if isinstance(part, CodeType)]
+        names |= {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+    return {name for name in names if name not in vars(builtins)}
 
 
 def _check_default_constructor(name: str, kind: type) -> None:

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 from mimdet.training.trainer import Step
 
 
-def show_progress(steps: Iterable[Step]) -> Iterator[Step]:
-    """Pass the steps on, drawing one tqdm line on standard output."""
+def show_progress(steps: Iterable[Step], every: float = 1) -> Iterator[Step]:
+    """Pass the steps on, drawing one tqdm line on standard output every so many seconds."""
     import sys
 
     from tqdm import tqdm
@@ -19,7 +19,8 @@ def show_progress(steps: Iterable[Step]) -> Iterator[Step]:
                     total=step.total,
                     initial=step.number - 1,
                     unit="step",
-                    mininterval=1,
+                    mininterval=every,
+                    maxinterval=max(10, every),
                     file=sys.stdout,
                     dynamic_ncols=True,
                 )

@@ -3,13 +3,15 @@
 import json
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from mimdet import __version__
+from mimdet import __version__, processes
 from mimdet.config import Config, difference, load_config, save_config
 from mimdet.files import write_file, write_json, write_text
 from mimdet.models.checkpoint_files import read_checkpoint, read_safetensors, shipped
@@ -21,16 +23,38 @@ from mimdet.models.weights import LoadReport, load_mae
 from mimdet.pretrain_config import PretrainConfig
 from mimdet.training.cell_code import load_slots, save_slots
 from mimdet.training.checkpoints import WEIGHTS, CheckpointStore
+from mimdet.training.lock import RunInUse, alone_in
 
 MAE_FILE = "mae.safetensors"
 """What `mimdet pretrain` leaves in its run for others to read."""
+
+CONTENTS = {
+    "config.json": "every number of the run; another configuration is refused here",
+    "metrics.jsonl": "a line a step (losses, gradient norm, rate, times), a line an evaluation",
+    "checkpoints": "weights and optimiser state of the last two steps saved, and of the best",
+    "eval.json": "metrics of the last evaluation",
+    "predictions.json": "its detections in COCO's results format",
+    "evaluation.json": "metrics at several sample ratios, from `mimdet evaluate`",
+    "categories.json": "class names, so that the folder alone is enough to predict",
+    "slots": "code of parts that were written in a notebook",
+    "environment.json": "versions, machine, seed, fingerprint of the data",
+    "log.txt": "what a job printed that was started from a notebook",
+    "job.json": "its process, so that it can be found again",
+    "status.json": "how the last training ended",
+    "lock": "held while a process trains here: a second one is refused",
+}
+"""What a detector's run holds, by name."""
 
 
 class Run:
     """The directory of one training. Same configuration: resumed. Another one: an error."""
 
-    def __init__(self, path: str | Path, cfg: Config | PretrainConfig) -> None:
+    def __init__(
+        self, path: str | Path, cfg: Config | PretrainConfig, *, locked: bool = False
+    ) -> None:
+        """locked: this process already holds the run's lock (`alone_in`) while it trains here."""
         self.path = Path(path)
+        self.locked = locked
         self.cfg = cfg
         self.store = CheckpointStore(self.path / "checkpoints", cfg.training.keep_checkpoints)
         self.metrics_path = self.path / "metrics.jsonl"
@@ -48,6 +72,21 @@ class Run:
         else:
             self.path.mkdir(parents=True, exist_ok=True)
             write_file(existing, lambda partial: save_config(cfg, partial))
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other trainings out of this run. Raises RunInUse, in every process, if one is in."""
+        with ExitStack() as stack:
+            refused = ""
+            if processes.rank() == 0 and not self.locked:
+                try:
+                    stack.enter_context(alone_in(self.path))
+                except RunInUse as error:
+                    refused = str(error)
+            refused = processes.from_first(refused)
+            if refused:
+                raise RunInUse(refused)
+            yield
 
     def record_environment(self, data: str) -> None:
         """Versions, machine, seed and data fingerprint."""

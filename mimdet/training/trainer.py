@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from mimdet.training.checkpoints import Checkpoint
 from mimdet.training.optim import build_optimizer, rate_factor, scaled_rate, set_rates
 from mimdet.training.run import Run
 from mimdet.training.signals import StepAbandoned, StopSignals, TrainingStopped
+from mimdet.training.status import noted
 
 
 @dataclass(slots=True)
@@ -110,6 +112,17 @@ class Trainer:
     # -------------------------------------------------------------- the loop
 
     def steps(self) -> Iterator[Step]:
+        """Train to the end; RunInUse where another process trains in the same run."""
+        with self.run.alone(), self.noted():
+            yield from self.steps_alone()
+
+    def noted(self) -> AbstractContextManager[None]:
+        """The first process tells those who look at the run from outside how it goes."""
+        if processes.rank() != 0:
+            return nullcontext()
+        return noted(self.run.path, self.total, lambda: self.done)
+
+    def steps_alone(self) -> Iterator[Step]:
         self.resume()
         if self.done >= self.total and not self.evaluation_due():
             return

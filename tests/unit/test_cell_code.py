@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mimdet.training.cell_code import load_slots, save_slots, source_of
+from mimdet.training.cell_code import _check_self_contained, load_slots, save_slots, source_of
 
 CELL = """
 import torch
@@ -41,3 +41,14 @@ def test_a_part_without_text_is_refused(tmp_path) -> None:
     made = type("Made", (torch.nn.Module,), {})
     with pytest.raises(ValueError, match="define it with def or class"):
         save_slots(tmp_path, {"stem": made()})
+
+
+def test_what_a_function_imports_inside_is_its_own_and_what_it_does_not_is_refused(tmp_path):
+    names = {"os": object(), "SCALE": 2}  # the notebook has names of its own
+    text = "def f(x):\n    import os\n    return [len(os.sep) * x * SCALE for _ in range(2)]\n"
+    exec(text, names)
+    with pytest.raises(ValueError, match="uses SCALE from outside itself"):
+        _check_self_contained("sampler", names["f"])
+    exec(text.replace("SCALE", "3"), names)
+    _check_self_contained("sampler", names["f"])
+    assert names["f"](1) == [3, 3]

@@ -18,6 +18,7 @@ from mimdet.config import (
     load_config,
 )
 from mimdet.data.shapes import export
+from mimdet.training.run import Run
 
 TINY = (
     "--embed-dim 32 --depth 1 --num-heads 2 --decoder-dim 32 --decoder-depth 1 --decoder-heads 2 "
@@ -40,6 +41,19 @@ def test_train_writes_a_run_and_resumes_to_nothing(run, capsys):
     cli.main(["train", "tiny", str(run), *TINY])
     assert (run / "metrics.jsonl").read_text() == before
     assert "done" in capsys.readouterr().out
+
+
+def test_resume_needs_the_folder_alone(run, tmp_path, capsys):
+    before = (run / "metrics.jsonl").read_text()
+    cli.main(["resume", str(run)])
+    assert f"done: {run}" in capsys.readouterr().out
+    assert (run / "metrics.jsonl").read_text() == before
+    Run(tmp_path / "new", load_config(run / "config.json"))
+    cli.main(["resume", str(tmp_path / "new")])
+    first, second = (json.loads((r / "eval.json").read_text()) for r in (run, tmp_path / "new"))
+    assert first == second
+    with pytest.raises(SystemExit, match="holds no run"):
+        cli.main(["resume", str(tmp_path)])
 
 
 def test_another_configuration_is_refused(run):

@@ -92,4 +92,4 @@ def test_table() -> None:
     rows = [cost_of(PRESETS[name](), (256, 256)) for name in ("tiny", "tiny_swin")]
     table = cost_table(rows).splitlines()
     assert len(table) == 2 + 2 and all(line.count("|") == 8 for line in table)
-    assert table[2].startswith("| tiny | 2.02 | 1.97 | 256x256 | 1 | 0.548 | 1.95 |")
+    assert table[2].startswith("| tiny | 2.02 | 1.97 | 256x256 | 1 | 0.548 | 1.43 |")

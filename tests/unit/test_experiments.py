@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -26,10 +27,11 @@ from mimdet.experiments.measures import training_flops
 from mimdet.experiments.plan import CLOCK, RATIOS, PlannedRun, steps_done
 from mimdet.experiments.pool import default_processes, places
 from mimdet.experiments.results import Experiment
-from mimdet.experiments.worker import build_model
 from mimdet.models.stem import ConvStem
 from mimdet.training.cell_code import save_slots
 from mimdet.training.checkpoints import CheckpointStore
+from mimdet.training.lock import holder
+from mimdet.training.resume import build_model
 from mimdet.training.run import Run
 from mimdet.viz.ablations import save_figures, show_arms, show_curves, show_matrix
 from tests.small import small
@@ -403,7 +405,8 @@ def test_two_processes_never_work_on_one_run(tmp_path, monkeypatch, capsys) -> N
     monkeypatch.setattr(worker, "LOCK_SECONDS", 0.3)
     with worker.alone_in(tmp_path):
         assert worker.main([str(tmp_path), "--ratios", "1", "--draws", "1"]) == 1
-    assert "error: TimeoutError: another process works on" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"error: RunInUse: process {os.getpid()}" in said and "already trains in" in said
 
 
 # ------------------------------------------------------------------------------- grid files
@@ -551,8 +554,7 @@ def wait_until(condition, what: str, seconds: float = 60) -> None:
 
 def free(run: Path) -> bool:
     """Whether no process works on the run any more."""
-    with (run / "lock").open("a") as file:
-        return worker._try_lock(file.fileno())
+    return holder(run) is None
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,7 @@ ORDER = (
     ("viz",),
     ("demo", "options"),
     ("cli", "notebook"),
+    ("notebook_inputs",),
     ("__main__",),
 )
 ROW = {part: row for row, parts in enumerate(ORDER) for part in parts}
@@ -55,7 +56,7 @@ MAY_LOAD = {
 }
 # Only these may import widget libraries at all: everything else must run without Jupyter.
 WIDGETS = ("ipywidgets", "anywidget")
-MAY_USE_WIDGETS = ("viz.widgets", "training.job")
+MAY_USE_WIDGETS = "viz.widgets"
 
 
 class Import(NamedTuple):
@@ -100,7 +101,7 @@ def problems_of(source: str, module: str) -> list[str]:
         where = f"mimdet/{module.replace('.', '/')}.py:{line} imports {name}"
         if name.split(".")[0] == "mimdet":
             problems += _wrong_arrow(part, name, where)
-        if name.split(".")[0] in WIDGETS and module not in MAY_USE_WIDGETS:
+        if name.split(".")[0] in WIDGETS and not f"{module}.".startswith(f"{MAY_USE_WIDGETS}."):
             problems.append(f"{where}: only {MAY_USE_WIDGETS} may, so that all else runs anywhere")
         library = next((heavy for heavy in MAY_LOAD if f"{name}.".startswith(f"{heavy}.")), None)
         if at_load and library and part not in MAY_LOAD[library]:

@@ -34,6 +34,18 @@ def test_ap_is_that_of_the_card(name: str) -> None:
     assert 100 * result.mask["AP"] == pytest.approx(CARDS[name]["mask_ap"], abs=0.5)
 
 
+@pytest.mark.parametrize("name", ["tiny", "tiny_scratch"])
+def test_the_encoder_tells_tokens_apart(name: str) -> None:
+    """In a training that goes wrong it gives every token the same output; the detector then lives
+    on the stem's tokens at places that were not sampled, and falls at ratio 1."""
+    model = mimdet.load_detector(name)
+    image = ShapesCOCO("shapes-v1-medium", 128, 1, "val")[0].image
+    with mimdet.record(model, "backbone.encoder") as seen:
+        mimdet.predict(model, image, sample_ratio=1.0)
+    outputs = seen["backbone.encoder"][0]  # (L, D)
+    assert outputs.std(dim=0).mean() > 0.2
+
+
 def test_the_autoencoder_paints_what_it_does_not_see() -> None:
     """Better than the mean colour of the visible patches, on scenes it was not trained on."""
     from mimdet.models.mae import kept_places, patchify

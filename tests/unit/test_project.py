@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 PROJECT = tomllib.loads(PYPROJECT)["project"]
 INSTALL_AND_RUN = "pip install -e . && mimdet demo"
-INSTALL_AND_TEST = 'pip install -e ".[test]" && pytest -m "not slow and not gpu"'
+INSTALL_AND_TEST = 'pip install -e ".[test]" && pytest -n 2 -m "not slow and not gpu"'
 
 
 # ------------------------------------------------------------------------------- public names

@@ -7,7 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from mimdet.data.rasters import crops_from_bitmaps, crops_from_segmentations, extent
+from mimdet.data.rasters import (
+    crops_from_bitmaps,
+    crops_from_segmentations,
+    extent,
+    full_bitmap,
+)
 
 SQUARE = [10.0, 10.0, 20.0, 10.0, 20.0, 20.0, 10.0, 20.0]
 
@@ -134,3 +139,15 @@ def test_a_crop_back_in_its_box_is_the_mask(seed, height, width):
     rows = ((np.arange(bottom - top) + 0.5) / (bottom - top) * 110).astype(int) + 1
     columns = ((np.arange(right - left) + 0.5) / (right - left) * 110).astype(int) + 1
     assert (bitmap[rows][:, columns] == mask[0, top:bottom, left:right]).all()
+
+
+def test_full_bitmap_of_polygons_and_of_both_kinds_of_run_lengths():
+    square = full_bitmap([SQUARE], 30, 40)
+    assert square.shape == (30, 40) and square.dtype == bool
+    assert extent(square) == (10, 10, 20, 20) and square.sum() == 100
+    compressed = coco_mask.encode(np.asfortranarray(square, dtype=np.uint8))
+    runs = [10 * 30 + 10, *[10, 20] * 9, 10, 40 * 30 - 19 * 30 - 20]  # down the columns
+    for counts in (compressed["counts"], compressed["counts"].decode(), runs):
+        assert (full_bitmap({"size": [30, 40], "counts": counts}, 30, 40) == square).all()
+    parts = [SQUARE, [value + 15 for value in SQUARE]]
+    assert full_bitmap(parts, 40, 40).sum() == 200  # two parts are one object

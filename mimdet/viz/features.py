@@ -1,0 +1,286 @@
+"""Feature maps as pictures: how strong, which colours, which channel; pyramids side by side.
+
+A map is a float tensor (C, h, w). Places that are not finite (NaN where no token was sampled) take
+no part in any statistic and are drawn in light grey.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from torch import Tensor
+
+from mimdet.viz.panels import draw_image
+from mimdet.viz.pixels import UNSAMPLED, Pixels, heat
+from mimdet.viz.style import INK, SMALL, WIDTH, NotebookFigure, new_figure
+
+TAIL = 0.02
+"""Share of the places beyond each end of a colour's scale, so that an outlier does not set it."""
+
+View = Literal["pca", "norm"]
+
+
+# ------------------------------------------------------------------------------- numbers of a map
+
+
+def norm_map(features: Tensor) -> Tensor:
+    """(C, h, w) -> (h, w): the length of every place's feature vector."""
+    return _checked(features).norm(dim=0)
+
+
+def channel_map(features: Tensor, channel: int) -> Tensor:
+    """(C, h, w) -> (h, w) of one channel. Raises ValueError for a channel that is not there."""
+    channels = len(_checked(features))
+    if not 0 <= channel < channels:
+        raise ValueError(f"channel {channel}: this map has channels 0 to {channels - 1}")
+    return features[channel].float()
+
+
+def strongest_channels(features: Tensor, count: int) -> list[int]:
+    """The channels that vary most over the places, most first; of equal ones the lower number."""
+    variance = _places(features).var(dim=0, unbiased=False)
+    return variance.sort(descending=True, stable=True).indices[:count].tolist()
+
+
+class Basis(NamedTuple):
+    """Three directions in a map's channels, and the scale of their colours. Made by `fit_basis`."""
+
+    mean: Tensor
+    """(C,) float64."""
+    axes: Tensor
+    """(3, C) float64: unit vectors, or zeros where the data have fewer directions."""
+    explained: Tensor
+    """(3,) share of the variance along each axis."""
+    low: Tensor
+    high: Tensor
+    """(3,) each: the coordinates drawn as no and as full colour."""
+
+
+def fit_basis(*maps: Tensor) -> Basis:
+    """Principal components of the feature vectors of all places of one or several maps.
+
+    maps: (C, h, w) with equal C. Axes are in order of falling variance, and each points so that its
+    largest entry is positive, so two fits to the same numbers give the same colours. Fit once and
+    pass the basis on to compare pictures: the same feature vector then has the same colour.
+    Raises ValueError for unequal C and when no place is finite.
+    """
+    if len({len(features) for features in maps}) != 1:
+        sizes = [tuple(features.shape) for features in maps]
+        raise ValueError(f"one basis needs maps of equally many channels, not {sizes}")
+    places = torch.cat([_places(features) for features in maps])  # (N, C) float64
+    mean = places.mean(dim=0)
+    covariance = (places - mean).T @ (places - mean) / len(places)
+    variances, vectors = torch.linalg.eigh(covariance)  # rising
+    axes = mean.new_zeros(3, len(mean))
+    explained = mean.new_zeros(3)
+    total = float(covariance.trace())
+    # Below this, what is left is rounding, and its direction is noise.
+    smallest = 1e-12 * max(total, float(mean.square().sum()))
+    for i in range(min(3, len(mean))):
+        if float(variances[-1 - i]) <= smallest:
+            break
+        axis = vectors[:, -1 - i]
+        axes[i] = axis * axis[axis.abs().argmax()].sign()
+        explained[i] = variances[-1 - i] / total
+    coordinates = (places - mean) @ axes.T  # (N, 3)
+    ends = torch.tensor(np.quantile(coordinates.numpy(), [TAIL, 1 - TAIL], axis=0))
+    return Basis(mean, axes, explained, ends[0], ends[1])
+
+
+def project(features: Tensor, basis: Basis) -> Tensor:
+    """(C, h, w) -> (3, h, w) float64: coordinates along the axes of a basis."""
+    if len(_checked(features)) != len(basis.mean):
+        raise ValueError(f"the basis has {len(basis.mean)} channels, the map {len(features)}")
+    centred = features.cpu().double() - basis.mean[:, None, None]
+    return torch.einsum("kc,chw->khw", basis.axes, centred)
+
+
+def pca_picture(features: Tensor, basis: Basis | None = None) -> Pixels:
+    """(C, h, w) -> uint8 (h, w, 3): the first three components as red, green, blue.
+
+    Each colour is stretched over its own range, so the third looks as strong as the first:
+    `basis.explained` says how much they really carry. basis: None = fitted to this map alone.
+    """
+    basis = basis or fit_basis(features)
+    known = features.isfinite().all(dim=0).cpu().numpy()
+    span = basis.high - basis.low
+    flat = span <= 1e-12 * basis.mean.norm().clamp(min=1e-300)  # no variation: middle grey
+    scaled = (project(features, basis) - basis.low[:, None, None]) / span.where(~flat, 1)[
+        :, None, None
+    ]
+    scaled[flat] = 0.5
+    picture = (scaled.nan_to_num(0).clamp(0, 1) * 255).round().to(torch.uint8)
+    pixels = np.ascontiguousarray(picture.permute(1, 2, 0).numpy())
+    pixels[~known] = UNSAMPLED
+    return pixels
+
+
+def largest_difference(now: Tensor, reference: Tensor) -> float:
+    """The largest difference of two tensors over the largest value of the second: 1e-6 is rounding.
+
+    Raises ValueError for unequal shapes, which would be compared after broadcasting.
+    """
+    if now.shape != reference.shape:
+        raise ValueError(f"shapes {tuple(now.shape)} and {tuple(reference.shape)} differ")
+    scale = float(reference.abs().max())
+    return float((now - reference).abs().max()) / max(scale, 1e-12)
+
+
+def stride_of(features: Tensor, image: Tensor) -> int:
+    """Pixels of the image (3, H, W) per place of a map (C, h, w) of it."""
+    return round(image.shape[1] / features.shape[1])
+
+
+def _checked(features: Tensor) -> Tensor:
+    if features.ndim != 3:
+        raise ValueError(f"a map of shape {tuple(features.shape)}: give (C, h, w) of one image")
+    return features.float()
+
+
+def _places(features: Tensor) -> Tensor:
+    """(C, h, w) -> (N, C) float64: the feature vectors of the places that are finite."""
+    places = _checked(features).detach().cpu().double().flatten(1).T
+    places = places[places.isfinite().all(dim=1)]
+    if not len(places):
+        raise ValueError("no place of this map has finite numbers in all channels")
+    return places
+
+
+# ------------------------------------------------------------------------------- figures
+
+
+def show_pyramid(image: Tensor, maps: Mapping[str, Tensor]) -> NotebookFigure:
+    """The image, and for every level its principal components in colour above its norms.
+
+    image: uint8 (3, H, W) that the maps belong to, with its padding; maps: level -> (C, h, w).
+    """
+    _some(maps)
+    fig, axes = _grid(len(maps) + 1, 2, image.shape[1] / image.shape[2])
+    draw_image(axes[0][0], image, "image")
+    axes[1][0].text(
+        0, 0.98, "above: PCA in colour\nbelow: norm,\ndark = small", va="top", fontsize=SMALL
+    )
+    said = []
+    for column, (level, features) in enumerate(maps.items(), 1):
+        basis = fit_basis(features)
+        share = 100 * float(basis.explained.sum())
+        shape = " × ".join(map(str, features.shape))
+        stride = stride_of(features, image)
+        _draw(axes[0][column], pca_picture(features, basis), f"{level}: {shape}\nstride {stride}")
+        norms = norm_map(features)
+        note = f"3 colours: {share:.0f} % of variance\nnorm {_ends(norms)}"
+        _draw(axes[1][column], heat(norms), note)
+        said.append(f"{level} ({shape}, stride {stride}, three colours carry {share:.0f} %)")
+    fig.alt_text = "An image and its feature maps, as colours and as norms: " + "; ".join(said)
+    return fig
+
+
+def show_channels(features: Tensor, count: int = 12, columns: int = 6) -> NotebookFigure:
+    """The `count` channels of a map (C, h, w) that vary most, each on its own scale."""
+    chosen = strongest_channels(features, count)
+    rows = -(-len(chosen) // columns)
+    fig, axes = _grid(min(columns, len(chosen)), rows, features.shape[1] / features.shape[2], 0.3)
+    for place, channel in enumerate(chosen):
+        values = channel_map(features, channel)
+        ax = axes[place // columns][place % columns]
+        _draw(ax, heat(values), f"channel {channel}: {_ends(values)}")
+    names = ", ".join(map(str, chosen))
+    fig.alt_text = f"The {len(chosen)} of {len(features)} channels that vary most: {names}."
+    return fig
+
+
+def show_planes(planes: Mapping[str, Tensor], shared: bool = False) -> NotebookFigure:
+    """Planes of numbers (h, w) in a row as colours, NaN light grey: title -> plane.
+
+    shared: one scale for all of them.
+    """
+    _some(planes)
+    known = torch.cat([plane[plane.isfinite()].float() for plane in planes.values()])
+    ends = (float(known.min()), float(known.max())) if shared and len(known) else (None, None)
+    first = next(iter(planes.values()))
+    fig, axes = _grid(len(planes), 1, first.shape[0] / first.shape[1])
+    for ax, (title, plane) in zip(axes[0], planes.items(), strict=True):
+        _draw(ax, heat(plane, *ends), f"{title}\n{_ends(plane)}")
+    fig.alt_text = "Planes of numbers as colours: " + "; ".join(planes)
+    return fig
+
+
+def compare_pyramids(
+    pyramids: Mapping[str, Mapping[str, Tensor]], view: View = "pca", shared: bool = True
+) -> NotebookFigure:
+    """One row a model (or ratio), one column a level that all of them have.
+
+    pyramids: name -> level -> (C, h, w). shared: one PCA (view "pca") or scale ("norm") for all
+    pictures of a column whose channels are equally many: needed to compare ratios of one model.
+    Networks trained apart name their channels differently: there a shared PCA shows which of them
+    varies more, not that equal colours mean the same.
+    """
+    _some(pyramids)
+    if view not in ("pca", "norm"):
+        raise ValueError(f"view={view!r}: use 'pca' or 'norm'")
+    first = next(iter(pyramids.values()))
+    levels = [level for level in first if all(level in maps for maps in pyramids.values())]
+    _some(levels)
+    shape = first[levels[0]].shape
+    fig, axes = _grid(len(levels), len(pyramids), shape[1] / shape[2])
+    for column, level in enumerate(levels):
+        maps = [own[level] for own in pyramids.values()]
+        pictures, notes = _pictures(maps, view, shared)
+        for row, name in enumerate(pyramids):
+            size = " × ".join(map(str, maps[row].shape))
+            _draw(axes[row][column], pictures[row], f"{name}, {level}: {size}\n{notes[row]}")
+    what = "principal components in colour" if view == "pca" else "norms"
+    fig.alt_text = f"{what} of {', '.join(levels)}, a row each: {', '.join(pyramids)}."
+    return fig
+
+
+def _pictures(maps: Sequence[Tensor], view: View, shared: bool) -> tuple[list[Pixels], list[str]]:
+    if view == "norm":
+        norms = [norm_map(features) for features in maps]
+        known = torch.cat([values[values.isfinite()] for values in norms])
+        ends = (float(known.min()), float(known.max())) if shared and len(known) else (None, None)
+        return [heat(values, *ends) for values in norms], [f"norm {_ends(n)}" for n in norms]
+    if shared and len({len(features) for features in maps}) == 1:
+        bases = [fit_basis(*maps)] * len(maps)
+    else:
+        bases = [fit_basis(features) for features in maps]
+    pairs = zip(maps, bases, strict=True)
+    notes = [f"3 colours: {100 * float(b.explained.sum()):.0f} % of variance" for b in bases]
+    return [pca_picture(features, basis) for features, basis in pairs], notes
+
+
+def _grid(
+    columns: int, rows: int, aspect: float, heading: float = 0.42
+) -> tuple[NotebookFigure, list[list[Axes]]]:
+    """Frameless panels of equal size with room for two lines above each."""
+    gap = 0.1
+    side = min(2.2, (WIDTH - gap * (columns + 1)) / columns)
+    step = side * aspect + heading
+    width, height = columns * (side + gap) + gap, rows * step + gap
+    fig = new_figure(width, height)
+    axes = []
+    for row in range(rows):
+        bottom = (height - (row + 1) * step) / height
+        boxes = [(gap + c * (side + gap)) / width for c in range(columns)]
+        made = [fig.add_axes((x, bottom, side / width, side * aspect / height)) for x in boxes]
+        for ax in made:
+            ax.set_axis_off()
+        axes.append(made)
+    return fig, axes
+
+
+def _draw(ax: Axes, pixels: Pixels, title: str) -> None:
+    ax.imshow(pixels, interpolation="nearest", aspect="auto")
+    ax.set_title(title, loc="left", fontsize=SMALL, color=INK, pad=2)
+
+
+def _ends(values: Tensor) -> str:
+    known = values[values.isfinite()]
+    return f"{known.min():.1f} to {known.max():.1f}" if len(known) else "unknown"
+
+
+def _some(things: Any) -> None:
+    if not things:
+        raise ValueError("no maps to show: give level -> (C, h, w)")

@@ -1,0 +1,218 @@
+"""What a masked autoencoder paints from the patches it sees: as pictures, and as a figure."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mimdet.data.augment import resize_image, shortest_edge
+from mimdet.models.mae import MAE, Reconstruction
+from mimdet.models.rcnn import IMAGENET_MEAN, IMAGENET_STD
+from mimdet.models.sampling import SAMPLERS, Grid, Sample, Sampler, select
+from mimdet.predict import device_of, generator_for
+from mimdet.viz.panels import draw_image, image_panels, image_size
+from mimdet.viz.pixels import UNSAMPLED
+from mimdet.viz.style import NotebookFigure
+
+LONGEST = 2.0
+"""A photo's long side is at most so many times the side the autoencoder was trained on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Painted:
+    """One image through a masked autoencoder. Pictures are uint8 (3, h * patch, w * patch)."""
+
+    original: Tensor
+    seen: Tensor
+    """The kept patches; the others are light grey."""
+    painted: Tensor
+    """What the decoder predicts, everywhere."""
+    pasted: Tensor
+    """The prediction with the kept patches pasted over it."""
+    loss: float
+    """Mean squared error over the patches that were not kept, as in pre-training; 0 without any."""
+    errors: Tensor
+    """(h, w): mean absolute error of each patch of `painted`, in grey levels of 0..255."""
+    sample: Sample
+
+
+def paint(image: Tensor, mae: MAE, sample: Sample) -> Painted:
+    """Reconstruct an image of whole patches from exactly the patches of `sample`.
+
+    image: uint8 (3, h * patch, w * patch) with (h, w) = sample.grid, see `whole_patches`. Raises
+    ValueError when it does not fit the sample.
+    """
+    height, width = image_size(image)
+    side = mae.patch_size
+    if (height, width) != (sample.grid[0] * side, sample.grid[1] * side):
+        raise ValueError(
+            f"an image of {height} x {width} pixels is not a grid of {sample.grid} patches of "
+            f"{side}: fit it with whole_patches(image, {sample.grid}, {side})"
+        )
+    device = device_of(mae)
+    pixels = ((image.to(device).float() - _column(IMAGENET_MEAN, device)) / _spread(device))[None]
+    with torch.inference_mode():
+        output = mae(pixels, sample=sample.to(device))
+        parts: Reconstruction = mae.reconstruct(pixels, output)
+    pictures = {name: to_uint8(part[0]) for name, part in parts._asdict().items()}
+    off = (pictures["painted"].float() - image.cpu().float()).abs().mean(0)  # (H, W)
+    errors = F.avg_pool2d(off[None, None], side)[0, 0]
+    visible = pictures["visible"].clone()
+    visible[:, ~_seen_pixels(sample, side)] = torch.tensor(UNSAMPLED, dtype=torch.uint8)[:, None]
+    return Painted(
+        image.cpu(),
+        visible,
+        pictures["painted"],
+        pictures["pasted"],
+        float(output.loss),
+        errors,
+        sample.to(torch.device("cpu")),
+    )
+
+
+def whole_patches(image: Tensor, grid: Grid, patch: int, token: int | None = None) -> Tensor:
+    """uint8 (3, H, W) -> (3, h * patch, w * patch): the image as `grid` = (h, w) whole patches.
+
+    token: pixels of a patch's side in `image` (default: patch). The image is first extended at the
+    right and at the bottom, by repeating its edge, to whole patches of that side; then it is
+    resized when the two differ. So a patch covers the same part of the picture before and after.
+    """
+    token = token or patch
+    height, width = image_size(image)
+    right, below = grid[1] * token - width, grid[0] * token - height
+    if not (0 <= right < token and 0 <= below < token):
+        raise ValueError(
+            f"an image of {height} x {width} pixels does not touch a grid of {grid} patches of "
+            f"{token} pixels, all of them"
+        )
+    extended = F.pad(image[None].float(), (0, right, 0, below), mode="replicate")[0]
+    return resize_image(extended.to(torch.uint8), (grid[0] * patch, grid[1] * patch))
+
+
+def native_side(mae: MAE) -> int:
+    """Pixels of the square images an autoencoder was trained on."""
+    return round((mae.pos_embed.shape[1] - 1) ** 0.5) * mae.patch_size
+
+
+def fit_to_mae(image: Tensor, mae: MAE) -> tuple[Tensor, Grid]:
+    """Any image at the size the autoencoder knows: uint8 (3, h * patch, w * patch), and (h, w).
+
+    The short side becomes that of its training images; the aspect ratio stays.
+    """
+    side, patch = native_side(mae), mae.patch_size
+    resized = resize_image(image, shortest_edge(*image_size(image), side, LONGEST * side))
+    height, width = image_size(resized)
+    grid = -(-height // patch), -(-width // patch)
+    return whole_patches(resized, grid, patch), grid
+
+
+def draw_sample(
+    mae: MAE, image: Tensor, grid: Grid, ratio: float, seed: int, sampler: Sampler
+) -> Sample:
+    """Score the autoencoder's own patch embeddings with a sampler and keep the best."""
+    device = device_of(mae)
+    pixels = ((image.to(device).float() - _column(IMAGENET_MEAN, device)) / _spread(device))[None]
+    with torch.inference_mode():
+        tokens = mae.patch_embed(pixels).flatten(2).transpose(1, 2)[0]  # (L, D)
+        scores = sampler(tokens, grid, generator_for(seed, device))
+    return select([scores], [grid], grid, ratio)
+
+
+def show_reconstruction(
+    images: Tensor | Sequence[Tensor],
+    mae: MAE,
+    ratio: float = 0.25,
+    *,
+    sample: Sample | None = None,
+    seed: int = 0,
+    sampler: str | Sampler = "random",
+) -> NotebookFigure:
+    """A row an image: the patches seen, what is painted, seen pasted over painted, the original.
+
+    images: uint8 (3, H, W), one or several, of any size; each is resized to what the autoencoder
+    was trained on. ratio: share of the patches KEPT; seed, sampler: how they are drawn. sample:
+    the patches themselves, for all these images (then ratio, seed and sampler do not count).
+    Raises ValueError for no image, an unknown sampler, or a sample of another grid.
+    """
+    pictures = [images] if isinstance(images, Tensor) else list(images)
+    if not pictures:
+        raise ValueError("no images to reconstruct: give at least one")
+    if isinstance(sampler, str):
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler={sampler!r}: use one of {sorted(SAMPLERS)}, or a function")
+        sampler = SAMPLERS[sampler]
+    if sample is not None and len(sample.keep) not in (1, len(pictures)):
+        raise ValueError(
+            f"the sample is one of {len(sample.keep)} images, there are {len(pictures)}: give a "
+            "sample of one image, for all, or of each"
+        )
+    rows = []
+    for i, picture in enumerate(pictures):
+        fitted, grid = fit_to_mae(picture, mae)
+        if sample is None:
+            own = draw_sample(mae, fitted, grid, ratio, seed + i, sampler)
+        else:
+            own = Sample([sample.keep[i % len(sample.keep)]], sample.grid)
+        if own.grid != grid:
+            raise ValueError(
+                f"the sample is one of a grid of {own.grid} patches, the image has {grid}"
+            )
+        rows.append(paint(fitted, mae, own))
+    return _figure(rows)
+
+
+def show_pictures(pictures: Mapping[str, Tensor], columns: int = 4) -> NotebookFigure:
+    """Pictures, uint8 (3, H, W), in rows under their titles. Raises ValueError without any."""
+    if not pictures:
+        raise ValueError("no pictures to show: give at least one")
+    fig, axes = image_panels([image_size(picture) for picture in pictures.values()], columns)
+    for ax, (title, picture) in zip(axes, pictures.items(), strict=True):
+        draw_image(ax, picture, title)
+    fig.alt_text = f"Pictures: {'; '.join(pictures)}."
+    return fig
+
+
+def to_uint8(picture: Tensor) -> Tensor:
+    """A normalised (3, H, W) image, as models take it -> uint8 on the CPU, to be shown."""
+    picture = picture.float() * _spread(picture.device) + _column(IMAGENET_MEAN, picture.device)
+    return picture.clamp(0, 255).round().to(torch.uint8).cpu()
+
+
+def _figure(rows: Sequence[Painted]) -> NotebookFigure:
+    sizes = [image_size(row.original) for row in rows for _ in range(4)]
+    fig, axes = image_panels(sizes, columns=4)
+    for i, row in enumerate(rows):
+        total = row.sample.grid[0] * row.sample.grid[1]
+        seen = f"seen: {len(row.sample.keep[0])} of {total} patches"
+        panels = (
+            (row.seen, seen),
+            (row.painted, f"painted (loss {row.loss:.3f})"),
+            (row.pasted, "seen, pasted over painted"),
+            (row.original, "original"),
+        )
+        for ax, (picture, title) in zip(axes[4 * i : 4 * i + 4], panels, strict=True):
+            draw_image(ax, picture, title)
+    mean = sum(row.loss for row in rows) / len(rows)
+    number = f"{len(rows)} image" + ("" if len(rows) == 1 else "s")
+    fig.alt_text = (
+        f"{number} through a masked autoencoder: the patches it saw, what it painted, both "
+        f"together, the original. Mean loss on unseen patches {mean:.3f}."
+    )
+    return fig
+
+
+def _seen_pixels(sample: Sample, side: int) -> Tensor:
+    """(h * side, w * side) bool."""
+    kept = torch.zeros(sample.grid[0] * sample.grid[1], dtype=torch.bool)
+    kept[sample.keep[0].cpu()] = True
+    return kept.view(sample.grid).repeat_interleave(side, 0).repeat_interleave(side, 1)
+
+
+def _column(values: Sequence[float], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)[:, None, None]
+
+
+def _spread(device: torch.device) -> Tensor:
+    return _column(IMAGENET_STD, device)

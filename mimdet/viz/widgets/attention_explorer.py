@@ -1,0 +1,271 @@
+"""AttentionExplorer: click a patch of a picture and see what it attends to."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ipywidgets
+import numpy as np
+import torch
+import torch.nn.functional as F
+import traitlets
+from PIL import Image
+from torch import Tensor
+
+from mimdet.data.augment import resize_image, test_size
+from mimdet.models.backbones import MIMDetBackbone
+from mimdet.models.detector import Detector
+from mimdet.models.rcnn import pad_and_normalise
+from mimdet.models.sampling import PATCH, Sample
+from mimdet.predict import autocast, device_of, generator_for
+from mimdet.viz import record as recording
+from mimdet.viz.attention import (
+    block_title,
+    greyed,
+    largest_other,
+    nearest_sampled,
+    overlay,
+    rolled_out,
+    share,
+)
+from mimdet.viz.pixels import enlarged, to_pixels
+from mimdet.viz.record import Recording, attention_names, record
+from mimdet.viz.widgets.canvas import PatchCanvas
+from mimdet.viz.widgets.panel import STYLE, ImageChooser, Panel, ratio_slider
+
+WIDTH = 352
+"""Pixels of a picture on the screen."""
+MEAN = -1
+
+
+class AttentionExplorer(Panel):
+    """Left the picture, right what the chosen token takes from every other token.
+
+    image, your own: another picture. Click a patch of either picture, or move with the arrow keys:
+    the *query*, framed. part: the encoder, which sees the sampled tokens only (the others are light
+    grey), or the decoder, which sees all places. block: which of its blocks. head: one head, or the
+    mean of all. rollout: through all blocks from the first to the chosen one, heads averaged.
+    ratio kept: the share of tokens the encoder sees; seed: which ones. Only the backbone runs, once
+    per picture, ratio and seed; where all maps would not fit (`mimdet.viz.record.LIMIT_GIB`) it
+    runs for every query, and rollout is not to be had.
+    """
+
+    def __init__(self, model: Detector, images: Sequence[Tensor] | None = None) -> None:
+        """model: a MIMDet; images: uint8 (3, H, W), by default scenes of ShapesCOCO. Raises
+        ValueError for a model with another backbone, whose tokens are not sampled."""
+        super().__init__()
+        if not isinstance(model.backbone, MIMDetBackbone):
+            raise ValueError(
+                f"{type(model.backbone).__name__} has no encoder of sampled tokens and no decoder: "
+                "give a detector with a MIMDet backbone"
+            )
+        self.model = model
+        self.chooser = ImageChooser(images)
+        self.names = {
+            part: [n for n in attention_names(model) if n.startswith(f"backbone.{part}.")]
+            for part in ("encoder", "decoder")
+        }
+        self.part = ipywidgets.Dropdown(
+            options=[part for part, names in self.names.items() if names],
+            description="part",
+            **_narrow(160),
+        )
+        self.block = ipywidgets.Dropdown(description="block", **_narrow(110))
+        self.head = ipywidgets.Dropdown(description="head", **_narrow(130))
+        self.rollout = ipywidgets.Checkbox(description="rollout", indent=False, **_narrow(90))
+        self.ratio = ratio_slider(0.25)
+        self.seed = ipywidgets.BoundedIntText(0, 0, 9999, description="seed", **_narrow(120))
+        self.picture = PatchCanvas(tool="select", show_grid=True, size=(WIDTH, WIDTH))
+        self.map = PatchCanvas(tool="select", size=(WIDTH, WIDTH))
+        self.canvases = [self.picture, self.map]
+        self._inputs: Inputs | None = None
+        self._shown: Inputs | None = None
+        self._offered = ""
+        self._name_controls()
+        self._offer_blocks()
+        self.arrange(
+            [*self.chooser.widgets, self.ratio, self.seed],
+            [self.part, self.block, self.head, self.rollout],
+            self.canvases,
+        )
+        # The middle-most token that the first sample keeps: there is something to see at once.
+        self.picture.selected = self._first_query()
+        traitlets.link((self.picture, "selected"), (self.map, "selected"))
+        controls = [self.part, self.block, self.head, self.rollout, self.ratio, self.seed]
+        self.watch(self.chooser.choice, *controls)
+        self.watch(self.picture, name="selected")
+        self.redraw()
+
+    # --------------------------------------------------------------------------- what to show
+
+    def draw(self) -> str:
+        self._offer_blocks()
+        inputs = self._prepare()
+        h, w = inputs.sample.grid
+        for canvas in self.canvases:
+            canvas.rows, canvas.columns = h, w
+        place = min(max(self.picture.selected, 0), h * w - 1)
+        self.picture.selected = place
+        kept = inputs.sample.keep[0].tolist()
+        if inputs is not self._shown:  # the left picture is the same for every query and block
+            self.picture.show(enlarged(to_pixels(inputs.image), WIDTH))
+            self._grey = enlarged(to_pixels(greyed(inputs.image)), WIDTH)
+            self._shown = inputs
+        self.picture.dropped = sorted({*range(h * w)} - {*kept})
+        self.picture.label = f"The picture; the encoder sees {len(kept)} tokens, the rest is grey."
+        where = f"row {place // w}, column {place % w}"
+        if self.part.value == "encoder" and place not in kept:
+            self._show_map(torch.full((h, w), torch.nan), 1.0)
+            self.map.label = self.label = f"No attention: the encoder never saw {where}."
+            return (
+                f"The token in {where} was <b>not sampled</b>: the encoder never saw it, so it "
+                "attends to nothing there. Click a token in colour, change the seed or the ratio, "
+                "or look at the decoder, which sees every place."
+            )
+        values, high, text = self._attention(inputs, place)
+        self._show_map(values, high)
+        shares = values.flatten().nan_to_num(-1)
+        if self.rollout.value:
+            shares[place] = -1  # its own share is in the text
+        best = int(shares.argmax())
+        most = f"row {best // w}, column {best % w}"
+        self.map.label = self.label = f"{text}, of the token in {where}; most goes to {most}."
+        even = 1 / int(values.isfinite().sum())
+        return (
+            f"{text}. Query {where}; most, {share(float(shares[best]))}, goes to {most}; equal "
+            f"shares would be {share(even)}."
+        )
+
+    def _attention(self, inputs: "Inputs", place: int) -> tuple[Tensor, float, str]:
+        """(h, w) shares, the end of the colour scale, and what they are."""
+        names = self.names[self.part.value]
+        name = names[self.block.value]
+        seen = self._look(inputs, place)
+        title = block_title(seen, name)
+        if self.rollout.value:
+            if seen.query is not None:
+                raise ValueError(
+                    "rollout needs whole maps, and those of so many tokens do not fit: lower the "
+                    "ratio, take a smaller picture, or switch rollout off"
+                )
+            values, own = rolled_out(seen, names[: self.block.value + 1], place)
+            text = f"Rollout up to {title}, {share(own)} of itself"
+            return values, largest_other(values, place), text
+        rows = seen.row(name, place)  # (heads, N)
+        mean = self.head.value == MEAN
+        row = rows.mean(0) if mean else rows[self.head.value]
+        text = f"{title}, {'mean of the heads' if mean else f'head {self.head.value}'}"
+        return seen.on_grid(name, row), float(row.max()), text.capitalize()
+
+    def _show_map(self, values: Tensor, high: float) -> None:
+        below = Image.fromarray(self._grey).convert("RGBA")
+        above = Image.fromarray(overlay(values, high))
+        below.alpha_composite(above.resize(below.size, Image.Resampling.NEAREST))
+        self.map.show(np.asarray(below.convert("RGB")))
+
+    # --------------------------------------------------------------------------- running the model
+
+    def _prepare(self) -> "Inputs":
+        """Image and sample of these controls: the same for every query, block and head."""
+        key = (self.chooser.choice.value, self.ratio.value, self.seed.value)
+        if self._inputs is not None and self._inputs.key == key:
+            return self._inputs
+        backbone: Any = self.model.backbone
+        device = device_of(self.model)
+        image = self.chooser.image
+        image = resize_image(image, test_size(self.model.config.data, *image.shape[1:]))
+        batch = pad_and_normalise([image], device)
+        with autocast(device, "auto"):
+            tokens = backbone.stem(batch.tensors).tokens  # (1, D, h, w)
+        grid = (tokens.shape[2], tokens.shape[3])
+        flat = tokens.flatten(2).transpose(1, 2)  # (1, L, D)
+        dice = [generator_for(self.seed.value, device)]
+        sample = backbone.draw(flat, grid, batch.image_sizes, self.ratio.value, generators=dice)
+        padding = (0, grid[1] * PATCH - image.shape[2], 0, grid[0] * PATCH - image.shape[1])
+        padded = F.pad(image, padding, value=255)
+        on_cpu = sample.to(torch.device("cpu"))
+        self._inputs = Inputs(key, padded, batch.tensors, batch.image_sizes, on_cpu)
+        return self._inputs
+
+    def _look(self, inputs: "Inputs", place: int) -> Recording:
+        """The attention of the chosen part: every map, or every row of this place."""
+        part, names = self.part.value, self.names[self.part.value]
+        h, w = inputs.sample.grid
+        tokens = len(inputs.sample.keep[0]) if part == "encoder" else h * w
+        gib = len(names) * self._heads() * tokens**2 * 4 / 2**30
+        query = None if gib <= recording.LIMIT_GIB else place
+        if (part, query) not in inputs.seen:
+            backbone: Any = self.model.backbone
+            modes = {module: module.training for module in backbone.modules()}
+            backbone.eval()
+            try:
+                with (
+                    record(self.model, *names, query=query) as seen,
+                    autocast(device_of(self.model), "auto"),
+                ):
+                    backbone(inputs.tensors, inputs.sizes, sample=inputs.sample)
+            finally:
+                for module, training in modes.items():
+                    module.training = training
+            inputs.seen[part, query] = seen
+        return inputs.seen[part, query]
+
+    # --------------------------------------------------------------------------- controls
+
+    @torch.inference_mode()
+    def _first_query(self) -> int:
+        sample = self._prepare().sample
+        h, w = sample.grid
+        return nearest_sampled(sample, h // 2 * w + w // 2)
+
+    def _heads(self) -> int:
+        attention: Any = self.model.get_submodule(self.names[self.part.value][0])
+        return int(attention.num_heads)
+
+    def _offer_blocks(self) -> None:
+        """Blocks and heads of the chosen part; the last block and the mean are chosen first."""
+        if self.part.value == self._offered:
+            return
+        self._offered = self.part.value
+        blocks = len(self.names[self.part.value])
+        self.block.options = [(str(i), i) for i in range(blocks)]
+        self.block.value = blocks - 1
+        self.head.options = [("mean", MEAN), *((str(i), i) for i in range(self._heads()))]
+        self.head.value = MEAN
+
+    def _name_controls(self) -> None:
+        """Stable classes, for style sheets and tests in a browser."""
+        controls = {
+            "image": self.chooser.choice,
+            "upload": self.chooser.upload,
+            "part": self.part,
+            "block": self.block,
+            "head": self.head,
+            "rollout": self.rollout,
+            "ratio": self.ratio,
+            "seed": self.seed,
+            "picture": self.picture,
+            "map": self.map,
+        }
+        for name, control in controls.items():
+            control.add_class(f"mimdet-attention-{name}")
+
+
+@dataclass(slots=True)
+class Inputs:
+    """One picture under one sample, and what was seen of it so far."""
+
+    key: tuple[int, float, int]
+    """Image, ratio, seed."""
+    image: Tensor
+    """uint8 (3, H, W), padded with white to whole tokens."""
+    tensors: Tensor
+    """(1, 3, H, W), normalised."""
+    sizes: Any
+    sample: Sample
+    seen: dict[tuple[str, int | None], Recording] = field(default_factory=dict)
+    """By part, and by query where all maps would not fit."""
+
+
+def _narrow(width: int) -> dict[str, Any]:
+    return {"style": STYLE, "layout": {"width": f"{width}px"}}

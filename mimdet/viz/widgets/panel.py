@@ -1,0 +1,153 @@
+"""What every panel has: controls, pictures that answer them, and a picture for a saved notebook."""
+
+import html
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ipywidgets
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mimdet.data.images import read_image
+from mimdet.data.shapes import ShapesCOCO
+from mimdet.viz.pixels import beside
+from mimdet.viz.widgets.canvas import PatchCanvas, with_picture
+
+STYLE = {"description_width": "initial"}
+
+
+class Panel:
+    """Controls and canvases; `draw` is called when a control changes, and fills the canvases.
+
+    A subclass makes its widgets, calls `arrange` with them and `watch` with the controls, and
+    writes `draw`. Callbacks may run in a thread beside a running cell, so one lock guards the
+    models of all panels and `draw` runs without gradients. What goes wrong is written below the
+    panel.
+    """
+
+    _lock = threading.RLock()  # panels may share a model, and looking inside changes it for a while
+
+    label = "an interactive panel"
+    """What it shows, in words; a subclass may set it in `draw`."""
+
+    def __init__(self) -> None:
+        self.status = ipywidgets.HTML()
+        self.status.add_class("mimdet-status")
+        self.milliseconds: list[float] = []
+        """How long each `draw` took."""
+        self.canvases: list[PatchCanvas] = []
+        self.box = ipywidgets.VBox()
+        self._drawing_thread = 0
+
+    def arrange(self, *rows: Any) -> None:
+        """Put rows of widgets below each other, the status line last."""
+        self.box.children = [
+            ipywidgets.HBox(row, layout={"flex_flow": "row wrap"}) if isinstance(row, list) else row
+            for row in (*rows, self.status)
+        ]
+
+    def watch(self, *controls: Any, name: str = "value") -> None:
+        """Call `redraw` whenever the trait `name` of one of these widgets changes."""
+        for control in controls:
+            control.observe(self._changed, name)
+
+    def draw(self) -> str:
+        """Fill the canvases from the controls; returns the text of the status line."""
+        raise NotImplementedError
+
+    def redraw(self) -> None:
+        """Answer the controls as they stand now."""
+        with self._lock, torch.inference_mode():
+            self._drawing_thread = threading.get_ident()
+            text, start = "", time.perf_counter()
+            try:
+                text = self.draw()
+                self.milliseconds.append(1000 * (time.perf_counter() - start))
+            except Exception as error:
+                said = html.escape(str(error), quote=False)
+                text = f"<b style='color:#D55E00'>{type(error).__name__}</b>: {said}"
+                raise
+            finally:
+                self._drawing_thread = 0
+                self.status.value = text
+                for canvas in self.canvases:
+                    canvas.answered()
+
+    def snapshot(self) -> Image.Image:
+        """The canvases side by side, as a saved notebook shows them."""
+        return Image.fromarray(beside([np.asarray(c.snapshot()) for c in self.canvases]))
+
+    def _changed(self, change: Any) -> None:
+        if self._drawing_thread != threading.get_ident():  # `draw` itself may move a control
+            self.redraw()
+
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        bundle = self.box._repr_mimebundle_(**options)
+        return with_picture(bundle, self.snapshot(), self.label)
+
+
+class ImageChooser:
+    """Pictures to choose from and a button for one's own; `.image`: the chosen, uint8 (3, H, W)."""
+
+    def __init__(self, images: Sequence[Tensor] | None = None) -> None:
+        """images: uint8 (3, H, W); by default eight held-out scenes of ShapesCOCO."""
+        if images is None:
+            scenes = ShapesCOCO("shapes-v1-medium", length=8, split="val")
+            images = [scenes[i].image for i in range(len(scenes))]
+        if not len(images):
+            raise ValueError("no images to choose from: give at least one")
+        self.images = list(images)
+        self.choice = ipywidgets.Dropdown(
+            options=[(f"image {i + 1}", i) for i in range(len(self.images))],
+            description="image",
+            style=STYLE,
+            layout={"width": "150px"},
+        )
+        self.upload = ipywidgets.FileUpload(
+            accept="image/*", description="your own", layout={"margin": "2px 16px 2px 2px"}
+        )
+        self.upload.observe(self._uploaded, "value")
+
+    @property
+    def image(self) -> Tensor:
+        return self.images[self.choice.value]
+
+    @property
+    def widgets(self) -> list[Any]:
+        return [self.choice, self.upload]
+
+    def add(self, image: Tensor, name: str) -> None:
+        """Append a picture to `images` and choose it."""
+        self.images.append(image)
+        # New options choose the first of them, so this changes `value` once.
+        self.choice.options = [(name, len(self.images) - 1), *self.choice.options]
+
+    def _uploaded(self, change: Any) -> None:
+        for file in change.new:
+            try:
+                image = read_image(bytes(file["content"]), file["name"])
+            except ValueError:  # the page has no other place to say so
+                self._say("not an image", "warning", f"{file['name']} cannot be read as an image")
+            else:
+                self._say("your own", "", "")
+                self.add(image, file["name"])
+
+    def _say(self, text: str, style: str, tooltip: str) -> None:
+        self.upload.description = text
+        self.upload.button_style = style
+        self.upload.tooltip = tooltip
+
+
+def ratio_slider(value: float = 0.25, description: str = "ratio kept") -> Any:
+    """A slider for the share of tokens kept; it answers when it is let go."""
+    return ipywidgets.SelectionSlider(
+        options=[(f"{step / 20:.2f}", step / 20) for step in range(1, 21)],
+        value=value,
+        description=description,
+        continuous_update=False,
+        style=STYLE,
+    )

@@ -1,0 +1,146 @@
+"""SampleBrowser: a data set's images beside what a training makes of them."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import ipywidgets
+import numpy as np
+import torch
+from PIL import Image
+
+from mimdet.config import DataConfig
+from mimdet.data.augment import Geometry, apply, draw_geometry, rng_for
+from mimdet.models.sampling import token_grid
+from mimdet.structures import Record
+from mimdet.viz.pixels import Pixels, captioned, to_pixels, with_objects
+from mimdet.viz.widgets.canvas import PatchCanvas
+from mimdet.viz.widgets.panel import STYLE, Panel
+
+KINDS = ("none", "multiscale", "paper", "lsj")
+BOARD = 400
+"""Side in pixels of the square that both pictures are fitted into."""
+EMPTY = 240
+"""Grey of the part of the board that a picture leaves free."""
+
+
+class SampleBrowser(Panel):
+    """One image of a data set with its truth, beside an augmented showing of it with its truth.
+
+    *image*: its position in the data set. *augmentation*: `none` (the test transform), `multiscale`
+    (a random short side), `paper` (MIMDet's recipe), `lsj` (large-scale jitter on a square canvas);
+    the first may flip too if `data.flips` says so. *seed*: draws another showing. A training with
+    this seed shows the image exactly so in its first epoch. What the augmented picture does not use
+    is faded in the stored one.
+    """
+
+    def __init__(
+        self, dataset: Any, data: DataConfig, categories: Sequence[str] | None = None
+    ) -> None:
+        """dataset: anything with `len` and records by position, so also a list of records; data:
+        the numbers of every augmentation; categories: names, by default those of the data set.
+        Raises ValueError for an empty data set."""
+        super().__init__()
+        if not len(dataset):
+            raise ValueError("no images to browse: the data set is empty")
+        self.dataset, self.data = dataset, data
+        named = getattr(dataset, "categories", ()) if categories is None else categories
+        self.categories = list(named)
+        self.index = ipywidgets.BoundedIntText(
+            value=0, min=0, max=len(dataset) - 1, description="image", layout={"width": "150px"}
+        )
+        self.kind = ipywidgets.ToggleButtons(
+            options=KINDS, value="paper", description="augmentation", style=STYLE
+        )
+        self.kind.style.button_width = "90px"
+        self.seed = ipywidgets.IntSlider(
+            value=0, min=0, max=99, description="seed", continuous_update=False
+        )
+        for name in ("index", "kind", "seed"):
+            getattr(self, name).add_class(f"mimdet-data-{name}")
+        self.stored, self.shown = PatchCanvas(), PatchCanvas()
+        self.stored.add_class("mimdet-data-stored")
+        self.shown.add_class("mimdet-data-shown")
+        self.canvases = [self.stored, self.shown]
+        self.geometry: Geometry | None = None
+        """The transform on show."""
+        self._read: tuple[int, Record] | None = None
+        self.arrange([self.index, self.seed], [self.kind], [self.stored, self.shown])
+        self.watch(self.index, self.kind, self.seed)
+        self.redraw()
+
+    def record(self) -> Record:
+        """The chosen image; read once, however often its augmentation changes."""
+        index = self.index.value
+        if self._read is None or self._read[0] != index:
+            self._read = index, self.dataset[index]
+        return self._read[1]
+
+    def draw(self) -> str:
+        record, index = self.record(), self.index.value
+        height, width = record.image.shape[1:]
+        cfg = dataclasses.replace(self.data, augment=self.kind.value)
+        rng = rng_for("geometry", self.seed.value, 0, index)
+        self.geometry = geometry = draw_geometry(cfg, height, width, rng, train=True)
+        image, target = apply(geometry, record)
+        out_height, out_width = geometry.output_size
+        left = _fitted(record.image, record.target, self.categories, geometry.crop)
+        right = _fitted(image, target, self.categories)
+        self.stored.show(captioned(left, f"stored: {width} x {height} px"), BOARD)
+        self.shown.show(captioned(right, f"{cfg.augment}: {out_width} x {out_height} px"), BOARD)
+        self.stored.label = f"image {index} with {_objects(record)} objects"
+        self.shown.label = f"the same image, augmented ({cfg.augment}), {len(target)} objects left"
+        self.label = f"{self.stored.label}, beside {self.shown.label}"
+        rows, columns = token_grid(out_height, out_width)
+        return (
+            f"{_words(geometry, (height, width))}. {len(target)} of {_objects(record)} objects "
+            f"are left, {rows} × {columns} = {rows * columns} tokens"
+        )
+
+
+def _objects(record: Record) -> int:
+    return len(record.target)
+
+
+def _fitted(
+    image: torch.Tensor,
+    target: Any,
+    categories: Sequence[str],
+    used: tuple[int, int, int, int] | None = None,
+) -> Pixels:
+    """The image with its objects, as large as fits a grey square of BOARD pixels; used: x1, y1, x2,
+    y2 in its pixels, what lies outside is faded."""
+    height, width = image.shape[1:]
+    scale = BOARD / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    pixels = to_pixels(image)
+    pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
+    pixels = with_objects(pixels, target, (height, width), categories)
+    if used is not None:
+        x1, y1, x2, y2 = (round(value * scale) for value in used)
+        faded = (0.25 * pixels + 0.75 * EMPTY).astype(np.uint8)
+        faded[y1:y2, x1:x2] = pixels[y1:y2, x1:x2]
+        pixels = faded
+    board = np.full((BOARD, BOARD, 3), EMPTY, np.uint8)
+    board[: size[1], : size[0]] = pixels
+    return board
+
+
+def _words(geometry: Geometry, stored: tuple[int, int]) -> str:
+    """What a transform does, in words."""
+    x1, y1, x2, y2 = geometry.crop
+    steps = []
+    if (y2 - y1, x2 - x1) != stored:
+        steps.append(f"a window of {x2 - x1} × {y2 - y1} px is cut out")
+    turns = {
+        "transposed": geometry.transpose,
+        "mirrored left-right": geometry.flip_h,
+        "mirrored up-down": geometry.flip_v,
+    }
+    height, width = geometry.content_size
+    steps.append(f"resized to {width} × {height} px")
+    steps += [name for name, done in turns.items() if done]
+    if geometry.canvas is not None and geometry.canvas != geometry.content_size:
+        steps.append(f"padded to {geometry.canvas[1]} × {geometry.canvas[0]} px")
+    text = ", ".join(steps)
+    return text[0].upper() + text[1:]

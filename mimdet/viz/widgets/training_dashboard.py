@@ -1,0 +1,315 @@
+"""TrainingDashboard: start a training, watch it, stop and resume it; the kernel stays free."""
+
+import html
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ipywidgets
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mimdet.config import Config
+from mimdet.data.coco import build_dataset
+from mimdet.predict import predict
+from mimdet.structures import Record
+from mimdet.training.checkpoints import CheckpointStore
+from mimdet.training.job import Job
+from mimdet.training.metrics import JobState
+from mimdet.training.resume import stored_config
+from mimdet.training.run import load_detector
+from mimdet.viz.charts import show_training
+from mimdet.viz.pixels import Pixels, beside, captioned, enlarged, to_pixels, with_objects
+from mimdet.viz.widgets.canvas import PatchCanvas
+from mimdet.viz.widgets.panel import Panel
+
+WIDTH = 860
+"""Pixels of both pictures on the screen."""
+LOOK_EVERY = 0.5
+DRAW_EVERY = 2.0
+"""Seconds between two looks at the files, and between two drawings of the curves."""
+SHARE = 0.1
+"""Drawing takes at most this share of the time; the training may need the same cores."""
+POINTS = 1500
+"""Steps in the curves; of a longer training every n-th is drawn."""
+SHOWN = 2
+"""Held-out images with detections."""
+BEGINNINGS = {"new": "start", "stopped": "resume", "failed": "resume"}
+
+_watched: "dict[Path, TrainingDashboard]" = {}
+"""Run -> the panel whose thread watches it; a cell that is run again takes over."""
+
+
+class TrainingDashboard(Panel):
+    """A training in a process of its own (`mimdet.training.job.Job`): its controls and its course.
+
+    Controls: "Start" begins; "Stop & save" ends the training so that nothing is lost; "Resume" goes
+    on after a stop or a failure, exactly as if nothing had happened. The bar shows the steps, the
+    line below it losses, AP, speed, GPU memory and the time left. The pictures are the losses and
+    the AP so far, and what the newest checkpoint detects in held-out images beside the truth. After
+    a failure the end of the log is shown.
+
+    A panel made for a run that is going on attaches to it; closing the notebook stops nothing. A
+    thread of this process draws, and ends with the training or with `close`.
+    """
+
+    label = "the course of a training"
+
+    def __init__(
+        self,
+        training: Config | str | Path,
+        run: str | Path = "",
+        *,
+        processes: int = 0,
+        images: Sequence[Record] | None = None,
+        trust_code: bool = False,
+        **slots: Any,
+    ) -> None:
+        """training: a configuration, with the folder `run` to train in; or a run's folder alone.
+        processes: 0 = one per GPU, or one on the CPU. images: held-out ones to detect in, default
+        the first of the run's evaluation data. trust_code: of a run's folder that holds code
+        written in a notebook, execute it. slots: parts written in this notebook (sampler=...).
+
+        Raises ValueError when there is no folder, and what `Job` raises for one of another run.
+        """
+        super().__init__()
+        if isinstance(training, Config):
+            if not str(run):
+                raise ValueError("give the folder to train in: TrainingDashboard(cfg, 'runs/name')")
+            self.job = Job.prepare(training, run, **slots)
+        else:
+            self.job = Job.attach(training, trust_code=trust_code)
+        self.processes = processes
+        self.path = self.job.path
+        self.images = list(images) if images is not None else None
+        self.state = JobState("new")
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._drawing_lock = threading.Lock()
+        """Not the one of the callbacks: a button answers while a picture is being made."""
+        self._threads = torch.get_num_threads()
+        self._drawn_rows = self._drawn_step = -1
+        self._due = {"curves": 0.0, "detections": 0.0}
+        self._build()
+        if self.look().running:
+            self._watch()  # which draws too
+        else:
+            self.refresh()
+
+    def _build(self) -> None:
+        def button(name: str, text: str, action: Callable[[], Any], style: str) -> Any:
+            made = ipywidgets.Button(description=text, button_style=style, tooltip=text)
+            made.on_click(lambda _: self._answer(action))
+            made.add_class(f"mimdet-training-{name}")
+            return made
+
+        self.start_button = button("start", "Start", self.start, "success")
+        self.stop_button = button("stop", "Stop & save", self.stop, "warning")
+        self.resume_button = button("resume", "Resume", self.start, "success")
+        self.buttons = {
+            "start": self.start_button,
+            "stop": self.stop_button,
+            "resume": self.resume_button,
+        }
+        self.progress = ipywidgets.IntProgress(description="steps", layout={"width": "420px"})
+        self.progress.add_class("mimdet-training-progress")
+        self.log = ipywidgets.HTML()
+        self.log.add_class("mimdet-training-log")
+        self.curves = PatchCanvas(size=(WIDTH, 300), label="no steps yet")
+        self.curves.add_class("mimdet-training-curves")
+        self.detections = PatchCanvas(size=(WIDTH, 2), label="no checkpoint yet")
+        self.detections.add_class("mimdet-training-detections")
+        self.canvases = [self.curves, self.detections]
+        self.status.add_class("mimdet-training-state")
+        controls = [self.start_button, self.stop_button, self.resume_button, self.progress]
+        self.arrange(controls, self.log, self.curves, self.detections)
+
+    # --------------------------------------------------------------------------- the controls
+
+    def start(self) -> None:
+        """Begin the training or go on with it; what "Start" and "Resume" do. Returns at once."""
+        self.job.resume(self.processes)
+        self._watch()
+
+    def stop(self) -> None:
+        """Ask the training to save and end; what "Stop & save" does. Returns at once."""
+        self.job.stop()
+
+    def wait(self, timeout: float | None = None) -> JobState:
+        """Block until the training has ended, then show its last state. As `Job.wait`."""
+        try:
+            return self.job.wait(timeout)
+        finally:
+            self.refresh()
+
+    def close(self) -> None:
+        """End the thread; the training goes on."""
+        self._closed.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(60)
+
+    def _answer(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:
+            self.log.value = f"<b>{type(error).__name__}</b>: {html.escape(str(error))}"
+            return
+        self.look()
+
+    # --------------------------------------------------------------------------- watching
+
+    def _watch(self) -> None:
+        before = _watched.get(self.path.resolve())
+        if before is not None and before is not self:
+            before.close()
+        _watched[self.path.resolve()] = self
+        if self._thread is None or not self._thread.is_alive():
+            self._closed.clear()
+            self._thread = threading.Thread(
+                target=self._follow, name=f"watch {self.path}", daemon=True
+            )
+            self._thread.start()
+
+    def _follow(self) -> None:
+        torch.set_num_threads(self._threads)  # a new thread would use every core
+        while not self._closed.wait(LOOK_EVERY):
+            running = self.look().running
+            for name, draw in (("curves", self.draw_curves), ("detections", self.draw_detections)):
+                if not running or time.monotonic() >= self._due[name]:
+                    self._draw_in_turn(name, draw)
+            if not running:
+                return
+
+    def _draw_in_turn(self, name: str, draw: Callable[[], bool]) -> None:
+        """What takes long is drawn less often; a picture that cannot be made ends no watching."""
+        start = time.monotonic()
+        try:
+            drawn = draw()
+        except Exception as error:
+            drawn, said = True, f"{type(error).__name__}: {error}"
+            self.log.value = f"the {name} cannot be drawn: {html.escape(said)}"
+        if drawn:
+            now = time.monotonic()
+            self._due[name] = now + max(DRAW_EVERY, (now - start) / SHARE)
+
+    def refresh(self) -> None:
+        """Show the run as it is now, pictures included."""
+        self.look()
+        self.draw_curves()
+        self.draw_detections()
+
+    def look(self) -> JobState:
+        """Read the run's files; set buttons, bar and texts, no pictures. Milliseconds."""
+        with self._lock:
+            state = self.state = self.job.state()
+            enabled = "stop" if state.running else BEGINNINGS.get(state.name, "")
+            for name, button in self.buttons.items():
+                button.disabled = name != enabled or state.name == "stopping"
+            self.progress.max = max(state.total, state.step, 1)
+            self.progress.value = state.step
+            self.progress.bar_style = {"finished": "success", "failed": "danger"}.get(
+                state.name, "info"
+            )
+            self.status.value = (
+                f"<span role='status' data-state='{state.name}' data-step='{state.step}'>"
+                f"{html.escape(str(state))}</span>"
+            )
+            tail = "\n".join(self.job.log(12)) if state.name == "failed" else ""
+            said = "the end of the log" if tail else ""
+            self.log.value = f"{said}<pre role='alert'>{html.escape(tail)}</pre>" if tail else ""
+            return state
+
+    # --------------------------------------------------------------------------- the pictures
+
+    def draw_curves(self) -> bool:
+        """Losses and AP; False where nothing is new."""
+        with self._drawing_lock:
+            return self._draw_curves()
+
+    def _draw_curves(self) -> bool:
+        rows = self.job.metrics.rows
+        if len(rows) == self._drawn_rows:
+            return False
+        self._drawn_rows = len(rows)
+        every = max(1, len(rows) // POINTS)
+        figure = show_training([r for i, r in enumerate(rows) if i % every == 0 or "loss" not in r])
+        figure.canvas.draw()  # type: ignore[attr-defined]
+        pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]  # type: ignore[attr-defined]
+        self._show(self.curves, pixels, figure.alt_text)
+        return True
+
+    def draw_detections(self) -> bool:
+        """What the newest checkpoint finds in held-out images; False where there is no new one."""
+        with self._drawing_lock:
+            return self._draw_detections()
+
+    def _draw_detections(self) -> bool:
+        store = CheckpointStore(self.path / "checkpoints")
+        step = max(store.steps(), default=-1)
+        detects = isinstance(stored_config(self.path), Config)  # not an autoencoder
+        if not detects or step in (-1, 0, self._drawn_step):
+            return False
+        try:
+            model = load_detector(self.path, checkpoint=str(step), trust_code=self.job.trust_code)
+        except PermissionError as error:  # code of others: the curves are enough
+            self.detections.label = str(error)
+            return False
+        except FileNotFoundError:
+            return False  # replaced by a newer one just now
+        self._drawn_step = step
+        records = self._records()
+        found = predict(model, [record.image for record in records])
+        pictures, count = [], 0
+        for record, detections in zip(records, found, strict=True):
+            likely = detections[detections.scores >= 0.5]
+            count += len(likely)
+            pictures += [
+                self._picture(record, record.target, model.categories, "truth"),
+                self._picture(record, likely, model.categories, f"detected at step {step}"),
+            ]
+        said = f"{len(records)} held-out images, the truth beside {count} detections of step {step}"
+        self._show(self.detections, beside(pictures), said)
+        return True
+
+    def _records(self) -> list[Record]:
+        if self.images is None:
+            cfg = stored_config(self.path)
+            assert isinstance(cfg, Config)
+            data = build_dataset(cfg.data, "val", cfg.training.seed)
+            self.images = [data[i] for i in range(min(SHOWN, len(data)))]
+        return self.images
+
+    def _picture(self, record: Record, objects: Any, names: Sequence[str], text: str) -> Pixels:
+        width = WIDTH // (2 * SHOWN) - 8
+        pixels, size = enlarged(to_pixels(record.image), width), _size(record.image)
+        return captioned(with_objects(pixels, objects, size, names), text, 13)
+
+    def _show(self, canvas: PatchCanvas, pixels: Any, said: str) -> None:
+        with self._lock, torch.inference_mode():
+            canvas.label = said
+            canvas.show(pixels, WIDTH)
+            canvas.answered()
+
+    def snapshot(self) -> Image.Image:
+        """The state in words, the curves and the detections below each other; 256 colours, which
+        a notebook stores in half the space."""
+        parts = [np.asarray(c.snapshot().convert("RGB")) for c in self.canvases if c.picture]
+        text = self.status.value.split(">", 1)[1].removesuffix("</span>")
+        words = captioned(np.full((1, WIDTH, 3), 255, np.uint8), html.unescape(text), 15)
+        whole = np.concatenate([_of_width(part) for part in (words, *parts)])
+        return Image.fromarray(whole).quantize(256, dither=Image.Dither.NONE)
+
+
+def _of_width(pixels: Pixels) -> Pixels:
+    """White on the right, up to WIDTH."""
+    whole = np.full((pixels.shape[0], WIDTH, 3), 255, np.uint8)
+    whole[:, : pixels.shape[1]] = pixels[:, :WIDTH]
+    return whole
+
+
+def _size(image: Tensor) -> tuple[int, int]:
+    return int(image.shape[1]), int(image.shape[2])

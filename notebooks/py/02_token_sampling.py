@@ -1,0 +1,447 @@
+# %% [markdown]
+# # 02 · Token sampling: what the encoder sees, and what it costs
+#
+# The one idea of MIMDet that everything else serves: train the transformer of a detector on a
+# *sample* of the tokens. Here you draw samples in different ways, see how they move through
+# encoder and decoder, what padding does to them, what each ratio costs, and how a sample is stored
+# and repeated.
+#
+# | | quick (`MODE = "quick"`) | full (`MODE = "full"`) |
+# |---|---|---|
+# | what you see | the shipped detector `tiny` on drawn scenes | the released MIMDet ViT-B on COCO val2017 |
+# | time | about 15 seconds of one CPU core | not measured here |
+# | memory | about 1 GB | not measured here |
+# | needs | nothing but the kit; no GPU, no download | `mimdet download mimdet-base mae-base-visualize`, COCO in the folder named by `MIMDET_COCO` |
+#
+# Set `PATH` to see samples of your own photo. In quick mode the detector knows drawn shapes only.
+
+# %% tags=["parameters"]
+MODE = "quick"  # "full": released weights and COCO
+SEED = 0  # of the samples
+PATH = ""  # your own photo, or a folder with annotations.json and images/
+
+# %%
+import mimdet
+import torch
+from mimdet import check
+from mimdet.notebook_inputs import open_detector, open_mae, open_pictures
+
+pictures = open_pictures(PATH, MODE)
+model = open_detector(MODE)
+
+# %% [markdown]
+# ## 1 · Tokens, grid, sample
+#
+# The stem turns 16 × 16 pixels into one token (`mimdet/models/stem.py`). The image has $L = h \cdot
+# w$ of them. A *sampler* gives each a score, `mimdet.select` keeps the $K$ highest:
+#
+# $$K = \max(1, \lfloor r L \rfloor) \qquad r = \text{ratio, the share that is kept}$$
+#
+# The result is a `Sample`: for every image of a batch the places that are kept, place = row · w +
+# column, and the batch's grid. (MAE's paper gives the share *masked*, $1 - r$.)
+
+# %%
+from mimdet.data.augment import resize_image, test_size
+from mimdet.models.rcnn import pad_and_normalise
+from mimdet.structures import padded_size
+
+picture = pictures.images[:3][-1]  # the third, or the only one
+size = padded_size(*test_size(model.config.data, *picture.shape[1:]))  # multiples of 32
+image = resize_image(picture, size)  # so there is no padding yet; section 4 adds some
+batch = pad_and_normalise([image], torch.device("cpu"))
+with torch.no_grad():
+    stem = model.backbone.stem(batch.tensors)
+tokens = stem.tokens.flatten(2).transpose(1, 2)  # (1, D, h, w) -> (1, L, D)
+grid, length = tuple(stem.tokens.shape[2:]), tokens.shape[1]
+print(f"image {tuple(image.shape)}: {grid[0]} x {grid[1]} tokens of width {tokens.shape[2]}")
+
+# %%
+from mimdet.models.sampling import SAMPLERS
+from mimdet.viz.figures import show_sample
+
+dice = torch.Generator().manual_seed(SEED)
+scores = SAMPLERS["random"](tokens[0], grid, dice)  # (L,)
+sample = mimdet.select([scores], [grid], grid, ratio=0.25)
+kept = sample.keep[0]
+check(f"{len(kept)} of {length} tokens", len(kept) == max(1, int(0.25 * length)))
+left_out = scores.sort().values[: length - len(kept)]
+check("the kept ones have the highest scores", scores[kept].min() >= left_out.max())
+show_sample(image, sample)
+
+# %% [markdown]
+# Grey tokens never enter the encoder. They are not lost, though: the stem has looked at every pixel,
+# its fine maps c2 and c3 go to the detector whole, and the decoder gets the stem's token at every
+# place that was not sampled. *Try:* ratio 0.05 and 0.9.
+#
+# ## 2 · Samplers, side by side
+#
+# The paper draws at random. Three samplers come with the library, and a fourth takes three lines:
+# a function of the image's tokens, its grid and a generator, which returns a score for each token.
+
+# %%
+from mimdet.viz.data_figures import show_samples
+
+
+def strongest(tokens, grid, generator):  # (L, D), (h, w) of one image -> (L,)
+    return tokens.norm(dim=1)
+
+
+samplers = {**SAMPLERS, "strongest": strongest}
+drawn = {}
+for name, sampler in samplers.items():
+    dice = torch.Generator().manual_seed(SEED)
+    drawn[name] = mimdet.select([sampler(tokens[0], grid, dice)], [grid], grid, 0.25)
+show_samples(image, drawn)
+
+# %% [markdown]
+# `grid` spreads the tokens evenly: no unseen token is far from a seen one. `block` keeps or drops
+# squares of 4 × 4: most unseen tokens are far from any seen one, which makes it hard. `strongest`
+# follows what the stem responds to. Which is best to *train* with is a question for an experiment
+# (notebooks 09 and 10), not for the eye.
+
+# %%
+import torch.nn.functional as F
+
+sizes = {name: len(s.keep[0]) for name, s in drawn.items()}
+check("all keep equally many", len(set(sizes.values())) == 1, "so that comparing them is fair")
+rows = drawn["grid"].keep[0] // grid[1]
+check("grid at 0.25 keeps every second row", len((rows % 2).unique()) == 1)
+mask = torch.zeros(length)
+mask[drawn["block"].keep[0]] = 1
+squares = F.avg_pool2d(mask.view(1, *grid), 4)  # share of each 4 x 4 square that is kept
+partly = int(((squares > 0) & (squares < 1)).sum())
+check("block keeps whole squares", partly <= 1, "where the count demands it, one is cut")
+
+# %% [markdown]
+# ## 3 · Out and back: gather, scatter, "un-shuffle"
+#
+# The kept tokens are *gathered* into a shorter sequence (B, K, D). That is the whole saving: the
+# encoder is an ordinary transformer on fewer tokens. Afterwards each goes back to its place. The
+# original code, like MAE's, does it with two sorts: shuffle all places by noise, keep the first K,
+# encode, append what belongs at the other places, and sort back ("un-shuffle"). This library
+# *scatters*: it writes the K tokens to their K places in what is there already
+# (`mimdet/models/sampling.py`). On a 2 × 3 grid, by hand:
+
+# %%
+from mimdet.models.sampling import Sample, gather, scatter
+
+noise = torch.tensor([0.9, 0.2, 0.7, 0.1, 0.5, 0.4])  # one number a place; the lowest are kept
+order = noise.argsort()  # place of the 1st, 2nd, ... in the shuffled sequence
+restore = order.argsort()  # where each place went
+fill = torch.tensor([0.0, 10, 20, 30, 40, 50])[:, None]  # (6, 1): the stem's tokens, say
+kept = fill[order[:3]] + 1  # the three that were encoded, now changed
+unshuffled = torch.cat([kept, fill[order[3:]]])[restore]
+ours = scatter([kept], Sample([order[:3]], (2, 3)), fill[None])[0]
+print("kept places", order[:3].tolist(), " restore", restore.tolist())
+print(ours.view(2, 3))
+check("scatter is un-shuffle", torch.equal(unshuffled, ours), "bit for bit, with one sort less")
+
+# %%
+short = gather(tokens, sample)
+back = scatter(short, sample, torch.zeros_like(tokens))
+at_home = torch.equal(back[0, sample.keep[0]], tokens[0, sample.keep[0]])
+print(f"{tuple(tokens.shape)} -> {tuple(short[0].shape)} -> {tuple(back.shape)}")
+check("every kept token is back at its place", at_home)
+gone = torch.ones(length, dtype=torch.bool)
+gone[sample.keep[0]] = False
+check("the other places are untouched", back[0, gone].abs().max() == 0)
+
+# %% [markdown]
+# Attention itself does not know about places: what says *where* a token is are the positions, and
+# they are added **before** gathering. So the order of a sample is of no consequence.
+
+# %%
+other_order = Sample([sample.keep[0].flip(0)], sample.grid)
+with torch.no_grad():
+    one = model.backbone.encoder(tokens, sample)[0]
+    two = model.backbone.encoder(tokens, other_order)[0]
+check("order does not matter", torch.allclose(one, two.flip(0), atol=1e-4), "up to rounding")
+
+# %% [markdown]
+# ## 4 · Padding, and the two rules
+#
+# Images of a batch are padded to one size. Put our image beside one twice as wide: half of its
+# canvas is now empty. Which tokens may be kept?
+#
+# - `keep="valid"`, the default here: $K$ counts the image's **own** tokens. Padding is never encoded,
+#   and what an image keeps does not depend on its neighbours.
+# - `keep="padded"`, the paper's code: $K = \lfloor r \cdot L \rfloor$ with $L$ of the **padded** grid,
+#   the same for every image. Own tokens come first, padding last. Small images keep a larger share
+#   than $r$, and when $K$ exceeds their own tokens, padding is encoded, with no mask.
+#
+# Released weights were trained and scored with the second rule, so `load_detector` sets it for them.
+
+# %%
+from mimdet.models.sampling import token_grid
+
+square = resize_image(picture, (256, 256))
+neighbour = torch.zeros(3, 256, 512, dtype=torch.uint8)
+half = pad_and_normalise([square, neighbour], torch.device("cpu"))
+wide = (half.tensors.shape[2] // 16, half.tensors.shape[3] // 16)
+grids = [token_grid(*of_image) for of_image in half.image_sizes]
+dice = [torch.rand(h * w, generator=torch.Generator().manual_seed(SEED)) for h, w in grids]
+print(f"own grid {grids[0]}, padded grid {wide}\nratio  rule    own  padding")
+counts = {}
+for ratio in (0.25, 0.5, 0.75, 1.0):
+    for rule in ("valid", "padded"):
+        places = mimdet.select(dice, grids, wide, ratio, rule).keep[0]
+        own = int((places % wide[1] < grids[0][1]).sum())
+        counts[ratio, rule] = (own, len(places) - own)
+        print(f"{ratio:<6} {rule:7} {own:3} {len(places) - own:8}")
+
+# %%
+check(
+    "valid: no padding, ever", all(n[1] == 0 for (_, rule), n in counts.items() if rule == "valid")
+)
+check("padded at 0.25 keeps half of it", counts[0.25, "padded"] == (128, 0), "twice the ratio")
+check("padded at 1 keeps all padding", counts[1.0, "padded"] == (256, 256))
+show_sample(square, mimdet.select(dice, grids, wide, 0.75, "padded"))
+
+# %% [markdown]
+# White is padding, grey squares in it are padding tokens that were kept. Does it matter? Run the
+# backbone on the same batch under both rules and compare c4 over the image itself.
+
+# %%
+maps = {}
+with torch.no_grad():
+    for rule in ("valid", "padded"):
+        of_rule = mimdet.select(dice, grids, wide, 1.0, rule)
+        maps[rule] = model.backbone(half.tensors, half.image_sizes, sample=of_rule)["c4"][0]
+    alone = pad_and_normalise([square], torch.device("cpu"))
+    everything = mimdet.select(dice[:1], grids[:1], grids[0], 1.0)
+    by_itself = model.backbone(alone.tensors, alone.image_sizes, sample=everything)["c4"][0]
+inside = (slice(None), slice(0, grids[0][0]), slice(0, grids[0][1]))
+moved = {rule: float((m[inside] - by_itself).norm() / by_itself.norm()) for rule, m in maps.items()}
+for rule, share in moved.items():
+    print(f"{rule}: c4 moves by {share:.0%} (norm of the difference to norm)")
+check("both rules move it", min(moved.values()) > 0.01, "GroupNorm, positions, decoder see padding")
+
+# %% [markdown]
+# So the rule alone does not make an image independent of its batch. The stem's GroupNorm averages
+# over padding, position tables are resized to the padded grid (our image now sits at 0 to 0.5 of
+# its width), and the decoder attends to padding. In quick mode the change is drastic, since `tiny`
+# has been trained on one grid only, 16 × 16; a model trained on many sizes bears it better.
+# Therefore `predict` and `evaluate` never put images of different padded sizes into one batch.
+#
+# ## 5 · What a ratio costs
+#
+# A transformer block of width $D$ on $K$ tokens needs, in multiply-adds:
+#
+# $$\underbrace{12\,K D^2}_{\text{linear layers}} + \underbrace{2\,K^2 D}_{\text{attention}}$$
+#
+# ($3D^2$ for query, key, value; $D^2$ for the projection; $8D^2$ in the MLP; $K^2D$ for the scores
+# and again for the weighted sum.) MIMDet ViT-B has 12 blocks of width 768; an image of 800 × 1333
+# pixels is padded to 800 × 1344, that is 50 × 84 = 4200 tokens. The library counts the whole model
+# without running it (`mimdet/analysis/cost.py`); the formula must agree with it.
+
+# %%
+from mimdet.analysis.cost import cost_of
+from mimdet.presets import mimdet_base
+
+
+def encoder_cost(kept, width=768, depth=12):
+    return depth * (12 * kept * width**2 + 2 * kept**2 * width)
+
+
+wholes = {r: cost_of(mimdet_base(), (800, 1344), r).detector for r in (0.25, 0.5, 1.0)}
+print("ratio  tokens  encoder, G  whole detector, G")
+for ratio, whole in wholes.items():
+    print(
+        f"{ratio:<6} {int(4200 * ratio):6} {encoder_cost(int(4200 * ratio)) / 1e9:11.0f} {whole / 1e9:18.0f}"
+    )
+saved = wholes[1.0] - wholes[0.25]
+embed = (4200 - 1050) * 768 * 512  # the linear layer between the two runs on kept tokens as well
+by_hand = encoder_cost(4200) - encoder_cost(1050) + embed
+check("what is saved is the encoder", saved == by_hand, "to the last multiply-add")
+
+# %%
+from mimdet.viz.bars import show_stacked
+
+linear, attention, rest = [], [], []
+for ratio, whole in wholes.items():
+    kept_now = int(4200 * ratio)
+    linear.append(12 * 12 * kept_now * 768**2)
+    attention.append(12 * 2 * kept_now**2 * 768)
+    rest.append(whole - linear[-1] - attention[-1])
+parts = {"encoder: linear layers": linear, "encoder: attention": attention, "all the rest": rest}
+show_stacked([f"ratio {r}" for r in wholes], parts, "multiply-adds", (1e9, "G"), digits=3)
+
+# %% [markdown]
+# Only the blue parts shrink. Halving the tokens halves the linear layers and quarters the attention;
+# stem, decoder, neck and heads cost the same at every ratio (but for one linear layer). At 0.25 the decoder, which always sees
+# every place, costs more than the encoder. So a quarter of the tokens is far from a quarter of the
+# time, and the gain is larger for ViT-L, whose encoder is three times as large.
+#
+# The published count is 1.1 T multiply-adds for ViT-B. At 800 × 1280 pixels, 4000 tokens:
+
+# %%
+at_4000 = {r: cost_of(mimdet_base(), (800, 1280), r).detector / 1e12 for r in (0.25, 1.0)}
+giga = [round(encoder_cost(n) / 1e9) for n in (1000, 2000, 4000)]
+print(
+    f"encoder {giga} G at ratio 0.25, 0.5, 1; detector {at_4000[0.25]:.2f} T and {at_4000[1.0]:.2f} T"
+)
+check("the published figure is that of ratio 1", round(at_4000[1.0], 1) == 1.1)
+decoder = encoder_cost(4000, width=512, depth=4)
+check("at 0.25 the decoder costs more than the encoder", decoder > encoder_cost(1000))
+
+# %% [markdown]
+# Multiply-adds are not milliseconds. Measure: the encoder and the whole detector, median of nine
+# runs. (The output of this cell is not stored, as it differs from machine to machine.)
+
+# %% tags=["timing"]
+import statistics
+import time
+
+for ratio in (0.25, 0.5, 1.0):
+    now = mimdet.select([scores], [grid], grid, ratio)
+    times = {"encoder": [], "detector": []}
+    for _ in range(9):
+        start = time.perf_counter()
+        with torch.no_grad():
+            model.backbone.encoder(tokens, now)
+        times["encoder"].append(1000 * (time.perf_counter() - start))
+        start = time.perf_counter()
+        mimdet.predict(model, picture, sample_ratio=ratio)
+        times["detector"].append(1000 * (time.perf_counter() - start))
+    print(ratio, {name: f"{statistics.median(t):.1f} ms" for name, t in times.items()})
+
+# %% [markdown]
+# In quick mode the encoder is so small that the detector hardly gets faster: its heads take most of
+# the time. What a ratio saves must be measured with the model and the machine you train on.
+#
+# ## 6 · Chance as a value
+#
+# Below ratio 1 a prediction depends on which tokens were drawn. A generator makes the draw, and the
+# draw is a value: it can be repeated, stored, edited and passed in. Each image of a batch has its
+# own generator, so what is drawn for it does not depend on the others.
+
+# %%
+from mimdet.viz.figures import show_detections
+
+finds = [mimdet.predict(model, picture, sample_ratio=0.25, seed=seed) for seed in (1, 2, 3)]
+finds.append(mimdet.predict(model, picture))  # the model's sample_ratio_eval, 1
+show_detections([picture] * 4, finds, None, pictures.categories, score_threshold=0.5)
+
+# %%
+again = mimdet.predict(model, picture, sample_ratio=0.25, seed=1)
+check("the same seed, the same detections", torch.equal(again.boxes, finds[0].boxes))
+differ = len(finds[0]) != len(finds[1]) or not torch.equal(finds[0].boxes, finds[1].boxes)
+check("another seed, others", differ, "so an AP below ratio 1 has a spread: average over draws")
+full = [mimdet.predict(model, picture, sample_ratio=1.0, seed=seed) for seed in (1, 2)]
+check("at ratio 1 nothing is drawn", torch.equal(full[0].boxes, full[1].boxes))
+half_of_it = Sample([sample.keep[0][::2]], grid)  # edited by hand
+edited = mimdet.predict(model, picture, sample=half_of_it)
+given = mimdet.predict(model, picture, sample=sample)
+changed = len(edited) != len(given) or not torch.equal(edited.scores, given.scores)
+check("a sample can be edited and passed in", changed)
+
+# %% [markdown]
+# The three draws on the left are not the same: scores differ, and sometimes objects. On the right,
+# at ratio 1, there is no chance. (In quick mode the right one need not be the best: `tiny` was
+# trained for minutes, at ratio 0.5, and in runs that short AP hardly depends on the ratio; figures
+# are in the README.) Ratio 1 is how the paper evaluates: trained at 0.25 → 49.9 box and 44.7 mask
+# AP, trained at 0.5 → 51.5 and 46.0 (ViT-B, arXiv version 1), **both evaluated at ratio 1**. Train
+# on few tokens, use them all when it counts: `cfg.backbone.sample_ratio` and `sample_ratio_eval`
+# are two numbers for that reason.
+#
+# ## 7 · Your turn
+#
+# Ratio, sampler (yours from section 2 is in the list) and seed draw a sample; the brush edits it;
+# *reset* forgets the brush. Middle: what a masked autoencoder paints from these tokens; right: what
+# the detector finds.
+
+# %%
+from mimdet.viz.widgets.token_lab import TokenLab
+
+lab = TokenLab(model, open_mae(MODE), pictures.images[:3][::-1], samplers={"strongest": strongest})
+lab
+
+# %%
+lab.sampler.value = "strongest"  # as if chosen in the list
+same = lab.sample.grid != grid  # a photo may have less than whole tokens: another grid
+if not same:
+    same = torch.equal(mimdet.predict(model, picture, sample=lab.sample).scores, lab.found.scores)
+check("the panel shows what predict finds from this sample", same)
+
+# %% [markdown]
+# *Try:* one single token. How many objects are still found? Which ones, and why these?
+#
+# ## Summary
+#
+# - A sampler scores, `select` keeps the $K$ best, a `Sample` is a value to draw, store, edit, pass.
+# - Gather shortens the sequence, scatter puts tokens back; un-shuffling is the same thing.
+# - `valid` never encodes padding; `padded` is the paper's rule. Neither makes an image independent
+#   of its batch.
+# - The encoder costs $12KD^2 + 2K^2D$ a block; everything else costs (all but) the same.
+# - Below ratio 1 report a mean and a spread over draws; published scores are at ratio 1.
+#
+# ## Exercises
+#
+# 1. At how many tokens does attention cost as much as the linear layers in ViT-B, and in ViT-L
+#    (width 1024)? How large an image is that?
+# 2. For the image of section 4 (half of its canvas is padding): up to which ratio does the rule
+#    `padded` encode no padding? And which share of its own tokens does it keep there?
+# 3. Write a sampler that keeps a checkerboard at ratio 0.5. Which of the built-in samplers at which
+#    ratio comes closest?
+# 4. Keep exactly the tokens that touch an object of the truth, by hand, as a `Sample`. Then keep
+#    exactly the others. Which of the two does the detector need more?
+# 5. Show that drawing for two images in one batch gives the same samples as drawing for each alone.
+
+# %% tags=["solution"]
+# 1. 12 K D² = 2 K² D, so K = 6 D.
+for name, width in (("ViT-B", 768), ("ViT-L", 1024)):
+    number = 6 * width
+    check(f"{name}: {number} tokens", 12 * number * width**2 == 2 * number**2 * width)
+    print(f"    a square image of {16 * number**0.5:.0f} pixels a side")
+
+# %% tags=["solution"]
+# 2. K = r * 512 tokens, of which 256 are its own: up to 0.5, and there it keeps all of them.
+check("no padding at 0.5", counts[0.5, "padded"] == (256, 0), "its own ratio is 1")
+slightly = mimdet.select(dice, grids, wide, 0.51, "padded").keep[0]
+check("some at 0.51", int((slightly % wide[1] >= grids[0][1]).sum()) == int(0.51 * 512) - 256)
+
+
+# %% tags=["solution"]
+# 3. Black squares score 1. The built-in "grid" at ratio 0.5 is the same pattern or its opposite.
+def checkerboard(tokens, grid, generator):
+    rows = torch.arange(grid[0])[:, None]
+    return ((rows + torch.arange(grid[1])) % 2).flatten().float()
+
+
+dice_3 = torch.Generator().manual_seed(SEED)
+square_grid = (16, 16)
+board = set(checkerboard(None, square_grid, None).nonzero()[:, 0].tolist())
+spread = SAMPLERS["grid"](torch.zeros(256, 1), square_grid, dice_3)
+evenly = set(mimdet.select([spread], [square_grid], square_grid, 0.5).keep[0].tolist())
+check("grid at 0.5 is a checkerboard", evenly in (board, set(range(256)) - board))
+
+# %% tags=["solution"]
+# 4. A token is touched when a box overlaps its 16 x 16 pixels. In quick mode the two differ little:
+# small objects are found on the stem's fine maps, which see every pixel whatever is sampled.
+touched = torch.zeros(grid, dtype=torch.bool)
+zoom = image.shape[2] / picture.shape[2] / 16  # pixels of the picture -> tokens
+for x0, y0, x1, y1 in (pictures.targets[:3][-1].boxes * zoom).tolist():
+    touched[int(y0) : int(y1) + 1, int(x0) : int(x1) + 1] = True
+if 0 < touched.sum() < touched.numel():
+    fine = []
+    for name, chosen in (("objects only", touched), ("the others", ~touched)):
+        hand = Sample([chosen.flatten().nonzero()[:, 0]], grid)
+        found = mimdet.predict(model, picture, sample=hand)
+        with torch.no_grad():
+            fine.append(model.backbone(batch.tensors, batch.image_sizes, sample=hand)["c2"])
+        sure = found.scores[found.scores >= 0.5]
+        print(
+            f"{name}: {len(hand.keep[0])} tokens, {len(sure)} found, scores sum to {sure.sum():.2f}"
+        )
+    check("c2 is the same either way", torch.equal(*fine), "whatever the encoder saw")
+
+# %% tags=["solution"]
+# 5. One generator an image is what makes it so.
+both = torch.cat([tokens, tokens])
+sizes_5 = [batch.image_sizes[0]] * 2
+seeds = [torch.Generator().manual_seed(s) for s in (1, 2)]
+together = model.backbone.draw(both, grid, sizes_5, 0.25, "valid", seeds)
+for index, seed in enumerate((1, 2)):
+    dice_5 = [torch.Generator().manual_seed(seed)]
+    single = model.backbone.draw(tokens, grid, sizes_5[:1], 0.25, "valid", dice_5)
+    check(f"image {index + 1}", torch.equal(single.keep[0], together.keep[index]))

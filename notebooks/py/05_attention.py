@@ -1,0 +1,423 @@
+# %% [markdown]
+# # 05 · Attention: what a patch looks at
+#
+# In every transformer block each token asks all others a question and takes a mixture of their
+# answers. How much it takes from whom is a table of numbers, the *attention*, and here you look at
+# it: in the encoder and in the decoder, block by block and head by head, with all tokens and with a
+# quarter of them. On the way you learn how to get such numbers out of a model that never stores
+# them, what they cost, and why MIMDet needs no windows.
+#
+# | | quick (`MODE = "quick"`) | full (`MODE = "full"`) |
+# |---|---|---|
+# | what you see | the detector `tiny` that comes with the package, on drawn scenes | the released MIMDet ViT-B, on COCO |
+# | time | about 10 s of one CPU core, 40 s on a busy machine | not measured here |
+# | memory | about 0.9 GB | not measured here |
+# | needs | nothing but the kit; no GPU, no download | the file of `mimdet download mimdet-base`, and COCO 2017 in the folder named by `MIMDET_COCO` |
+#
+# Words: the *query* is the token that asks. *Ratio* is the share of the tokens that the encoder
+# sees. Blocks and heads are counted from 0, as in the names of the modules.
+
+# %% tags=["parameters"]
+MODE = "quick"  # "full": the released ViT-B and COCO
+SEED = 0  # of the samples
+PATH = ""  # your own photo, or a folder with annotations.json and images/
+QUERY = (0.5, 0.17)  # the patch to ask, as shares of the height and of the width
+
+# %%
+import mimdet
+import torch
+from mimdet import check
+from mimdet.data.augment import resize_image, test_size
+from mimdet.notebook_inputs import open_detector, open_pictures
+
+model = open_detector(MODE)
+if MODE == "full":
+    model.config.data.test_short_side = 384  # at 800 pixels all maps would take 10 GiB
+pictures = open_pictures(PATH, MODE, count=8)
+images = [resize_image(i, test_size(model.config.data, *i.shape[1:])) for i in pictures.images]
+image = images[min(2, len(images) - 1)]  # uint8 (3, H, W), as it is fed to the network
+print(f"preset {model.config.preset}, image of {image.shape[1]} x {image.shape[2]} pixels")
+
+# %% [markdown]
+# ## 1 · One head, by hand
+#
+# A head turns each of N tokens into a query $q_i$, a key $k_i$ and a value $v_i$ of width $d$. Token
+# *i* then becomes a mixture of the values,
+#
+# $$ \sum_j A_{ij} v_j, \qquad A_{ij} = \frac{\exp(q_i \cdot k_j / \sqrt d)}
+# {\sum_l \exp(q_i \cdot k_l / \sqrt d)} . $$
+#
+# Row *i* of $A$ is what we want to see. `mimdet.record` (`mimdet/viz/record.py`) keeps it for the
+# modules you name while the model runs. The first block of the decoder, with every token sampled:
+
+# %%
+from mimdet.viz.attention import show_attention
+
+name = "backbone.decoder.blocks.0.attn"
+norm = name.replace("attn", "norm1")  # what goes into the attention
+with mimdet.record(model, name, norm) as seen:
+    model.detect([image], sample_ratio=1.0)
+h, w = seen.grid
+query = (int(QUERY[0] * h), int(QUERY[1] * w))
+print("attention (images, heads, N, N):", tuple(seen[name].shape), "on a grid of", seen.grid)
+show_attention(image, seen, name, query, heads=True)
+
+# %% [markdown]
+# The framed patch is the query. Bright patches are those it takes most from; the title says how
+# much the brightest one gives (colours follow the square root, so that little is seen beside much).
+# Each head has its own idea of what matters. Now the same numbers from the weights of the block,
+# with nothing but the formula.
+
+# %%
+block = model.get_submodule(name)
+with torch.no_grad():
+    q, k, v = block.qkv(seen[norm]).chunk(3, dim=2)  # (B, N, D) each
+    q, k = (t.unflatten(2, (block.num_heads, -1)).transpose(1, 2) for t in (q, k))
+    logits = q @ k.transpose(2, 3) / q.shape[3] ** 0.5  # (B, heads, N, N)
+    by_hand = logits.exp() / logits.exp().sum(dim=3, keepdim=True)
+difference = (by_hand - seen[name]).abs().max()
+check("recorded attention is the formula", difference < 1e-5, "from the block's own weights")
+sums = seen[name].sum(dim=3)
+check("each row sums to 1", (sums - 1).abs().max() < 1e-4, "a token divides all of its attention")
+check("columns do not", seen[name].sum(dim=2).std() > 0.01, "some tokens are asked more than others")
+
+# %% [markdown]
+# **Try:** another `QUERY`, say an empty place of the background.
+#
+# ## 2 · Why a hook alone sees nothing
+#
+# PyTorch's `scaled_dot_product_attention` works through the formula in pieces and never forms $A$;
+# that is what makes it fast. timm uses it by default, so a hook where $A$ should pass by stays
+# silent, without an error. `record` switches the named blocks to the plain formula (their flag
+# `fused_attn`), and back again on leaving, also when something fails inside.
+
+# %%
+from mimdet.viz.record import attention_names
+
+caught = []
+hook = block.attn_drop.register_forward_pre_hook(lambda module, given: caught.append(given[0]))
+plain = model.detect([image], sample_ratio=1.0)[0]
+hook.remove()
+check("a hook alone caught nothing", not caught and block.fused_attn, "the fused kernel passes it by")
+
+with mimdet.record(model, "backbone.*.attn") as seen:
+    recorded = model.detect([image], sample_ratio=1.0)[0]
+check("the record has every block", len(seen) == len(attention_names(model)))
+check("the flag is back", block.fused_attn, "else the model would stay slow")
+same = len(plain) == len(recorded) and (plain.scores - recorded.scores).abs().max() < 1e-4
+check("looking changed no detection", same, "the two ways differ by rounding")
+
+# %% [markdown]
+# ## 3 · By block and head, with all tokens
+#
+# The encoder's blocks for the same query, heads averaged; then the heads of its last block.
+
+# %%
+from IPython.display import display
+
+blocks = [n for n in seen if "encoder" in n]
+decoder_blocks = [n for n in seen if "decoder" in n]
+display(show_attention(image, seen, blocks, query))
+show_attention(image, seen, blocks[-1], query, heads=True)
+
+# %% [markdown]
+# A picture of one query is an anecdote. Three numbers a head, averaged over all queries, say more:
+#
+# - *tokens*: how many tokens are looked at, $\exp(-\sum_j A_{ij} \log A_{ij})$. One token that gets
+#   everything gives 1, equal shares give N.
+# - *distance*: of what is looked at, in tokens.
+# - *differs*: how much the rows of two queries differ. 0: every query gets the same mixture. 1: no
+#   two share anything.
+
+# %%
+places = torch.arange(h * w)
+apart = torch.stack([places // w, places % w], 1).float()
+apart = torch.cdist(apart, apart)  # (L, L), in tokens
+print(f"{'':18}head  tokens  distance  differs")
+for name in seen:
+    for head, a in enumerate(seen[name][0]):  # (N, N)
+        tokens = (-(a * a.clamp_min(1e-12).log()).sum(1)).exp().mean()
+        distance = (a * apart).sum(1).mean()
+        differs = (a - a.mean(0)).abs().sum(1).mean() / 2
+        part, number = name.split(".")[1], name.split(".")[3]
+        print(f"{part} block {number}  {head:4} {tokens:8.0f} {distance:8.1f} {differs:9.2f}")
+print(f"equal shares: {h * w} tokens, distance {apart.mean():.1f}")
+
+# %% [markdown]
+# In quick mode no head of this small model looks mainly at its neighbours: the distances are about
+# those of equal shares. The choice is made by content. Some heads pick two or three tokens, others
+# spread over a hundred. And two hardly care who asks: in the last decoder block, heads 0 and 1 give
+# every query the same few tokens. Such tokens are often called *sinks*. A bright patch says nothing
+# about the query before you have seen that it changes with the query.
+
+# %%
+shares = seen[decoder_blocks[-1]][0].mean(dim=1)  # (heads, N): what each token gets, of all queries
+most = shares.max(dim=1)
+for head, (share, place) in enumerate(zip(*most, strict=True)):
+    times = share * h * w
+    print(f"head {head}: row {place // w}, column {place % w} gets {times:.0f} times an equal share")
+check("shares of a head sum to 1", (shares.sum(1) - 1).abs().max() < 1e-4)
+check("attention is far from even", (most.values * h * w).max() > 3, "some tokens matter more")
+
+# %% [markdown]
+# **Try:** the same table for `mimdet.load_detector("tiny_scratch")`, which had no pre-training.
+#
+# ## 4 · On a sample: ratio 1, 0.5, 0.25
+#
+# In training the encoder sees a sample, and the attention is a smaller table: K × K, K the number of
+# kept tokens. `record` knows the sample; `show_attention` puts each number back at its place and
+# marks what the encoder never saw in light grey. With one seed the tokens kept at 0.25 are among
+# those kept at 0.5, so one query can be asked at all three ratios.
+
+# %%
+from mimdet.viz.attention import nearest_sampled
+
+looks = {}
+for ratio in (1.0, 0.5, 0.25):
+    dice = [torch.Generator().manual_seed(SEED)]
+    with mimdet.record(model, "backbone.*.attn") as looks[ratio]:
+        model.detect([image], sample_ratio=ratio, generators=dice)
+place = nearest_sampled(looks[0.25].sample, query[0] * w + query[1])
+for ratio, look in looks.items():
+    display(show_attention(image, look, blocks, place))
+
+# %%
+kept = {ratio: set(look.sample.keep[0].tolist()) for ratio, look in looks.items()}
+check("the samples lie in each other", kept[0.25] < kept[0.5] < kept[1.0], "one seed, one order")
+n = {ratio: look[blocks[0]].shape[-1] for ratio, look in looks.items()}
+check("K x K numbers a head", all(n[r] == len(kept[r]) for r in n), f"{list(n.values())} tokens")
+saved = n[0.25] ** 2 / n[1.0] ** 2
+check("a quarter of the tokens", saved < 0.07, f"leaves {saved:.3f} of the comparisons")
+
+# %% [markdown]
+# What would have gone to the missing tokens goes to the rest. Compare a block at the three ratios:
+# where a bright token is still there, it is often bright again; where it is gone, another takes over
+# (exercise 3).
+#
+# ### The decoder sees every place
+#
+# At unsampled places the decoder finds the stem's own tokens (`mimdet/models/vit.py`). So any place
+# may ask there, sampled or not. Does it matter to the decoder which tokens come from the encoder?
+
+# %%
+quarter = looks[0.25]
+unseen = next(p for p in range(h * w) if p not in kept[0.25] and p // w == h // 2)
+display(show_attention(image, quarter, decoder_blocks, unseen, heads=True))
+encoded = torch.zeros(h * w, dtype=torch.bool)
+encoded[quarter.sample.keep[0]] = True
+for name in decoder_blocks:
+    for head, a in enumerate(quarter[name][0]):
+        to = a[:, encoded].sum(1)  # share that goes to tokens from the encoder
+        ends = to[encoded].mean(), to[~encoded].mean()
+        print(f"decoder block {name.split('.')[3]} head {head}: %.2f, %.2f" % ends)
+print(f"to encoded tokens: from encoded ones, from others; equal shares {encoded.float().mean():.2f}")
+
+# %%
+try:
+    quarter.row(blocks[0], unseen)
+    refused = False
+except ValueError as error:
+    refused = True
+    print(error)
+check("the encoder has no row for it", refused, "an invented row would be worse than none")
+check("the decoder has", quarter.row(decoder_blocks[0], unseen).shape[1] == h * w)
+
+# %% [markdown]
+# It does, in quick mode. In the first decoder block, encoded tokens look at each other more than the
+# places in between look at them; head 2 gives them nearly everything. Head 2 of the last block avoids
+# them altogether. So the decoder tells the two kinds apart, which is worth remembering when the ratio
+# of evaluation is not that of training: at ratio 1 there is only one kind. The picture shows a query
+# that was not sampled.
+#
+# ## 5 · No windows
+#
+# A detector's image has many more tokens than the image of pre-training: at 1024 pixels 4,096, not
+# the 49 that a MAE's encoder sees at 224 (a quarter of 14 × 14). Comparing all with all is expensive,
+# so other detectors on plain ViTs cut the grid into windows and let most blocks look inside their
+# window only. But the weights were pre-trained to look anywhere. MIMDet's answer is to keep the
+# attention global and to have fewer tokens. What each choice costs, in comparisons of one head at
+# 1024 pixels:
+
+# %%
+length = (1024 // 16) ** 2
+costs = {"all with all": length**2, "windows of 16 x 16": length * 16**2}
+costs |= {f"all with all, ratio {r}": int(r * length) ** 2 for r in (0.5, 0.25)}
+for way, pairs in costs.items():
+    print(f"{way:24} {pairs / 1e6:6.2f} million")
+equal = costs["windows of 16 x 16"] == costs["all with all, ratio 0.25"]
+check("a window and a quarter cost the same", equal, "and a quarter still looks across the image")
+
+# %% [markdown]
+# A window of 16 × 16 is a sixteenth of that grid. How much of what our encoder looks at lies in the
+# query's own sixteenth of the picture? Windows would throw away the rest.
+
+# %%
+window = places // w // -(-h // 4) * 4 + places % w // -(-w // 4)  # 4 x 4 windows
+inside = window[:, None] == window  # (L, L)
+full = looks[1.0]
+held = torch.stack([(full[name][0] * inside).sum(2).mean(1) for name in blocks])  # (blocks, heads)
+print("share that a window would keep, a row a block, a column a head")
+for row in held.tolist():
+    print("   ".join(f"{share:.2f}" for share in row))
+print(f"equal shares: {inside.float().mean():.2f}")
+check("shares", bool(((held > 0) & (held < 1)).all()), "0: never looks there, 1: nowhere else")
+check("global heads", held.min() < 0.5, "at least one head looks mostly outside of its window")
+
+# %% [markdown]
+# In quick mode a window would keep 0.12 at most. That is no proof that windows are bad: a model that
+# is trained with them learns to live with them. It says that *these* weights, which learnt to look
+# anywhere, could not simply be used with windows.
+#
+# ## 6 · What the maps cost
+#
+# A map has N² numbers a head and block. All of them together, in float32, for a ViT-B encoder (12
+# blocks of 12 heads) and the decoder of MIMDet (4 blocks of 16 heads, always on all tokens):
+
+# %%
+mib = 4 / 2**20  # bytes of a number, in MiB
+print("pixels  ratio  encoder's maps  one query of them  decoder's maps   MiB")
+for pixels in (512, 1024):
+    length = (pixels // 16) ** 2
+    for ratio in (0.25, 0.5, 1.0):
+        count = int(ratio * length)
+        maps, one = 12 * 12 * count**2 * mib, 12 * 12 * count * mib
+        decoder = 4 * 16 * length**2 * mib
+        print(f"{pixels:6} {ratio:6} {maps:15,.0f} {one:18.2f} {decoder:15,.0f}")
+check("9 GiB at 1024 pixels", maps == 9 * 1024, "19 times the weights of MIMDet ViT-B")
+
+# %% [markdown]
+# So `record` refuses more than 1 GiB unless you say `whole=True`, and offers `query=`: the row of one
+# query only, N times less.
+
+# %%
+with mimdet.record(model, *blocks, query=place) as row_only:
+    dice = [torch.Generator().manual_seed(SEED)]
+    model.detect([image], sample_ratio=0.25, generators=dice)
+numbers = {"whole": sum(quarter[b].numel() for b in blocks)}
+numbers["row"] = sum(row_only[b].numel() for b in blocks)
+print(numbers)
+check("N times less", numbers["whole"] == n[0.25] * numbers["row"])
+rows = [torch.equal(row_only.row(b, place), quarter.row(b, place)) for b in blocks]
+check("the same numbers", all(rows), "one row needs no other row")
+
+# %% [markdown]
+# ## 7 · Rollout: through all blocks
+#
+# After the first block a token is already a mixture, so the second block's map says what it takes
+# from *mixtures*. *Rollout* (Abnar and Zuidema, 2020) follows them back to the image: with $A_b$ the
+# mean of the heads of block *b*, and half of every token passed on unchanged by the residual
+# connection,
+#
+# $$ R_b = \left(\tfrac12 A_b + \tfrac12 I\right) R_{b-1}, \qquad R_0 = I . $$
+
+# %%
+from mimdet.viz.attention import show_rollout
+from mimdet.viz.record import rollout
+
+show_rollout(image, looks[1.0], blocks, place)
+
+# %%
+total = rollout([looks[1.0][name][0] for name in blocks])
+check("rows sum to 1", (total.sum(1) - 1).abs().max() < 1e-4, "every token is made of the inputs")
+stays = total.diagonal().min() >= 0.5 ** len(blocks)
+check("something of itself stays", stays, f"half of it in each of {len(blocks)} blocks")
+
+# %% [markdown]
+# Read it as a sketch. Rollout ignores the values, the MLPs and what a head does with what it takes,
+# and "one half" is a convention. It answers "which inputs *could* have mattered", not "which did".
+#
+# **Try:** `looks[0.25]`. What reaches the query when three quarters of the picture are missing?
+#
+# ## 8 · Explore
+#
+# Click a patch of either picture, or walk with the arrow keys. Part, block, head, rollout, ratio and
+# seed do what the sections above did. Click a grey token in the encoder, then switch to the decoder.
+
+# %%
+from mimdet.viz.widgets.attention_explorer import AttentionExplorer
+
+explorer = AttentionExplorer(model, [image, *images])
+explorer
+
+# %%
+hidden = explorer.picture.dropped[0]
+explorer.picture.selected = hidden
+check("an unsampled token is explained", "not sampled" in explorer.status.value)
+explorer.part.value = "decoder"
+check("the decoder answers", "Decoder" in explorer.status.value, "it sees every place")
+
+# %% [markdown]
+# ## Summary
+#
+# - Attention is a row of shares for every token and head; `mimdet.record` keeps it, exactly.
+# - Fused kernels never form it: a hook alone is silent. Recording changes results by rounding only.
+# - The encoder attends among the sampled tokens, K × K; the decoder on the full grid.
+# - Keeping a quarter of the tokens costs what windows cost, and attention stays global.
+# - Maps grow with N²: record one query, or one block, of a large model.
+# - Look at many queries, and at numbers, before believing a picture.
+#
+# ## Exercises
+#
+# 1. A ViT-L encoder has 24 blocks of 16 heads. How many GiB are its maps for an image of 1024 × 1024
+#    pixels at ratio 0.5 in float16? Would `record` allow it?
+# 2. The order of `sample.keep` is arbitrary. What happens to the attention when it is reversed? Guess,
+#    then try it.
+# 3. Find the token that gets most of the attention in the encoder's last block. Take it out of the
+#    sample and look again: does another token take over its role?
+# 4. Does the attention of a detector that started from random weights look at as few tokens?
+#    Compare `tiny_scratch` with `tiny`, in the encoder.
+# 5. A masked autoencoder has a class token before all others. How much attention goes to it?
+
+# %% tags=["solution"]
+# 1. Half of 4096 tokens; 2 bytes a number.
+maps = 24 * 16 * 2048**2 * 2 / 2**30
+check("3 GiB", maps == 3, "more than the 1 GiB that `record` allows without whole=True")
+
+# %% tags=["solution"]
+# 2. Rows and columns are reversed, the numbers stay: attention knows no order, positions do.
+backwards = mimdet.Sample([quarter.sample.keep[0].flip(0)], quarter.grid)
+with mimdet.record(model, blocks[-1]) as reversed_:
+    model.detect([image], sample=backwards)
+moved = reversed_[blocks[-1]].flip(2).flip(3)
+check("the same, in another order", (moved - quarter[blocks[-1]]).abs().max() < 1e-4)
+
+# %% tags=["solution"]
+# 3. Usually yes: the share of the new favourite grows.
+received = quarter[blocks[-1]][0].mean(0).mean(0)  # (K,), of all queries and heads
+favourite = int(received.argmax())
+rest = torch.cat([quarter.sample.keep[0][:favourite], quarter.sample.keep[0][favourite + 1 :]])
+with mimdet.record(model, blocks[-1]) as without:
+    model.detect([image], sample=mimdet.Sample([rest], quarter.grid))
+again = without[blocks[-1]][0].mean(0).mean(0)
+second = received.sort().values[-2]
+print(f"favourite {received.max():.3f}; next {second:.3f}; without the favourite {again.max():.3f}")
+check("one token fewer", len(again) == len(received) - 1)
+check("its attention went elsewhere", abs(float(again.sum()) - 1) < 1e-4, "shares sum to 1 again")
+
+# %% tags=["solution"]
+# 4. Fewer tokens means more selective heads.
+scene = mimdet.ShapesCOCO("shapes-v1-medium", length=1, split="val")[0].image
+for which in ("tiny", "tiny_scratch"):
+    other = mimdet.load_detector(which)
+    scene = resize_image(scene, test_size(other.config.data, *scene.shape[1:]))
+    with mimdet.record(other, "backbone.encoder.blocks.*.attn") as seen:
+        other.detect([scene], sample_ratio=1.0)
+    maps = torch.cat([seen[b] for b in seen])  # (blocks, heads, N, N)
+    found = (-(maps * maps.clamp_min(1e-12).log()).sum(3)).exp().mean(dim=(1, 2))
+    print(f"{which:13} of {maps.shape[3]} tokens, by block:", found.round().int().tolist())
+    check("between 1 and all", found.min() >= 1 and found.max() <= maps.shape[3])
+
+# %% tags=["solution"]
+# 5. Row 0 and column 0 of every map belong to it; `row` leaves it out, so those rows sum to less.
+from mimdet.models.rcnn import pad_and_normalise
+from mimdet.notebook_inputs import open_mae
+
+mae = open_mae(MODE)
+inputs = pad_and_normalise([image], torch.device("cpu")).tensors
+with torch.no_grad(), mimdet.record(mae, "blocks.*.attn") as seen:
+    mae(inputs, ratio=0.25, generators=[torch.Generator().manual_seed(SEED)])
+first = int(seen.sample.keep[0][0])
+for b in seen:
+    to_class = seen[b][0, :, 1:, 0].mean()
+    print(f"{b}: {to_class:.3f} to the class token, equal shares {1 / seen[b].shape[-1]:.3f}")
+check("the rest of the row", seen.row(b, first).sum(1).max() < 1, "what is missing went to it")

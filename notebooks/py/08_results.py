@@ -1,0 +1,511 @@
+# %% [markdown]
+# # 08 · Results: why AP is what it is
+#
+# A detector comes back with one number, "box AP 47". This notebook takes the number apart: how it
+# is computed, which sizes and classes it is lost on, which of six kinds of mistakes cost most, what
+# those look like, how far two runs may differ by chance. At the end you browse the mistakes one
+# image at a time. Nothing is trained, unless you bring data of your own.
+#
+# | | quick (`MODE = "quick"`) | full (`MODE = "full"`) |
+# |---|---|---|
+# | what you see | two shipped detectors of 2 million parameters on 48 held-out ShapesCOCO scenes | the released MIMDet ViT-B on COCO val2017, its second run at ratio 0.5 |
+# | time | about 40 s of one CPU core | not measured here; nine passes over 5,000 images |
+# | memory | 1.3 GB | not measured here |
+# | needs | nothing but the kit | a CUDA GPU, COCO in `MIMDET_COCO`, `mimdet download mimdet-base` |
+#
+# **Your own results:** set `PATH`. With a folder (`annotations.json` in COCO format beside
+# `images/`) both detectors are first trained on it for `STEPS` steps, and every cell below speaks
+# about your data. With a photo you see its detections; scoring needs truth, so the rest stays with
+# the scenes.
+
+# %% tags=["parameters"]
+MODE = "quick"  # "full": the released detector on COCO val2017
+PATH = ""  # your own photo, or a folder with annotations.json and images/
+STEPS = 60  # training steps on your own folder; nothing else is trained
+SEED = 0  # of the sampled tokens, and of that training
+
+# %%
+from pathlib import Path
+
+import mimdet
+import torch
+from IPython.display import display
+from mimdet import check
+from mimdet.notebook_inputs import open_detector, open_pictures
+from mimdet.viz.figures import show_detections
+
+pictures = open_pictures(PATH, MODE, count=4)
+own_data = bool(PATH) and pictures.dataset is not None
+
+# %%
+if pictures.dataset is None:
+    detector = open_detector(MODE)
+    found = mimdet.predict(detector, pictures.images)
+    display(show_detections(pictures.images, found, None, detector.categories, columns=1))
+    print("A photo has no truth, so it cannot be scored: from here on the built-in data are used.")
+    pictures = open_pictures("", MODE, count=4)
+
+# %% [markdown]
+# ## 1 · Two runs and their 24 numbers
+#
+# Two detectors, so that there is something to compare. In quick mode `tiny` started from a masked
+# autoencoder and `tiny_scratch` from random weights (`mimdet/pretrained/README.md`); with a folder
+# of your own both are warm-started on it. The configuration of that training is the preset `tiny`
+# with one assignment, `cfg.data = data`.
+
+# %%
+data = pictures.data
+if MODE == "quick" or own_data:
+    data.augment, data.short_sides, data.test_short_side = "multiscale", (256,), 256  # as `tiny`
+    data.limit_val, data.workers = 48, 0
+scenes = mimdet.build_dataset(data, "val")
+
+detectors = {name: name for name in ("tiny", "tiny_scratch")}
+if own_data:
+    for name in detectors:
+        cfg = mimdet.presets.tiny()
+        cfg.data = data
+        cfg.training.steps, cfg.training.seed, cfg.training.init_from = STEPS, SEED, name
+        cfg.training.warmup_steps, cfg.training.evaluate_every_steps = STEPS // 10, STEPS
+        run = f"results-{Path(PATH).name}-{name}-{STEPS}-seed-{SEED}"
+        mimdet.fit(cfg, name=run)
+        detectors[name] = f"runs/{run}"
+
+# %%
+if MODE == "full" and not own_data:
+    detectors = {"ViT-B": open_detector(MODE), "ViT-B, half": open_detector(MODE)}
+    detectors["ViT-B, half"].config.backbone.sample_ratio_eval = 0.5
+else:
+    detectors = {name: mimdet.load_detector(place) for name, place in detectors.items()}
+device = "cuda" if torch.cuda.is_available() else "cpu"
+detectors = {name: model.to(device) for name, model in detectors.items()}
+if own_data:
+    print("Trained and scored on the same images: read types of errors, not the height of AP.")
+first, second = detectors
+
+runs = {name: mimdet.evaluate(model, scenes, seed=SEED) for name, model in detectors.items()}
+for name, run in runs.items():
+    print(f"{name}: {len(run.results)} detections in {len(scenes)} images\n{run.table()}\n")
+
+# %% [markdown]
+# The columns are COCO's twelve numbers, times 100, once for boxes and once for masks
+# (`mimdet/analysis/metrics.py`):
+#
+# - **AP**, the headline: the mean over ten overlaps that count as a hit (IoU .50, .55, ... .95) and
+#   over all classes. **AP50** and **AP75** are the loosest of them and a strict one.
+# - **APs, APm, APl**: only small, medium, large objects are asked for. On COCO the borders are
+#   32 × 32 and 96 × 96 pixels; ShapesCOCO, with its small images, uses the same *shares*.
+# - **AR1, AR10, AR100**: average recall, the share of objects found, with the best 1, 10 and 100
+#   detections of a class in an image. Recall does not care about false alarms, AP does. **ARs,
+#   ARm, ARl** are the same by size.
+
+# %%
+from mimdet.analysis.errors import find_errors
+
+truth = scenes.ground_truth()
+options = {"area_scale": getattr(scenes, "area_scale", 1.0)}
+report = find_errors(truth, runs[first].results, "bbox", **options)
+thresholds = [round(0.5 + 0.05 * i, 2) for i in range(10)]
+at = {t: report.curves([t])[0].ap for t in thresholds}
+print("IoU   " + "".join(f"{t:6.2f}" for t in at))
+print("AP    " + "".join(f"{100 * ap:6.1f}" for ap in at.values()))
+mean = sum(at.values()) / len(at)
+same = abs(mean - runs[first].box["AP"]) < 1e-9
+check("the mean of these ten is AP", same, f"{100 * mean:.2f}; another evaluator computed that one")
+per_class = [ap for ap in runs[first].metrics.box_per_class.values() if ap == ap]  # NaN: no object
+mean = sum(per_class) / len(per_class)
+check("the mean over classes is AP too", abs(mean - runs[first].box["AP"]) < 1e-9, "both at once")
+
+# %% [markdown]
+# Reading the row from left to right tells how *exact* the boxes are. A detector that finds
+# everything roughly falls off a cliff after .75. *Try:* `runs[second]`; `"segm"` for masks.
+#
+# ### IoU, the measure of overlap
+#
+# Intersection over union: the area two boxes share, divided by the area that either covers. It is
+# harsher than it looks, and harshest on small objects: the same two pixels cost more of them.
+
+# %%
+from torchvision.ops import box_iou
+
+print("side  shifted by 1   2   4 pixels, in x and y")
+for side in (8, 16, 32, 96):
+    box = torch.tensor([[0.0, 0.0, side, side]])
+    print(
+        f"{side:4d}          " + "".join(f"{float(box_iou(box, box + d)):6.2f}" for d in (1, 2, 4))
+    )
+side, d = 8, 2
+by_hand = (side - d) ** 2 / (2 * side**2 - (side - d) ** 2)
+same = abs(float(box_iou(torch.tensor([[0, 0, 8, 8]]), torch.tensor([[2, 2, 10, 10]]))) - by_hand)
+check("36 of 92 pixels, by hand", same < 1e-6, "an 8-pixel object two pixels off is a miss at .50")
+
+# %% [markdown]
+# ## 2 · AP by hand: five detections
+#
+# Take one class with **four** objects, and five detections sorted by score: right, right, wrong,
+# right, wrong. Walk down the list. After each detection, *precision* is the share of right ones so
+# far, *recall* the share of objects found so far. COCO then (a) lifts precision to the best value
+# at this recall or a higher one, (b) reads it at recalls 0, .01, ... 1, zero where never reached,
+# (c) averages the 101 numbers. One object is never found, so AP cannot exceed .75.
+
+# %%
+import numpy as np
+
+right = np.array([True, True, False, True, False])  # best score first
+objects = 4
+hits = right.cumsum()
+precision, recall = hits / np.arange(1, 6), hits / objects
+lifted = np.maximum.accumulate(precision[::-1])[::-1]  # the best from here on
+levels = np.linspace(0, 1, 101)
+reached = np.searchsorted(recall, levels)  # the first detection with this recall; 5 = none
+ap_by_hand = np.append(lifted, 0)[reached].mean()
+for row in zip(right, precision, recall, lifted, strict=True):
+    print(
+        "right" if row[0] else "wrong",
+        "precision {:.2f}  recall {:.2f}  lifted {:.2f}".format(*row[1:]),
+    )
+print(f"AP = (51 levels x 1 + 25 levels x 3/4 + 25 levels x 0) / 101 = {ap_by_hand:.4f}")
+
+# %% [markdown]
+# Now the same five as COCO results, given to the library: boxes of 20 × 20 pixels in one image, and
+# the two wrong ones where nothing is.
+
+# %%
+from mimdet.analysis.metrics import coco_metrics
+
+boxes = [[40 * i, 10, 20, 20] for i in range(4)]  # x, y, width, height
+toy = {"images": [{"id": 1, "height": 200, "width": 200}], "categories": [{"id": 1, "name": "cat"}]}
+one = {"image_id": 1, "category_id": 1}
+toy["annotations"] = [{"id": i, "bbox": b, "area": 400, **one} for i, b in enumerate(boxes, 1)]
+places = [boxes[0], boxes[1], [0, 150, 20, 20], boxes[2], [60, 150, 20, 20]]
+scores = (0.9, 0.8, 0.7, 0.6, 0.5)
+five = [{"bbox": b, "score": s, **one} for b, s in zip(places, scores, strict=True)]
+library = coco_metrics(toy, five, ["bbox"]).box["AP50"]
+check("the library agrees", abs(library - ap_by_hand) < 1e-12, f"{library:.4f}")
+check("69.75 / 101", abs(library - 69.75 / 101) < 1e-12, "51 + 25 x 0.75, on paper")
+
+# %%
+from mimdet.viz.style import BLUE, FAINT, VERMILLION, new_figure
+
+fig = new_figure(5.2, 3.0)
+ax = fig.add_subplot()
+ax.fill_between(levels, np.append(lifted, 0)[reached], step="mid", color=BLUE, alpha=0.25)
+ax.plot(levels, np.append(lifted, 0)[reached], color=BLUE, label="lifted; its mean is AP")
+ax.plot(recall, precision, "o--", color=FAINT, label="as counted")
+ax.plot(recall[~right], precision[~right], "x", color=VERMILLION, ms=11, mew=2, label="wrong ones")
+ax.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.05))
+ax.legend(loc="lower left", frameon=False)
+fig.set_layout_engine("constrained")
+fig.alt_text = "Precision over recall of five detections: 1 up to recall .5, .75 up to .75, then 0."
+fig
+
+# %% [markdown]
+# Look at the last cross: a wrong detection *below* the last right one costs nothing. That is why
+# detectors return a hundred detections with scores near zero, why a picture of them all looks
+# dreadful, and why AP says little about how many false alarms you get at the threshold you will
+# use. *Try:* flip the third and fourth entry of `right`.
+#
+# ## 3 · Where is it lost? Sizes, classes, curves
+#
+# The same question with all images: on which objects is AP lost? Count them first. A size with
+# twelve objects in it gives a number that means little.
+
+# %%
+sizes = report.by_size()[["objects", "correct"]]
+for size in sizes.index:
+    sizes.loc[size, "AP"] = round(100 * runs[first].box[f"AP_{size}"], 1)
+    low, high = (area**0.5 for area in report.area_ranges[size])
+    sizes.loc[size, "side, pixels"] = f"{low:.0f} - {high:.0f}" if high < 1e4 else f"from {low:.0f}"
+check("every object has one size", sizes["objects"].sum() == report.objects, "crowds are left out")
+sizes
+
+# %%
+classes = report.by_class()[["objects", "correct"]]
+classes["AP"] = [round(100 * ap, 1) for ap in runs[first].metrics.box_per_class.values()]
+classes["AP, other run"] = [
+    round(100 * ap, 1) for ap in runs[second].metrics.box_per_class.values()
+]
+check("every object has one class", classes["objects"].sum() == report.objects)
+classes.sort_values("AP").head(20)
+
+# %% [markdown]
+# AP weighs every *class* alike, not every object: with 80 classes a rare one moves AP as much as
+# `person` does. Below, precision over recall for each class, the worst first, at three overlaps.
+#
+# - A curve that starts low: the *surest* detections of the class are wrong (confused classes).
+# - A curve that starts high and stops early: objects are not found at all.
+# - A wide gap between the three lines: found and named, but not outlined exactly.
+
+# %%
+from mimdet.viz.errors import show_curves, show_errors
+
+show_curves(report.curves((0.5, 0.75, 0.9)), most_classes=11)
+
+# %%
+curves = report.curves((0.5, 0.75))
+falling = all((np.diff(c.precision) <= 1e-12).all() for c in curves if c.ap == c.ap)
+check("no curve rises", falling, "lifted precision is the best from there on")
+same = abs(curves[0].ap - runs[first].box["AP50"]) < 1e-9
+check("the mean curve's mean is AP50", same, "the area under the first panel's palest line")
+
+# %% [markdown]
+# ## 4 · Six types of mistakes and their price
+#
+# TIDE ([Bolya et al., ECCV 2020](https://arxiv.org/abs/2008.08115)) gives each wrong detection
+# **one** type, and each type a price: **dAP**, what AP50 would gain if an oracle fixed just this
+# type. Two IoUs decide: .5 (a hit) and .1 (has to do with the object at all).
+#
+# | type | the detection ... | the oracle ... |
+# |---|---|---|
+# | classification | covers an object (≥ .5) but names another class | corrects the class |
+# | localisation | names the class, overlap between .1 and .5 | corrects the box |
+# | both | overlap between .1 and .5, wrong class | removes it |
+# | duplicate | covers an object that a surer detection has taken | removes it |
+# | background | touches nothing (≤ .1) | removes it |
+# | missed | (an object no detection points to) | no longer asks for it |
+
+# %%
+print(report.table())
+wrong = sum(count for kind, count in report.counts.items() if kind != "missed")
+everything = report.correct + wrong + report.ignored + report.left_out
+check("every detection has one place", everything == len(runs[first].results), "right, or one type")
+
+# %%
+total = sum(report.dap.values())
+print(f"AP50 {100 * report.ap:.1f}; the six dAP together {100 * total:.1f}")
+ap = report.ap
+for kind, after in report.progressive.items():
+    print(f"{kind:<15} alone {100 * report.dap[kind]:5.1f}   in turn {100 * (after - ap):5.1f}")
+    ap = after
+print(f"missing to 100: {100 * (1 - report.ap):.1f}")
+check("fixed in turn they reach 100", abs(report.progressive["missed"] - 1) < 1e-9)
+check("no fix lowers AP", min(report.dap.values()) > -1e-12, "so a price is never negative")
+check("alone they do not add up", abs(total - (1 - report.ap)) > 1e-6, "see below")
+
+# %% [markdown]
+# Why do they not add up to what is missing? (1) AP is a *ranking*: removing the wrong detections of
+# one type helps little while those of another still stand above the right ones. (2) Precision is
+# lifted, so a fix counts only where it reaches the best value from there on. (3) Many mistakes
+# share an object: a misnamed object is a wrong detection *and* an object not found. Fixing in turn
+# does add up, but then the price depends on the order. Use dAP to compare types within a run, and
+# the same type between runs; never as shares of a cake.
+#
+# The count beside a bar tells another story than its length: hundreds of background detections with
+# scores near zero cost nearly nothing (section 2), a few confident ones cost much.
+#
+# Both runs, side by side:
+
+# %%
+reports = {first: report, second: find_errors(truth, runs[second].results, "bbox", **options)}
+show_errors(reports)
+
+# %%
+for name, mine in reports.items():
+    worst = max(mine.dap, key=mine.dap.get)
+    print(f"{name}: {worst} errors cost most, {100 * mine.dap[worst]:.1f} AP50")
+for name, mine in reports.items():
+    same = abs(mine.ap - runs[name].box["AP50"]) < 1e-9
+    check(f"{name}: the report's AP is AP50", same, "the types explain the number of section 1")
+
+# %% [markdown]
+# ## 5 · Look at them
+#
+# A type is a hypothesis; pictures decide. The surest false alarms first (three of type background,
+# three of type both), then the largest missed objects. On the left what the detector said, on the
+# right all true objects around.
+
+# %%
+from mimdet.viz.error_gallery import show_error_gallery
+
+false_alarms = report.errors("background")[:3] + report.errors("both")[:3]
+if false_alarms:
+    display(show_error_gallery(false_alarms, scenes))
+missed = report.errors("missed")[:3]
+if missed:
+    display(show_error_gallery(missed, scenes))
+surest = [e.score for e in report.errors("background")]
+check(
+    "the surest come first", surest == sorted(surest, reverse=True), "those are the ones that cost"
+)
+
+# %% [markdown]
+# ### Which classes are confused with which?
+#
+# Not all of them: most have scores near zero, and one object can be misnamed ten times. A detection
+# keeps its type when those below it are left out, so count what a user would see.
+
+# %%
+likely = [d for d in runs[first].results if d["score"] >= 0.3]
+seen = find_errors(truth, likely, "bbox", **options)
+confused = seen.confusions()
+display(confused.head(8))
+all_named = confused["errors"].sum() == seen.counts["classification"]
+check(
+    "they are the classification errors", all_named, f"of score .3 and more: {len(likely)} in all"
+)
+if len(confused):
+    pair = confused.iloc[0].to_dict()
+    errors = seen.errors("classification", said=pair["said"], true=pair["true"])
+    display(show_error_gallery(errors[:3], scenes))
+
+# %% [markdown]
+# Two questions to ask of the pictures: would *you* have known? And is the truth right? In real data
+# a part of the "errors" are mistakes of the annotation.
+#
+# ## 6 · One model at several ratios
+#
+# A MIMDet can be evaluated at any share of tokens. Below 1 they are drawn at random, so a number
+# has a spread over draws; at 1 nothing is drawn. (The paper, Table 2 of its first version,
+# evaluates at ratio 1: ViT-B trained at 0.25 has 49.9 box AP, trained at 0.5 it has 51.5.)
+
+# %%
+from mimdet.analysis.evaluate import evaluate_ratios
+from mimdet.viz.figures import show_ratios
+
+rows = evaluate_ratios(detectors[first], scenes, (0.1, 0.25, 0.5, 1.0), draws=2)
+for row in rows:
+    mean, sd = 100 * row["box_ap"], 100 * row["box_ap_sd"]
+    print(f"ratio {row['sample_ratio']:.2f}: box AP {mean:5.1f} ± {sd:.1f}")
+show_ratios(rows)
+
+# %%
+check("one draw at ratio 1, two below", [row["draws"] for row in rows] == [2, 2, 2, 1])
+ratio = detectors[first].config.backbone.sample_ratio_eval
+same = ratio != 1 or abs(rows[-1]["box_ap"] - runs[first].box["AP"]) < 1e-9
+check("ratio 1 is the number of section 1", same, "nothing is drawn, so nothing may differ")
+
+# %% [markdown]
+# The bars show the spread over *draws of the tokens* and nothing else: not over images, not over
+# trainings. Two draws also estimate a spread badly. Where the curve of a tiny model is flat, or
+# falls towards 1, that is this model: it was trained at 0.5 for minutes, and it finds objects on the
+# stem's maps, which never lose a token. The paper reports a gain from more tokens, for detectors
+# that were trained to the end.
+#
+# ## 7 · Two runs, image by image
+#
+# Is the second run better? Both saw the same images, so compare them *in pairs*: an image that is
+# hard for one is hard for the other, and in the difference its difficulty cancels.
+
+# %%
+from mimdet.analysis.comparison import compare_runs
+from mimdet.viz.errors import show_comparison
+
+comparison = compare_runs(truth, {name: run.results for name, run in runs.items()}, "bbox")
+print(comparison.table(count=3))
+show_comparison(comparison, count=6)
+
+# %%
+pairs = comparison.images.dropna(subset="change")  # images without objects have no AP
+count = len(pairs)
+paired = pairs["change"].std() / count**0.5
+apart = ((pairs["ap_1"].var() + pairs["ap_2"].var()) / count) ** 0.5
+print(f"mean change of an image's AP: {100 * pairs['change'].mean():+.1f}")
+print(f"standard error: in pairs {100 * paired:.1f}, as if on different images {100 * apart:.1f}")
+agree = pairs["ap_1"].corr(pairs["ap_2"])
+saves = (paired < apart) == (agree > 0)
+check("pairs help when runs agree on what is hard", saves, f"correlation {agree:.2f}")
+swapped = compare_runs(truth, {n: runs[n].results for n in (second, first)}, "bbox").summary()
+check("swapped, gains are losses", swapped["gained"] == comparison.summary()["lost"])
+
+# %% [markdown]
+# **A warning.** That standard error says how much the difference would vary with *other images*. It
+# does not say what *another training* of the same recipe would give. On full COCO five trainings of
+# ViTDet-B differ with a standard deviation of 0.10 box AP (as its authors report), so a gain of 0.2
+# from one run each is no result. Here trainings are short and the noise is far larger: three seeds
+# of the six-minute recipe gave 19.8, 27.7 and 24.5 box AP (`README.md`). `tiny` and `tiny_scratch`
+# are one training each, of different length: whatever the figure above shows, it does not say that
+# pre-training helps or harms. For that, several seeds of each: `mimdet.experiment`, notebook 09.
+#
+# (The mean AP *of an image* above is not COCO's AP: there all detections of a class over all images
+# are one ranking. The two may even disagree about the winner.)
+#
+# ## 8 · Browse the results
+#
+# Everything so far in one panel. Choose a verdict, a class, a size, a score; step through the
+# images that match. Truth on the left, then the runs; each box has the colour **and** the letter of
+# its verdict. `where = only ...` shows what one run gets wrong (or right) and the other does not.
+
+# %%
+from mimdet.viz.widgets.result_browser import ResultBrowser
+
+browser = ResultBrowser(scenes, {name: run.results for name, run in runs.items()}, "bbox")
+browser.verdict.value = "classification" if len(confused) else None
+browser
+
+# %%
+browser.score.value, browser.verdict.value = 0.0, "classification"
+counted = browser.status.value
+expected = f"{first}: {report.counts['classification']} in"
+check("the browser counts what the report counts", expected in counted, "the same rule, all scores")
+browser.score.value, browser.verdict.value = 0.3, None
+check("without a verdict every image with objects matches", len(browser.matches) >= count)
+
+# %% [markdown]
+# *Try:* raise the score slider with `missed` chosen: a detection keeps its type whatever the
+# threshold (matching goes from the best score down), but objects become missed as their detections
+# disappear. Your own predictions work too: any list in COCO results format, such as the
+# `predictions.json` of a run.
+#
+# ## Summary
+#
+# - AP is a mean over ten IoU thresholds and all classes of the area under a lifted curve; you have
+#   computed one by hand and the library agrees to 12 digits.
+# - Wrong detections below the last right one are free: AP is about ranking.
+# - dAP prices six types of mistakes one at a time; the prices overlap, so they do not add up.
+# - Draws of tokens, images and trainings are three sources of noise. An error bar covers one.
+# - Look at the mistakes before explaining them.
+#
+# ## Exercises
+#
+# 1. In section 2, exchange the third and fourth detection. Work out AP by hand, then ask the
+#    library.
+# 2. Divide all scores of the first run by 10. What happens to AP, and what to a picture with score
+#    threshold .3?
+# 3. Add 50 detections of score .001 in empty corners of the toy image. Guess AP first.
+# 4. If classes did not matter at all, what would AP50 be? Give all objects and detections one
+#    class. Why is the gain not the dAP of classification?
+# 5. At which IoU does localisation become the most expensive type? Ask `find_errors` at .5, .75
+#    and .9.
+
+# %% tags=["solution"]
+# 1. Right, right, right: precision 1 up to recall .75, so 76 of the 101 levels.
+swapped_five = [dict(d) for d in five]
+swapped_five[2]["score"], swapped_five[3]["score"] = 0.6, 0.7
+swapped_ap = coco_metrics(toy, swapped_five, ["bbox"]).box["AP50"]
+check("76 / 101", abs(swapped_ap - 76 / 101) < 1e-12, f"{swapped_ap:.4f}, from {library:.4f}")
+
+# %% tags=["solution"]
+# 2. Nothing: only the order of scores matters. The picture would be empty.
+shrunk = [d | {"score": d["score"] / 10} for d in runs[first].results]
+again = coco_metrics(truth, shrunk, ["bbox"], options["area_scale"]).box["AP"]
+check("the same AP", abs(again - runs[first].box["AP"]) < 1e-12, "AP never sees a threshold")
+check("nothing left to draw", max(d["score"] for d in shrunk) < 0.3)
+
+# %% tags=["solution"]
+# 3. Nothing changes: they stand below the last right detection.
+corners = [{"bbox": [180, 180, 5, 5], "score": 0.001, **one} for _ in range(50)]
+noisy = coco_metrics(toy, five + corners, ["bbox"]).box["AP50"]
+check("free of charge", abs(noisy - library) < 1e-12, "50 false alarms more")
+
+# %% tags=["solution"]
+# 4. Merging classes also merges their rankings and lets one object take detections of any class.
+single = {**truth, "categories": [{"id": 1, "name": "object"}]}
+single["annotations"] = [a | {"category_id": 1} for a in truth["annotations"]]
+merged = [d | {"category_id": 1} for d in runs[first].results]
+merged_ap = coco_metrics(single, merged, ["bbox"], options["area_scale"]).box["AP50"]
+print(
+    f"AP50 {100 * report.ap:.1f}, one class {100 * merged_ap:.1f}, dAP of classification "
+    f"{100 * report.dap['classification']:.1f}"
+)
+kinds = find_errors(single, merged, "bbox", **options).counts
+check("no class, no confusion", kinds["classification"] == kinds["both"] == 0, "they become others")
+
+# %% tags=["solution"]
+# 5. What was a hit at .5 becomes a localisation error at a stricter IoU.
+costs = {}
+for threshold in (0.5, 0.75, 0.9):
+    strict = find_errors(truth, runs[first].results, "bbox", iou_threshold=threshold, **options)
+    costs[threshold] = strict.dap["localisation"]
+    worst = max(strict.dap, key=strict.dap.get)
+    print(f"IoU {threshold}: AP {100 * strict.ap:.1f}, most expensive: {worst}")
+check("its price rises", costs[0.9] >= costs[0.5], "exactness is asked for, and it is not there")

@@ -1,0 +1,290 @@
+"""Every panel in a real JupyterLab: each control is used once, and the picture changes.
+
+The time from an event to the new picture is written to `build/browser/latency.json`
+(tools/panel_latency.py keeps it); screenshots lie beside it, to be looked at.
+"""
+
+import io
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.browser.chromium import PICTURES, Page, open_page, skip_without_browser
+from tests.browser.lab import Notebook, Server, jupyterlab
+
+skip_without_browser()
+pytest.importorskip("jupyterlab", reason="jupyterlab is not installed: .[notebooks]")
+
+pytestmark = pytest.mark.timeout(900)
+
+Act = Callable[[Notebook], object]
+
+MODELS = """\
+import torch, mimdet
+torch.set_num_threads(1)
+from mimdet.notebook_inputs import open_pictures
+pictures = open_pictures(count=3)
+model = mimdet.load_detector("tiny")"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with jupyterlab(tmp_path_factory.mktemp("lab")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    with open_page() as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def notebook(server: Server, page: Page) -> Iterator[Notebook]:
+    """A notebook with models; one kernel for all panels, as starting one takes most of the time."""
+    notebook = Notebook(server, page, "panels", [MODELS, "'the panel'"])
+    notebook.run_all()
+    yield notebook
+    notebook.close()
+
+
+@pytest.fixture
+def open_panel(notebook: Notebook) -> Iterator[Callable[[str], Notebook]]:
+    """Run a cell that ends with a panel. Nothing may have gone wrong at the end."""
+    notebook.browser.errors.clear()
+
+    def run(cell: str) -> Notebook:
+        notebook.run_last(cell)
+        notebook.page.wait_for_selector("canvas.mimdet-canvas[data-seq]")
+        return notebook
+
+    yield run
+    assert notebook.browser.errors == []
+
+
+def photo() -> bytes:
+    """A picture of one's own, wider than high."""
+    stream = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 144, 3), np.uint8)
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def operate(
+    notebook: Notebook, name: str, actions: dict[str, Act], counting: tuple[str, ...] = ()
+) -> None:
+    """Use the controls one after the other: each is answered without an error and changes a
+    picture. Those in `counting` may change the status line only."""
+    times = {}
+    for control, act in actions.items():
+        before, said = notebook.pictures(), notebook.status()
+        times[control] = notebook.answer_to(lambda act=act: act(notebook))
+        assert not re.match(r"\w*(Error|Exception)\b", notebook.status()), notebook.status()
+        changed = notebook.pictures() != before
+        changed |= control in counting and notebook.status() != said
+        assert changed, f"{name}: {control} changes no picture"
+    output = notebook.page.locator(".jp-OutputArea-output").last
+    notebook.browser.picture(name, output)
+    median = statistics.median(times.values())
+    print(f"\n{name}: {median:.0f} ms from event to picture, median of {len(times)}")
+    file = PICTURES / "latency.json"
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    kept[name] = {control: round(took, 1) for control, took in times.items()}
+    file.write_text(json.dumps(kept, indent=2) + "\n")
+
+
+def upload(name: str) -> Act:
+    return lambda n: n.upload(name, "mine.png", photo())
+
+
+def test_token_lab(open_panel: Callable[[str], Notebook]) -> None:
+    cell = "from mimdet.viz.widgets.token_lab import TokenLab\nTokenLab()"
+    notebook = open_panel(cell)
+
+    def select(n: Notebook) -> None:
+        n.toggle("mimdet-token-tool", "select")
+        n.page.wait_for_timeout(300)  # the canvas hears of it through Python
+        n.click_canvas(0, 0.4, 0.4)
+
+    def brush(n: Notebook) -> None:
+        n.toggle("mimdet-token-tool", "brush")
+        n.page.wait_for_timeout(300)
+        n.stroke(0, 0.5)
+
+    operate(
+        notebook,
+        "token_lab",
+        {
+            "image": lambda n: n.choose("mimdet-token-image", 1),
+            "ratio": lambda n: n.slide("mimdet-token-ratio"),
+            "seed": lambda n: n.write("mimdet-token-seed", "3"),
+            "sampler": lambda n: n.choose("mimdet-token-sampler", 1),
+            "select": select,
+            "brush": brush,
+            "reconstruction": lambda n: n.choose("mimdet-token-reconstruction", 1),
+            "reset": lambda n: n.press("mimdet-token-reset"),
+            "upload": upload("mimdet-token-upload"),
+        },
+    )
+
+
+def test_attention_explorer(open_panel: Callable[[str], Notebook]) -> None:
+    cell = "from mimdet.viz.widgets.attention_explorer import AttentionExplorer\n"
+    notebook = open_panel(cell + "AttentionExplorer(model)")
+
+    def arrow(n: Notebook) -> None:
+        n.find("mimdet-attention-picture").locator("canvas").focus()
+        n.page.keyboard.press("ArrowRight")
+
+    operate(
+        notebook,
+        "attention_explorer",
+        {
+            "image": lambda n: n.choose("mimdet-attention-image", 1),
+            "ratio": lambda n: n.slide("mimdet-attention-ratio", "End"),
+            "click the picture": lambda n: n.click_canvas(0, 0.3, 0.7),
+            "click the map": lambda n: n.click_canvas(1, 0.6, 0.2),
+            "arrow key": arrow,
+            "block": lambda n: n.choose("mimdet-attention-block", 0),
+            "head": lambda n: n.choose("mimdet-attention-head", 2),
+            "rollout": lambda n: n.tick("mimdet-attention-rollout"),
+            "part": lambda n: n.choose("mimdet-attention-part", 1),
+            "ratio again": lambda n: n.slide("mimdet-attention-ratio", "ArrowLeft"),
+            "seed": lambda n: n.write("mimdet-attention-seed", "3"),
+            "upload": upload("mimdet-attention-upload"),
+        },
+    )
+
+
+def test_pyramid_viewer(open_panel: Callable[[str], Notebook]) -> None:
+    notebook = open_panel(
+        "from mimdet.viz.widgets.pyramid_viewer import PyramidViewer\n"
+        'PyramidViewer({"trained": model, "scratch": mimdet.load_detector("tiny_scratch")})',
+    )
+    operate(
+        notebook,
+        "pyramid_viewer",
+        {
+            "image": lambda n: n.choose("mimdet-pyramid-image", 1),
+            "level": lambda n: n.choose("mimdet-pyramid-level", 3),
+            "ratio": lambda n: n.slide("mimdet-pyramid-ratio", "ArrowLeft"),
+            "seed": lambda n: n.slide("mimdet-pyramid-seed"),
+            "scale": lambda n: n.tick("mimdet-pyramid-scale"),
+            "view": lambda n: n.toggle("mimdet-pyramid-view", "channel"),
+            "channel": lambda n: n.slide("mimdet-pyramid-channel"),
+            "model": lambda n: n.choose("mimdet-pyramid-model", 2),
+            "upload": upload("mimdet-pyramid-upload"),
+        },
+    )
+
+
+def test_ratio_dial(open_panel: Callable[[str], Notebook]) -> None:
+    notebook = open_panel(
+        "from mimdet.viz.widgets.ratio_dial import RatioDial\n"
+        "RatioDial(model, pictures.images, pictures.targets, pictures.categories)",
+    )
+    operate(
+        notebook,
+        "ratio_dial",
+        {
+            "image": lambda n: n.choose("mimdet-ratio-image", 1),
+            "ratio": lambda n: n.slide("mimdet-ratio-ratio", "ArrowLeft"),
+            "seed": lambda n: n.slide("mimdet-ratio-seed"),
+            "score": lambda n: n.slide("mimdet-ratio-score", "End"),
+            "pale": lambda n: n.tick("mimdet-ratio-pale"),
+            "upload": upload("mimdet-ratio-upload"),
+        },
+    )
+
+
+def test_result_browser(open_panel: Callable[[str], Notebook]) -> None:
+    notebook = open_panel(
+        "from mimdet.viz.widgets.result_browser import ResultBrowser\n"
+        'scenes = mimdet.ShapesCOCO("shapes-v1-medium", 128, length=6, split="val")\n'
+        "runs = {f'at {r}': mimdet.evaluate(model, scenes, sample_ratio=r).results\n"
+        "        for r in (1.0, 0.1)}\n"
+        "ResultBrowser(scenes, runs)",
+    )
+    operate(
+        notebook,
+        "result_browser",
+        {
+            "next": lambda n: n.press("mimdet-results-next"),
+            "previous": lambda n: n.press("mimdet-results-previous"),
+            "position": lambda n: n.write("mimdet-results-position", "3"),
+            "verdict": lambda n: n.choose("mimdet-results-verdict", 1),
+            "class": lambda n: n.choose("mimdet-results-category", 1),
+            "all classes": lambda n: n.choose("mimdet-results-category", 0),
+            "size": lambda n: n.choose("mimdet-results-size", 1),
+            "all sizes": lambda n: n.choose("mimdet-results-size", 0),
+            "where": lambda n: n.choose("mimdet-results-where", 3),
+            "either run": lambda n: n.choose("mimdet-results-where", 0),
+            "any verdict": lambda n: n.choose("mimdet-results-verdict", 0),
+            "score": lambda n: n.slide("mimdet-results-score", "End"),
+        },
+        # Of another set of images, the first may be the same one.
+        counting=(
+            "class",
+            "all classes",
+            "size",
+            "all sizes",
+            "where",
+            "either run",
+            "any verdict",
+        ),
+    )
+
+
+def test_sample_browser(open_panel: Callable[[str], Notebook]) -> None:
+    notebook = open_panel(
+        "from mimdet.viz.widgets.sample_browser import SampleBrowser\n"
+        "SampleBrowser(pictures.dataset, pictures.data)",
+    )
+    operate(
+        notebook,
+        "sample_browser",
+        {
+            "image": lambda n: n.write("mimdet-data-index", "2"),
+            "augmentation": lambda n: n.toggle("mimdet-data-kind", "lsj"),
+            "seed": lambda n: n.slide("mimdet-data-seed"),
+        },
+    )
+
+
+def test_training_dashboard(open_panel: Callable[[str], Notebook]) -> None:
+    """Start, stop, resume, to the end; the kernel stays free."""
+    notebook = open_panel(
+        "from mimdet.viz.widgets.training_dashboard import TrainingDashboard\n"
+        "from mimdet.notebook import quick_config\n"
+        "cfg = quick_config()\n"
+        "cfg.data.limit_val = cfg.data.shapes_val = 2\n"
+        "cfg.training.steps = 24\n"
+        'TrainingDashboard(cfg, "runs/browser", processes=1)',
+    )
+    name = "mimdet-training"
+    at_first = notebook.pictures()
+
+    def wait_for(state: str, step: int) -> None:
+        notebook.page.wait_for_function(
+            "([state, step]) => { const now = document.querySelector('[data-state]').dataset;"
+            " return now.state === state && Number(now.step) >= step }",
+            arg=[state, step],
+            timeout=200_000,
+        )
+
+    notebook.press(f"{name}-start")
+    wait_for("training", 1)
+    assert notebook.find(f"{name}-start").is_disabled()
+    notebook.press(f"{name}-stop")
+    wait_for("stopped", 1)
+    notebook.browser.picture("training_stopped")
+    notebook.press(f"{name}-resume")
+    wait_for("finished", 24)
+    notebook.page.wait_for_selector(f".{name}-detections canvas[aria-label*='of step 24']")
+    assert notebook.pictures() != at_first
+    notebook.browser.picture("training_dashboard")

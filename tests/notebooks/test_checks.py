@@ -1,0 +1,234 @@
+"""The sanity checks of the notebooks notice what they speak about."""
+
+import ast
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mimdet
+from mimdet import check, notebook_inputs
+from mimdet.models import names, posembed, rcnn, sampling
+from tests.notebooks import can_fail
+from tests.notebooks.broken_values import broken
+from tools import notebooks
+
+CAN_FAIL = {
+    "a number": "x = 2.5\ncheck('', abs(x - 2.5) < 1e-6)",
+    "a comparison by name": "same = torch.equal(t, t.clone())\ncheck('', same)",
+    "a chain": "a = len(t)\ncheck('', 0 < a < 10)",
+    "a list that was filled": "a = []\nfor i in (1, 2): a.append(i)\ncheck('', a == [1, 2])",
+    "a comprehension": "inside = [v >= 0 for v in range(3)]\ncheck('', all(inside))",
+    "a generator": "values = [1, 2]\ncheck('', all(v > 0 for v in values))",
+    "only finite numbers": "check('', torch.isfinite(t).all())",
+    "an object": "a = object()\nb = a\ncheck('', b is a)",
+    "a flag": "try:\n    int('x')\n    a = False\nexcept ValueError:\n    a = True\ncheck('', a)",
+    "a condition in a loop": "for i in (1, 2):\n    off = t.sum() * i\n    check('', off < 10)",
+    "not": "names = [n for n in ('a', 'b') if n == 'c']\ncheck('', not names)",
+    "an attribute": "check('', not t.requires_grad)",
+    "a set within another": "a = {1}\ncheck('', a <= {1, 2})",
+    "a word in a text": "text = str(t)\ncheck('', 'tensor' in text)",
+    "no equality": "other = t + 1\ncheck('', not torch.equal(t, other))",
+    "none of these words": "names = ['a']\ncheck('', not any('b' in n for n in names))",
+    "an empty dictionary": "errors = dict()\ncheck('', not errors)",
+    "a function with effects": "calls = iter([1, 2])\ncheck('', next(calls) == 1)",
+}
+VACUOUS = {
+    "a literal": "check('', True)",
+    "a name for a literal": "ok = True\ncheck('', ok)",
+    "a flag that is never down": "ok = True\nif len(t):\n    ok = True\ncheck('', ok)",
+    "a thing and itself": "same = t.sum() == t.sum()\ncheck('', same)",
+    "a length is never negative": "check('', len(t) >= 0)",
+    "nor is a distance": "off = float((t - 1).abs().max())\ncheck('', off >= 0)",
+    "one of two operands": "check('', len(t) == 3 and len(t) >= 0)",
+    "or something true": "check('', len(t) == 3 or True)",
+}
+
+
+def left(cell: str) -> list[dict]:
+    namespace = {"check": check, "torch": torch, "t": torch.ones(3)}
+    guard = can_fail.Guard(namespace)
+    exec(compile(guard.visit(ast.parse(cell)), "cell", "exec"), namespace)
+    assert len(guard.sites) == 1
+    return guard.sites[0]["left"]
+
+
+@pytest.mark.parametrize("case", CAN_FAIL)
+def test_conditions_that_can_fail(case: str) -> None:
+    assert left(CAN_FAIL[case]) == []
+
+
+@pytest.mark.parametrize("case", VACUOUS)
+def test_conditions_that_cannot(case: str) -> None:
+    assert left(VACUOUS[case])
+
+
+def test_a_check_that_never_runs_is_not_taken_for_proven() -> None:
+    assert left("if not len(t):\n    check('', len(t) == 0)") is None
+
+
+def test_nothing_is_computed_again_that_has_effects() -> None:
+    cell = "calls = iter(range(9))\ncheck('', next(calls) == 0)\nafter = next(calls)"
+    namespace = {"check": check}
+    exec(compile(can_fail.Guard(namespace).visit(ast.parse(cell)), "cell", "exec"), namespace)
+    assert namespace["after"] == 1
+
+
+@pytest.mark.parametrize(
+    "value", [True, 3, 0.5, "text", b"x", [1], (1, 2), {1}, {"a": 1}, sampling.Sample([], (1, 2))]
+)
+def test_broken_values_differ(value: object) -> None:
+    wrong = list(broken(value))
+    assert sum(other != value for other in wrong) >= len(wrong) / 2
+
+
+def test_broken_tensors_differ() -> None:
+    for value in (torch.ones(2, 3), torch.ones(2).bool(), torch.ones(2).byte(), torch.arange(3)):
+        assert not any(torch.equal(wrong, value) for wrong in broken(value))
+    assert len(list(broken(torch.zeros(0, 4)))) > 0
+
+
+# ------------------------------------------------------------------------- with a broken library
+
+
+def keep_the_lowest(patch: pytest.MonkeyPatch) -> None:
+    right = mimdet.select
+    patch.setattr(
+        mimdet, "select", lambda scores, *rest, **kw: right([-s for s in scores], *rest, **kw)
+    )
+
+
+def keep_one_less(patch: pytest.MonkeyPatch) -> None:
+    right = mimdet.select
+
+    def select(*given: Any, **options: Any) -> sampling.Sample:
+        sample = right(*given, **options)
+        return sample._replace(keep=[kept[:-1] for kept in sample.keep])
+
+    patch.setattr(mimdet, "select", select)
+
+
+def blocks_are_single_tokens(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(sampling.SAMPLERS, "block", sampling.random_sampler)
+
+
+def scatter_in_another_order(patch: pytest.MonkeyPatch) -> None:
+    right = sampling.scatter
+    patch.setattr(
+        sampling, "scatter", lambda kept, *rest: right([rows.flip(0) for rows in kept], *rest)
+    )
+
+
+def gather_in_another_order(patch: pytest.MonkeyPatch) -> None:
+    right = sampling.gather
+    patch.setattr(sampling, "gather", lambda *given: [rows.roll(1, 0) for rows in right(*given)])
+
+
+def ratio_1_depends_on_the_seed(patch: pytest.MonkeyPatch) -> None:
+    right = mimdet.predict
+
+    def predict(*given: Any, seed: int = 0, sample_ratio: float = 1.0, **options: Any) -> Any:
+        found = right(*given, seed=seed, sample_ratio=sample_ratio, **options)
+        if sample_ratio == 1:
+            found.boxes += seed
+        return found
+
+    patch.setattr(mimdet, "predict", predict)
+
+
+def padding_is_black(patch: pytest.MonkeyPatch) -> None:
+    right = rcnn.pad_and_normalise
+
+    def pad(images: Any, device: torch.device) -> rcnn.Batch:
+        batch = right(images, device)
+        for canvas, (height, width) in zip(*batch, strict=True):
+            canvas[:, height:], canvas[:, :, width:] = -2, -2  # about what black becomes
+        return batch
+
+    patch.setattr(rcnn, "pad_and_normalise", pad)
+
+
+def columns_for_rows(patch: pytest.MonkeyPatch) -> None:
+    right = posembed.sincos_table
+
+    def table(width: int, side: int) -> torch.Tensor:
+        cells = right(width, side)[:, 1:].unflatten(1, (side, side)).transpose(1, 2).flatten(1, 2)
+        return torch.cat([torch.zeros(1, 1, width), cells], dim=1)
+
+    patch.setattr(posembed, "sincos_table", table)
+
+
+def positions_are_shifted(patch: pytest.MonkeyPatch) -> None:
+    right = posembed.resize_table
+    patch.setattr(posembed, "resize_table", lambda *given: right(*given).roll(1, 1))
+
+
+def attention_has_another_scale(patch: pytest.MonkeyPatch) -> None:
+    right = notebook_inputs.open_detector
+
+    def opened(*given: Any) -> Any:
+        model = right(*given)
+        model.backbone.decoder.blocks[0].attn.scale *= 2
+        return model
+
+    patch.setattr(notebook_inputs, "open_detector", opened)
+
+
+def names_get_lost(patch: pytest.MonkeyPatch) -> None:
+    right = names.translate
+
+    def translate(name: str, *rest: Any, back: bool = False) -> Any:
+        found = right(name, *rest, back=back)
+        return found.replace("norm1", "norm2") if back and found else found
+
+    patch.setattr(names, "translate", translate)
+
+
+def a_refused_file_leaves_traces(patch: pytest.MonkeyPatch) -> None:
+    right = mimdet.load_mae
+
+    def load(model: Any, path: str, **options: Any) -> Any:
+        if not path.endswith("/mae.pth"):
+            with torch.no_grad():
+                model.backbone.encoder.norm.weight += 1
+        return right(model, path, **options)
+
+    patch.setattr(mimdet, "load_mae", load)
+
+
+SABOTAGE = [
+    ("02_token_sampling", keep_one_less, "of 256 tokens"),
+    ("02_token_sampling", keep_the_lowest, "the kept ones have the highest scores"),
+    ("02_token_sampling", blocks_are_single_tokens, "block keeps whole squares"),
+    ("02_token_sampling", scatter_in_another_order, "scatter is un-shuffle"),
+    ("02_token_sampling", gather_in_another_order, "every kept token is back at its place"),
+    ("02_token_sampling", ratio_1_depends_on_the_seed, "at ratio 1 nothing is drawn"),
+    ("04_backbone_walkthrough", padding_is_black, "on a canvas of"),
+    ("04_backbone_walkthrough", columns_for_rows, "row 5, column 3"),
+    ("04_backbone_walkthrough", positions_are_shifted, "table of 16 x 16 on a grid"),
+    ("05_attention", attention_has_another_scale, "recorded attention is the formula"),
+    ("01_mae_loading", names_get_lost, "names come back unchanged"),
+    ("01_mae_loading", a_refused_file_leaves_traces, "the model is as it was"),
+]
+
+
+@pytest.mark.parametrize(("stem", "sabotage", "text"), SABOTAGE)
+def test_a_broken_library_is_noticed(
+    stem: str,
+    sabotage: Callable[[pytest.MonkeyPatch], None],
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Cells of the notebook run until a check fails, and it is the one meant for this fault."""
+    monkeypatch.chdir(tmp_path)
+    source = notebooks.FOLDER / "py" / f"{stem}.py"
+    cells = [cell for cell in notebooks.read_source(source).cells if cell.cell_type == "code"]
+    sabotage(monkeypatch)
+    namespace: dict[str, Any] = {}
+    with pytest.raises(AssertionError, match=f"✗ .*{text}"):
+        for cell in cells:
+            if not {"install", "timing"} & set(notebooks.tags(cell)):
+                exec(compile(cell.source, stem, "exec"), namespace)

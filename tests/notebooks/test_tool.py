@@ -1,0 +1,322 @@
+"""The tool that builds, checks and lists the notebooks, on a small one."""
+
+import base64
+import importlib.util
+import re
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from IPython.core.inputtransformer2 import TransformerManager
+from nbclient.exceptions import CellExecutionError
+from nbformat import NotebookNode
+
+from tools import notebooks
+
+SMALL = """\
+# %% [markdown]
+# # 00 · Small: a notebook for a test
+#
+# | | quick (`MODE = "quick"`) | full |
+# |---|---|---|
+# | time | 2 seconds on one core (or three) | 9 hours |
+
+# %% tags=["parameters"]
+MODE = "quick"
+steps = {"quick": 2, "full": 9}[MODE]
+
+# %%
+import os, sys, time
+for step in range(steps):
+    print(f"\\rstep {step}/2 [00:0{step}<00:01, {time.time()}it/s]", end="")
+print("", os.getcwd() + "/runs", file=sys.stdout)
+steps
+
+# %%
+import torch
+from mimdet.viz.widgets.panel import Panel
+from mimdet.viz.widgets.canvas import PatchCanvas
+class Orange(Panel):
+    label = "an orange square"
+    def draw(self):
+        self.canvases[0].show(torch.tensor([213, 94, 0]).expand(8, 8, 3).byte(), width=32)
+        return "done"
+panel = Orange()
+panel.canvases = [PatchCanvas()]
+panel.arrange(panel.canvases)
+panel.redraw()
+panel
+
+# %% tags=["timing"]
+print(time.time())
+"""
+NAME = "00_small.ipynb"
+INSTALL, PARAMETERS, LOOP, PANEL, TIMING = range(1, 6)  # its cells; the title is cell 0
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one small notebook, built."""
+    folder = tmp_path_factory.mktemp("built")
+    return _build(folder)
+
+
+def _build(folder: Path) -> Path:
+    (folder / "py").mkdir()
+    source = folder / "py" / "00_small.py"
+    source.write_text(SMALL)
+    notebooks.build(source)
+    return folder
+
+
+@pytest.fixture
+def copy(built: Path, tmp_path: Path) -> Path:
+    """A copy of it to break."""
+    (tmp_path / "py").mkdir()
+    for name in ("py/00_small.py", "00_small.ipynb"):
+        (tmp_path / name).write_bytes((built / name).read_bytes())
+    return tmp_path
+
+
+def test_build_stores_outputs_without_times_and_places(built: Path) -> None:
+    assert notebooks.check(built) == []
+    cells = notebooks.read_notebook(built / NAME).cells
+    loop = cells[LOOP]
+    assert cells[INSTALL].outputs == cells[PARAMETERS].outputs == cells[TIMING].outputs == []
+    assert loop.outputs[0].text == "step 1/2 runs\n"  # the last state of the bar, a relative path
+    assert loop.outputs[1].data["text/plain"] == "2"
+    assert loop.execution_count is None
+    assert "execution" not in loop.metadata
+
+
+def test_build_stores_the_picture_of_a_panel_only(built: Path) -> None:
+    (output,) = notebooks.read_notebook(built / NAME).cells[PANEL].outputs
+    assert sorted(output.data) == ["image/png", "text/plain"]
+    assert output.metadata == {"image/png": {"alt": "an orange square"}}
+
+
+def test_a_page_made_from_it_shows_the_panel(built: Path) -> None:
+    """What nbconvert and GitHub show: the stored picture, with its text."""
+    nbconvert = pytest.importorskip("nbconvert", reason="nbconvert is not installed")
+    # The default template drops alt texts; this one and JupyterLab show them.
+    page, _ = nbconvert.HTMLExporter(template_name="classic").from_filename(str(built / NAME))
+    stored = notebooks.read_notebook(built / NAME).cells[PANEL].outputs[0].data["image/png"]
+    shown = re.findall(r'<img[^>]*src="data:image/png;base64,([^"]+)"', page)
+    assert [base64.b64decode(picture) for picture in shown] == [base64.b64decode(stored)]
+    assert 'alt="an orange square"' in page
+    assert notebooks.WIDGET not in page
+
+
+def test_two_builds_are_identical(built: Path, tmp_path: Path) -> None:
+    again = _build(tmp_path)
+    assert (again / NAME).read_bytes() == (built / NAME).read_bytes()
+
+
+def test_sync_keeps_outputs_of_unchanged_cells(copy: Path) -> None:
+    source = copy / "py" / "00_small.py"
+    before = notebooks.read_notebook(copy / "00_small.ipynb")
+    source.write_text(SMALL.replace("a notebook for a test", "another title"))
+    notebooks.sync(source)
+    after = notebooks.read_notebook(copy / "00_small.ipynb")
+    assert "another title" in after.cells[0].source
+    assert [cell.id for cell in after.cells[1:]] == [cell.id for cell in before.cells[1:]]
+    assert after.cells[LOOP].outputs == before.cells[LOOP].outputs != []
+    assert notebooks.check(copy) == []  # a word of text needs no new run
+
+
+def _edit_text(folder: Path) -> None:
+    (folder / "py" / "00_small.py").write_text(SMALL.replace("a test", "one test"))
+
+
+def _edit_code_and_sync(folder: Path) -> None:
+    source = folder / "py" / "00_small.py"
+    source.write_text(SMALL.replace("range(steps)", "range(1, steps)"))
+    notebooks.sync(source)
+
+
+def _edit_tag(folder: Path) -> None:
+    (folder / "py" / "00_small.py").write_text(SMALL.replace('"timing"', '"solution"'))
+
+
+def _store_widgets(folder: Path) -> None:
+    _change(folder, lambda notebook: notebook.metadata.update(widgets={}))
+
+
+def _forget_the_run(folder: Path) -> None:
+    _change(folder, lambda notebook: notebook.metadata.pop("mimdet"))
+
+
+def _untag_parameters(folder: Path) -> None:
+    source = folder / "py" / "00_small.py"
+    source.write_text(SMALL.replace('tags=["parameters"]', ""))
+    notebooks.sync(source)
+
+
+def _store_a_large_picture(folder: Path) -> None:
+    _change(folder, lambda notebook: notebook.cells[LOOP].outputs[0].update(text="x" * 1_600_000))
+
+
+def _remove_the_install_cell(folder: Path) -> None:
+    _change(folder, lambda notebook: notebook.cells.pop(INSTALL))
+
+
+def _store_a_widget_beside_its_picture(folder: Path) -> None:
+    view = {notebooks.WIDGET: {"model_id": "1"}}
+    _change(folder, lambda notebook: notebook.cells[PANEL].outputs[0].data.update(view))
+
+
+def _store_a_widget_without_picture(folder: Path) -> None:
+    def edit(notebook: NotebookNode) -> None:
+        data = {notebooks.WIDGET: {"model_id": "1"}, "text/plain": "VBox()"}
+        notebook.cells[PANEL].outputs[0].update(data=nbformat.from_dict(data), metadata={})
+
+    _change(folder, edit)
+
+
+def _write_a_long_cell(folder: Path) -> None:
+    source = folder / "py" / "00_small.py"
+    source.write_text(SMALL + "\n# %%\n" + "1\n\n" * 16)
+    notebooks.sync(source)
+    _say_it_was_run(folder)
+
+
+def _say_it_was_run(folder: Path) -> None:
+    code = notebooks.code_hash(notebooks.read_source(folder / "py" / "00_small.py"))
+    _change(folder, lambda notebook: notebook.metadata.mimdet.update(executed_code=code))
+
+
+def _rewrite(old: str, new: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        source = folder / "py" / "00_small.py"
+        source.write_text(SMALL.replace(old, new))
+        notebooks.sync(source)
+
+    return damage
+
+
+def _change(folder: Path, edit: Callable[[NotebookNode], object]) -> None:
+    notebook = notebooks.read_notebook(folder / "00_small.ipynb")
+    edit(notebook)
+    nbformat.write(notebook, folder / "00_small.ipynb")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (_edit_text, "differs from its source"),
+        (_edit_tag, "differs from its source"),
+        (_edit_code_and_sync, "outputs are of other code"),
+        (_forget_the_run, "outputs are of other code"),
+        (_store_widgets, "stores widget state"),
+        (_untag_parameters, "no code cell is tagged 'parameters'"),
+        (_store_a_large_picture, "1.6 MB is over 1.5"),
+        (_remove_the_install_cell, "differs from its source"),
+        (_store_a_widget_beside_its_picture, "cell 5 stores a widget that has ended"),
+        (_store_a_widget_without_picture, "cell 5 shows a widget without a picture"),
+        (_write_a_long_cell, "cell 7 has 16 lines of code, over 15"),
+        (_rewrite("# # 00 · Small:", "# # Small:"), "must start with `# NN · Title"),
+        (_rewrite("# | time", "# | hours"), "a column `quick` and a row `time`"),
+        (_rewrite("# | | quick", "# | | slow"), "a column `quick` and a row `time`"),
+        (lambda folder: (folder / "00_small.ipynb").unlink(), "is missing"),
+        (lambda folder: (folder / "py" / "00_small.py").unlink(), "has no source"),
+    ],
+)
+def test_check_finds(copy: Path, damage: Callable[[Path], object], said: str) -> None:
+    damage(copy)
+    problems = notebooks.check(copy)
+    assert len(problems) == 1, problems
+    assert said in problems[0]
+
+
+def test_a_solution_may_be_long(copy: Path) -> None:
+    source = copy / "py" / "00_small.py"
+    line = "1\n\n"
+    source.write_text(f'{SMALL}\n# %%\n{15 * line}# %% tags=["solution"]\n{16 * line}')
+    notebooks.sync(source)
+    _say_it_was_run(copy)
+    assert notebooks.check(copy) == []
+
+
+def test_index_is_read_from_the_first_cells(copy: Path) -> None:
+    said = notebooks.index(f"Before\n{notebooks.START}\nold\n{notebooks.END}\nAfter\n", copy)
+    assert said.splitlines() == [
+        "Before",
+        notebooks.START,
+        "| notebook | what it is about | time, quick mode |",
+        "|---|---|---|",
+        "| [00 · Small](notebooks/00_small.ipynb) | a notebook for a test | 2 seconds |",
+        notebooks.END,
+        "After",
+    ]
+    assert notebooks.index(said, copy) == said
+
+
+def test_index_command_writes_and_checks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{notebooks.START}\n{notebooks.END}\n", encoding="utf-8")
+    monkeypatch.setattr(notebooks, "README", readme)
+    assert notebooks.main(["index", "--check"]) == 1
+    assert "run python tools/notebooks.py index" in capsys.readouterr().out
+    assert notebooks.main(["index"]) == 0
+    assert "(notebooks/00_quickstart.ipynb)" in readme.read_text(encoding="utf-8")
+    assert notebooks.main(["index", "--check"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("host", "installed", "asked"),
+    [
+        ("", False, []),
+        ("BINDER_SERVICE_HOST", True, []),
+        ("BINDER_SERVICE_HOST", False, [("pip", "install --quiet .. anywidget")]),
+        ("COLAB_RELEASE_TAG", True, ["widgets"]),
+        ("COLAB_RELEASE_TAG", False, [("pip", "install --quiet .. anywidget"), "widgets"]),
+    ],
+)
+def test_install_cell(
+    monkeypatch: pytest.MonkeyPatch, host: str, installed: bool, asked: list[object]
+) -> None:
+    """Nothing happens on one's own machine, with the kit or without."""
+    for name in ("COLAB_RELEASE_TAG", "BINDER_SERVICE_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    if host:
+        monkeypatch.setenv(host, "1")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+    done: list[object] = []
+    colab: Any = types.ModuleType("google.colab")
+    manager = types.SimpleNamespace(enable_custom_widget_manager=lambda: done.append("widgets"))
+    colab.output = manager
+    monkeypatch.setitem(sys.modules, "google", types.ModuleType("google"))
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    shell = types.SimpleNamespace(run_line_magic=lambda *call: done.append(call[:2]))
+    code = TransformerManager().transform_cell(notebooks.INSTALL)
+    exec(code, {"get_ipython": lambda: shell})
+    assert done == asked
+
+
+def test_inject_replaces_a_value(copy: Path) -> None:
+    notebook = notebooks.read_source(copy / "py" / "00_small.py")
+    notebooks.inject(notebook, MODE="full")
+    names: dict[str, object] = {}
+    exec(notebooks.parameters_cell(notebook).source, names)
+    assert names["steps"] == 9  # what follows from a parameter follows
+
+
+def test_inject_refuses_an_unknown_parameter(copy: Path) -> None:
+    notebook = notebooks.read_source(copy / "py" / "00_small.py")
+    with pytest.raises(AssertionError, match=r"no \['mode'\]; it has \['MODE', 'steps'\]"):
+        notebooks.inject(notebook, mode="full")
+
+
+def test_a_failing_cell_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "py").mkdir()
+    source = tmp_path / "py" / "01_broken.py"
+    source.write_text("# %%\n1 / 0\n")
+    with pytest.raises(CellExecutionError, match="ZeroDivisionError"):
+        notebooks.build(source)
+    assert not notebooks.target_of(source).exists()

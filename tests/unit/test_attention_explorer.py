@@ -1,0 +1,243 @@
+"""AttentionExplorer: each control changes what it says it changes, and nothing fails on a click."""
+
+import statistics
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mimdet
+from mimdet import presets
+from mimdet.viz import record as recording
+from mimdet.viz.attention import overlay
+from mimdet.viz.pixels import from_data_url
+from mimdet.viz.record import record
+from tests.small import small
+
+AttentionExplorer = pytest.importorskip(
+    "mimdet.viz.widgets.attention_explorer", reason="ipywidgets and anywidget are not installed"
+).AttentionExplorer
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    cfg = small()
+    cfg.data.test_short_side = 128  # 8 x 8 tokens
+    return mimdet.build_detector(cfg)
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Tensor]:
+    scenes = mimdet.ShapesCOCO(size=64, length=2, split="val")
+    return [scenes[i].image for i in range(2)]
+
+
+@pytest.fixture
+def panel(model, images):
+    return AttentionExplorer(model, images)
+
+
+def tokens_of(canvas) -> np.ndarray:
+    """Colour of the middle of every token of a picture, (h, w, 3)."""
+    picture = np.asarray(from_data_url(canvas.picture).convert("RGB"))
+    side = picture.shape[0] // canvas.rows
+    return picture[side // 2 :: side, side // 2 :: side].astype(int)
+
+
+def reference(model, images, panel, name: str):
+    """The same run through the whole detector."""
+    with record(model, name) as seen:
+        mimdet.predict(model, images[0], sample_ratio=panel.ratio.value, seed=panel.seed.value)
+    return seen
+
+
+# ------------------------------------------------------------------------------- what is shown
+
+
+def test_it_shows_the_attention_of_the_query(model, images, panel):
+    seen = reference(model, images, panel, "backbone.encoder.blocks.1.attn")
+    place = panel.picture.selected
+    kept = seen.sample.keep[0].tolist()
+    assert place in kept  # something is to be seen at once
+    assert panel.picture.dropped == [p for p in range(64) if p not in kept]
+    row = seen.row("backbone.encoder.blocks.1.attn", place).mean(0)
+    values = seen.on_grid("backbone.encoder.blocks.1.attn", row)
+    assert np.abs(tokens_of(panel.map) - composed(panel, values)).max() <= 1.5
+    assert "Encoder block 1, mean of the heads" in panel.status.value
+    assert f"equal shares would be {100 / len(kept):.1f} %" in panel.status.value
+    assert panel.map.selected == place
+
+
+def composed(panel, values: Tensor) -> np.ndarray:
+    """What the map must show in the middle of its tokens: the overlay on the grey picture."""
+    layer = overlay(values, float(values.nan_to_num(0).max())).astype(float)
+    side = panel._grey.shape[0] // panel.map.rows
+    below = panel._grey[side // 2 :: side, side // 2 :: side]
+    opacity = layer[..., 3:] / 255
+    return opacity * layer[..., :3] + (1 - opacity) * below
+
+
+def test_unsampled_tokens_are_light_grey_in_the_map(panel):
+    hidden = panel.picture.dropped
+    colours = tokens_of(panel.map).reshape(-1, 3)
+    assert (np.ptp(colours[hidden], axis=1) <= 2).all()  # grey
+    kept = [p for p in range(64) if p not in hidden]
+    assert (np.ptp(colours[kept], axis=1) > 2).all()
+
+
+@pytest.mark.parametrize("control", ["block", "head", "rollout", "ratio", "seed", "part"])
+def test_each_control_changes_the_map(panel, control):
+    before, count = panel.map.picture, len(panel.milliseconds)
+    value = {"block": 0, "head": 1, "rollout": True, "ratio": 0.75, "seed": 3, "part": "decoder"}
+    getattr(panel, control).value = value[control]
+    assert panel.map.picture != before
+    assert len(panel.milliseconds) == count + 1  # one answer
+    if control not in ("ratio", "seed"):
+        return
+    expected = 48 if control == "ratio" else 16
+    assert len(panel.picture.dropped) == 64 - expected
+
+
+def test_a_click_in_either_picture_moves_the_query(panel):
+    kept = [p for p in range(64) if p not in panel.picture.dropped]
+    panel.picture.selected = kept[0]
+    first = panel.map.picture
+    assert panel.map.selected == kept[0]
+    panel.map.selected = kept[1]
+    assert panel.picture.selected == kept[1]
+    assert panel.map.picture != first
+    assert panel.canvases[0].seq == len(panel.milliseconds)
+
+
+def test_a_token_that_was_not_sampled_is_explained(panel):
+    hidden = panel.picture.dropped[0]
+    panel.picture.selected = hidden
+    assert "not sampled" in panel.status.value
+    assert "Error" not in panel.status.value
+    assert "never saw" in panel.label
+    panel.part.value = "decoder"
+    assert "Decoder block 0" in panel.status.value
+    panel.part.value = "encoder"
+    assert "not sampled" in panel.status.value
+    panel.ratio.value = 1.0
+    assert "Encoder block 1" in panel.status.value
+    assert panel.picture.dropped == []
+
+
+def test_parts_have_blocks_and_heads_of_their_own(panel):
+    assert [value for _, value in panel.block.options] == [0, 1]
+    panel.head.value = 1
+    panel.part.value = "decoder"
+    assert [value for _, value in panel.block.options] == [0]
+    assert panel.head.value == -1
+    assert len(panel.head.options) == 3
+    panel.part.value = "encoder"
+    assert panel.block.value == 1
+
+
+def test_rollout_says_what_stays(panel):
+    panel.rollout.value = True
+    assert "Rollout up to encoder block 1" in panel.status.value
+    assert "of itself" in panel.status.value
+    most = panel.status.value.split("goes to ")[1].split(";")[0]
+    row, column = divmod(panel.picture.selected, 8)
+    assert most != f"row {row}, column {column}"
+
+
+def test_another_picture(panel, images):
+    before = panel.picture.picture
+    panel.chooser.choice.value = 1
+    assert panel.picture.picture != before
+    wide = torch.randint(0, 255, (3, 40, 90), dtype=torch.uint8)
+    panel.chooser.add(wide, "wide.png")
+    assert (panel.picture.rows, panel.picture.columns) == (8, 18)  # 128 x 288, 32-pixel padding
+    assert panel.picture.selected < 8 * 18
+    assert "Error" not in panel.status.value
+
+
+# ------------------------------------------------------------------------------- how it runs
+
+
+def test_only_the_backbone_runs_once_per_picture_ratio_and_seed(model, panel):
+    calls: list[str] = []
+    encoder = model.backbone.encoder.register_forward_hook(lambda *_: calls.append("encoder"))
+    heads = model.rpn.register_forward_hook(lambda *_: calls.append("heads"))
+    try:
+        panel.block.value = 0
+        panel.head.value = 1
+        panel.rollout.value = True
+        assert calls == []
+        panel.ratio.value = 1.0
+        assert calls == ["encoder"]
+        panel.part.value = "decoder"
+        panel.part.value = "encoder"
+        assert calls == ["encoder"] * 2
+    finally:
+        encoder.remove()
+        heads.remove()
+
+
+def test_large_grids_keep_one_row_and_have_no_rollout(panel, monkeypatch):
+    before = panel.map.picture
+    monkeypatch.setattr(recording, "LIMIT_GIB", 0.0)
+    panel.seed.value = 1
+    panel.seed.value = 0
+    assert panel.map.picture == before  # one row gives the same picture
+    with pytest.raises(ValueError, match="rollout needs whole maps"):
+        panel.rollout.value = True
+    assert "rollout needs whole maps" in panel.status.value
+    panel.rollout.value = False
+    assert panel.map.picture == before
+
+
+def test_the_model_is_left_in_its_mode(model, images):
+    model.train()
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    AttentionExplorer(model, images)
+    assert model.backbone.training
+    assert model.backbone.encoder.blocks[1].training
+    assert model.backbone.encoder.blocks[1].attn.fused_attn
+    assert torch.equal(torch.get_rng_state(), state)  # the seed alone decides
+    model.eval()
+
+
+def test_two_panels_show_the_same(model, images, panel):
+    again = AttentionExplorer(model, images)
+    assert again.map.picture == panel.map.picture
+    assert again.status.value == panel.status.value
+
+
+def test_other_backbones_are_refused():
+    with pytest.raises(ValueError, match="ViTDet has no encoder of sampled tokens"):
+        AttentionExplorer(mimdet.build_detector(presets.tiny_vitdet()))
+
+
+def test_every_control_has_its_class(panel):
+    names = ("part", "block", "head", "rollout", "ratio", "seed", "picture", "map")
+    for name in names:
+        assert f"mimdet-attention-{name}" in getattr(panel, name)._dom_classes
+    assert "mimdet-attention-image" in panel.chooser.choice._dom_classes
+    assert "mimdet-attention-upload" in panel.chooser.upload._dom_classes
+
+
+def test_a_saved_notebook_shows_both_pictures(panel):
+    data, metadata = panel._repr_mimebundle_()
+    assert data["image/png"].startswith(b"\x89PNG")
+    assert metadata["image/png"]["alt"].startswith("Encoder block 1")
+    assert panel.snapshot().size == (712, 352)
+
+
+def test_answers_are_quick():
+    """Processor time, because other programs may use the machine while the tests run."""
+    tiny = AttentionExplorer(mimdet.load_detector("tiny"))
+    took = []
+    for place in (0, 100, 37, 200, 5, 133, 77):
+        start = time.process_time()
+        tiny.picture.selected = place
+        tiny.seed.value += 1
+        took.append(1000 * (time.process_time() - start) / 2)
+    assert statistics.median(took) < 150

@@ -1,0 +1,226 @@
+"""Figures of attention and positions: what is drawn where, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.patches import Rectangle
+from torch import Tensor, nn
+
+import mimdet
+from mimdet.models.posembed import sincos_table
+from mimdet.models.sampling import Sample
+from mimdet.viz.attention import (
+    LITTLE,
+    MUCH,
+    UNKNOWN,
+    chosen_names,
+    nearest_sampled,
+    overlay,
+    rolled_out,
+    share,
+    show_attention,
+    show_rollout,
+)
+from mimdet.viz.pixels import UNSAMPLED
+from mimdet.viz.positions import show_positions, similarity
+from mimdet.viz.record import Recording, record, rollout
+from tests.small import small
+
+SAMPLE = Sample([torch.tensor([9, 2, 14, 5])], (4, 4))
+BLOCKS = [f"backbone.encoder.blocks.{i}.attn" for i in range(2)]
+DECODER = "backbone.decoder.blocks.0.attn"
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return mimdet.build_detector(small()).eval()
+
+
+@pytest.fixture(scope="module")
+def image() -> Tensor:
+    return mimdet.ShapesCOCO(size=64, length=1, split="val")[0].image
+
+
+@pytest.fixture(scope="module")
+def seen(model, image) -> Recording:
+    with record(model, "backbone.*.attn") as recording:
+        model.detect([image], sample=SAMPLE)
+    return recording
+
+
+def titles(fig) -> list[str]:
+    return [ax.get_title(loc="left") for ax in fig.axes]
+
+
+# ------------------------------------------------------------------------------- attention
+
+
+def test_a_panel_a_block(image, seen):
+    fig = show_attention(image, seen, "backbone.encoder*", query=(3, 2))
+    assert len(fig.axes) == 3
+    mean = [seen.row(name, 14).mean(0) for name in BLOCKS]
+    assert titles(fig) == [
+        "encoder: 4 of 16 tokens",
+        f"block 0: ≤ {share(float(mean[0].max()))}",
+        f"block 1: ≤ {share(float(mean[1].max()))}",
+    ]
+    assert "row 3, column 2, mean of the heads" in fig.alt_text
+    row, column = divmod(int(SAMPLE.keep[0][mean[1].argmax()]), 4)
+    most = f"block 1 at most {share(float(mean[1].max()))} (row {row}, column {column})"
+    assert most in fig.alt_text
+    drawn = fig.axes[2].images[-1].get_array()
+    expected = overlay(seen.on_grid(BLOCKS[1], mean[1]), float(mean[1].max()))
+    assert np.array_equal(drawn, expected)
+
+
+def test_a_panel_a_head(image, seen):
+    fig = show_attention(image, seen, BLOCKS[1], query=14, heads=True)
+    highest = seen.row(BLOCKS[1], 14).amax(1).tolist()
+    expected = [f"block 1, head {i}: ≤ {share(highest[i])}" for i in range(2)]
+    assert titles(fig)[1:] == expected
+    fig = show_attention(image, seen, [BLOCKS[0], DECODER], query=14)
+    assert [title.split(":")[0] for title in titles(fig)[1:]] == [
+        "encoder block 0",
+        "decoder block 0",
+    ]
+
+
+def test_the_query_is_framed_in_every_panel(image, seen):
+    fig = show_attention(image, seen, "*", query=(3, 2))
+    for ax in fig.axes:
+        frames = [p.get_bbox().bounds for p in ax.patches if isinstance(p, Rectangle)]
+        assert set(frames) == {(32.0, 48.0, 16.0, 16.0)}
+        assert ax.get_xlim() == (0, 64)
+        assert ax.get_ylim() == (64, 0)
+
+
+def test_unsampled_places_are_light_grey(image, seen):
+    fig = show_attention(image, seen, BLOCKS[0], query=14)
+    hidden = [place for place in range(16) if place not in SAMPLE.keep[0].tolist()]
+    for ax in fig.axes:
+        layer = np.asarray(ax.images[-1].get_array()).reshape(16, 4)
+        grey = (layer == (*UNSAMPLED, round(255 * UNKNOWN))).all(1)
+        assert np.flatnonzero(grey).tolist() == hidden
+    fig = show_attention(image, seen, DECODER, query=0)  # the decoder sees every place
+    for ax in fig.axes:
+        layer = np.asarray(ax.images[-1].get_array()).reshape(16, 4)
+        assert not (layer[:, :3] == UNSAMPLED).all(1).any()
+
+
+def test_overlay_by_hand():
+    values = torch.tensor([[0.0, 0.5], [torch.nan, 0.125]])
+    layer = overlay(values, high=0.5)  # the last is a quarter of it, its square root a half
+    opacity = [LITTLE, MUCH, UNKNOWN, (LITTLE + MUCH) / 2]
+    assert layer[..., 3].flatten().tolist() == [round(255 * a) for a in opacity]
+    assert tuple(layer[1, 0, :3]) == UNSAMPLED
+    assert tuple(layer[0, 1, :3]) == (253, 231, 37)  # the bright end of viridis
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.314, "31 %"), (0.0314, "3.1 %"), (0.00314, "0.31 %"), (1.0, "100 %")]
+)
+def test_share(value, text):
+    assert share(value) == text
+
+
+def test_a_padded_image_stays_in_its_corner(model):
+    image = mimdet.ShapesCOCO(size=64, length=1, split="val")[0].image[:, :40, :48]
+    with record(model, BLOCKS[0]) as recording:
+        model.detect([image], sample_ratio=1.0)
+    assert recording.grid == (4, 4)
+    fig = show_attention(image, recording, BLOCKS[0], query=0)
+    assert titles(fig)[0] == "encoder: 9 of 16 tokens"
+    assert fig.axes[0].images[0].get_extent() == [0, 48, 40, 0]
+    assert fig.axes[0].images[1].get_extent() == [0, 64, 64, 0]
+
+
+def test_what_is_refused(image, seen):
+    with pytest.raises(ValueError, match="was not sampled"):
+        show_attention(image, seen, BLOCKS[0], query=13)
+    with pytest.raises(ValueError, match=r"query \(4, 0\) is not on the grid of 4 x 4"):
+        show_attention(image, seen, BLOCKS[0], query=(4, 0))
+    with pytest.raises(ValueError, match="no attention 'blocks'"):
+        show_attention(image, seen, "blocks", query=14)
+    with pytest.raises(ValueError, match="as it was fed to the network"):
+        show_attention(image.repeat(1, 2, 1), seen, BLOCKS[0], query=14)
+
+
+def test_names_in_the_order_they_ran(seen):
+    assert chosen_names(seen, ["*.blocks.1.attn", BLOCKS[0]]) == BLOCKS
+
+
+@pytest.mark.parametrize(("place", "nearest"), [(9, 9), (13, 9), (3, 2), (0, 5), (15, 14)])
+def test_the_nearest_sampled_token(place, nearest):
+    assert nearest_sampled(SAMPLE, place) == nearest
+
+
+def test_one_recorded_query_is_enough(model, image, seen):
+    with record(model, BLOCKS[0], query=14) as one:
+        model.detect([image], sample=SAMPLE)
+    fig = show_attention(image, one, BLOCKS[0], query=14)
+    assert titles(fig) == titles(show_attention(image, seen, BLOCKS[0], query=14))
+
+
+# ------------------------------------------------------------------------------- rollout
+
+
+def test_rollout_after_each_block(image, seen):
+    fig = show_rollout(image, seen, "backbone.encoder*", query=14)
+    total = rollout([seen[name][0] for name in BLOCKS])
+    own = float(total[2, 2])  # place 14 is the third of the sample
+    assert titles(fig)[2] == f"blocks 0-1: itself {share(own)}"
+    first = float(rollout([seen[BLOCKS[0]][0]])[2, 2])
+    assert titles(fig)[1] == f"block 0: itself {share(first)}"
+    assert own < first
+    values, itself = rolled_out(seen, BLOCKS, 14)
+    assert itself == own
+    assert torch.equal(values.flatten()[SAMPLE.keep[0]], total[2])
+    assert f"encoder blocks 0-1: {share(own)} of itself" in fig.alt_text
+
+
+def test_rollout_of_encoder_and_decoder_is_refused(image, seen):
+    with pytest.raises(ValueError, match="encoder and decoder see other tokens"):
+        show_rollout(image, seen, "*", query=14)
+
+
+def test_an_autoencoders_own_patches(image):
+    torch.manual_seed(0)
+    mae = mimdet.MAE(64, 8, 32, 2, 2, decoder_dim=32, decoder_depth=1, decoder_heads=2).eval()
+    with torch.no_grad(), record(mae, "blocks.*.attn") as recording:
+        mae(torch.rand(1, 3, 64, 64), sample=Sample([torch.tensor([9, 2, 63])], (8, 8)))
+    fig = show_rollout(image, recording, "blocks.*", query=(7, 7))
+    frames = {p.get_bbox().bounds for p in fig.axes[1].patches}
+    assert frames == {(56.0, 56.0, 8.0, 8.0)}
+    assert titles(fig)[0] == "encoder: 3 of 64 tokens"
+
+
+# ------------------------------------------------------------------------------- positions
+
+
+def test_similarity_of_a_table_by_hand():
+    places = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0], [1.0, 1.0]]])
+    found = similarity(places, (2, 2), 0)
+    torch.testing.assert_close(found, torch.tensor([[1.0, 0.0], [-1.0, 0.5**0.5]]))
+
+
+def test_positions_stored_and_resized():
+    fig = show_positions(sincos_table(32, 8), (6, 16), at=(0.5, 0.25))
+    assert titles(fig) == ["stored: 8 × 8", "resized: 6 × 16", "along the row"]
+    stored, resized, again = fig.axes[2].lines
+    assert (len(stored.get_xdata()), len(resized.get_xdata())) == (8, 16)
+    assert stored.get_xdata()[2] == resized.get_xdata()[4] == 0  # a quarter from the left
+    for line in (stored, resized, again):
+        assert max(line.get_ydata()) == pytest.approx(1)
+    # An eighth of the width to the right: one place of the stored table, two of the resized.
+    assert resized.get_ydata()[6] == pytest.approx(stored.get_ydata()[3], abs=0.03)
+    assert again.get_ydata()[6] < stored.get_ydata()[3] - 0.05
+    assert "8 x 8" in fig.alt_text
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 32), (2, 17, 32), (17, 32), (1, 1, 32)])
+def test_no_table_is_refused(shape):
+    with pytest.raises(ValueError, match="position table of shape"):
+        show_positions(torch.zeros(shape), (4, 4))
+    with pytest.raises(ValueError, match="at="):
+        show_positions(sincos_table(32, 4), (4, 4), at=(1.0, 0.5))

@@ -1,0 +1,305 @@
+"""Trainings in processes of their own: watched, stopped, resumed, killed, attached to again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mimdet.config import Config, load_config
+from mimdet.files import write_json
+from mimdet.training import job as jobs
+from mimdet.training.checkpoints import CheckpointStore
+from mimdet.training.job import JOB, Job, JobFailed
+from mimdet.training.lock import RunInUse, alone_in, holder, started
+from mimdet.training.metrics import MetricsFile, duration, last_lines, seconds_left
+from mimdet.training.resume import resume, stored_config
+from mimdet.training.run import Run
+from mimdet.training.signals import TrainingStopped
+from mimdet.training.status import read_status
+from mimdet.training.train import train
+from tests.small import small
+
+STEPS = 8
+
+
+def gated(tokens, grid, generator):
+    """The random sampler; it waits in the fourth step, of 4 images, while the file is there."""
+    import os
+    import time
+
+    gated.calls = getattr(gated, "calls", 0) + 1
+    while gated.calls > 12 and os.path.exists(os.environ["MIMDET_TEST_GATE"]):
+        time.sleep(0.01)
+    return torch.rand(len(tokens), generator=generator)
+
+
+@pytest.fixture
+def gate(tmp_path, monkeypatch) -> Path:
+    """While this file exists, a training with `gated` stays in its fourth step."""
+    file = tmp_path / "gate"
+    file.touch()
+    monkeypatch.setenv("MIMDET_TEST_GATE", str(file))
+    return file
+
+
+def easy() -> Config:
+    """Eight steps of seconds; its class count is not that of its data, as a preset's may be."""
+    cfg = small(STEPS)
+    cfg.data.shapes_level = "shapes-v1-easy"
+    cfg.data.workers = 0
+    cfg.training.evaluate_every_steps = 4
+    return cfg
+
+
+def final(path: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """Every number of the last checkpoint, and the metrics without their times."""
+    last = CheckpointStore(path / "checkpoints").load_last(torch.device("cpu"))
+    assert last is not None and last.step == STEPS
+    tensors = dict(last.weights)
+    for number, values in last.optimizer["optimizer"]["state"].items():
+        tensors |= {f"optimizer.{number}.{name}": value for name, value in values.items()}
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return tensors, [{k: v for k, v in row.items() if k != "time"} for row in rows]
+
+
+def wait_until(condition, what: str, seconds: float = 200) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{what}: not in {seconds} s"
+        time.sleep(0.02)
+
+
+# ------------------------------------------------------------------------------- the lock
+
+
+def test_two_trainings_of_one_run_are_refused(tmp_path) -> None:
+    steps = train(easy(), tmp_path / "run")
+    next(steps)
+    said = f"process {os.getpid()} on .* already trains in .*: wait for it, stop it, or use another"
+    with pytest.raises(RunInUse, match=said):
+        next(train(easy(), tmp_path / "run"))
+    assert holder(tmp_path / "run").here and holder(tmp_path / "run").pid == os.getpid()
+    steps.close()
+    assert holder(tmp_path / "run") is None
+    assert read_status(tmp_path / "run")["state"] == "stopped"
+    assert next(train(easy(), tmp_path / "run")).number == 2
+
+
+def test_a_lock_ends_with_its_process_and_is_not_kept_by_forks(tmp_path) -> None:
+    code = (
+        "import os, sys, time; from pathlib import Path\n"
+        "from mimdet.training.lock import alone_in\n"
+        "with alone_in(Path(sys.argv[1])):\n"
+        "    if os.fork() == 0: time.sleep(60); os._exit(0)\n"
+        "    print('held', flush=True); time.sleep(60)"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    child = subprocess.Popen(words, stdout=subprocess.PIPE, start_new_session=True)
+    assert child.stdout is not None and child.stdout.readline() == b"held\n"
+    assert holder(tmp_path).pid == child.pid
+    with pytest.raises(RunInUse), alone_in(tmp_path, wait=0.2):
+        pass
+    child.kill()
+    child.wait()
+    assert holder(tmp_path) is None  # at once, although the fork lives on
+    with alone_in(tmp_path, wait=0):
+        assert holder(tmp_path).pid == os.getpid()
+    os.killpg(child.pid, signal.SIGKILL)
+
+
+def test_a_process_is_known_by_its_start_not_by_its_number() -> None:
+    assert started(os.getpid()) == started(os.getpid()) != ""
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    wait_until(lambda: started(child.pid) == "", "a process that has ended counts as none")
+    child.wait()
+    assert started(child.pid) == ""
+
+
+# ------------------------------------------------------------------------------- what files say
+
+
+def test_metrics_are_read_while_they_are_written(tmp_path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    assert file.read() == []
+    times = {"seconds": 2.0, "images_per_second": 2.0, "gpu_memory_gb": 0.0}
+    rows = [
+        {"step": s, "loss": 5.0 - s, "loss_cls": 1.0, "images": 4, "time": times} for s in (1, 2)
+    ]
+    lines = [json.dumps(row) + "\n" for row in rows]
+    file.path.write_text(lines[0] + lines[1][:9])
+    assert [row["step"] for row in file.read()] == [1]
+    with file.path.open("a") as stream:
+        stream.write(lines[1][9:])
+    assert [row["step"] for row in file.read()] == [1, 2]
+    state = file.state("training", 5, "")
+    assert (state.step, state.losses) == (2, {"loss": 3.0, "loss_cls": 1.0})
+    assert state.seconds_left == 6.0 and state.images_per_second == 2.0
+    assert str(state) == "training, step 2 of 5, loss 3, 2.0 images/s, about 6 s left"
+    Run(tmp_path / "other", easy())
+    os.replace(file.path, tmp_path / "old")
+    file.path.write_text(lines[0])  # a training that resumes writes it anew, without step 2
+    assert [row["step"] for row in file.read()] == [1]
+
+
+def test_time_left_by_hand() -> None:
+    # Evaluations at 4 and 8, 10 s each: those at 12, 16 and 18 remain; and 10 steps of 2 s.
+    rows = [{"step": s, "evaluation": {}, "time": {"seconds": 10.0}} for s in (4, 8)]
+    assert seconds_left(rows, 8, 18, 2.0) == 10 * 2.0 + 3 * 10.0
+    assert seconds_left(rows, 18, 18, 2.0) == 0.0
+    assert seconds_left([], 0, 0, 2.0) is None
+    assert [duration(s) for s in (0, 40, 720, 12_000, 190_000)] == [
+        "1 s", "40 s", "12 min", "3 h 20 min", "2 d 4 h"
+    ]  # fmt: skip
+
+
+def test_a_log_shows_the_last_state_of_a_bar(tmp_path) -> None:
+    assert last_lines(tmp_path / "log.txt", 3) == []
+    (tmp_path / "log.txt").write_text("first\n\n 1/8 steps\r 2/8 steps\r\nerror: no\n")
+    assert last_lines(tmp_path / "log.txt", 2) == [" 2/8 steps", "error: no"]
+
+
+# ------------------------------------------------------------------------------- before it starts
+
+
+def test_what_cannot_be_started_is_said_at_once(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(jobs.subprocess, "Popen", lambda *_, **__: pytest.fail("it was started"))
+    Run(tmp_path / "run", easy())
+    with pytest.raises(ValueError, match=r"another configuration.*\n.*training.steps: 8 -> 9"):
+        other = easy()
+        other.training.steps = 9
+        Job.start(other, tmp_path / "run")
+    with pytest.raises(ValueError, match="accumulate=2 micro-batches of a step: use a divisor"):
+        Job.start(easy(), tmp_path / "run", processes=3)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").touch()
+    with pytest.raises(ValueError, match="not empty and holds no run"):
+        Job.start(easy(), tmp_path / "photos")
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        Job.attach(tmp_path / "photos")
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        next(resume(tmp_path / "photos"))
+
+
+def test_code_of_a_cell_is_kept_compared_and_only_trusted_here(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Job, "resume", lambda self, processes=0: None)
+    job = Job.start(easy(), tmp_path / "run", sampler=gated)
+    assert job.command()[-1] == "--trust-code"
+    Job.start(easy(), tmp_path / "run", sampler=gated)
+    with pytest.raises(ValueError, match="other code for: sampler"):
+        Job.start(easy(), tmp_path / "run")
+    monkeypatch.undo()
+    with pytest.raises(PermissionError, match="trust_code=True"):
+        Job.attach(tmp_path / "run").resume()
+    assert "torch.distributed.run" in job.command(2) and "--nproc-per-node=2" in job.command(2)
+
+
+def test_nothing_to_stop_and_a_number_that_another_process_has_now(tmp_path) -> None:
+    Run(tmp_path / "run", easy())
+    job = Job.attach(tmp_path / "run")
+    assert job.stop() is False and job.state().name == "new" and not job.running()
+    assert job.wait(0).name == "new"
+    write_json(tmp_path / "run" / JOB, {"pid": os.getpid(), "started": "long ago", "begun": 1.0})
+    assert not job.running() and job.stop() is False
+
+
+def test_ctrl_c_while_waiting_stops_the_job_in_one_line(tmp_path, monkeypatch) -> None:
+    Run(tmp_path / "run", easy())
+    job = Job.attach(tmp_path / "run")
+    asked = []
+    monkeypatch.setattr(job, "running", lambda: not asked)
+    monkeypatch.setattr(job, "stop", lambda: asked.append(1))
+    monkeypatch.setattr(jobs.time, "sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(TrainingStopped, match="stopped by SIGINT: step 0 is saved") as stopped:
+        job.wait()
+    assert asked and len(stopped.value._render_traceback_()) == 1
+
+
+def test_a_training_of_a_terminal_is_asked_and_the_next_one_is_not(tmp_path, monkeypatch) -> None:
+    run = tmp_path / "run"
+    steps = train(easy(), run)
+    next(steps)
+    job = Job.attach(run)
+    assert job.state().name == "training" and job.state().total == STEPS
+    sent = []
+    monkeypatch.setattr(jobs.os, "kill", lambda *what: sent.append(what))
+    assert job.stop() and sent == [(os.getpid(), signal.SIGTERM)]
+    assert job.state().name == "stopping"
+    steps.close()
+    assert job.state().name == "stopped" and job.state().step == 1
+    steps = train(easy(), run)
+    next(steps)
+    assert job.state().name == "training"
+    steps.close()
+
+
+# ------------------------------------------------------------------------------- real ones
+
+
+def test_stopped_attached_to_and_resumed_it_is_the_undisturbed_run(tmp_path, gate) -> None:
+    run = tmp_path / "run"
+    job = Job.start(easy(), run, sampler=gated)
+    again = Job.start(easy(), run, sampler=gated)  # attaches
+    attached = Job.attach(run, trust_code=True)
+    assert again.running() and attached.running()
+    assert attached.state().name in ("starting", "training")
+    pid = json.loads((run / JOB).read_text())["pid"]
+    wait_until(lambda: attached.state().step == 3, "three steps")
+    seen = attached.state()
+    assert seen.total == STEPS and seen.seconds_left is not None and "loss" in seen.losses
+    assert attached.stop() is True
+    stopped = job.wait(200)
+    assert stopped.name == "stopped" and stopped.step == 3
+    assert attached.state().name == "stopped" and not again.running()
+    assert CheckpointStore(run / "checkpoints").steps()[-1] == stopped.step
+    assert started(pid) == "" and holder(run) is None
+    assert stored_config(run).detector.num_classes == 6  # read off the data, once
+
+    gate.unlink()
+    attached.resume()
+    assert json.loads((run / JOB).read_text())["pid"] != pid
+    done = attached.wait(300)
+    assert done.name == "finished" and done.step == STEPS and "step 8 of 8" in str(done)
+    assert [step for step, _ in done.evaluations] == [4, 8]
+    tensors, rows = final(run)
+    Job.prepare(easy(), tmp_path / "undisturbed", sampler=gated)
+    assert len(list(resume(tmp_path / "undisturbed", trust_code=True))) == STEPS
+    expected, expected_rows = final(tmp_path / "undisturbed")
+    assert rows == expected_rows
+    assert tensors.keys() == expected.keys()
+    assert [k for k in tensors if not torch.equal(tensors[k], expected[k])] == []
+    assert load_config(run / "config.json").training == easy().training
+    assert any("is saved in" in line for line in job.log())
+
+
+def test_a_child_that_dies_says_why(tmp_path) -> None:
+    broken = easy()
+    broken.data.source = "coco"
+    broken.data.train_json = str(tmp_path / "missing.json")
+    broken.data.train_images = str(tmp_path)
+    job = Job.start(broken, tmp_path / "run")
+    with pytest.raises(JobFailed, match=r"missing.json[\s\S]*The end of .*log.txt"):
+        job.wait(200)
+    state = job.state()
+    assert state.name == "failed" and "missing.json" in state.error and state.step == 0
+    assert Job.attach(tmp_path / "run").state().error == state.error
+
+
+def test_a_killed_child_is_noticed_and_another_continues(tmp_path, gate) -> None:
+    run = tmp_path / "run"
+    job = Job.start(easy(), run, sampler=gated)
+    wait_until(lambda: job.state().step == 3, "three steps")
+    os.kill(json.loads((run / JOB).read_text())["pid"], signal.SIGKILL)
+    with pytest.raises(JobFailed, match="was killed"):
+        job.wait(60)
+    assert read_status(run)["state"] == "training"  # it had no time to say anything
+    assert Job.attach(run).state().name == "failed"
+    job = Job.start(easy(), run, sampler=gated)
+    wait_until(lambda: job.state().name == "training", "it trains again")
+    assert job.stop() and job.wait(200).name == "stopped"
+    assert 2 <= job.state().step < STEPS  # from the checkpoint of step 2

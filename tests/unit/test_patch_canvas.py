@@ -1,0 +1,112 @@
+"""PatchCanvas without a browser: what it sends, and the picture of a saved notebook."""
+
+import io
+
+import numpy as np
+import pytest
+import traitlets
+from PIL import Image
+
+from mimdet.viz.pixels import from_data_url
+from mimdet.viz.widgets.canvas import HERE, PatchCanvas
+
+BLUE = np.full((8, 12, 3), (0, 0, 255), np.uint8)
+RED = (255, 0, 0)
+
+
+@pytest.fixture
+def canvas() -> PatchCanvas:
+    canvas = PatchCanvas(rows=2, columns=3, size=(60, 10), label="a blue picture")
+    canvas.show(BLUE)
+    return canvas
+
+
+def shown(canvas: PatchCanvas, x: int, y: int) -> tuple[int, ...]:
+    colour = canvas.snapshot().getpixel((x, y))
+    assert isinstance(colour, tuple)
+    return colour
+
+
+def test_the_height_follows_from_the_picture(canvas: PatchCanvas) -> None:
+    assert canvas.size == (60, 40)
+    canvas.show(BLUE, width=30)
+    assert canvas.size == (30, 20)
+    assert (np.asarray(from_data_url(canvas.picture))[..., :3] == BLUE).all()
+
+
+def test_size_and_picture_are_one_message(canvas: PatchCanvas, monkeypatch) -> None:
+    sent: list[set[str]] = []
+    monkeypatch.setattr(canvas, "send_state", lambda key=None: sent.append(set(key)))
+    canvas.show(BLUE // 2, width=30)
+    assert sent == [{"size", "picture"}]
+
+
+def test_everything_the_page_reads_is_sent_and_the_other_way(canvas: PatchCanvas) -> None:
+    """A trait that is not synchronised would be undefined in the page, silently."""
+    source = (HERE / "patch_canvas.js").read_text()
+    names = "picture overlay alpha rows columns size selected dropped tool show_grid label seq"
+    for name in names.split():
+        assert name in source
+        assert canvas.traits()[name].metadata.get("sync"), name
+
+
+def test_unknown_tools_are_refused(canvas: PatchCanvas) -> None:
+    with pytest.raises(traitlets.TraitError, match="'look'"):
+        canvas.tool = "eraser"
+
+
+def test_answers_are_counted(canvas: PatchCanvas) -> None:
+    canvas.answered()
+    canvas.answered()
+    assert canvas.seq == 2
+
+
+# ------------------------------------------------------------------------------- the snapshot
+
+
+def test_snapshot_shows_the_picture(canvas: PatchCanvas) -> None:
+    assert canvas.snapshot().size == (60, 40)
+    assert shown(canvas, 30, 20) == (0, 0, 255)
+
+
+def test_snapshot_before_anything_is_shown() -> None:
+    assert shown(PatchCanvas(size=(20, 10)), 5, 5) == (255, 255, 255)
+
+
+def test_snapshot_shows_the_overlay(canvas: PatchCanvas) -> None:
+    canvas.alpha = 0.25
+    canvas.lay_over(np.full((2, 2, 3), RED, np.uint8))
+    assert shown(canvas, 30, 20) == pytest.approx((64, 0, 191), abs=1)
+    canvas.lay_over(None)
+    assert shown(canvas, 30, 20) == (0, 0, 255)
+
+
+def test_an_overlay_may_have_holes(canvas: PatchCanvas) -> None:
+    over = np.zeros((1, 2, 4), np.uint8)
+    over[0, 1] = (*RED, 255)
+    canvas.alpha = 1.0
+    canvas.lay_over(over)
+    assert shown(canvas, 2, 20) == (0, 0, 255)
+    assert shown(canvas, 57, 20) == RED
+
+
+def test_snapshot_shows_dropped_and_selected_tokens(canvas: PatchCanvas) -> None:
+    canvas.dropped, canvas.selected = [5], 1
+    assert min(shown(canvas, 50, 30)) > 190  # the last token: row 1, column 2
+    assert shown(canvas, 20, 10) == (0xD5, 0x5E, 0x00)  # left edge of column 1
+    assert shown(canvas, 30, 10) == (0, 0, 255)
+
+
+def test_snapshot_shows_the_grid(canvas: PatchCanvas) -> None:
+    before = shown(canvas, 20, 30)
+    canvas.show_grid = True
+    assert min(shown(canvas, 20, 30)) > min(before) + 50
+    assert shown(canvas, 10, 10) == (0, 0, 255)
+
+
+def test_a_saved_notebook_has_picture_and_words(canvas: PatchCanvas) -> None:
+    data, metadata = canvas._repr_mimebundle_()
+    assert Image.open(io.BytesIO(data["image/png"])).size == (60, 40)
+    assert data["text/plain"] == "a blue picture"
+    assert metadata["image/png"] == {"alt": "a blue picture"}
+    assert "application/vnd.jupyter.widget-view+json" in data

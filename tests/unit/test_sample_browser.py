@@ -1,0 +1,116 @@
+"""The sample browser: what it draws is what a training sees, and every control is answered."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from mimdet.config import DataConfig
+from mimdet.data.augment import apply, draw_geometry, rng_for
+from mimdet.data.loader import TrainLoader
+from mimdet.data.shapes import ShapesCOCO
+from mimdet.structures import Record, Target
+
+widgets = pytest.importorskip("mimdet.viz.widgets.sample_browser")
+
+SCENES = ShapesCOCO("shapes-v1-easy", 64, length=5, split="val")
+DATA = DataConfig(
+    short_sides=(96, 128),
+    crop_short_sides=(80,),
+    crop_sides=(48, 64),
+    crop_probability=1.0,
+    test_short_side=112,
+    lsj_size=160,
+)
+
+
+@pytest.fixture
+def panel():
+    return widgets.SampleBrowser(SCENES, DATA)
+
+
+def pixels(canvas):
+    return np.asarray(canvas.snapshot())
+
+
+def test_it_shows_the_image_a_training_with_that_seed_sees(panel):
+    panel.kind.value, panel.seed.value = "multiscale", 3
+    loader = TrainLoader(SCENES, dataclasses.replace(DATA, augment="multiscale"), 1, 5, seed=3)
+    (batches,) = loader.batches(0, 1)  # five images: the first epoch
+    seen = {batch.image_ids[0]: batch for batch in batches}
+    for index in range(len(SCENES)):
+        panel.index.value = index
+        image, target = apply(panel.geometry, SCENES[index])
+        assert torch.equal(image, seen[index].images[0])
+        torch.testing.assert_close(target.boxes, seen[index].targets[0].boxes)
+
+
+def test_every_control_changes_the_right_picture(panel):
+    for control, value in ((panel.seed, 7), (panel.index, 2), (panel.kind, "lsj")):
+        before, count = pixels(panel.shown), panel.shown.seq
+        control.value = value
+        assert panel.shown.seq == count + 1
+        assert not np.array_equal(pixels(panel.shown), before)
+        assert "objects are left" in panel.status.value
+
+
+def test_the_seed_leaves_the_stored_picture_but_for_what_is_faded(panel):
+    panel.kind.value = "none"
+    before = pixels(panel.stored)
+    panel.seed.value = 5
+    assert np.array_equal(pixels(panel.stored), before)  # the test transform draws nothing
+    panel.kind.value = "paper"
+    assert not np.array_equal(pixels(panel.stored), before)  # a window: the rest is faded
+
+
+@pytest.mark.parametrize("kind", widgets.KINDS)
+def test_the_status_says_sizes_objects_and_tokens(panel, kind):
+    panel.kind.value, panel.seed.value = kind, 1
+    cfg = dataclasses.replace(DATA, augment=kind)
+    expected = draw_geometry(cfg, 64, 64, rng_for("geometry", 1, 0, 0), train=True)
+    assert panel.geometry == expected
+    height, width = expected.output_size
+    _, target = apply(expected, SCENES[0])
+    left = f"{len(target)} of {len(SCENES[0].target)} objects are left"
+    assert left in panel.status.value
+    rows, columns = -(-height // 16), -(-width // 16)
+    assert f"{rows} × {columns} = {rows * columns} tokens" in panel.status.value
+    assert ("mirrored left-right" in panel.status.value) == expected.flip_h
+    assert ("cut out" in panel.status.value) == (expected.crop != (0, 0, 64, 64))
+
+
+def test_a_photo_without_truth_can_be_browsed():
+    nothing = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))
+    photo = torch.randint(0, 255, (3, 40, 90), dtype=torch.uint8)
+    panel = widgets.SampleBrowser([Record(photo, nothing, "photo.jpg")], DATA)
+    assert "0 of 0 objects" in panel.status.value
+    assert panel.index.max == 0
+
+
+def test_an_empty_data_set_is_refused():
+    with pytest.raises(ValueError, match="the data set is empty"):
+        widgets.SampleBrowser([], DATA)
+
+
+def test_a_browser_test_can_find_the_controls_and_a_saved_notebook_has_a_picture(panel):
+    for name in ("index", "kind", "seed"):
+        assert f"mimdet-data-{name}" in getattr(panel, name)._dom_classes
+    data, metadata = panel._repr_mimebundle_()
+    assert data["image/png"][:4] == b"\x89PNG"
+    assert "objects" in metadata["image/png"]["alt"]
+
+
+def test_an_image_is_read_once(monkeypatch):
+    reads = []
+
+    class Counted(list):
+        def __getitem__(self, index):
+            reads.append(index)
+            return super().__getitem__(index)
+
+    panel = widgets.SampleBrowser(Counted(SCENES[i] for i in range(2)), DATA)
+    panel.seed.value, panel.kind.value = 1, "none"
+    assert reads == [0]
+    panel.index.value = 1
+    assert reads == [0, 1]

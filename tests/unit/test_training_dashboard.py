@@ -1,0 +1,169 @@
+"""The training panel: its buttons, what it shows, its thread; a second panel takes over."""
+
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mimdet.pretrain_config import tiny_mae
+from mimdet.training.checkpoints import CheckpointStore
+from mimdet.training.job import Job
+from mimdet.training.resume import resume
+from mimdet.training.run import Run
+from mimdet.viz.widgets import training_dashboard
+from mimdet.viz.widgets.training_dashboard import TrainingDashboard
+from tests.small import small
+
+STEPS = 6
+
+
+def gated(tokens, grid, generator):
+    """The random sampler; it waits in the fourth step, of 4 images, while the file is there."""
+    import os
+    import time
+
+    gated.calls = getattr(gated, "calls", 0) + 1
+    while gated.calls > 12 and os.path.exists(os.environ["MIMDET_TEST_GATE"]):
+        time.sleep(0.01)
+    return torch.rand(len(tokens), generator=generator)
+
+
+@pytest.fixture
+def gate(tmp_path, monkeypatch) -> Path:
+    """While this file exists, a training with `gated` stays in its fourth step."""
+    file = tmp_path / "gate"
+    file.touch()
+    monkeypatch.setenv("MIMDET_TEST_GATE", str(file))
+    return file
+
+
+def short():
+    cfg = small(STEPS)
+    cfg.data.workers = 0
+    cfg.data.shapes_level = "shapes-v1-easy"
+    cfg.training.evaluate_every_steps = 0
+    cfg.training.evaluate_every = 0  # at the end only
+    return cfg
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    last = CheckpointStore(path / "checkpoints").load_last(torch.device("cpu"))
+    assert last is not None and last.step == STEPS
+    return last.weights
+
+
+def wait_until(condition, what: str, seconds: float = 200) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{what}: not in {seconds} s"
+        time.sleep(0.02)
+
+
+def usable(board: TrainingDashboard) -> list[str]:
+    return [name for name, button in board.buttons.items() if not button.disabled]
+
+
+def watchers(path: Path) -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name == f"watch {path}"]
+
+
+def test_a_folder_is_needed(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"give the folder to train in"):
+        TrainingDashboard(short())
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        TrainingDashboard(tmp_path)
+
+
+def test_a_new_run_can_only_be_started_and_says_so(tmp_path) -> None:
+    board = TrainingDashboard(short(), tmp_path / "run")
+    assert usable(board) == ["start"] and board.state.name == "new"
+    assert "data-state='new'" in board.status.value and "role='status'" in board.status.value
+    assert not watchers(tmp_path / "run")
+    assert np.asarray(board.snapshot().convert("L")).min() < 128  # there is text on it
+    data, metadata = board._repr_mimebundle_()
+    assert data["image/png"][:4] == b"\x89PNG" and metadata["image/png"]["alt"]
+    board.stop()  # nothing runs: nothing happens
+    board.close()
+
+
+def test_a_failure_is_shown_with_the_end_of_the_log(tmp_path) -> None:
+    Run(tmp_path / "run", short())
+    (tmp_path / "run" / "log.txt").write_text("Traceback\nerror: the <disk> is full\n")
+    (tmp_path / "run" / "job.json").write_text('{"pid": 0, "started": "", "begun": 1.0}')
+    board = TrainingDashboard(tmp_path / "run")
+    assert board.state.name == "failed" and usable(board) == ["resume"]
+    assert "role='alert'" in board.log.value and "the &lt;disk&gt; is full" in board.log.value
+    assert "the &lt;disk&gt; is full" in board.status.value
+    assert board.progress.bar_style == "danger"
+
+
+def test_what_a_button_cannot_do_is_said_in_the_panel(tmp_path) -> None:
+    board = TrainingDashboard(short(), tmp_path / "run", processes=5)
+    board.start_button.click()
+    assert "processes=5 cannot share" in board.log.value and board.state.name == "new"
+
+
+def test_a_picture_that_cannot_be_made_is_said_and_ends_no_watching(tmp_path, monkeypatch) -> None:
+    board = TrainingDashboard(short(), tmp_path / "run")
+    monkeypatch.setattr(training_dashboard, "LOOK_EVERY", 0.01)
+    states = iter([True, True, False])
+    monkeypatch.setattr(board, "look", lambda: type("State", (), {"running": next(states)})())
+    drawn = []
+    monkeypatch.setattr(board, "draw_curves", lambda: drawn.append(1) or False)
+    monkeypatch.setattr(board, "draw_detections", lambda: {}["<no>"])
+    board._follow()
+    assert drawn == [1, 1, 1]
+    assert board.log.value == "the detections cannot be drawn: KeyError: &#x27;&lt;no&gt;&#x27;"
+
+
+def test_an_autoencoder_s_run_has_curves_only(tmp_path) -> None:
+    cfg = tiny_mae()
+    Run(tmp_path / "run", cfg)
+    folder = tmp_path / "run" / "checkpoints" / "000003"
+    folder.mkdir(parents=True)
+    board = TrainingDashboard(tmp_path / "run")
+    assert not board.draw_detections() and not board.detections.picture
+
+
+def test_start_stop_take_over_resume_end(tmp_path, monkeypatch, gate) -> None:
+    monkeypatch.setattr(training_dashboard, "LOOK_EVERY", 0.05)
+    monkeypatch.setattr(training_dashboard, "SHARE", 1.0)
+    run = tmp_path / "run"
+    board = TrainingDashboard(short(), run, sampler=gated)
+    empty = board.curves.picture
+    board.start_button.click()
+    wait_until(lambda: board.progress.value == 3, "three steps are shown")
+    assert usable(board) == ["stop"] and len(watchers(run)) == 1
+    assert board.progress.max == STEPS and "left" in board.status.value
+
+    # The notebook was closed, and opened again.
+    second = TrainingDashboard(run, trust_code=True)
+    assert second.state.running and usable(second) == ["stop"]
+    assert len(watchers(run)) == 1 and second._thread in watchers(run)
+    second.stop_button.click()
+    assert usable(second) == []  # asked already
+    wait_until(lambda: not watchers(run), "the thread ends with the training")
+    assert second.state.name == "stopped" and second.state.step == 3
+    assert usable(second) == ["resume"]
+    assert second.curves.picture != empty and "loss" in second.curves.label
+    assert "of step 3" in second.detections.label
+    shown = second.snapshot()
+    assert isinstance(shown, Image.Image) and shown.height > 400
+
+    gate.unlink()
+    second.resume_button.click()
+    done = second.wait(300)
+    assert done.name == "finished" and usable(second) == []
+    assert second.progress.value == STEPS and second.progress.bar_style == "success"
+    wait_until(lambda: not watchers(run), "the thread ends")
+    assert f"of step {STEPS}" in second.detections.label and "AP" in second.status.value
+    Job.prepare(short(), tmp_path / "undisturbed", sampler=gated)
+    assert len(list(resume(tmp_path / "undisturbed", trust_code=True))) == STEPS
+    expected, found = weights(tmp_path / "undisturbed"), weights(run)
+    assert [k for k in expected if not torch.equal(expected[k], found[k])] == []
+    last = TrainingDashboard(run)  # without trust in the code: no detections, everything else
+    assert last.state.name == "finished" and "trust_code=True" in last.detections.label
