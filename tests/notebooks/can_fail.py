@@ -17,6 +17,7 @@ for some); or that a flag set in an `except` is set for the right reason.
 import ast
 import contextlib
 import copy
+import dataclasses
 import io
 import itertools
 import json
@@ -105,14 +106,25 @@ class Wrap(ast.NodeTransformer):
     """Report the value of every numbered part, and every condition, as they are computed."""
 
     def visit(self, node: ast.AST) -> ast.AST:
-        marks = [
-            (getattr(node, mark, None), use) for mark, use in (("slot", KEEP), ("site", PROVE))
-        ]
+        marks = [(getattr(node, "slot", None), KEEP), (getattr(node, "site", None), PROVE)]
         node = self.generic_visit(node)
         for number, use in marks:
             if number is not None:
                 node = ast.Call(ast.Name(use, ast.Load()), [ast.Constant(number), node], [])
         return node
+
+
+@dataclasses.dataclass
+class Site:
+    """A check: where, its condition, the names it may use, and what is not yet known to fail."""
+
+    cell: int
+    text: str
+    condition: ast.AST
+    definitions: dict[str, ast.AST]
+    assigned: dict[str, list[ast.AST | None]]
+    left: set[str] | None = None  # operands; None before it ran
+    runs: int = 0
 
 
 class Guard:
@@ -121,7 +133,7 @@ class Guard:
     def __init__(self, namespace: dict[str, Any]) -> None:
         self.namespace, self.numbers, self.cell = namespace, itertools.count(), 0
         self.kept: dict[int, Any] = {}
-        self.sites: list[dict[str, Any]] = []
+        self.sites: list[Site] = []
         namespace.update({KEEP: self.keep, PROVE: self.prove})
 
     def visit(self, tree: ast.Module) -> ast.Module:
@@ -150,10 +162,9 @@ class Guard:
                 definitions[name] = copy.deepcopy(value)
         for call in checks:
             self.number(call.args[1])
-            site = {"cell": self.cell, "text": ast.unparse(call.args[0]), "left": None, "runs": 0}
             before = {n: v for n, v in definitions.items() if v.lineno <= call.lineno}
-            self.sites.append(site | {"condition": copy.deepcopy(call.args[1])})
-            self.sites[-1] |= {"definitions": before, "assigned": assigned}
+            text, condition = ast.unparse(call.args[0]), copy.deepcopy(call.args[1])
+            self.sites.append(Site(self.cell, text, condition, before, assigned))
             call.args[1].site = len(self.sites) - 1
         return ast.fix_missing_locations(Wrap().visit(tree))
 
@@ -174,42 +185,41 @@ class Guard:
 
     def prove(self, number: int, value: Any) -> Any:
         site = self.sites[number]
-        if site["left"] != [] and site["runs"] < 3:
-            written = self.written_out(site["condition"], site["definitions"])
-            if site["left"] is None:
-                site["left"] = [*range(len(_operands(written)))]
+        if site.left != set() and site.runs < 3:  # in a loop one of three rounds must do
             with torch.random.fork_rng([]), contextlib.redirect_stdout(io.StringIO()):
-                operands = _operands(written)
-                site["left"] = [i for i in site["left"] if not self.can_fail(operands[i], site)]
-        site["runs"] += 1
+                operands = _operands(self.written_out(site.condition, site.definitions))
+                said = {ast.unparse(operand): operand for operand in operands}
+                site.left = set(said) if site.left is None else site.left
+                site.left -= {
+                    t for t, o in said.items() if t in site.left and self.can_fail(o, site)
+                }
+        site.runs += 1
         return value
 
     def written_out(self, tree: ast.AST, definitions: dict[str, ast.AST]) -> ast.AST:
+        """With the expressions of its names; a name stays where that has another value by now."""
         guard = self
 
         class WriteOut(ast.NodeTransformer):
             def visit_Name(self, node: ast.Name) -> ast.AST:
-                if node.id not in definitions or not isinstance(
-                    guard.namespace.get(node.id), PLAIN
-                ):
+                now = guard.namespace.get(node.id)
+                if node.id not in definitions or not isinstance(now, PLAIN):
                     return node
                 rest = {n: value for n, value in definitions.items() if n != node.id}
                 full = guard.written_out(definitions[node.id], rest)
-                # A list that was filled, a value that was changed after its assignment: the name.
-                try:
-                    same = _equal(guard.compute(full), guard.namespace[node.id])
-                except Exception:
-                    same = False
-                return full if same else node
+                with contextlib.suppress(Exception):
+                    return full if _equal(guard.compute(full), now) else node
+                return node
 
         return WriteOut().visit(copy.deepcopy(tree))
 
-    def can_fail(self, condition: ast.AST, site: dict[str, Any]) -> bool:
+    def can_fail(self, condition: ast.AST, site: Site) -> bool:
+        """Whether a broken value of one of its parts makes this condition false."""
         core = condition
         while isinstance(core, ast.UnaryOp) and isinstance(core.op, ast.Not):
             core = core.operand
         if isinstance(core, ast.Name):  # a flag: set to another value somewhere, or by a loop
-            values = site["assigned"].get(core.id, [])
+            values = site.assigned.get(core.id, [])
             return any(not (isinstance(v, ast.Constant) and v.value) for v in values)
         parts: dict[str, list[ast.AST]] = defaultdict(list)  # equal ones are broken together
         for part in _parts(condition):
@@ -268,8 +278,10 @@ class Guard:
         )
 
     def report(self) -> str:
-        rows = [{name: site[name] for name in ("cell", "text", "left")} for site in self.sites]
-        return json.dumps(rows)
+        known = [None if site.left is None else sorted(site.left) for site in self.sites]
+        return json.dumps(
+            [(site.cell, site.text, left) for site, left in zip(self.sites, known, strict=True)]
+        )
 
 
 # ------------------------------------------------------------------------------- for the test
@@ -285,11 +297,8 @@ get_ipython().ast_transformers.append(can_fail_guard)"""
 
 def add_to(notebook: NotebookNode) -> None:
     """Two hidden cells: one that installs the guard, one that prints what it found."""
-    for place, source in (
-        (0, INSTALL),
-        (len(notebook.cells) + 1, "print(can_fail_guard.report())"),
-    ):
-        notebook.cells.insert(place, nbformat.v4.new_code_cell(source))
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(INSTALL))
+    notebook.cells.append(nbformat.v4.new_code_cell("print(can_fail_guard.report())"))
 
 
 def vacuous(notebook: NotebookNode) -> list[str]:
@@ -304,8 +313,8 @@ def vacuous(notebook: NotebookNode) -> list[str]:
     )
     assert len(rows) == written, f"{written} checks are written, the kernel saw {len(rows)}"
     return [
-        f"code cell {row['cell']}, {row['text']}: "
-        + ("never run" if row["left"] is None else "nothing that was tried makes it false")
-        for row in rows
-        if row["left"] != []
+        f"code cell {cell}, {text}: "
+        + ("never ran" if left is None else f"nothing made it false: {' and '.join(left)}")
+        for cell, text, left in rows
+        if left != []
     ]

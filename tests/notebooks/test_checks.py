@@ -47,17 +47,17 @@ VACUOUS = {
 }
 
 
-def left(cell: str) -> list[dict]:
+def left(cell: str) -> set[str] | None:
     namespace = {"check": check, "torch": torch, "t": torch.ones(3)}
     guard = can_fail.Guard(namespace)
     exec(compile(guard.visit(ast.parse(cell)), "cell", "exec"), namespace)
     assert len(guard.sites) == 1
-    return guard.sites[0]["left"]
+    return guard.sites[0].left
 
 
 @pytest.mark.parametrize("case", CAN_FAIL)
 def test_conditions_that_can_fail(case: str) -> None:
-    assert left(CAN_FAIL[case]) == []
+    assert left(CAN_FAIL[case]) == set()
 
 
 @pytest.mark.parametrize("case", VACUOUS)
@@ -67,6 +67,32 @@ def test_conditions_that_cannot(case: str) -> None:
 
 def test_a_check_that_never_runs_is_not_taken_for_proven() -> None:
     assert left("if not len(t):\n    check('', len(t) == 0)") is None
+
+
+SMALL = """\
+# %% tags=["parameters"]
+MODE = "quick"
+
+# %%
+from mimdet import check
+
+check("a word of five letters", len(MODE) == 5)
+check("always", len(MODE) >= 0)
+if MODE == "full":
+    check("elsewhere", len(MODE) == 4)
+"""
+
+
+def test_a_notebook_is_told_which_of_its_checks_are_vacuous(tmp_path: Path) -> None:
+    (tmp_path / "py").mkdir()
+    source = tmp_path / "py" / "00_small.py"
+    source.write_text(SMALL)
+    notebook = notebooks.read_source(source)
+    can_fail.add_to(notebook)
+    notebooks.execute(notebook, tmp_path)
+    always, elsewhere = can_fail.vacuous(notebook)
+    assert "'always': nothing made it false: len(MODE) >= 0" in always
+    assert "'elsewhere': never ran" in elsewhere
 
 
 def test_nothing_is_computed_again_that_has_effects() -> None:

@@ -83,7 +83,7 @@ class ResultBrowser(Panel):
             if not annotation.get("iscrowd", 0):
                 self._truth[annotation["image_id"]].append(annotation)
         self._records: dict[int, Record] = {}
-        self._width = width or (400 if len(runs) == 1 else 316)
+        self._width = width or (400 if len(runs) == 1 else 300)
         self._filter: tuple[Any, ...] = ()
         self._image = 0  # the one last shown
         self.matches: list[int] = []
@@ -108,9 +108,10 @@ class ResultBrowser(Panel):
             )
 
         first, *second = self.runs
-        self.verdict = choice("verdict", [("any", None), *((v, v) for v in VERDICTS)])
-        self.category = choice("class", [("any", None), *((c, c) for c in self._categories)])
-        self.size = choice("size", [("any", None), *((s, s) for s in SIZES)])
+        # Not None: a list shows that value as an empty field.
+        self.verdict = choice("verdict", [("any", ""), *((v, v) for v in VERDICTS)])
+        self.category = choice("class", [("any", ""), *((c, c) for c in self._categories)])
+        self.size = choice("size", [("any", ""), *((s, s) for s in SIZES)])
         names = [first, *second]
         only = [f"only {name}" for name in names]
         self.where = choice("where", ["either", *names, *only] if second else ["either"])
@@ -147,7 +148,8 @@ class ResultBrowser(Panel):
 
     def draw(self) -> str:
         score = round(self.score.value, 4)
-        wanted = (self.verdict.value, self.category.value, self.size.value)
+        verdict, category, size = self.verdict.value, self.category.value, self.size.value
+        wanted = (verdict or None, category or None, size or None)
         judged = {name: run.at(score) for name, run in self.runs.items()}
         chosen = {name: run.chosen(judged[name], *wanted) for name, run in self.runs.items()}
         in_run = {name: set(judged[name].image[chosen[name]].tolist()) for name in self.runs}
