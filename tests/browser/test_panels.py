@@ -9,11 +9,16 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import mimdet
+from mimdet.training.checkpoints import CheckpointStore
 from tests.browser.chromium import PICTURES, Page, open_page, skip_without_browser
 from tests.browser.lab import Notebook, Server, jupyterlab
 
@@ -256,35 +261,65 @@ def test_sample_browser(open_panel: Callable[[str], Notebook]) -> None:
     )
 
 
-def test_training_dashboard(open_panel: Callable[[str], Notebook]) -> None:
-    """Start, stop, resume, to the end; the kernel stays free."""
-    notebook = open_panel(
-        "from mimdet.viz.widgets.training_dashboard import TrainingDashboard\n"
-        "from mimdet.notebook import quick_config\n"
-        "cfg = quick_config()\n"
-        "cfg.data.limit_val = cfg.data.shapes_val = 2\n"
-        "cfg.training.steps = 24\n"
-        'TrainingDashboard(cfg, "runs/browser", processes=1)',
-    )
+TRAINING = """\
+from mimdet.notebook import quick_config
+from mimdet.viz.widgets.training_dashboard import TrainingDashboard
+cfg = quick_config()
+cfg.data.limit_val = cfg.data.shapes_val = 2
+cfg.training.steps = 24
+cfg.training.threads = 1"""
+DASHBOARD = 'TrainingDashboard(cfg, "runs/browser", processes=1)'
+
+
+def test_training_dashboard(server: Server, page: Page, tmp_path: Path) -> None:
+    """Start, Stop & save, close the notebook and its kernel, open it again: it finds the run, and
+    resumes to the weights of a training that was never disturbed. The last test: it takes the page.
+    """
     name = "mimdet-training"
-    at_first = notebook.pictures()
+    page.errors.clear()
 
     def wait_for(state: str, step: int) -> None:
-        notebook.page.wait_for_function(
+        page.page.wait_for_function(
             "([state, step]) => { const now = document.querySelector('[data-state]').dataset;"
             " return now.state === state && Number(now.step) >= step }",
             arg=[state, step],
             timeout=200_000,
         )
 
-    notebook.press(f"{name}-start")
+    first = Notebook(server, page, "training", [TRAINING, DASHBOARD])
+    first.run_all()
+    at_first = first.pictures()
+    first.press(f"{name}-start")
     wait_for("training", 1)
-    assert notebook.find(f"{name}-start").is_disabled()
-    notebook.press(f"{name}-stop")
+    assert first.find(f"{name}-start").is_disabled()
+    first.press(f"{name}-stop")
     wait_for("stopped", 1)
-    notebook.browser.picture("training_stopped")
-    notebook.press(f"{name}-resume")
+    page.picture("training_stopped")
+    first.close()
+
+    again = Notebook(server, page, "training", [TRAINING, DASHBOARD])
+    again.run_all()
+    wait_for("stopped", 1)
+    again.press(f"{name}-resume")
     wait_for("finished", 24)
-    notebook.page.wait_for_selector(f".{name}-detections canvas[aria-label*='of step 24']")
-    assert notebook.pictures() != at_first
-    notebook.browser.picture("training_dashboard")
+    page.page.wait_for_selector(f".{name}-detections canvas[aria-label*='of step 24']")
+    assert again.pictures() != at_first
+    page.picture("training_dashboard")
+    again.close()
+    assert page.errors == []
+
+    cells: dict[str, Any] = {}
+    exec(TRAINING, cells)
+    steps = [step.number for step in mimdet.train(cells["cfg"], tmp_path / "undisturbed")]
+    assert steps == list(range(1, 25))
+    ours, theirs = (
+        last_weights(server.folder / "runs/browser"),
+        last_weights(tmp_path / "undisturbed"),
+    )
+    assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
+
+
+def last_weights(run: Path) -> dict[str, torch.Tensor]:
+    last = CheckpointStore(run / "checkpoints").load_last(torch.device("cpu"))
+    assert last is not None
+    return last.weights

@@ -57,7 +57,7 @@ def test_killed_run_is_whole_and_resumes(tmp_path, number, code):
     wait_for_step(tmp_path / "run", 3)
     process.send_signal(number)
     begin = time.monotonic()
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=120)
     assert process.returncode == code, printed
     assert time.monotonic() - begin < 20
     if number != signal.SIGKILL:
@@ -71,7 +71,7 @@ def test_killed_run_is_whole_and_resumes(tmp_path, number, code):
     resumed = start(tmp_path / "run", 400)
     wait_for_step(tmp_path / "run", stopped_at + 3)
     resumed.send_signal(signal.SIGTERM)
-    resumed.communicate(timeout=60)
+    resumed.communicate(timeout=120)
     after = losses(tmp_path / "run")
     assert [row["step"] for row in after] == list(range(1, len(after) + 1))
     assert after[:stopped_at] == before

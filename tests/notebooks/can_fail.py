@@ -221,20 +221,21 @@ class Guard:
         if isinstance(core, ast.Name):  # a flag: set to another value somewhere, or by a loop
             values = site.assigned.get(core.id, [])
             return any(not (isinstance(v, ast.Constant) and v.value) for v in values)
-        parts: dict[str, list[ast.AST]] = defaultdict(list)  # equal ones are broken together
+        parts: dict[Any, list[ast.AST]] = defaultdict(list)  # equal ones are broken together
         for part in _parts(condition):
-            if hasattr(part, "slot"):
-                parts[ast.unparse(part)].append(part)
-        values = {text: self.current(same[0]) for text, same in parts.items()}
+            if hasattr(part, "slot"):  # what is stored may have changed from one to the other
+                stored = id(self.current(part)) if isinstance(part, STORED) else 0
+                parts[ast.unparse(part), stored].append(part)
+        values = [self.current(same[0]) for same in parts.values()]
         words = [n.value for n in ast.walk(condition) if isinstance(n, ast.Constant)]
-        for text, same in parts.items():
-            value, slots = values[text], [part.slot for part in same]
+        for value, same in zip(values, parts.values(), strict=True):
+            slots = [part.slot for part in same]
             if _is_bool(value) and not isinstance(same[0], STORED):
                 continue  # an answer: what was asked about is broken instead
             known = slots[0] in self.kept
             if not self.holds(condition, slots if known else (), value):
                 continue  # computed again it does not even hold
-            others = [other for other in (*values.values(), *words) if type(other) is type(value)]
+            others = [other for other in (*values, *words) if type(other) is type(value)]
             if isinstance(value, list):
                 others += [[*value, word] for word in words]
             if isinstance(value, torch.Tensor) and "isfinite" in ast.unparse(condition):

@@ -30,6 +30,7 @@ CAN_FAIL = {
     "an attribute": "check('', not t.requires_grad)",
     "a set within another": "a = {1}\ncheck('', a <= {1, 2})",
     "a word in a text": "text = str(t)\ncheck('', 'tensor' in text)",
+    "before and after": "class P: a = t\nb = P.a\nP.a = t + 0\ncheck('', torch.equal(P.a, b))",
     "no equality": "other = t + 1\ncheck('', not torch.equal(t, other))",
     "none of these words": "names = ['a']\ncheck('', not any('b' in n for n in names))",
     "an empty dictionary": "errors = dict()\ncheck('', not errors)",

@@ -545,7 +545,7 @@ def start_cell(folder: Path) -> subprocess.Popen:
     )
 
 
-def wait_until(condition, what: str, seconds: float = 60) -> None:
+def wait_until(condition, what: str, seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"{what}: not in {seconds} s"

@@ -50,7 +50,7 @@ def start(launcher: list[str], words: list[str]) -> subprocess.Popen:
 def finish(process: subprocess.Popen) -> str:
     """What it printed, once it has ended well."""
     try:
-        printed, errors = process.communicate(timeout=120)
+        printed, errors = process.communicate(timeout=240)
     except subprocess.TimeoutExpired:
         process.terminate()  # torchrun then ends its processes, within 30 s
         process.wait()
