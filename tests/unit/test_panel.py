@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+import mimdet
 from mimdet.viz.widgets.canvas import PatchCanvas
-from mimdet.viz.widgets.panel import ImageChooser, Panel, ratio_slider
+from mimdet.viz.widgets.panel import ImageChooser, Panel, few_proposals, ratio_slider
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -204,3 +205,35 @@ def test_ratios_go_from_a_twentieth_to_all() -> None:
     assert values == pytest.approx([0.05 * i for i in range(1, 21)])
     assert slider.value == 0.5
     assert slider.continuous_update is False  # an answer may take longer than a step
+
+
+def test_a_large_detector_answers_with_few_proposals() -> None:
+    """A thousand proposals become the hundred best; the model is itself again, also after an error.
+
+    Random weights score nothing above a threshold, so the proposals themselves are counted.
+    """
+    cfg = mimdet.presets.tiny()
+    cfg.detector.rpn_pre_nms = cfg.detector.rpn_post_nms = (10, 400)
+    cfg.detector.rpn_nms = 1.0  # no proposal suppresses another
+    model = mimdet.build_detector(cfg).eval()
+    image = torch.randint(0, 255, (3, 128, 128), dtype=torch.uint8)
+    counts = []
+    model.roi_heads.box_head.register_forward_hook(
+        lambda _, given, __: counts.append(len(given[0]))
+    )
+    mimdet.predict(model, image)
+    with pytest.raises(RuntimeError), few_proposals(model) as remark:
+        mimdet.predict(model, image)
+        raise RuntimeError
+    mimdet.predict(model, image)
+    assert counts == [400, 100, 400]
+    assert remark == "heads on the 100 best proposals, not 400"
+
+
+def test_a_small_detector_is_left_as_it_is() -> None:
+    model = mimdet.build_detector(mimdet.presets.tiny())
+    before = model.rpn.post_nms
+    with few_proposals(model) as remark:
+        assert model.rpn.post_nms == before and remark == ""
+    with few_proposals(None) as remark:
+        assert remark == ""

@@ -3,7 +3,8 @@
 import html
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ipywidgets
@@ -14,10 +15,12 @@ from torch import Tensor
 
 from mimdet.data.images import read_image
 from mimdet.data.shapes import ShapesCOCO
+from mimdet.models.detector import Detector
 from mimdet.viz.pixels import beside
 from mimdet.viz.widgets.canvas import PatchCanvas, with_picture
 
 STYLE = {"description_width": "initial"}
+MANY_PROPOSALS, FEW_PROPOSALS = 300, 100
 
 
 class Panel:
@@ -151,3 +154,21 @@ def ratio_slider(value: float = 0.25, description: str = "ratio kept") -> Any:
         continuous_update=False,
         style=STYLE,
     )
+
+
+@contextmanager
+def few_proposals(model: Detector | None) -> Iterator[str]:
+    """Inside, the heads see the 100 best proposals of an image, where it would be more than 300.
+
+    A panel must answer at once, and a full-size detector on a CPU spends most of its time on a
+    thousand proposals. Yields a remark for the status line; "" for a model that is left as it is.
+    """
+    train, most = model.rpn.post_nms if model is not None else (0, 0)
+    if model is None or most <= MANY_PROPOSALS:
+        yield ""
+        return
+    model.rpn.post_nms = (train, FEW_PROPOSALS)
+    try:
+        yield f"heads on the {FEW_PROPOSALS} best proposals, not {most}"
+    finally:
+        model.rpn.post_nms = (train, most)

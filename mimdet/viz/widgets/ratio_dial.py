@@ -20,7 +20,7 @@ from mimdet.viz.pixels import Pixels, captioned, enlarged, to_pixels, with_objec
 from mimdet.viz.pyramids import pale_dropped
 from mimdet.viz.record import record
 from mimdet.viz.widgets.canvas import PatchCanvas
-from mimdet.viz.widgets.panel import STYLE, ImageChooser, Panel, ratio_slider
+from mimdet.viz.widgets.panel import STYLE, ImageChooser, Panel, few_proposals, ratio_slider
 
 SIDE = 400  # pixels of a canvas on the screen
 
@@ -77,6 +77,7 @@ class RatioDial(Panel):
         self.times: dict[float, list[tuple[float, float]]] = {}
         """Ratio -> (milliseconds of the detector, of its backbone) of every run."""
         self._setting: tuple[Any, ...] = ()
+        self._remark = ""
         self._shown_truth = -1
         self.canvases = [self.picture] if targets is None else [self.truth, self.picture]
         self._name_controls()
@@ -115,11 +116,16 @@ class RatioDial(Panel):
             f"ratio {ratio:.2f}: {kept} of {total} tokens · {likely} detections of score "
             f"{self.score.value:.2f} or more · {whole:.0f} ms, median of "
             f"{len(self.times[ratio])} (backbone {backbone:.0f} ms)"
+            + (f" · {self._remark}" if self._remark else "")
         )
 
     def _detect(self, image: Tensor) -> None:
         """Run the model at the present setting, and keep what it found and how long it took."""
-        with record(self.model, "backbone") as seen, stopwatch(self.model.backbone) as backbone:
+        with (
+            few_proposals(self.model) as self._remark,
+            record(self.model, "backbone") as seen,
+            stopwatch(self.model.backbone) as backbone,
+        ):
             start = time.perf_counter()
             self.found = predict(
                 self.model, image, sample_ratio=self.ratio.value, seed=self.seed.value

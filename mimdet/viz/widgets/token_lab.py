@@ -17,7 +17,7 @@ from mimdet.viz.pixels import beside, captioned, enlarged, to_pixels, with_objec
 from mimdet.viz.reconstruction import Painted
 from mimdet.viz.same_tokens import Answer, SameTokens, View
 from mimdet.viz.widgets.canvas import PatchCanvas
-from mimdet.viz.widgets.panel import STYLE, ImageChooser, Panel, ratio_slider
+from mimdet.viz.widgets.panel import STYLE, ImageChooser, Panel, few_proposals, ratio_slider
 
 if TYPE_CHECKING:
     from mimdet.models.detector import Detector
@@ -81,6 +81,7 @@ class TokenLab(Panel):
         self._drawn: list[int] = []
         self._views: dict[int, View] = {}
         self._answers: tuple[Any, Answer] | None = None
+        self._remark = ""
         self._build(images, ratio)
         self.redraw()
 
@@ -178,7 +179,8 @@ class TokenLab(Panel):
             return "<b>Nothing is kept: bring at least one token back, or press reset.</b>"
         key = (chosen, tuple(self.canvas.dropped))
         if self._answers is None or self._answers[0] != key:
-            self._answers = key, self.models.ask(view, sample)
+            with few_proposals(self.detector) as self._remark:
+                self._answers = key, self.models.ask(view, sample)
         answer = self._answers[1]
         self.painted, self.found = answer.painted, answer.found
         self._show(view, answer)
@@ -243,6 +245,7 @@ class TokenLab(Panel):
             found = int((answer.found.scores >= self.score_threshold).sum())
             lines.append(f"{found} objects of score ≥ {self.score_threshold:g}")
         lines += [f"{name} {took:.0f} ms" for name, took in answer.milliseconds.items()]
+        lines += [self._remark] if self._remark else []
         return " · ".join(lines) + self._about_selected(sample, answer)
 
     def _about_selected(self, sample: Sample, answer: Answer) -> str:
