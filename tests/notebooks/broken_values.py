@@ -1,5 +1,6 @@
 """Wrong values of the kinds that conditions of sanity checks are made of."""
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterator
@@ -72,5 +73,10 @@ def _objects(value: Any) -> Iterator[Any]:
                 changed = copy.copy(value)
                 object.__setattr__(changed, field.name, wrong)
                 yield changed
+    elif hasattr(value, "iloc"):  # a table, or a column of one
+        yield from (value.iloc[1:], value.iloc[::-1])
+        with contextlib.suppress(TypeError):  # not of numbers
+            yield value + 1
     elif hasattr(value, "__getitem__") and hasattr(value, "__len__") and len(value) <= 64:
-        yield [value[i] for i in reversed(range(len(value)))]
+        with contextlib.suppress(LookupError, TypeError):  # its places are no numbers
+            yield [value[i] for i in reversed(range(len(value)))]

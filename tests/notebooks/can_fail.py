@@ -207,6 +207,7 @@ class Guard:
                     return node
                 rest = {n: value for n, value in definitions.items() if n != node.id}
                 full = guard.written_out(definitions[node.id], rest)
+                full.stands_for = node.id  # type: ignore[attr-defined]
                 with contextlib.suppress(Exception):
                     return full if _equal(guard.compute(full), now) else node
                 return node
@@ -241,8 +242,10 @@ class Guard:
             if isinstance(value, torch.Tensor) and "isfinite" in ast.unparse(condition):
                 others += [value * float("nan")]  # anywhere else it fails every comparison
             signed = not _never_negative(same[0])
+            # Two names of equal expressions: does the second give what the first gave?
+            alone = [[part.slot] for part in same if hasattr(part, "stands_for")]
             for wrong in itertools.chain(broken(value, signed), others):
-                if self.holds(condition, slots, wrong) is False:
+                if any(self.holds(condition, places, wrong) is False for places in (slots, *alone)):
                     return True
         return False
 

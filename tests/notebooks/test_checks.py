@@ -34,6 +34,8 @@ CAN_FAIL = {
     "no equality": "other = t + 1\ncheck('', not torch.equal(t, other))",
     "none of these words": "names = ['a']\ncheck('', not any('b' in n for n in names))",
     "an empty dictionary": "errors = dict()\ncheck('', not errors)",
+    "the same again": "a = t.sum()\nb = t.sum()\ncheck('', a == b)",
+    "a column": "import pandas\nn = pandas.Series([2, 2])\ncheck('', (n == 2).all())",
     "a function with effects": "calls = iter([1, 2])\ncheck('', next(calls) == 1)",
 }
 VACUOUS = {

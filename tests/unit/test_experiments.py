@@ -525,7 +525,7 @@ from mimdet.experiments.experiment import experiment
 names = dict(experiment=experiment, base=load_config(sys.argv[1]), runs=sys.argv[2])
 InteractiveShell.instance(user_ns=names, colors="NoColor").run_cell(sys.argv[3])
 """
-STEPS = 12
+STEPS = 30  # one of two runs must not be done before the other has begun
 RUNS = [f"sampler={sampler}-s{seed}" for seed in (0, 1) for sampler in ("random", "strongest")]
 
 
