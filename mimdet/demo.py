@@ -1,7 +1,7 @@
 """`mimdet demo`: from nothing to a trained detector, its AP and its pictures, in minutes.
 
 The demo types the commands a user would type: `mimdet train`, `mimdet evaluate`, with as many
-threads as there are idle cores, up to four.
+threads as there are cores, up to four.
 """
 
 import json

@@ -52,8 +52,8 @@ def tiny() -> Config:
             accumulate=1,
             learning_rate=2.4e-3,
             reference_batch=4,
-            rate_multiplier=1.5,  # at 1 the encoder of a short run may collapse
-            betas=(0.9, 0.99),  # a run of a thousand steps is too short for 0.999
+            rate_multiplier=1.5,  # at 1, with 3e-3, the encoder of one short run collapsed
+            betas=(0.9, 0.99),
             weight_decay=0.05,
             schedule="cosine",
             warmup_steps=40,
