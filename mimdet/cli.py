@@ -131,6 +131,7 @@ def run_evaluate(words: list[str]) -> None:
     from mimdet.data.coco import build_dataset
     from mimdet.files import write_json
     from mimdet.training.run import load_detector
+    from mimdet.training.train import rows_from_training
     from mimdet.training.trainer import pick_device, use_threads
 
     processes.join()
@@ -138,7 +139,7 @@ def run_evaluate(words: list[str]) -> None:
     model = load_detector(
         command.run, checkpoint=command.checkpoint, trust_code=command.trust_code, device=device
     )
-    use_threads(model.config.training.threads)
+    use_threads(command.threads or model.config.training.threads)
     data = model.config.data
     data.limit_val = command.limit or data.limit_val
     data.val_json = command.val_json or data.val_json
@@ -146,6 +147,8 @@ def run_evaluate(words: list[str]) -> None:
     run = Path(command.run)
     out = Path(command.out) if command.out else (run if run.is_dir() else run.with_suffix(""))
     dataset = build_dataset(data, "val", model.config.training.seed)
+    own_data = not (command.limit or command.val_json or command.val_images)
+    reuse = command.reuse and own_data and out == run and command.checkpoint == "last"
     rows = evaluate_ratios(
         model,
         dataset,
@@ -154,6 +157,7 @@ def run_evaluate(words: list[str]) -> None:
         batch_size=command.batch_size,
         progress=True,
         save_to=out / "predictions.json",
+        known=rows_from_training(run, dataset.version) if reuse else (),
     )
     if processes.first_of_torchrun():
         print(ratio_table(rows))

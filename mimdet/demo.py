@@ -1,7 +1,7 @@
 """`mimdet demo`: from nothing to a trained detector, its AP and its pictures, in minutes.
 
-The demo types the commands a user would type: `mimdet train`, `mimdet evaluate`, with as many
-threads as there are cores, up to four.
+The demo types the commands a user would type: `mimdet train` with as many threads as there are
+cores, up to four, then `mimdet evaluate` with as many processes.
 """
 
 import json
@@ -54,7 +54,8 @@ def demo(minutes: float, run: str, level: str, steps: int, scenes: int, seed: in
     print(f"Training a MIMDet of 2 million parameters on {4 * steps:,} new scenes of {level}.")
     launch(["train", "tiny", str(path), *what, *length, "--shapes-val", str(scenes)])
     print(f"\nAP x 100 on {scenes} held-out scenes, by the share of tokens the encoder sees:")
-    launch(["evaluate", str(path), "--ratios", *RATIOS, "--draws", str(DRAWS)])
+    words = ["evaluate", str(path), "--ratios", *RATIOS, "--draws", str(DRAWS), "--reuse"]
+    launch([*words, "--threads", "1"], processes=evaluation_processes())
     draw(path)
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all.")
 
@@ -94,17 +95,20 @@ def steps_that_fit(seconds: float, scenes: int, what: list[str]) -> int:
     times = [row["time"]["seconds"] for row in rows if "loss" in row]
     steady = times[len(times) // 3 :]  # the first ones pay for warming up
     per_scene = rows[-1]["time"]["seconds"] / TIMED_SCENES
-    passes = CURVE_POINTS + 1 + DRAWS * (len(RATIOS) - 1)
+    passes = CURVE_POINTS + DRAWS * (len(RATIOS) - 1) / evaluation_processes()
     left = seconds - (time.perf_counter() - begin) - passes * scenes * per_scene - STARTUP_SECONDS
     return max(20, int(MARGIN * left / (sum(steady) / len(steady))))
 
 
-def launch(words: list[str], quiet: bool = False) -> None:
-    """Run a `mimdet` command in a process of its own."""
-    command = [sys.executable, "-m", "mimdet", *words]
+def launch(words: list[str], quiet: bool = False, processes: int = 1) -> None:
+    """Run a `mimdet` command in a process of its own, or in several that share the images."""
+    shared = ["--standalone", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
+    command = [sys.executable, "-m", *(["torch.distributed.run"] if shared else []), *shared]
+    command += ["mimdet", *words]
     if not quiet:
-        print(f"$ mimdet {' '.join(words)}", flush=True)
-    environment = MEMORY | os.environ
+        typed = ["torchrun", *shared, "mimdet"] if shared else ["mimdet"]
+        print("$ " + " ".join([*typed, *words]), flush=True)
+    environment = MEMORY | os.environ | ({"OMP_NUM_THREADS": "1"} if shared else {})
     child = subprocess.Popen(
         command,
         env=environment,
@@ -129,6 +133,13 @@ def threads() -> int:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(4, cores or 1)
+
+
+def evaluation_processes() -> int:
+    """One on a GPU; else one a core, up to four: a second thread gains nothing at this size."""
+    import torch
+
+    return 1 if torch.cuda.is_available() else threads()
 
 
 def draw(path: Path) -> None:

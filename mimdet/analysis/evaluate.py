@@ -96,14 +96,19 @@ def evaluate_ratios(
     save_to: str | Path | None = None,
     batch_size: int = DEFAULT_BATCH,
     progress: bool = False,
+    known: Sequence[dict[str, Any]] = (),
 ) -> list[dict[str, Any]]:
     """One row per ratio: mean and standard deviation of box and mask AP over `draws` samplings.
 
     At ratio 1 every token is kept, so one pass is enough and the deviation is 0. `save_to`: where
-    the predictions of the last pass go, in COCO results format.
+    the predictions of the last pass go, in COCO results format. `known`: rows of ratios that need
+    not be measured again; predictions are saved of what is measured.
     """
-    rows = []
+    rows, measured = [], {row["sample_ratio"]: row for row in known}
     for ratio in ratios:
+        if ratio in measured:
+            rows.append(measured[ratio])
+            continue
         passes = [
             evaluate(
                 model,
@@ -115,19 +120,29 @@ def evaluate_ratios(
             )
             for seed in range(draws if ratio < 1 else 1)
         ]
-        row: dict[str, Any] = {"sample_ratio": ratio, "draws": len(passes)}
-        row["seconds"] = round(sum(p.seconds for p in passes), 2)
-        for kind in ("box", "mask"):
-            values = [getattr(p.metrics, kind)["AP"] for p in passes if getattr(p.metrics, kind)]
-            if values:
-                ap = torch.tensor(values, dtype=torch.float64)
-                row[f"{kind}_ap"] = float(ap.mean())
-                row[f"{kind}_ap_sd"] = float(ap.std()) if len(values) > 1 else 0.0
-        row["metrics"] = [p.metrics.to_dict() for p in passes]
-        rows.append(row)
-    if save_to is not None and processes.rank() == 0:
-        save_results(passes[-1].results, save_to)
+        seconds = sum(p.seconds for p in passes)
+        rows.append(ratio_row(ratio, [p.metrics.to_dict() for p in passes], seconds))
+        if save_to is not None and processes.rank() == 0 and ratio == ratios[-1]:
+            save_results(passes[-1].results, save_to)
     return rows
+
+
+def ratio_row(ratio: float, passes: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """passes: `Metrics.to_dict` of every sampling at this ratio."""
+    row: dict[str, Any] = {
+        "sample_ratio": ratio,
+        "draws": len(passes),
+        "seconds": round(seconds, 2),
+    }
+    for kind in ("box", "mask"):
+        values = [
+            float("nan") if p[kind]["AP"] is None else p[kind]["AP"] for p in passes if p[kind]
+        ]
+        if values:
+            ap = torch.tensor(values, dtype=torch.float64)
+            row[f"{kind}_ap"] = float(ap.mean())
+            row[f"{kind}_ap_sd"] = float(ap.std()) if len(values) > 1 else 0.0
+    return row | {"metrics": list(passes)}
 
 
 def ratio_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from mimdet import processes
-from mimdet.config import Config
+from mimdet.config import Config, load_config
 from mimdet.data.coco import build_dataset
 from mimdet.data.loader import Dataset, MicroBatch, TrainLoader
 from mimdet.files import write_json
 from mimdet.models.detector import Detector, build_detector
+from mimdet.training.checkpoints import CheckpointStore
 from mimdet.training.run import Run, initialise, load_detector
 from mimdet.training.trainer import Step, Trainer, seed_all, use_threads
 
@@ -122,6 +123,26 @@ class DetectorTrainer(Trainer):
         row: dict[str, Any] = {"step": self.done, "data": data, "evaluation": metrics}
         self.run.append(row | {"time": {"seconds": seconds}})
         return metrics
+
+
+def rows_from_training(run: str | Path, data: str) -> list[dict[str, Any]]:
+    """The row of ratio 1 from a run's last evaluation while training; none if it does not fit.
+
+    It fits when it was made with the newest weights, on the data set of version `data`, and with
+    all tokens: below ratio 1 an evaluation while training is one draw only.
+    """
+    from mimdet.analysis.evaluate import ratio_row
+
+    path = Path(run)
+    cfg = load_config(path / "config.json")
+    done = [row for row in Run(path, cfg).metrics() if "evaluation" in row]
+    steps = CheckpointStore(path / "checkpoints").steps()
+    if not done or not steps or cfg.backbone.sample_ratio_eval < 1:
+        return []
+    last = done[-1]
+    if (last["step"], last["data"]) != (steps[-1], data):
+        return []
+    return [ratio_row(1.0, [last["evaluation"]], last["time"]["seconds"])]
 
 
 def adapt_to_data(cfg: Config, data: Dataset) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 import mimdet
 from mimdet import cli
+from mimdet.analysis.evaluate import evaluate
 from mimdet.config import (
     BackboneConfig,
     DataConfig,
@@ -67,6 +68,39 @@ def test_evaluate(run, capsys):
     assert "0.50      2" in printed and "1.00      1" in printed
     rows = json.loads((run / "evaluation.json").read_text())
     assert [row["sample_ratio"] for row in rows["ratios"]] == [0.5, 1.0]
+
+
+def test_evaluate_reuses_what_training_measured(run, tmp_path, monkeypatch):
+    """Of these weights and these images only; the numbers are those of a new evaluation."""
+    words = ["--ratios", "0.5", "1", "--draws", "1"]
+    cli.main(["evaluate", str(run), *words])
+    new = json.loads((run / "evaluation.json").read_text())["ratios"]
+
+    measured = []
+
+    def counted(*arguments, sample_ratio, **others):
+        measured.append(sample_ratio)
+        return evaluate(*arguments, sample_ratio=sample_ratio, **others)
+
+    monkeypatch.setattr("mimdet.analysis.evaluate.evaluate", counted)
+    cli.main(["evaluate", str(run), *words, "--reuse"])
+    assert measured == [0.5]
+    again = json.loads((run / "evaluation.json").read_text())["ratios"]
+    for row in (*new, *again):
+        row.pop("seconds")
+    assert again == new
+
+    measured.clear()
+    cli.main(["evaluate", str(run), *words, "--reuse", "--limit", "1"])  # other images
+    cli.main(["evaluate", str(run), *words, "--reuse", "--out", str(tmp_path)])
+    assert measured == [0.5, 1.0, 0.5, 1.0]
+
+    measured.clear()
+    later = shutil.copytree(run, tmp_path / "later")
+    (later / "checkpoints/000002").rename(later / "checkpoints/000003")
+    (later / "checkpoints/last").write_text("000003\n")
+    cli.main(["evaluate", str(later), *words, "--reuse"])  # weights that were not evaluated
+    assert measured == [0.5, 1.0]
 
 
 def test_predict(run, tmp_path, capsys):
