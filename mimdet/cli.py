@@ -139,7 +139,7 @@ def run_evaluate(words: list[str]) -> None:
     model = load_detector(
         command.run, checkpoint=command.checkpoint, trust_code=command.trust_code, device=device
     )
-    use_threads(command.threads or model.config.training.threads)
+    use_threads(model.config.training.threads)
     data = model.config.data
     data.limit_val = command.limit or data.limit_val
     data.val_json = command.val_json or data.val_json

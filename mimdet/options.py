@@ -81,9 +81,6 @@ class Evaluate:
     """Take ratio 1 from the training's own last evaluation, if that was of these weights, instead
     of measuring it again. Predictions are then saved only if the last ratio was measured."""
     batch_size: int = 4
-    threads: int = 0
-    """CPU threads of each process; 0 = as many as the training used. `torchrun --nproc-per-node N
-    -m mimdet evaluate ... --threads 1` shares the images among N processes."""
     device: str = "auto"
     trust_code: bool = False
     """Execute a sampler or stem that was written in a notebook and is stored in the run."""

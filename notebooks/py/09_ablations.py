@@ -49,7 +49,7 @@ show_matrix(stored)
 # last to the first (what training on fewer tokens costs), and does each row rise to the right (what
 # more tokens in the evaluation bring)? Then look at the ± before you believe it: it is the half
 # width of a 95 % interval, and a few seeds make wide ones. (Minutes are wall time on a machine that
-# other work shared; each training took 7 to 8 minutes of one core.)
+# other work shared; each training took 7 to 9 minutes of one core.)
 
 # %%
 from IPython.display import Markdown
