@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import mimdet
-from mimdet import cli
+from mimdet import cli, demo
 from mimdet.analysis.evaluate import evaluate
 from mimdet.config import (
     BackboneConfig,
@@ -132,6 +132,18 @@ def test_demo_from_start_to_pictures(tmp_path, capfd):
     assert "0.25      2" in printed and "1.00      1" in printed
     for name in ("detections", "training", "ratios"):
         assert (tmp_path / "demo" / f"{name}.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [({"avx512_bf16": True}, "bf16"), ({"avx512_bf16": False, "avx2": True}, "auto"), ({}, "auto")],
+)
+def test_demo_computes_in_bf16_where_the_cpu_can(known, expected, monkeypatch):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: known, raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert demo.precision() == expected
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert demo.precision() == "auto"
 
 
 def test_errors_are_one_line_without_traceback(tmp_path):
