@@ -45,21 +45,22 @@ def demo(minutes: float, run: str, level: str, steps: int, scenes: int, seed: in
     if SHIPPED_DETECTOR in shipped():
         show_shipped(path.with_name(f"{path.name}-shipped"))
     if (path / "config.json").exists():
-        steps = json.loads((path / "config.json").read_text())["training"]["steps"]
         print(f"{path} exists: going on with it.")
-    cfg = tiny()
-    cfg.data.shapes_level, cfg.training.seed = level, seed
-    cfg.training.threads, cfg.training.precision = threads(), precision()
-    if not steps:
-        print("Timing this machine ...", flush=True)
-        steps = steps_that_fit(minutes * 60 - (time.perf_counter() - start), scenes, cfg)
-    what = ["--shapes-level", level, "--seed", str(seed)]
-    what += ["--threads", str(cfg.training.threads), "--precision", cfg.training.precision]
-    every = max(1, -(-steps // CURVE_POINTS))
-    length = ["--steps", str(steps), "--evaluate-every-steps", str(every)]
-    print(f"Training a MIMDet of 2 million parameters on {4 * steps:,} new scenes of {level}.")
-    launch(["train", "tiny", str(path), *what, *length, "--shapes-val", str(scenes)])
-    print(f"\nAP x 100 on {scenes} held-out scenes, by the share of tokens the encoder sees:")
+        launch(["resume", str(path)])
+    else:
+        cfg = tiny()
+        cfg.data.shapes_level, cfg.training.seed = level, seed
+        cfg.training.threads, cfg.training.precision = threads(), precision()
+        if not steps:
+            print("Timing this machine ...", flush=True)
+            steps = steps_that_fit(minutes * 60 - (time.perf_counter() - start), scenes, cfg)
+        print(f"Training a MIMDet of 2 million parameters on {4 * steps:,} new scenes of {level}.")
+        what = ["--shapes-level", level, "--seed", str(seed), "--shapes-val", str(scenes)]
+        how = ["--threads", str(cfg.training.threads), "--precision", cfg.training.precision]
+        every = max(1, -(-steps // CURVE_POINTS))
+        length = ["--steps", str(steps), "--evaluate-every-steps", str(every)]
+        launch(["train", "tiny", str(path), *what, *how, *length])
+    print("\nAP x 100 on held-out scenes, by the share of tokens the encoder sees:")
     launch(["evaluate", str(path), "--ratios", *RATIOS, "--draws", str(DRAWS), "--reuse"])
     draw(path)
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all.")

@@ -134,6 +134,16 @@ def test_demo_from_start_to_pictures(tmp_path, capfd):
         assert (tmp_path / "demo" / f"{name}.png").stat().st_size > 1000
 
 
+def test_demo_goes_on_with_what_is_there(run, tmp_path, capfd):
+    """With the run's own settings: those of this command line or this machine may be others."""
+    path = tmp_path / "begun"
+    Run(path, load_config(run / "config.json"))  # begun, and stopped before the first step
+    cli.main(["demo", "--run", str(path), "--steps", "900", "--seed", "5"])
+    assert f"mimdet resume {path}" in capfd.readouterr().out
+    assert json.loads((path / "eval.json").read_text())["step"] == 2
+    assert (path / "ratios.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize(
     ("known", "expected"),
     [({"avx512_bf16": True}, "bf16"), ({"avx512_bf16": False, "avx2": True}, "auto"), ({}, "auto")],
