@@ -525,13 +525,13 @@ from mimdet.experiments.experiment import experiment
 names = dict(experiment=experiment, base=load_config(sys.argv[1]), runs=sys.argv[2])
 InteractiveShell.instance(user_ns=names, colors="NoColor").run_cell(sys.argv[3])
 """
-STEPS = 30  # one of two runs must not be done before the other has begun
+STEPS = 200  # several seconds: no run may be done before the other one has begun
 RUNS = [f"sampler={sampler}-s{seed}" for seed in (0, 1) for sampler in ("random", "strongest")]
 
 
 def base_config() -> Config:
     cfg = small(STEPS)
-    cfg.training.evaluate_every_steps = 6
+    cfg.training.evaluate_every_steps = STEPS // 5
     return cfg
 
 
