@@ -119,7 +119,8 @@ places that were *not* sampled, and at ratio 1, where there are none, it fell to
 fully trained models; here the ratios are level at best.
 
 All backbones in the same detector, {baselines["rows"][0]["images"]:,} scenes, one seed each, from \
-random weights, box / mask AP x 100: {ranking}.
+random weights, box / mask AP x 100:
+{ranking}.
 Nothing follows from it for large models (`notebooks/results/baselines.json`).
 
 ![AP against the share of tokens kept](notebooks/results/demo/ratios.png)
@@ -132,7 +133,7 @@ Microscopy (DSB2018, 270 training images, 60 held out, from scratch):
 {nuclei["training_minutes"]:.0f} min | {ap(nuclei, "box")} | {ap(nuclei, "mask")} | 33.5 |
 
 A larger canvas changes an image's result, because GroupNorm, position tables and decoder see the
-padding, as in the paper. Measured on three pairs with the six-minute run:
+padding, as in the paper. Measured on three pairs with an earlier six-minute run:
 {canvas_sentence(read("canvas_effect")["pairs"])}.
 So `predict` and `evaluate` never mix padded sizes.
 
