@@ -518,14 +518,15 @@ result = experiment(base, grid, seeds=2, name="samplers", runs=runs, evaluate_ra
 print(result.markdown())
 """
 NOTEBOOK = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits it as ignored
 from IPython.core.interactiveshell import InteractiveShell
 from mimdet.config import load_config
 from mimdet.experiments.experiment import experiment
 names = dict(experiment=experiment, base=load_config(sys.argv[1]), runs=sys.argv[2])
 InteractiveShell.instance(user_ns=names, colors="NoColor").run_cell(sys.argv[3])
 """
-STEPS = 200  # several seconds: no run may be done before the other one has begun
+STEPS = 60  # one of two runs must not be done before the other has begun
 RUNS = [f"sampler={sampler}-s{seed}" for seed in (0, 1) for sampler in ("random", "strongest")]
 
 
