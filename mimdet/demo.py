@@ -92,14 +92,18 @@ def steps_that_fit(seconds: float, scenes: int, cfg: Config) -> int:
 
     Set aside are the evaluations while training and for the table, and the starts.
     """
+    from mimdet.training.signals import TrainingStopped
     from mimdet.training.train import train
 
     begin = time.perf_counter()
     cfg.training.steps, cfg.data.shapes_val = TIMED_STEPS, TIMED_SCENES
     with tempfile.TemporaryDirectory() as folder:
         trial = Path(folder) / "trial"
-        for _ in train(cfg, trial):
-            pass
+        try:
+            for _ in train(cfg, trial):
+                pass
+        except TrainingStopped:
+            sys.exit("stopped before the training began; run the same command again")
         rows = [json.loads(line) for line in (trial / "metrics.jsonl").read_text().splitlines()]
     times = [row["time"]["seconds"] for row in rows if "loss" in row]
     steady = times[len(times) // 3 :]  # the first ones pay for warming up

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from mimdet.config import (
 )
 from mimdet.data.shapes import export
 from mimdet.training.run import Run
+from mimdet.training.signals import TrainingStopped
 
 TINY = (
     "--embed-dim 32 --depth 1 --num-heads 2 --decoder-dim 32 --decoder-depth 1 --decoder-heads 2 "
@@ -142,6 +144,21 @@ def test_demo_goes_on_with_what_is_there(run, tmp_path, capfd):
     assert f"mimdet resume {path}" in capfd.readouterr().out
     assert json.loads((path / "eval.json").read_text())["step"] == 2
     assert (path / "ratios.png").stat().st_size > 1000
+
+
+def test_demo_stopped_while_it_times_the_machine(tmp_path, monkeypatch):
+    """Nothing was begun, so nothing is said to be saved, and the throwaway folder is gone."""
+    folders = []
+
+    def stopped(cfg, run):
+        folders.append(run.parent)
+        raise TrainingStopped(13, run, signal.SIGINT)
+        yield
+
+    monkeypatch.setattr("mimdet.training.train.train", stopped)
+    with pytest.raises(SystemExit, match="stopped before the training began"):
+        cli.main(["demo", "--run", str(tmp_path / "demo")])
+    assert not (tmp_path / "demo").exists() and not folders[0].exists()
 
 
 @pytest.mark.parametrize(
