@@ -234,7 +234,7 @@ def _interval(
         ax.errorbar(mean, y, xerr=[[mean - low], [high - mean]], color=colour, capsize=4)
     ax.plot([mean], [y], "D", color=colour, markersize=6)
     ax.annotate(
-        f"{mean:.1f}",
+        f"{mean:z.1f}",
         (mean, y),
         xytext=(0, 6),
         textcoords="offset points",
