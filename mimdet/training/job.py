@@ -161,7 +161,9 @@ class Job:
         error = ""
         if running:
             name = "training" if fresh and status["state"] == "training" else "starting"
-            name = "stopping" if asked else name
+            if begun and fresh and status["state"] != "training":  # its process is about to end
+                name = "finished" if status["state"] == "finished" else "stopping"
+            name = "stopping" if asked and name != "finished" else name
         elif not about and not status:
             name = "new"
         elif fresh and status["state"] != "training":

@@ -21,7 +21,7 @@ from mimdet.training.metrics import MetricsFile, duration, last_lines, seconds_l
 from mimdet.training.resume import resume, stored_config
 from mimdet.training.run import Run
 from mimdet.training.signals import TrainingStopped
-from mimdet.training.status import read_status
+from mimdet.training.status import STATUS, read_status
 from mimdet.training.train import train
 from tests.small import small
 
@@ -206,6 +206,25 @@ def test_nothing_to_stop_and_a_number_that_another_process_has_now(tmp_path) -> 
     assert job.wait(0).name == "new"
     write_json(tmp_path / "run" / JOB, {"pid": os.getpid(), "started": "long ago", "begun": 1.0})
     assert not job.running() and job.stop() is False
+
+
+@pytest.mark.parametrize(
+    ("last", "began", "name"),
+    [
+        ("finished", 20.0, "finished"),
+        ("stopped", 20.0, "stopping"),
+        ("training", 20.0, "training"),
+        ("finished", 5.0, "starting"),  # that was the training before
+    ],
+)
+def test_what_is_said_while_the_process_lives(tmp_path, last, began, name) -> None:
+    """Between the last word of a training and the end of its process, it is not starting."""
+    Run(tmp_path / "run", easy())
+    pid = os.getpid()
+    write_json(tmp_path / "run" / JOB, {"pid": pid, "started": started(pid), "begun": 10.0})
+    status = {"state": last, "began": began, "step": STEPS, "total": STEPS, "error": ""}
+    write_json(tmp_path / "run" / STATUS, status)
+    assert Job.attach(tmp_path / "run").state().name == name
 
 
 def test_ctrl_c_while_waiting_stops_the_job_in_one_line(tmp_path, monkeypatch) -> None:
