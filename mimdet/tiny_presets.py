@@ -1,7 +1,7 @@
 """Recipes for a laptop CPU: MIMDet, its variants and every baseline at about the same cost.
 
-The ones called tiny_* differ from `tiny` in the backbone (and, for ViTDet, the neck) only: same
-heads, data and training, so that a comparison compares backbones.
+The ones called tiny_* differ from `tiny` in the backbone only (ViTDet in the neck and the learning
+rate too): same heads, data and training, so that a comparison compares backbones.
 """
 
 from mimdet.config import BackboneConfig, Config, DataConfig, DetectorConfig, TrainingConfig
@@ -137,17 +137,20 @@ def tiny_benchmarking_vit() -> Config:
 
 
 def tiny_vitdet() -> Config:
-    """ViTDet for a laptop: windows of 4 x 4 tokens, four global blocks of eight, simple pyramid.
+    """ViTDet for a laptop: as many blocks as `tiny` and as wide, windowed and global in turn.
 
-    1,847,072 parameters.
+    1,808,008 parameters. Windows of 4 x 4 tokens, simple pyramid. Every level hangs on the last
+    block, so from random weights it learns late.
     """
     cfg = _baseline("tiny_vitdet", "vitdet")
-    cfg.backbone.embed_dim = 96
-    cfg.backbone.num_heads = 3
-    cfg.backbone.depth = 8
+    cfg.backbone.embed_dim = 128
+    cfg.backbone.num_heads = 4
+    cfg.backbone.depth = 4
+    cfg.backbone.global_blocks = 2
     cfg.backbone.position_grid = 16
     cfg.backbone.window_size = 4
     cfg.detector.neck = "simple_pyramid"
+    cfg.training.learning_rate = 5e-4  # 1e-3: 4 box AP less after 1,200 steps
     return cfg
 
 

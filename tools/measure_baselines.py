@@ -1,10 +1,11 @@
 """Every tiny baseline, trained for the same number of scenes on one core: is it any good?
 
-    python tools/measure_baselines.py RUNS [--steps 700] [--presets tiny_swin ...] [--out FILE]
+    python tools/measure_baselines.py RUNS [--steps 1200] [--presets tiny_swin ...] [--out FILE]
 
-All share neck, heads, data, schedule and seed 0 (ViTDet has its own neck), from random weights on
-`shapes-v1-medium`, evaluated on 200 held-out scenes. Time is CPU time of one process with one
-thread, training and evaluations included. Runs that are complete are read, not repeated.
+All share neck, heads, data, recipe and seed 0 (ViTDet has its own neck and learning rate), from
+random weights on `shapes-v1-medium`, evaluated on 200 held-out scenes. Time is CPU time of one
+process with one thread, training and evaluations included. Runs that are complete are read, not
+repeated.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", type=Path)
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--presets", nargs="+", default=CHOSEN, choices=CHOSEN)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
