@@ -161,9 +161,8 @@ class Job:
         error = ""
         if running:
             name = "training" if fresh and status["state"] == "training" else "starting"
-            if begun and fresh and status["state"] != "training":  # its process is about to end
-                name = "finished" if status["state"] == "finished" else "stopping"
-            name = "stopping" if asked and name != "finished" else name
+            ending = begun and fresh and status["state"] != "training"  # said its last word
+            name = "stopping" if asked or ending else name
         elif not about and not status:
             name = "new"
         elif fresh and status["state"] != "training":

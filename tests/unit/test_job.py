@@ -211,14 +211,17 @@ def test_nothing_to_stop_and_a_number_that_another_process_has_now(tmp_path) -> 
 @pytest.mark.parametrize(
     ("last", "began", "name"),
     [
-        ("finished", 20.0, "finished"),
+        ("finished", 20.0, "stopping"),
         ("stopped", 20.0, "stopping"),
         ("training", 20.0, "training"),
         ("finished", 5.0, "starting"),  # that was the training before
     ],
 )
 def test_what_is_said_while_the_process_lives(tmp_path, last, began, name) -> None:
-    """Between the last word of a training and the end of its process, it is not starting."""
+    """Between the last word of a training and the end of its process, it is not starting.
+
+    Nor finished: who starts another training then would find this one.
+    """
     Run(tmp_path / "run", easy())
     pid = os.getpid()
     write_json(tmp_path / "run" / JOB, {"pid": pid, "started": started(pid), "begun": 10.0})
