@@ -276,7 +276,7 @@ def load_config(path: str | Path, kind: type = Config) -> Any:
 
 def difference(a: Any, b: Any) -> list[str]:
     """Lines `training.steps: 100 -> 200` for every field in which two configurations differ."""
-    flat_a, flat_b = _flat(to_dict(a)), _flat(to_dict(b))
+    flat_a, flat_b = flat(a), flat(b)
     return [f"{k}: {flat_a[k]} -> {flat_b[k]}" for k in flat_a if flat_a[k] != flat_b[k]]
 
 
@@ -290,11 +290,16 @@ def set_field(cfg: Config, dotted: str, value: Any) -> None:
     setattr(owner, name, value)
 
 
+def flat(cfg: Any) -> dict[str, Any]:
+    """Dotted name -> value of every field; lists are tuples, as a configuration is read back."""
+    return _flat(to_dict(cfg))
+
+
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
+            found |= _flat(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value
-    return flat
+            found[prefix + name] = tuple(value) if isinstance(value, list) else value
+    return found

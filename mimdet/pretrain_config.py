@@ -50,7 +50,7 @@ class PicturesConfig:
     """Scenes in an epoch of ShapesCOCO."""
     held_out: int = 64
     """Images kept out of training (of a folder or table the last ones): their loss is the
-    validation loss, the first of them are the reconstructions one looks at."""
+    validation loss, the first of them are the reconstructions one looks at. 0 = neither."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Smallest and largest share of the image's area that a random crop covers."""
     crop_aspect: float = 4 / 3

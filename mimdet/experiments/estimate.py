@@ -13,10 +13,9 @@ from mimdet.experiments.plan import (
     evaluations_while_training,
     passes,
     read_clock,
-    read_ratios,
     steps_done,
 )
-from mimdet.experiments.pool import default_processes, run_all
+from mimdet.experiments.pool import count_processes, run_all
 
 TIMED_STEPS = 6
 TIMED_IMAGES = 8
@@ -49,7 +48,7 @@ def estimate(runs: Sequence[PlannedRun], processes: int = 0) -> Estimate:
     waiting = [run for run in runs if not run.complete()]
     if not waiting:
         return Estimate({run.name: 0.0 for run in runs}, {}, 1)
-    processes = processes or default_processes(waiting)
+    processes = count_processes(waiting, processes)
     first = {run.arm.label: run for run in reversed(waiting)}
     with tempfile.TemporaryDirectory() as folder:
         trials = [_trial(run, Path(folder)) for run in first.values()]
@@ -71,7 +70,7 @@ def seconds_left(run: PlannedRun, per_step: float, per_image: float) -> float:
     """
     done = steps_done(run.path)
     share = 1 - done / run.steps
-    evaluated = {row["sample_ratio"] for row in read_ratios(run.path)}
+    evaluated = {row["sample_ratio"] for row in run.rows()}
     repeats = round(share * evaluations_while_training(run))
     repeats += sum(passes(ratio, run.draws) for ratio in run.ratios if ratio not in evaluated)
     images = repeats * len(build_dataset(run.cfg.data, "val", run.seed))
@@ -83,9 +82,11 @@ def _trial(run: PlannedRun, folder: Path) -> PlannedRun:
     cfg = copy.deepcopy(run.cfg)
     cfg.training.steps = TIMED_STEPS
     cfg.training.evaluate_every = cfg.training.evaluate_every_steps = 0
+    cfg.training.checkpoint_every_steps = TIMED_STEPS
     cfg.data.limit_val = min(TIMED_IMAGES, cfg.data.limit_val or TIMED_IMAGES)
-    path = folder / run.name
-    return replace(run, cfg=cfg, path=path, steps=TIMED_STEPS, ratios=run.ratios[-1:], draws=1)
+    data = build_dataset(cfg.data, "val", run.seed).version
+    path, ratios = folder / run.name, run.ratios[-1:]
+    return replace(run, cfg=cfg, path=path, steps=TIMED_STEPS, ratios=ratios, draws=1, data=data)
 
 
 def _speed(trial: PlannedRun) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from mimdet.config import Config
 from mimdet.experiments.grid import Arm, Grid, arms_of, short_names
 from mimdet.experiments.plan import PlannedRun, plan_runs
-from mimdet.experiments.pool import ExperimentStopped, default_processes, run_all
+from mimdet.experiments.pool import ExperimentStopped, count_processes, run_all
 from mimdet.experiments.results import Experiment
 
 
@@ -24,10 +24,11 @@ def experiment(
     """Train every combination of the grid's values with every seed, and compare.
 
     grid: {"backbone.sample_ratio": [0.25, 0.5, 1.0]}, or a list of arms that set several fields
-    each. A value of backbone.sampler, backbone.stem or backbone.kind may be a function or class of
-    your own, written in a cell; its source is kept with the runs. The first arm is the one that
-    others are compared with. seeds: how many, counted from base.training.seed, or a list of them.
-    Runs of one seed see the same data in the same order, and start with the same weights where
+    each; {"preset": ["tiny", "tiny_swin"]} compares recipes, with what `base` changes in its own. A
+    value of backbone.sampler, backbone.stem or backbone.kind may be a function or class of your
+    own, written in a cell; its source is kept with the runs. The first arm is the one that others
+    are compared with. seeds: how many, counted from base.training.seed, or a list of them. Runs of
+    one seed see the same data in the same order, and start with the same weights where
     their parts are alike.
 
     name: folder under `runs`; default: the fields of the grid. evaluate_ratios: shares of the
@@ -48,7 +49,7 @@ def experiment(
     waiting = [run for run in planned if not run.complete()]
     errors: dict[str, str] = {}
     if waiting:
-        count = processes or default_processes(waiting)
+        count = count_processes(waiting, processes)
         print(_opening(planned, waiting, count), flush=True)
         try:
             errors = run_all(waiting, count, folder / "logs")
@@ -81,9 +82,10 @@ def plan(
     arms = arms_of(base, grid)
     if isinstance(seeds, int):
         seeds = range(base.training.seed, base.training.seed + seeds)
+    seeds = [int(seed) for seed in seeds]  # those of NumPy are no numbers for json
     name = name or "-".join(short_names(list(arms[0].values)).values()) or "base"
-    planned = plan_runs(arms, list(seeds), Path(runs) / name, evaluate_ratios, draws)
-    return arms, list(seeds), planned
+    planned = plan_runs(arms, seeds, Path(runs) / name, evaluate_ratios, draws)
+    return arms, seeds, planned
 
 
 def _opening(planned: Sequence[PlannedRun], waiting: Sequence[PlannedRun], count: int) -> str:

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import inspect
 import itertools
-import json
 import re
 import tempfile
 import zlib
@@ -15,8 +14,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from mimdet.config import Config, set_field
-from mimdet.training.cell_code import load_slots, save_slots
+from mimdet.config import Config, flat, set_field
+from mimdet.presets import PRESETS
+from mimdet.training.cell_code import SlotText, load_slots, read_slots, write_slots
 
 Grid = Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]
 """{field: values} for all combinations, or a list of arms {field: value}."""
@@ -33,9 +33,16 @@ FROM_CELL = "cell:"
 
 NOT_IN_A_GRID = {
     "training.seed": "give seeds=, so that every arm has the same ones",
+    "detector.num_classes": "it is that of the data",
     "backbone.sample_ratio_eval": "it does not change a training: give evaluate_ratios=(...), and "
     "one training is evaluated at all of them",
 }
+OVERRIDDEN = {
+    "training.epochs": "training.steps",
+    "training.warmup_epochs": "training.warmup_steps",
+    "training.evaluate_every": "training.evaluate_every_steps",
+}
+"""Field -> the one that counts instead of it where that is not 0."""
 LONGEST_LABEL = 80
 
 
@@ -48,15 +55,16 @@ class Arm:
     values: dict[str, Any]
     """Field -> value; a function or class stands here with its name."""
     cfg: Config
-    code: dict[str, Any] = field(default_factory=dict)
-    """Slot -> the function or class that was given."""
+    code: dict[str, SlotText] = field(default_factory=dict)
+    """Slot -> the text of the function or class that was given, as it was then."""
 
 
 def arms_of(base: Config, grid: Grid) -> list[Arm]:
     """The arms of a grid, in its order; the first one is what the others are compared with.
 
-    Raises ValueError naming the field, with near matches, for a name the configuration lacks, and
-    for values that cannot be used.
+    The values of `preset` are names of recipes: such an arm is that recipe with what `base` changes
+    in its own. Raises ValueError naming the field, with near matches, for a name the configuration
+    lacks, and for values that cannot be used or have no effect.
     """
     kinds = field_kinds(Config)
     combinations = _combinations(grid)
@@ -66,18 +74,19 @@ def arms_of(base: Config, grid: Grid) -> list[Arm]:
     short = short_names(fields)
     arms = []
     for combination in combinations:
-        cfg = copy.deepcopy(base)
-        code: dict[str, Any] = {}
+        cfg = _in_recipe(base, combination.get("preset", base.preset))
+        code: dict[str, SlotText] = {}
         values: dict[str, Any] = {}
         for name in fields:
-            value = combination.get(name, field_of(base, name))
+            value = combination.get(name, field_of(cfg, name))
             if name in SLOTS and not isinstance(value, str):
-                code[SLOTS[name]] = value
                 values[name] = _code_name(name, value)
-                value = f"{FROM_CELL}{values[name]}@{_check_code(name, value)[:12]}"
+                text = code[SLOTS[name]] = _checked_code(SLOTS[name], value)
+                value = f"{FROM_CELL}{values[name]}@{text.sha256[:12]}"
             else:
                 value = values[name] = _checked(name, value, kinds[name])
             set_field(cfg, name, value)
+        _check_effective(cfg, fields)
         arms.append(Arm(_label(short, values), values, cfg, code))
     _check_unique(arms)
     return arms
@@ -144,6 +153,36 @@ def _sections(kinds: dict[str, Any]) -> str:
     return ", ".join(dict.fromkeys(f"{n.partition('.')[0]}.*" for n in kinds if "." in n))
 
 
+def _in_recipe(base: Config, preset: str) -> Config:
+    """The recipe `preset`, with every field that `base` sets otherwise than its own recipe does.
+
+    For another kind of backbone, what `base` changes in its own is left out.
+    """
+    if preset == base.preset:
+        return copy.deepcopy(base)
+    for name in (preset, base.preset):
+        if name not in PRESETS:
+            raise ValueError(
+                f"preset={name!r}: recipes can be compared where the base and every value are one "
+                f"of {', '.join(PRESETS)}"
+            )
+    cfg, own = PRESETS[preset](), flat(PRESETS[base.preset]())
+    same_kind = cfg.backbone.kind == base.backbone.kind
+    for name, value in flat(base).items():
+        if value != own[name] and name != "preset" and (same_kind or "backbone." not in name):
+            set_field(cfg, name, value)
+    return cfg
+
+
+def _check_effective(cfg: Config, fields: Sequence[str]) -> None:
+    for name, other in OVERRIDDEN.items():
+        if name in fields and field_of(cfg, other):
+            raise ValueError(
+                f"{name} has no effect while {other}={field_of(cfg, other)}: put {other} in the "
+                "grid, or set it to 0 in the base"
+            )
+
+
 def _checked(name: str, value: Any, kind: Any) -> Any:
     """The value, as the field stores it. Raises ValueError when it is of another type."""
     if get_origin(kind) is tuple and isinstance(value, list | tuple):
@@ -186,14 +225,13 @@ def _code_name(name: str, part: Any) -> str:
     return str(part.__name__)
 
 
-def _check_code(name: str, part: Any) -> str:
-    """Read the code back as a run will, so that what it lacks is known now; returns its sha256."""
-    slot = SLOTS[name]
+def _checked_code(slot: str, part: Any) -> SlotText:
+    """Its text, read back as a run will, so that what it lacks is known now."""
+    texts = read_slots({slot: part})
     with tempfile.TemporaryDirectory() as folder:
-        save_slots(Path(folder), {slot: part})
+        write_slots(Path(folder), texts)
         load_slots(Path(folder), trust_code=True)
-        index = json.loads((Path(folder) / "slots.json").read_text(encoding="utf-8"))
-    return str(index[slot]["sha256"])
+    return texts[slot]
 
 
 # ------------------------------------------------------------------------------- labels

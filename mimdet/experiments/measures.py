@@ -6,7 +6,7 @@ from typing import Any
 
 from mimdet.analysis.cost import cost_of
 from mimdet.config import Config
-from mimdet.experiments.grid import FROM_CELL, SLOTS, field_of
+from mimdet.experiments.grid import SLOTS, field_of
 from mimdet.experiments.plan import PlannedRun, read_clock, read_lines
 
 SCORES = {
@@ -82,16 +82,15 @@ def curve_rows(run: PlannedRun, per_image: float) -> list[dict[str, Any]]:
 
 
 def training_flops(cfg: Config, size: tuple[int, int]) -> float:
-    """FLOPs of training on one image of `size` = (height, width); NaN for a part from a cell.
+    """FLOPs of training on one image of `size` = (height, width); NaN for a part of your own.
 
     Forward and backward pass take three times the forward pass; a multiply-add is two operations.
     The forward pass is counted at the ratio of the training, with the heads as in evaluation
-    (`mimdet.analysis.cost`). A sampler is not counted, so one from a cell is no obstacle.
+    (`mimdet.analysis.cost`). A sampler is not counted, so one of your own is no obstacle.
     """
     cfg = copy.deepcopy(cfg)
-    if cfg.backbone.sampler.startswith(FROM_CELL):
-        cfg.backbone.sampler = "random"
-    if any(str(field_of(cfg, name)).startswith(FROM_CELL) for name in SLOTS):
+    cfg.backbone.sampler = "random"
+    if any(":" in field_of(cfg, name) for name in SLOTS):  # it need not run without numbers
         return math.nan
     return 6.0 * cost_of(cfg, size, cfg.backbone.sample_ratio).detector
 

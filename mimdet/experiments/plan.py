@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mimdet.config import Config
+from mimdet.config import Config, flat
 from mimdet.data.augment import test_size
 from mimdet.data.coco import build_dataset
 from mimdet.data.loader import Dataset
 from mimdet.experiments.grid import Arm
+from mimdet.models.backbones import BASELINES
 from mimdet.training.run import Run
 from mimdet.training.train import adapt_to_data
 
@@ -41,6 +42,8 @@ class PlannedRun:
     """Sample ratios at which it is evaluated."""
     draws: int
     """Samplings of the tokens per ratio below 1."""
+    data: str
+    """Version of the evaluation data; evaluations on other data do not count."""
 
     @property
     def name(self) -> str:
@@ -48,7 +51,7 @@ class PlannedRun:
 
     def rows(self) -> list[dict[str, Any]]:
         """The evaluations this plan asks for, as far as they are done, in the order of `ratios`."""
-        done = {row["sample_ratio"]: row for row in read_ratios(self.path)}
+        done = {row["sample_ratio"]: row for row in read_ratios(self.path, self.data)}
         found = [done[ratio] for ratio in self.ratios if ratio in done]
         return [row for row in found if row["draws"] == passes(row["sample_ratio"], self.draws)]
 
@@ -65,7 +68,8 @@ def plan_runs(
 ) -> list[PlannedRun]:
     """All arms of the first seed, then all of the next: what is done at any time can be compared.
 
-    Opens the training data, and checks that a folder that exists holds the same configuration.
+    Opens the data, and checks that a folder that exists holds the same configuration, and that no
+    two arms train the same. A baseline that sees every token is evaluated at ratio 1 alone.
     """
     _check_numbers(seeds, ratios, draws)
     ready = {}
@@ -73,17 +77,20 @@ def plan_runs(
         cfg = copy.deepcopy(arm.cfg)
         data = build_dataset(cfg.data, "train", cfg.training.seed)
         adapt_to_data(cfg, data)
-        ready[arm.label] = (cfg, len(data), typical_size(cfg, data))
+        held_out = build_dataset(cfg.data, "val", cfg.training.seed).version
+        ready[arm.label] = (cfg, len(data), typical_size(cfg, data), held_out)
+    _check_different({label: cfg for label, (cfg, *_) in ready.items()})
     runs = []
     for seed in seeds:
         for arm in arms:
-            cfg, images, size = copy.deepcopy(ready[arm.label])
+            cfg, images, size, held_out = copy.deepcopy(ready[arm.label])
             cfg.training.seed = seed
             path = folder / f"{arm.label}-s{seed}"
             _check_same(path, cfg)
             at = tuple(map(float, ratios or (cfg.backbone.sample_ratio_eval,)))
+            at = (1.0,) if cfg.backbone.kind in BASELINES else at
             steps = total_steps(cfg, images)
-            runs.append(PlannedRun(arm, seed, cfg, path, images, size, steps, at, draws))
+            runs.append(PlannedRun(arm, seed, cfg, path, images, size, steps, at, draws, held_out))
     return runs
 
 
@@ -116,12 +123,13 @@ def passes(ratio: float, draws: int) -> int:
 # ------------------------------------------------------------------------------- on the disk
 
 
-def read_ratios(path: Path) -> list[dict[str, Any]]:
-    """The rows of a run's RATIOS file; none when there is no such file."""
+def read_ratios(path: Path, data: str) -> list[dict[str, Any]]:
+    """The rows of a run's RATIOS file; none when there is none, or it is of other data."""
     file = path / RATIOS
     if not file.exists():
         return []
-    rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    found = json.loads(file.read_text(encoding="utf-8"))
+    rows: list[dict[str, Any]] = found["rows"] if found["data"] == data else []
     return rows
 
 
@@ -165,6 +173,18 @@ def _check_same(path: Path, cfg: Config) -> None:
         Run(path, cfg)
     except ValueError as error:
         raise ValueError(f"{error}\nAn experiment takes another folder by name=.") from None
+
+
+def _check_different(configurations: dict[str, Config]) -> None:
+    known: dict[str, str] = {}
+    for label, cfg in configurations.items():
+        text = repr({**flat(cfg), "preset": ""})  # the name of a recipe changes nothing
+        if text in known:
+            raise ValueError(
+                f"the arms {known[text]} and {label} train the same, so they cannot be compared: "
+                "leave one out"
+            )
+        known[text] = label
 
 
 def _check_numbers(seeds: Sequence[int], ratios: Sequence[float] | None, draws: int) -> None:

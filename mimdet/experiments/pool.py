@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from mimdet.experiments.plan import PlannedRun, steps_done
 from mimdet.experiments.worker import FAILED, STOPPED
-from mimdet.training.cell_code import save_slots
+from mimdet.training.cell_code import write_slots
 from mimdet.training.run import Run
 
 STOP_SECONDS = 30.0
@@ -94,8 +94,7 @@ def run_all(
 def start(run: PlannedRun, place: dict[str, str], logs: Path) -> Child:
     """Make the run's folder and start its process."""
     Run(run.path, run.cfg)
-    if run.arm.code:
-        save_slots(run.path / "slots", run.arm.code)
+    write_slots(run.path / "slots", run.arm.code)
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"{run.name}.txt"
     command = [sys.executable, "-m", "mimdet.experiments.worker", str(run.path)]
@@ -134,13 +133,22 @@ def stop(children: Sequence[Child]) -> None:
 # ------------------------------------------------------------------------------- where runs run
 
 
+def count_processes(runs: Sequence[PlannedRun], asked: int) -> int:
+    """How many runs to train at a time. ValueError for a negative number."""
+    if asked < 0:
+        raise ValueError(f"processes={asked}: how many runs at a time; 0 = as many as fit")
+    return asked or default_processes(runs)
+
+
 def default_processes(runs: Sequence[PlannedRun]) -> int:
-    """One run per GPU; without a GPU as many as cores allow, by the threads of a run."""
+    """One run per GPU; on CPUs as many as cores allow, by the threads of a run."""
     if not runs:
         return 1
     gpus = gpu_names(runs)
     if gpus:
         return min(len(gpus), len(runs))
+    if any(run.cfg.training.device not in ("auto", "cpu") for run in runs):
+        return 1  # one device was named, and there is one of it
     return max(1, min(len(runs), usable_cores() // most_threads(runs)))
 
 

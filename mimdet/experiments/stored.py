@@ -27,7 +27,7 @@ class StoredExperiment(Experiment):
         if missing:
             raise ValueError(f"{path} is not the result of an experiment: it has no {missing}")
         base = from_dict(content["base"])
-        arms = [Arm(label, values, base) for label, values in content["arms"].items()]
+        arms = [Arm(label, _tuples(values), base) for label, values in content["arms"].items()]
         errors, command = content["errors"], content["command"]
         super().__init__(Path(path).parent, base, arms, content["seeds"], [], errors, command)
         self.content: dict[str, Any] = content
@@ -46,7 +46,14 @@ class StoredExperiment(Experiment):
         return _numbers(self.content.get("curves", []))
 
     def ratios_of(self, arm: Arm) -> list[float]:
-        return sorted(self.table[self.table["arm"] == arm.label]["evaluate_ratio"].unique())
+        """Of an arm whose every run failed: those of the others."""
+        own = self.table[self.table["arm"] == arm.label]["evaluate_ratio"]
+        return sorted(own.unique()) or self.ratios
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """Values of an arm, whose tuples the json holds as lists."""
+    return {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
 
 
 def _numbers(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:

@@ -70,21 +70,20 @@ def train_run(path: Path, trust_code: bool) -> None:
 def evaluate_run(path: Path, ratios: list[float], draws: int, trust_code: bool) -> None:
     """Evaluate the last checkpoint at every ratio that has not been evaluated with as many draws.
 
-    Each ratio is on the disk before the next one begins.
+    Evaluations on other data than there is now are done again. Each ratio is on the disk before the
+    next one begins.
     """
     from mimdet.analysis.evaluate import evaluate_ratios
     from mimdet.data.coco import build_dataset
     from mimdet.training.run import load_detector
     from mimdet.training.trainer import pick_device, use_threads
 
-    known = {row["sample_ratio"]: row for row in read_ratios(path)}
-    missing = [r for r in ratios if known.get(r, {}).get("draws") != passes(r, draws)]
-    if not missing:
-        return
     model = load_detector(path, trust_code=trust_code)
     model = model.to(pick_device(model.config.training.device))
     use_threads(model.config.training.threads)
     dataset = build_dataset(model.config.data, "val", model.config.training.seed)
+    known = {row["sample_ratio"]: row for row in read_ratios(path, dataset.version)}
+    missing = [r for r in ratios if known.get(r, {}).get("draws") != passes(r, draws)]
     for ratio in missing:
         cpu = time.process_time()
         row: dict[str, Any] = evaluate_ratios(

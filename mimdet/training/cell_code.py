@@ -13,9 +13,11 @@ import inspect
 import linecache
 import sys
 import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from mimdet.files import write_json, write_text
 
@@ -29,13 +31,28 @@ from torch import Tensor, nn
 """
 
 
-def save_slots(folder: Path, slots: dict[str, Any]) -> None:
-    """Write `slots/<name>.py` and its sha256 for every part that was passed in as an object.
+@dataclass(frozen=True, slots=True)
+class SlotText:
+    """A part as text, which stays what it is when its cell or file is changed."""
 
-    Raises ValueError for a part whose source does not stand on its own: it may use torch, F, nn,
-    Tensor and math; everything else it must import inside.
+    kind: Literal["function", "class"]
+    object: str
+    """Its name in the text."""
+    text: str
+
+    @property
+    def sha256(self) -> str:
+        return _sha256(self.text)
+
+
+def read_slots(slots: Mapping[str, Any]) -> dict[str, SlotText]:
+    """The text of every part that was passed in as an object, by slot name.
+
+    Raises ValueError for a part whose text does not stand on its own: it may use torch, F, nn,
+    Tensor and math; everything else it must import inside. And for one whose file was changed since
+    it was imported.
     """
-    index = {}
+    texts = {}
     for name, part in slots.items():
         is_function = inspect.isfunction(part)
         definition = part if is_function or inspect.isclass(part) else type(part)
@@ -50,14 +67,31 @@ def save_slots(folder: Path, slots: dict[str, Any]) -> None:
             _check_self_contained(name, part)
         else:
             _check_default_constructor(name, definition)
-        write_text(folder / f"{name}.py", source)
-        index[name] = {
-            "kind": "function" if is_function else "class",
-            "object": definition.__name__,
-            "sha256": _sha256(source),
-        }
-    if index:
-        write_json(folder / "slots.json", index)
+        _check_current(name, definition, source)
+        kind: Literal["function", "class"] = "function" if is_function else "class"
+        texts[name] = SlotText(kind, definition.__name__, source)
+    return texts
+
+
+def write_slots(folder: Path, texts: Mapping[str, SlotText]) -> None:
+    """Write `slots/<name>.py` and its sha256 for every part."""
+    for name, part in texts.items():
+        write_text(folder / f"{name}.py", part.text)
+    if texts:
+        write_json(folder / "slots.json", slots_index(texts))
+
+
+def slots_index(texts: Mapping[str, SlotText]) -> dict[str, dict[str, str]]:
+    """What stands in slots.json."""
+    return {
+        name: {"kind": part.kind, "object": part.object, "sha256": part.sha256}
+        for name, part in texts.items()
+    }
+
+
+def save_slots(folder: Path, slots: Mapping[str, Any]) -> None:
+    """`read_slots`, then `write_slots`."""
+    write_slots(folder, read_slots(slots))
 
 
 def load_slots(folder: Path, trust_code: bool) -> dict[str, Any]:
@@ -127,6 +161,46 @@ def _names_outside(function: Any) -> set[str]:
         codes += [part for part in code.co_consts if isinstance(part, CodeType)]
         names |= {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
     return {name for name in names if name not in vars(builtins)}
+
+
+def _check_current(name: str, definition: Any, source: str) -> None:
+    """ValueError when the part in memory was made from another text than `source`.
+
+    Python reads a text from its file when it is asked for, and by line numbers. So every function
+    in memory must be one that `source` compiles to.
+    """
+    inside = [definition] if inspect.isfunction(definition) else vars(definition).values()
+    functions = [inspect.unwrap(part) for part in inside if inspect.isfunction(part)]
+    written = list(_codes_in(compile(source, name, "exec")))
+    for code in (function.__code__ for function in functions):
+        generated = code.co_filename == "<string>"  # by @dataclass, for example
+        enclosed = set(code.co_freevars) - {"__class__"}  # compiles differently outside
+        if generated or enclosed or any(_same_code(code, other) for other in written):
+            continue
+        raise ValueError(
+            f"the text of the {name} {definition.__name__} was changed since it was imported: "
+            "import it again (restart the kernel), so that what is kept is what runs"
+        )
+
+
+def _codes_in(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for part in code.co_consts:
+        if isinstance(part, CodeType):
+            yield from _codes_in(part)
+
+
+def _same_code(a: CodeType, b: CodeType) -> bool:
+    """Equal but for the place of their text."""
+    if (a.co_name, a.co_code, a.co_names) != (b.co_name, b.co_code, b.co_names):
+        return False
+    if (a.co_varnames, len(a.co_consts)) != (b.co_varnames, len(b.co_consts)):
+        return False
+    for x, y in zip(a.co_consts, b.co_consts, strict=True):
+        both_code = isinstance(x, CodeType) and isinstance(y, CodeType)
+        if type(x) is not type(y) or not (_same_code(x, y) if both_code else x == y):
+            return False
+    return True
 
 
 def _check_default_constructor(name: str, kind: type) -> None:

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 from mimdet.config import Config, load_config
 from mimdet.files import read_json, write_json
 from mimdet.pretrain_config import PretrainConfig
-from mimdet.training.cell_code import save_slots
+from mimdet.training.cell_code import read_slots, slots_index, write_slots
 from mimdet.training.lock import holder, started
 from mimdet.training.metrics import JobState, MetricsFile, last_lines
 from mimdet.training.resume import stored_config
@@ -277,11 +276,9 @@ def _as_stored(cfg: Config | PretrainConfig, path: Path) -> Config | PretrainCon
 
 def _keep_slots(folder: Path, slots: dict[str, Any]) -> None:
     """Write the code of the slots, or see that the run holds the same. ValueError otherwise."""
-    with tempfile.TemporaryDirectory() as temporary:
-        save_slots(Path(temporary), slots)
-        index = "slots.json"
-        new = read_json(Path(temporary) / index) if slots else {}
-    old = read_json(folder / index) if (folder / index).exists() else {}
+    texts = read_slots(slots)
+    new, index = slots_index(texts), folder / "slots.json"
+    old = read_json(index) if index.exists() else {}
     begun = (folder.parent / "environment.json").exists()
     if new != old and (old or begun):
         names = ", ".join(sorted({*old, *new}))
@@ -289,7 +286,7 @@ def _keep_slots(folder: Path, slots: dict[str, Any]) -> None:
             f"{folder.parent} holds a run with other code for: {names}. Use another run name, or "
             "the old code to resume it."
         )
-    save_slots(folder, slots)
+    write_slots(folder, texts)
 
 
 def _threads(cfg: Config | PretrainConfig, processes: int) -> dict[str, str]:

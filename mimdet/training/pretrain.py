@@ -12,7 +12,7 @@ from mimdet.data.pictures import PictureBatch, PictureLoader, build_pictures, he
 from mimdet.files import write_file, write_json
 from mimdet.models.mae import MAE
 from mimdet.models.rcnn import IMAGENET_MEAN, IMAGENET_STD, pad_and_normalise
-from mimdet.models.weights import load_mae_model, save_mae
+from mimdet.models.weights import load_exactly, load_mae_model, save_mae
 from mimdet.predict import autocast, generator_for
 from mimdet.pretrain_config import MAEConfig, PretrainConfig
 from mimdet.training.run import MAE_FILE, Run
@@ -86,24 +86,39 @@ class PreTrainer(Trainer):
 
     def losses(self, batch: PictureBatch) -> dict[str, Tensor]:
         images = pad_and_normalise(batch.images, self.device).tensors
-        return {"loss_mae": self.model(images, self.ratio).loss}
+        return {"loss_mae": self.model(images.to(dtype_of(self.model)), self.ratio).loss}
 
     def start(self) -> None:
         """A new run may go on from another autoencoder of the same sizes."""
         source = self.cfg.training.init_from
-        if source:
-            self.model.load_state_dict(load_mae_model(source).state_dict())
+        if not source:
+            return
+        if (Path(source) / MAE_FILE).exists():  # a run of `mimdet pretrain`
+            source = str(Path(source) / MAE_FILE)
+        heads = self.model.num_heads, self.model.decoder_heads
+        found = load_mae_model(source)
+        if (found.num_heads, found.decoder_heads) != heads:
+            raise ValueError(
+                f"{source} has {found.num_heads} attention heads and {found.decoder_heads} in its "
+                f"decoder, this autoencoder {heads[0]} and {heads[1]}: set mae.num_heads and "
+                "mae.decoder_heads to those of the file"
+            )
+        load_exactly(self.model, found.state_dict(), source)
 
     def evaluate(self) -> dict[str, Any]:
-        """Loss of the held-out images, always with the same patches kept; pictures of a few."""
+        """Loss of the held-out images, always with the same patches kept; pictures of a few.
+
+        Without held-out images only the weights are written.
+        """
         self.evaluated = self.done
         metrics: dict[str, Any] = {"held_out": {}}
         if processes.rank() != 0:
             return metrics
-        loss, picture = look(self.model, self.held_out, self.ratio, self.device)
-        metrics["held_out"]["loss"] = loss
-        folder = self.run.path / "reconstructions"
-        write_file(folder / f"{self.done:06d}.png", lambda partial: save_png(picture, partial))
+        if self.held_out:
+            loss, picture = look(self.model, self.held_out, self.ratio, self.device)
+            metrics["held_out"]["loss"] = loss
+            folder = self.run.path / "reconstructions"
+            write_file(folder / f"{self.done:06d}.png", lambda partial: save_png(picture, partial))
         save_mae(self.model, self.run.path / MAE_FILE)
         write_json(self.run.path / "eval.json", {"step": self.done, **metrics})
         self.run.append({"step": self.done, "data": self.data_version, "evaluation": metrics})
@@ -116,8 +131,8 @@ def look(
 ) -> tuple[float, Tensor]:
     """(mean loss, picture (3, H, W) uint8): a row each of originals, what is kept, what is painted.
 
-    images: (3, side, side) uint8. Each image's patches are drawn from its number, so that two
-    evaluations differ by the weights alone.
+    images: (3, side, side) uint8, at least one. Each image's patches are drawn from its number, so
+    that two evaluations differ by the weights alone.
     """
     training = model.training
     model.eval()
@@ -125,9 +140,9 @@ def look(
     rows: list[Tensor] = []
     for start in range(0, len(images), batch_size):
         part = images[start : start + batch_size]
-        batch = pad_and_normalise(part, device).tensors
+        batch = pad_and_normalise(part, device).tensors.to(dtype_of(model))
         draws = [generator_for(start + i, device) for i in range(len(part))]
-        with autocast(device, "auto"):
+        with autocast(device, "fp64" if batch.dtype == torch.float64 else "auto"):
             out = model(batch, ratio, generators=draws)
         total += float(out.loss) * len(part)
         if not rows:
@@ -136,8 +151,13 @@ def look(
             )
             rows = [to_pixels(x[:SHOWN]) for x in (batch, shown.visible, shown.pasted)]
     model.train(training)
-    picture = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1) if rows else None
-    return total / max(1, len(images)), picture if picture is not None else torch.zeros(3, 1, 1)
+    picture = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
+    return total / len(images), picture
+
+
+def dtype_of(model: MAE) -> torch.dtype:
+    """That of its weights: float64 with training.precision="fp64", else float32."""
+    return model.cls_token.dtype
 
 
 def to_pixels(images: Tensor) -> Tensor:

@@ -111,6 +111,8 @@ def show_arms(
     )
     baseline = result.scores(result.arms[0].label, ratio, metric)
     for place, arm in enumerate(result.arms):
+        if arm.label not in summary.index:
+            continue  # a baseline that sees every token
         row, colour = summary.loc[arm.label], COLOURS[place % len(COLOURS)]
         scores = result.scores(arm.label, ratio, metric)
         _interval(left, place, row["mean"], row["low"], row["high"], scores, colour)

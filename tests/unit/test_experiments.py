@@ -1,5 +1,6 @@
 """Experiments: real runs in real processes, killed and resumed; statistics worked out by hand."""
 
+import importlib
 import json
 import math
 import os
@@ -11,13 +12,14 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from mimdet.analysis.cost import cost_of
 from mimdet.config import Config, save_config
-from mimdet.experiments import worker
+from mimdet.experiments import pool, worker
 from mimdet.experiments.ablate import ablate, read_grid
 from mimdet.experiments.estimate import START_SECONDS, TRAINED, seconds_left
 from mimdet.experiments.experiment import experiment, plan
@@ -27,8 +29,10 @@ from mimdet.experiments.measures import training_flops
 from mimdet.experiments.plan import CLOCK, RATIOS, PlannedRun, steps_done
 from mimdet.experiments.pool import default_processes, places
 from mimdet.experiments.results import Experiment
+from mimdet.experiments.stored import StoredExperiment
 from mimdet.models.stem import ConvStem
-from mimdet.training.cell_code import save_slots
+from mimdet.presets import PRESETS
+from mimdet.training.cell_code import write_slots
 from mimdet.training.checkpoints import CheckpointStore
 from mimdet.training.lock import holder
 from mimdet.training.resume import build_model
@@ -106,6 +110,17 @@ def elsewhere(tokens, grid, generator):
         ({"backbone.stem": [ConvStem]}, "needs dim to be built"),
         ({"backbone.stem": [nn.Identity()]}, "not an object made of it"),
         ([], "give {field: "),
+        ({"detector.num_classes": [12, 24]}, "num_classes cannot be in a grid: it is that of the"),
+        (
+            {"training.epochs": [1, 2]},
+            "epochs has no effect while training.steps=4: put training.st",
+        ),
+        ({"preset": ["tiny", "tinny"]}, "preset='tinny': recipes can be compared where"),
+        ({"data.shapes_val": [3, 3.0]}, "shapes_val=3.0: it must be int"),
+        (
+            [{"data.limit_val": 0}, {"data.limit_val": 0, "preset": "tiny"}],
+            "two arms are both called limit_val=0,preset=tiny",
+        ),
     ],
 )
 def test_what_cannot_be_run_is_said_before_anything_starts(tmp_path, grid, said) -> None:
@@ -122,6 +137,7 @@ def test_what_cannot_be_run_is_said_before_anything_starts(tmp_path, grid, said)
         ({"evaluate_ratios": (0.0,)}, r"share of tokens kept, \(0, 1\]"),
         ({"evaluate_ratios": ()}, "evaluate_ratios is empty"),
         ({"draws": 0}, "draws=0"),
+        ({"processes": -1}, "processes=-1: how many runs at a time"),
     ],
 )
 def test_numbers_that_cannot_be_used(tmp_path, options, said) -> None:
@@ -142,7 +158,59 @@ def test_function_is_named_by_its_source_in_the_configuration() -> None:
     name, _, digest = second.cfg.backbone.sampler.partition("@")
     assert name == "cell:strongest" and len(digest) == 12
     assert second.values == {"backbone.sampler": "strongest"}
-    assert second.code == {"sampler": strongest}
+    assert second.code["sampler"].text.endswith("return tokens.norm(dim=1)\n")
+    assert digest == second.code["sampler"].sha256[:12]
+
+
+def test_recipes_are_compared_with_what_the_base_changes() -> None:
+    base = PRESETS["tiny"]()
+    base.training.steps, base.data.short_sides = 7, [64]
+    base.backbone.sample_ratio = 0.25
+    grid = {"preset": ["tiny", "tiny_no_decoder", "tiny_vitdet"]}
+    tiny, no_decoder, vitdet = (arm.cfg for arm in arms_of(base, grid))
+    assert tiny == base and no_decoder.backbone.decoder_depth == 0
+    assert no_decoder.backbone.sample_ratio == 0.25  # the same kind of backbone
+    assert vitdet.backbone == PRESETS["tiny_vitdet"]().backbone
+    assert vitdet.detector.neck == "simple_pyramid" and vitdet.training.learning_rate == 5e-4
+    assert [cfg.training.steps for cfg in (no_decoder, vitdet)] == [7, 7]
+    assert vitdet.data.short_sides == (64,)
+
+
+def test_a_grid_over_recipes_of_the_same_content_is_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(PRESETS, "twin", PRESETS["tiny"])
+    with pytest.raises(ValueError, match="preset=tiny and preset=twin train the same"):
+        plan(PRESETS["tiny"](), {"preset": ["tiny", "twin"]}, runs=tmp_path)
+
+
+def test_a_baseline_is_evaluated_with_every_token_only(tmp_path) -> None:
+    base = PRESETS["tiny"]()
+    grid = {"preset": ["tiny", "tiny_resnet"]}
+    runs = plan(base, grid, seeds=1, runs=tmp_path, evaluate_ratios=(0.25, 0.5))[2]
+    assert [run.ratios for run in runs] == [(0.25, 0.5), (1.0,)]
+
+
+def test_seeds_of_numpy_and_lists_in_the_base(tmp_path) -> None:
+    cfg = small()
+    cfg.data.short_sides = [64]
+    options = {"seeds": np.arange(1, 3), "runs": tmp_path}
+    _, seeds, runs = plan(cfg, {"backbone.depth": [1]}, **options)
+    assert [type(seed) for seed in seeds] == [int, int]
+    Run(runs[0].path, runs[0].cfg)
+    assert len(plan(cfg, {"backbone.depth": [1]}, **options)[2]) == 2  # not another configuration
+
+
+def test_what_was_planned_is_trained_although_the_file_changes(tmp_path, monkeypatch) -> None:
+    file = tmp_path / "samplers_of_mine.py"
+    text = "def own(tokens, grid, generator):\n    return tokens.norm(dim=1)\n"
+    file.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = importlib.import_module(file.stem).own
+    run = plan(small(), {"backbone.sampler": [own]}, seeds=1, runs=tmp_path / "runs")[2][0]
+    file.write_text(text.replace("return tokens", "return -tokens"))
+    pool.start(run, {}, tmp_path / "logs").process.kill()
+    assert (run.path / "slots" / "sampler.py").read_text().endswith(text)
+    with pytest.raises(ValueError, match="sampler own was changed since it was imported"):
+        arms_of(small(), {"backbone.sampler": [own]})
 
 
 def test_runs_come_seed_by_seed_and_know_their_data(tmp_path) -> None:
@@ -168,7 +236,7 @@ def test_folder_of_another_configuration_is_refused(tmp_path) -> None:
 def weights_of(cfg: Config, path: Path, code: dict | None = None) -> dict[str, torch.Tensor]:
     path.mkdir(parents=True)
     save_config(cfg, path / "config.json")
-    save_slots(path / "slots", code or {})
+    write_slots(path / "slots", code or {})
     return build_model(path, trust_code=True).state_dict()
 
 
@@ -207,6 +275,8 @@ def test_processes_follow_cores_and_threads(tmp_path, monkeypatch) -> None:
         run.cfg.training.threads = 2
     assert default_processes(runs) == 2
     assert places(runs, 2) == [{"OMP_NUM_THREADS": "2"}] * 2
+    runs[0].cfg.training.device = "cuda:1"
+    assert default_processes(runs) == 1  # there is one of it
 
 
 def test_each_gpu_has_one_run(tmp_path, monkeypatch) -> None:
@@ -290,7 +360,7 @@ def _write_run(run: PlannedRun, score: float) -> None:
         metrics = [{"box": numbers, "mask": {}} for numbers in box]
         row = {"sample_ratio": ratio, "draws": len(values), "metrics": metrics, "seconds": 1.0}
         rows.append(row | {"box_ap_sd": 0.0141 if ratio < 1 else 0.0})
-    (run.path / RATIOS).write_text(json.dumps({"data": "d", "rows": rows}))
+    (run.path / RATIOS).write_text(json.dumps({"data": run.data, "rows": rows}))
     clock = [(1, 30.0, 9.0), (2, 10.0, 8.0), (2, 30.0, 9.5)]  # step 2 was done again after a kill
     lines = [{"step": s, "wall_seconds": w, "cpu_seconds": c} for s, w, c in clock]
     text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "wa'
@@ -369,6 +439,9 @@ def test_flops_by_hand(tmp_path) -> None:
     own = result.table[result.table["arm"] == "sample_ratio=1"]
     assert own["flops"].tolist() == [6 * once * 8] * 6  # 2 steps of 4 images
     assert training_flops(quarter.cfg, (64, 64)) < 6 * once
+    cfg = small()
+    cfg.backbone.sampler = "a_module:function"  # is not even imported
+    assert training_flops(cfg, (64, 64)) == training_flops(small(), (64, 64))
     cell = arms_of(small(), {"backbone.sampler": [strongest], "backbone.stem": ["conv", OwnStem]})
     assert training_flops(cell[0].cfg, (64, 64)) == training_flops(small(), (64, 64))
     assert math.isnan(training_flops(cell[1].cfg, (64, 64)))
@@ -384,6 +457,17 @@ def test_run_evaluated_with_other_draws_is_not_complete(tmp_path) -> None:
 
     assert complete((0.5, 1.0), 2) and complete((1.0,), 5)
     assert not complete((0.5,), 3) and not complete((0.25, 1.0), 2)
+
+
+def test_evaluations_of_other_data_do_not_count(tmp_path, monkeypatch) -> None:
+    result = written(tmp_path)
+    run = result.runs[0]
+    assert run.complete()
+    monkeypatch.setattr("mimdet.data.shapes.REVISION", 99)
+    grid = {"backbone.sample_ratio": [0.25, 1.0]}
+    options = {"seeds": 1, "runs": tmp_path, "evaluate_ratios": (1.0,)}
+    again = plan(small(2), grid, **options)[2][0]
+    assert again.data.endswith("/r99") and not again.complete()
 
 
 def test_last_step_is_read_from_the_end_of_a_growing_file(tmp_path) -> None:
@@ -441,6 +525,9 @@ def test_seconds_left_by_hand(tmp_path) -> None:
     run.path.mkdir(parents=True)
     (run.path / "metrics.jsonl").write_text('{"step": 3}\n')
     work = 3 * 2.0 + (1 + 4 + 1) * 3 * 10.0
+    assert seconds_left(run, 2.0, 10.0) == pytest.approx(START_SECONDS + TRAINED * work)
+    row = {"sample_ratio": 0.5, "draws": 3}  # another number of draws has to be done anew
+    (run.path / RATIOS).write_text(json.dumps({"data": run.data, "rows": [row]}))
     assert seconds_left(run, 2.0, 10.0) == pytest.approx(START_SECONDS + TRAINED * work)
 
 
@@ -506,6 +593,23 @@ def test_figures_show_every_arm(tmp_path) -> None:
     files = save_figures(result, tmp_path / "figures")
     assert {file.name for file in files} >= {"arms.png", "matrix.png", "curves_epoch.png"}
     assert all(file.stat().st_size > 5000 for file in files)
+
+
+def test_a_stored_experiment_keeps_an_arm_that_failed_and_tuples(tmp_path) -> None:
+    grid = {"data.short_sides": [(64,), (64, 96)], "backbone.sample_ratio": [1.0]}
+    arms, seeds, runs = plan(small(2), grid, seeds=2, runs=tmp_path, evaluate_ratios=(0.5, 1.0))
+    for run in runs[1::2]:
+        _write_run(run, 0.2 + 0.1 * run.seed)
+    errors = {run.name: "no" for run in runs[::2]}
+    result = Experiment(tmp_path, small(2), arms, seeds, runs, errors, "the call")
+    result.to_json(tmp_path / "result.json")
+    stored = StoredExperiment(tmp_path / "result.json")
+    assert stored.summary()["n"].tolist() == result.summary()["n"].tolist() == [0, 0, 2, 2]
+    assert (
+        stored.markdown(["box_ap"]).splitlines()[:6] == result.markdown(["box_ap"]).splitlines()[:6]
+    )
+    assert "| 64-96 |" in stored.markdown(["box_ap"])
+    assert [len(show_arms(one).axes) for one in (stored, result)] == [2, 2]
 
 
 # ------------------------------------------------------------------------------- real runs

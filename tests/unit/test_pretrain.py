@@ -88,6 +88,40 @@ def test_resumed_run_is_bit_identical(undisturbed, tmp_path, stop: int) -> None:
         assert torch.equal(ours.state_dict()[name], value), name
 
 
+def test_without_held_out_images_there_are_weights_but_no_loss(tmp_path) -> None:
+    cfg = small_mae(2)
+    cfg.data.held_out = 0
+    assert [step.number for step in pretrain(cfg, tmp_path / "run")] == [1, 2]
+    assert (tmp_path / "run" / "mae.safetensors").exists()
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["held_out"] == {}
+
+
+def test_it_goes_on_from_another_run(undisturbed, tmp_path) -> None:
+    cfg = small_mae(1)
+    cfg.training.init_from, cfg.training.learning_rate = str(undisturbed), 0.0
+    list(pretrain(cfg, tmp_path / "run"))
+    ours, theirs = (load_mae_model(p / "mae.safetensors") for p in (tmp_path / "run", undisturbed))
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
+    cfg.mae.num_heads = 4
+    with pytest.raises(ValueError, match=r"has 2 attention heads .* this autoencoder 4"):
+        list(pretrain(cfg, tmp_path / "heads"))
+    cfg.mae.num_heads, cfg.mae.depth = 2, 3
+    with pytest.raises(ValueError, match=r"lacks the tensor 'blocks.2"):
+        list(pretrain(cfg, tmp_path / "depth"))
+
+
+def test_float64(undisturbed, tmp_path) -> None:
+    cfg = small_mae(4)
+    cfg.training.precision = "fp64"
+    list(pretrain(cfg, tmp_path / "run"))
+    losses = [
+        json.loads((run / "eval.json").read_text()) for run in (tmp_path / "run", undisturbed)
+    ]
+    double, single = (row["held_out"]["loss"] for row in losses)
+    assert double == pytest.approx(single, rel=0.05)  # other patches are drawn
+
+
 def test_held_out_loss_depends_on_the_weights_alone() -> None:
     cfg = small_mae()
     _, held_out = build_pictures(cfg.data, 0)
