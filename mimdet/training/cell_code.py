@@ -5,6 +5,8 @@ gone tomorrow. Its source and a sha256 go into the run; reading it back executes
 the reader's consent.
 """
 
+import __future__
+
 import ast
 import builtins
 import dis
@@ -171,8 +173,11 @@ def _check_current(name: str, definition: Any, source: str) -> None:
     """
     inside = [definition] if inspect.isfunction(definition) else vars(definition).values()
     functions = [inspect.unwrap(part) for part in inside if inspect.isfunction(part)]
-    written = list(_codes_in(compile(source, name, "exec")))
     for code in (function.__code__ for function in functions):
+        flags = (
+            code.co_flags & __future__.annotations.compiler_flag
+        )  # `from __future__ import annotations`
+        written = _codes_in(compile(source, name, "exec", flags, dont_inherit=True))
         generated = code.co_filename == "<string>"  # by @dataclass, for example
         enclosed = set(code.co_freevars) - {"__class__"}  # compiles differently outside
         if generated or enclosed or any(_same_code(code, other) for other in written):

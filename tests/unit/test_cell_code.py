@@ -1,9 +1,17 @@
 """The text of parts that were written in a notebook cell."""
 
+import importlib
+
 import pytest
 import torch
 
-from mimdet.training.cell_code import _check_self_contained, load_slots, save_slots, source_of
+from mimdet.training.cell_code import (
+    _check_self_contained,
+    load_slots,
+    read_slots,
+    save_slots,
+    source_of,
+)
 
 CELL = """
 import torch
@@ -41,6 +49,42 @@ def test_a_part_without_text_is_refused(tmp_path) -> None:
     made = type("Made", (torch.nn.Module,), {})
     with pytest.raises(ValueError, match="define it with def or class"):
         save_slots(tmp_path, {"stem": made()})
+
+
+def test_a_text_that_is_not_what_runs_is_refused(tmp_path, monkeypatch) -> None:
+    """Lines put above the part, or another value in it, since the file was imported."""
+    text = """from __future__ import annotations
+from dataclasses import dataclass
+from torch import Tensor, nn
+
+@dataclass
+class Twice(nn.Module):
+    times: int = 2
+    def __post_init__(self):
+        super().__init__()
+    def forward(self, x: Tensor) -> Tensor:
+        def inner(y: Tensor) -> Tensor:
+            return self.times * y
+        return inner(x)
+
+def largest(tokens, grid, generator):
+    def inner(y: Tensor) -> Tensor:
+        return y.amax(dim=1)
+    return inner(tokens)
+"""
+    file = tmp_path / "parts_of_mine.py"
+    file.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    parts = importlib.import_module(file.stem)
+    for changed in (text.replace("amax(dim=1)", "amax(dim=-1)"), "\n\n" + text):
+        file.write_text(text)
+        assert len(read_slots({"stem": parts.Twice, "sampler": parts.largest})) == 2
+        file.write_text(changed)
+        with pytest.raises(ValueError, match="sampler largest was changed since it was imported"):
+            read_slots({"sampler": parts.largest})
+    file.write_text(text.replace("self.times * y", "self.times + y"))
+    with pytest.raises(ValueError, match="stem Twice was changed"):
+        read_slots({"stem": parts.Twice})
 
 
 def test_what_a_function_imports_inside_is_its_own_and_what_it_does_not_is_refused(tmp_path):
