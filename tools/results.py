@@ -91,7 +91,9 @@ def block() -> str:
     level = floor["levels"]["shapes-v1-medium@128/r1"]
     overfit, baselines = read("overfit_8_coco_images"), read("baselines")
     order = sorted(baselines["rows"], key=lambda row: row["box_ap"], reverse=True)
-    ranking = ", ".join(f"`{r['preset']}` {r['box_ap']} / {r['mask_ap']}" for r in order)
+    backbones = [
+        f"| `{r['preset']}` | {r['box_ap']} / {r['mask_ap']} | {r['cpu_minutes']} |" for r in order
+    ]
     spread = ", ".join(f"{percent(r['box'])} / {percent(r['mask'])}" for r in seeds["runs"])
     rows = [
         demo_row(short),
@@ -110,18 +112,21 @@ deviation of 2 draws of the tokens; {short["hardware"]}:
 {chr(10).join(rows)}
 
 AP still rises steeply after six minutes, so a faster machine reaches more. Runs this short differ:
-{len(seeds["runs"])} seeds of an earlier recipe at {seeds["images"]:,} scenes gave {spread} at
-ratio 1. From random weights the encoder learns late. In an earlier recipe, with one learning rate
-for all parts, it once gave every token the same output: the detector lived on the stem's tokens at
-places that were *not* sampled, and at ratio 1, where there are none, it fell to
+{len(seeds["runs"])} seeds of the first row's training gave {spread} at ratio 1
+(`notebooks/results/demo/seeds.json`). From random weights the encoder learns late. In an earlier
+recipe, with one learning rate for all parts, it once gave every token the same output: the
+detector lived on the stem's tokens at places that were *not* sampled, and at ratio 1, where there
+are none, it fell to
 {collapsed["box_ap_ratio_1"]} box AP from {collapsed["box_ap_ratio_0.25"]} at 0.25
 (`notebooks/results/demo/encoder_collapse.json`). The paper reports a gain from more tokens for
 fully trained models; here the ratios are level at best.
 
-All backbones in the same detector, {baselines["rows"][0]["images"]:,} scenes, one seed each, from \
-random weights, box / mask AP x 100:
-{ranking}.
-Nothing follows from it for large models (`notebooks/results/baselines.json`).
+Every tiny preset after {baselines["rows"][0]["images"]:,} scenes from random weights, one seed each
+(`notebooks/results/baselines.json`). Nothing follows from it for large models:
+
+| preset | box / mask AP x 100 | minutes of one core |
+|---|---|---|
+{chr(10).join(backbones)}
 
 ![AP against the share of tokens kept](notebooks/results/demo/ratios.png)
 

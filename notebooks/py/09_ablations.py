@@ -179,10 +179,11 @@ check("what is left has the new seed", {run.seed for run in missing} == {SEED + 
 # | the pre-trained decoder belongs to the recipe | `{"backbone.decoder_depth": [0, 1, 2]}` | `04_backbone_walkthrough` |
 # | features at unsampled places beat MAE's mask token | section 4 with more steps | this one |
 # | a masked autoencoder is a good start | `{"training.init_from": ["", "tiny_mae"]}` | `01_mae_loading` |
-# | it beats hierarchical backbones | the presets `tiny_*`, below | `tools/measure_baselines.py` |
+# | it beats hierarchical backbones | `{"preset": ["tiny", "tiny_swin", ...]}`, below | `notebooks/ablations/backbones.py` |
 #
 # Every baseline has a `tiny_*` sister with the same neck, heads and data, so that such a comparison
-# compares backbones. Count them first:
+# compares backbones (ViTDet brings its own neck, and needs a lower learning rate). A grid's field
+# `preset` takes their names. Count them first:
 
 # %%
 from mimdet.analysis.cost import cost_table
@@ -208,9 +209,10 @@ same = {row["images"] for row in measured["rows"]}
 check("as many scenes for each", len(same) == 1, "else training time is compared")
 
 # %% [markdown]
-# So early, what separates them is how pixels become tokens: a convolutional stem or network learns
-# within minutes, 16 x 16 patches (`tiny_patch_stem`, `tiny_benchmarking_vit`, `tiny_vitdet`) take far
-# longer. That is the paper's argument for its stem, without pre-training and in small.
+# So early, what separates them is how pixels become tokens: with a convolutional stem or network the
+# score is about twice that with 16 x 16 patches (`tiny_patch_stem`, `tiny_benchmarking_vit`,
+# `tiny_vitdet`); Swin, with patches of 4 x 4, is in between. That is the paper's argument for its
+# stem, without pre-training and in small.
 #
 # One seed each is an anecdote, as section 2 says, and this is not *the paper's order, in small*: the
 # transformers start without pre-training here, a small CNN may well win, and that says nothing

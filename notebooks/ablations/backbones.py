@@ -1,0 +1,27 @@
+"""Which backbone learns most from few scenes, without pre-training?
+
+    mimdet ablate notebooks/ablations/backbones.py [--dry-run]
+
+MIMDet, its ablations and the baselines as laptop-sized recipes on the same data and loop: 7 recipes,
+3 seeds, from random weights. 21 trainings of 8 to 11 CPU minutes each. One seed of each is in
+`notebooks/results/baselines.json`.
+"""
+
+from mimdet import presets
+
+base = presets.tiny()
+base.training.steps = 1200  # 4 images a step
+base.training.evaluate_every_steps = 1200
+
+grid = {
+    "preset": [
+        "tiny",  # what others differ from
+        "tiny_no_decoder",
+        "tiny_patch_stem",
+        "tiny_benchmarking_vit",
+        "tiny_vitdet",
+        "tiny_swin",
+        "tiny_resnet",
+    ]
+}
+seeds = 3
