@@ -62,7 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"mimdet has no command {name!r}; it has {', '.join(COMMANDS)}")
     from mimdet.processes import ProcessLost
 
-    mistakes = (ValueError, FileNotFoundError, PermissionError, FloatingPointError, ProcessLost)
+    files = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+    mistakes = (ValueError, *files, FloatingPointError, ProcessLost)
     try:
         COMMANDS[name](rest)
     except mistakes as error:
@@ -144,8 +145,10 @@ def run_evaluate(words: list[str]) -> None:
     data.limit_val = command.limit or data.limit_val
     data.val_json = command.val_json or data.val_json
     data.val_images = command.val_images or data.val_images
+    if command.val_json or command.val_images:
+        data.source, data.train_json, data.train_images = "coco", "", ""
     run = Path(command.run)
-    out = Path(command.out) if command.out else (run if run.is_dir() else run.with_suffix(""))
+    out = command.folder()
     dataset = build_dataset(data, "val", model.config.training.seed)
     own_data = not (command.limit or command.val_json or command.val_images)
     reuse = command.reuse and own_data and out == run and command.checkpoint == "last"
@@ -161,6 +164,8 @@ def run_evaluate(words: list[str]) -> None:
     )
     if processes.first_of_torchrun():
         print(ratio_table(rows))
+        if out != run:
+            print(f"in {out}: evaluation.json, predictions.json")
         write_json(out / "evaluation.json", {"data": dataset.version, "ratios": rows})
     processes.leave()
 
@@ -181,17 +186,16 @@ def run_predict(words: list[str]) -> None:
     use_threads(model.config.training.threads)
     names, ids = model.categories, list(range(1, len(model.categories) + 1))
     masks = model.roi_heads.mask_head is not None
-    for path in map(Path, command.images):
+    for path, place in command.places().items():
         image = read_image(path)
         found = predict(model, image, sample_ratio=command.sample_ratio, seed=command.seed)
         results = results_for(found, path.name, ids, masks)
         for result in results:
             result["category"] = names[result["category_id"] - 1]
-        place = Path(command.out) / path.stem
         place.parent.mkdir(parents=True, exist_ok=True)
-        save_results(results, place.with_suffix(".json"))
+        save_results(results, place.with_name(f"{place.name}.json"))
         figure = show_detections([image], [found], None, names, command.score, columns=1)
-        save_figure(figure, place.with_suffix(".png"))
+        save_figure(figure, place.with_name(f"{place.name}.png"))
         shown = int((found.scores >= command.score).sum())
         print(f"{path}: {shown} objects with score >= {command.score} -> {place}.json, .png")
 
@@ -202,8 +206,16 @@ def run_export(words: list[str]) -> None:
     from mimdet.models.single_file import save_detector
     from mimdet.training.run import load_detector
 
+    suffix = Path(command.file).suffix
+    if suffix not in (".safetensors", ".pth", ".pkl"):
+        raise ValueError(
+            f"{command.file}: name it .safetensors (one file that describes itself), or .pth or "
+            ".pkl (the original's layout)"
+        )
+    if command.half and suffix != ".safetensors":
+        raise ValueError(f"{command.file}: --half is for .safetensors files only")
     model = load_detector(command.run, checkpoint=command.checkpoint)
-    if Path(command.file).suffix == ".safetensors":
+    if suffix == ".safetensors":
         save_detector(model, command.file, half=command.half)
         print(f"{command.file}: for mimdet.load_detector, with configuration and class names")
     else:
@@ -231,7 +243,7 @@ def run_errors(words: list[str]) -> None:
     truth, found = dataset.ground_truth(), read_json(run / "predictions.json")
     scale = getattr(dataset, "area_scale", 1.0)
     kinds: dict[str, IouType] = {"box": "bbox"}
-    if cfg.detector.masks:
+    if cfg.detector.masks and dataset.has_masks:
         kinds["mask"] = "segm"
     reports = {
         name: find_errors(truth, found, kind, area_scale=scale) for name, kind in kinds.items()

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from mimdet.config import Config
+from mimdet.config import Config, load_config
 from mimdet.files import read_json
 from mimdet.models.checkpoint_files import shipped
 from mimdet.presets import tiny
@@ -45,6 +45,7 @@ def demo(minutes: float, run: str, level: str, steps: int, scenes: int, seed: in
     if SHIPPED_DETECTOR in shipped():
         show_shipped(path.with_name(f"{path.name}-shipped"))
     if (path / "config.json").exists():
+        check_same_demo(path, level, steps, scenes, seed)
         print(f"{path} exists: going on with it.")
         launch(["resume", str(path)])
     else:
@@ -64,6 +65,21 @@ def demo(minutes: float, run: str, level: str, steps: int, scenes: int, seed: in
     launch(["evaluate", str(path), "--ratios", *RATIOS, "--draws", str(DRAWS), "--reuse"])
     draw(path)
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all.")
+
+
+def check_same_demo(path: Path, level: str, steps: int, scenes: int, seed: int) -> None:
+    """Raises ValueError where the run in `path` is a demo with other settings."""
+    cfg = load_config(path / "config.json")
+    asked = {"--level": level, "--seed": seed, "--scenes": scenes, "--steps": steps}
+    found = {
+        "--level": cfg.data.shapes_level,
+        "--seed": cfg.training.seed,
+        "--scenes": cfg.data.shapes_val,
+        "--steps": cfg.training.steps if steps else 0,  # 0: as many as fitted
+    }
+    differ = [f"{name} {found[name]}" for name in asked if asked[name] != found[name]]
+    if differ:
+        raise ValueError(f"{path} holds a demo with {', '.join(differ)}: give another --run")
 
 
 def show_shipped(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -76,7 +77,8 @@ class Evaluate:
     val_images: str = ""
     """Its image folder."""
     out: str = ""
-    """Folder for the results; default: the run, or for a file a folder of its name beside it."""
+    """Folder for the results; default: the run, a folder in it for other data or weights than its
+    own, or for a file a folder of its name beside it."""
     reuse: bool = False
     """Take ratio 1 from the training's own last evaluation, if that was of these weights, instead
     of measuring it again. Predictions are then saved only if the last ratio was measured."""
@@ -84,6 +86,17 @@ class Evaluate:
     device: str = "auto"
     trust_code: bool = False
     """Execute a sampler or stem that was written in a notebook and is stored in the run."""
+
+    def folder(self) -> Path:
+        """Where the results go: `mimdet errors` reads those in the run against all of its data."""
+        run = Path(self.run)
+        if self.out or not run.is_dir():
+            return Path(self.out) if self.out else run.with_suffix("")
+        special = [f"limit{self.limit}"] if self.limit else []
+        special += [Path(self.val_json).stem] if self.val_json else []
+        special += ["other-images"] if self.val_images and not self.val_json else []
+        special += [self.checkpoint] if self.checkpoint != "last" else []
+        return run / "-".join(["evaluation", *special]) if special else run
 
 
 @dataclass
@@ -105,6 +118,20 @@ class Predict:
     seed: int = 0
     trust_code: bool = False
     """Execute a sampler or stem that was written in a notebook and is stored in the run."""
+
+    def places(self) -> dict[Path, Path]:
+        """Image -> what is written of it, without suffix. ValueError for two of the same name."""
+        found: dict[Path, Path] = {}
+        for image in map(Path, self.images):
+            place = Path(self.out) / image.stem
+            taken = [other for other, its in found.items() if its == place and other != image]
+            if taken:
+                raise ValueError(
+                    f"{taken[0]} and {image} would both become {place}.json: predict them in two "
+                    "calls with another --out"
+                )
+            found[image] = place
+        return found
 
 
 @dataclass

@@ -40,12 +40,12 @@ def predict(
     equals `predict(model, a)`, `predict(model, b)`.
     """
     many = isinstance(images, list | tuple)
-    pictures = [as_tensor(image) for image in (images if many else [images])]
-    sizes = [(picture.shape[1], picture.shape[2]) for picture in pictures]
-    resized = [
-        resize_image(picture, test_size(model.config.data, *size))
-        for picture, size in zip(pictures, sizes, strict=True)
-    ]
+    sizes: list[tuple[int, int]] = []
+    resized: list[Tensor] = []
+    for image in images if many else [images]:
+        picture = as_tensor(image)  # only its resized copy is kept
+        sizes.append((picture.shape[1], picture.shape[2]))
+        resized.append(resize_image(picture, test_size(model.config.data, *sizes[-1])))
     found: dict[int, Detections] = {}
     for members in equal_padded_size(resized, len(resized) if sample is not None else batch_size):
         generators = [generator_for(seed, device_of(model)) for _ in members]
@@ -58,8 +58,9 @@ def predict(
             generators=generators,
         )
         for i, d in zip(members, detections, strict=True):
-            found[i] = to_original(d, sizes[i], model.canvas > 0).to("cpu")
-    ordered = [found[i] for i in range(len(pictures))]
+            on_canvas = resized[i].shape[1:] if model.canvas else None
+            found[i] = to_original(d, sizes[i], on_canvas).to("cpu")
+    ordered = [found[i] for i in range(len(resized))]
     return ordered if many else ordered[0]
 
 
@@ -72,17 +73,17 @@ def run_detector(model: Detector, images: Sequence[Tensor], **sampling: Any) -> 
 
 
 def to_original(
-    detections: Detections, size: tuple[int, int], one_factor: bool = False
+    detections: Detections, size: tuple[int, int], on_canvas: Sequence[int] | None = None
 ) -> Detections:
     """Boxes in the resized image -> in the original of (height, width); empty ones drop out.
 
-    one_factor: the image was placed on a square canvas, so the larger of the two factors is that of
-    both axes.
+    on_canvas: (height, width) of the resized image where it was placed on a canvas; then the factor
+    of the longer side is that of both axes, as in the original code.
     """
     height, width = detections.image_size
     factors = size[1] / width, size[0] / height
-    if one_factor:
-        factors = max(factors), max(factors)
+    if on_canvas is not None:
+        factors = (max(size) / max(on_canvas),) * 2
     scale = detections.boxes.new_tensor(factors).repeat(2)
     boxes = clip_boxes(detections.boxes * scale, size)
     moved = Detections(
@@ -106,13 +107,16 @@ def as_tensor(image: Any) -> Tensor:
     if isinstance(image, str | Path):
         return read_image(image)
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3):
+        channels = image.shape[2] if image.ndim == 3 else int(image.ndim == 2)
+        if image.dtype != np.uint8 or channels not in (1, 3, 4):
             raise ValueError(
                 f"an array image must be uint8 of shape (H, W, 3) or (H, W), not {image.dtype} "
-                f"{image.shape}; floats in 0..1 become (array * 255).astype('uint8')"
+                f"{image.shape}; floats in 0..1 become (array * 255).astype('uint8'), and "
+                "(3, H, W) becomes array.transpose(1, 2, 0)"
             )
-        grey = image if image.ndim == 3 else image[:, :, None].repeat(3, axis=2)
-        return torch.from_numpy(np.ascontiguousarray(grey[:, :, :3])).permute(2, 0, 1).contiguous()
+        pixels = image[:, :, None] if image.ndim == 2 else image[:, :, :3]  # without alpha
+        colours = pixels.repeat(3, axis=2) if channels == 1 else pixels
+        return torch.from_numpy(np.ascontiguousarray(colours)).permute(2, 0, 1).contiguous()
     if isinstance(image, Tensor):
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
             raise ValueError(

@@ -14,6 +14,7 @@ from mimdet.analysis.metrics import IouType, Metrics, coco_metrics
 from mimdet.analysis.results import results_for, save_results
 from mimdet.data.loader import Dataset, EvalLoader
 from mimdet.models.detector import Detector
+from mimdet.models.official import generic_names
 from mimdet.models.sampling import Keep
 from mimdet.predict import DEFAULT_BATCH, device_of, generator_for, run_detector, to_original
 
@@ -67,6 +68,7 @@ def evaluate(
     loader = EvalLoader(
         dataset, model.config.data, batch_size, workers, processes.rank(), processes.world()
     )
+    category_ids = ids_of_labels(model.categories, dataset)
     results: list[dict[str, Any]] = []
     masks = model.roi_heads.mask_head is not None
     for batch in _with_progress(loader, len(dataset), progress):
@@ -74,9 +76,11 @@ def evaluate(
         found = run_detector(
             model, batch.images, sample_ratio=sample_ratio, keep=keep, generators=generators
         )
-        for i, size, detections in zip(batch.indices, batch.original_sizes, found, strict=True):
-            original = to_original(detections, size, model.canvas > 0).to("cpu")
-            results += results_for(original, dataset.image_id(i), dataset.category_ids, masks)
+        sizes = zip(batch.original_sizes, batch.images, strict=True)
+        for i, (size, image), detections in zip(batch.indices, sizes, found, strict=True):
+            on_canvas = image.shape[1:] if model.canvas else None
+            original = to_original(detections, size, on_canvas).to("cpu")
+            results += results_for(original, dataset.image_id(i), category_ids, masks)
     results = processes.gather_lists(results)
     kinds: list[IouType] = ["bbox", "segm"] if masks and dataset.has_masks else ["bbox"]
     scale = getattr(dataset, "area_scale", 1.0)
@@ -85,6 +89,26 @@ def evaluate(
         metrics = coco_metrics(dataset.ground_truth(), results, kinds, scale)
     metrics = processes.from_first(metrics)
     return Evaluation(metrics, results, sample_ratio, seed, time.perf_counter() - start)
+
+
+def ids_of_labels(categories: Sequence[str], dataset: Dataset) -> list[int | None]:
+    """COCO id of each of a detector's labels, by name; None for a class the data set lacks.
+
+    categories: the detector's; where it knows none, its labels are in the data set's order. Raises
+    ValueError naming the classes of the data set that the detector does not know.
+    """
+    unnamed = list(categories) in ([], generic_names(len(categories)))
+    if unnamed or list(categories) == list(dataset.categories):
+        return list(dataset.category_ids)
+    unknown = [name for name in dataset.categories if name not in categories]
+    if unknown:
+        raise ValueError(
+            f"the detector does not know the classes {unknown} of the data set; it was trained on "
+            f"{list(categories)}. If they are the same under other names, in the same order, set "
+            "model.categories = dataset.categories"
+        )
+    ids = dict(zip(dataset.categories, dataset.category_ids, strict=True))
+    return [ids.get(name) for name in categories]
 
 
 def evaluate_ratios(
@@ -104,6 +128,8 @@ def evaluate_ratios(
     the predictions of the last pass go, in COCO results format. `known`: rows of ratios that need
     not be measured again; predictions are saved of what is measured.
     """
+    if draws < 1:
+        raise ValueError(f"draws={draws}: at least one sampling of the tokens per ratio")
     rows, measured = [], {row["sample_ratio"]: row for row in known}
     for ratio in ratios:
         if ratio in measured:

@@ -4,21 +4,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mimdet.files import write_json
 from mimdet.masks import probabilities_to_rle
 from mimdet.structures import Detections
 
 
 def results_for(
-    detections: Detections, image_id: int | str, category_ids: Sequence[int], has_masks: bool
+    detections: Detections,
+    image_id: int | str,
+    category_ids: Sequence[int | None],
+    has_masks: bool,
 ) -> list[dict[str, Any]]:
     """COCO results of one image: image_id, category_id, bbox (x, y, width, height) and score as
     plain floats, and with `has_masks` the pasted mask as compressed RLE under `segmentation`.
 
-    category_ids: COCO id of each label. Boxes and masks are in pixels of `detections.image_size`,
-    which must be the size of the image file.
+    category_ids: COCO id of each label; detections whose label has None are left out. Boxes and
+    masks are in pixels of `detections.image_size`, which must be the size of the image file.
     Raises ValueError when masks are wanted of detections that have none.
     """
+    known = [category_ids[label] is not None for label in detections.labels.tolist()]
+    detections = detections[torch.tensor(known, dtype=torch.bool, device=detections.labels.device)]
     boxes = detections.boxes.float().cpu()
     xywh = boxes.clone()
     xywh[:, 2:] -= boxes[:, :2]

@@ -125,6 +125,14 @@ def build_dataset(cfg: DataConfig, split: Literal["train", "val"], seed: int = 0
     """
     if split not in ("train", "val"):
         raise ValueError(f"split={split!r}: use 'train' or 'val'")
+    if cfg.source != "coco":
+        files = ("train_json", "train_images", "val_json", "val_images")
+        for name in files:
+            if getattr(cfg, name):
+                raise ValueError(
+                    f"data.{name} is {getattr(cfg, name)!r}, but data.source={cfg.source!r} reads "
+                    "no such file: set data.source='coco' (--source coco), or leave it out"
+                )
     train = split == "train"
     limit = cfg.limit_train if train else cfg.limit_val
     skip_empty = train and cfg.skip_empty

@@ -50,10 +50,9 @@ class HubDataset:
         rows = _open(table, split) if isinstance(table, str) else table
         self._table, self._key = _check_columns(rows, self.name)
         self.bbox_format = bbox_format
-        if limit:
-            self._table = self._table.select(range(min(limit, len(self._table))))
         names = _class_names(rows.features["objects"], self._key)
-        values, kept, self.has_masks, digest = self._scan(skip_empty)
+        values, kept, self.has_masks, digest = self._scan(skip_empty)  # the classes of all rows
+        kept = [index for index in kept if not limit or index < limit]
         self.version = f"{self.name} {split} objects sha256:{digest}"
         if names is not None:
             values = list(range(len(names)))
@@ -90,7 +89,7 @@ class HubDataset:
         """From the columns `height` and `width`, else from the header of the image."""
         if index not in self._known_sizes:
             row = self._table[index]
-            if {"height", "width"} <= set(row):
+            if row.get("height") and row.get("width"):
                 size = int(row["height"]), int(row["width"])
             else:
                 size = image_size(self._source(row["image"], index))
@@ -145,6 +144,11 @@ class HubDataset:
             trainable = 0
             for item in _listed(row["objects"]):
                 _check_box(item["bbox"], self.bbox_format, f"{self.name}, row {index}")
+                if item.get(self._key) is None:
+                    raise ValueError(
+                        f"{self.name}, row {index}: an object has no {self._key}; add it, or "
+                        "remove the object"
+                    )
                 values.add(item[self._key])
                 largest = max([largest, *item["bbox"]])
                 if not item.get("iscrowd"):
@@ -236,6 +240,8 @@ def _category_ids(values: list[Any]) -> dict[Any, int]:
 
 def _listed(objects: Any) -> list[dict[str, Any]]:
     """Objects of one image as a list of dictionaries, whichever way the table nests them."""
+    if objects is None:
+        return []
     if isinstance(objects, list):
         return objects
     columns = {name: column for name, column in objects.items() if column is not None}

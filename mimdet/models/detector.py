@@ -1,6 +1,7 @@
 """The Mask R-CNN, read top-down."""
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,6 +70,8 @@ class Detector(nn.Module):
         batch = pad_and_normalise(images, device)
         choice = dict(sample=sample, sample_ratio=sample_ratio, keep=keep, generators=generators)
         given = {name: value for name, value in choice.items() if value is not None}
+        if not takes_sampling(self.backbone):
+            given = refuse_sampling(given, type(self.backbone).__name__)
         maps = self.backbone(batch.tensors, batch.image_sizes, **given)
         levels = list(self.neck(maps).values())  # p2..p6
         if targets is not None:
@@ -90,6 +93,25 @@ class Detector(nn.Module):
         finally:
             for module, training in modes.items():
                 module.training = training
+
+
+def takes_sampling(backbone: nn.Module) -> bool:
+    """Whether a backbone's `forward` has the arguments that decide which tokens it sees."""
+    parameters = inspect.signature(backbone.forward).parameters
+    return "sample_ratio" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def refuse_sampling(given: dict[str, Any], name: str) -> dict[str, Any]:
+    """Nothing, for a backbone of your own that takes images and sizes alone.
+
+    Raises ValueError where a sample, or a share of the tokens below 1, was asked for.
+    """
+    if "sample" in given or given.get("sample_ratio", 1) != 1:
+        raise ValueError(
+            f"the backbone {name} samples no tokens: set backbone.sample_ratio_eval=1, and ask for "
+            "no sample and no ratio below 1"
+        )
+    return {}
 
 
 def on_canvas(image: Tensor, side: int) -> Tensor:

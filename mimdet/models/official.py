@@ -56,7 +56,12 @@ def class_names(count: int) -> list[str]:
 
     every_id = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # 0..90, with gaps
     coco = [name for name in every_id if name not in ("__background__", "N/A")]
-    return coco if count == len(coco) else [f"class {i + 1}" for i in range(count)]
+    return coco if count == len(coco) else generic_names(count)
+
+
+def generic_names(count: int) -> list[str]:
+    """Of classes whose names nobody knows."""
+    return [f"class {i + 1}" for i in range(count)]
 
 
 def holds_detector(file: CheckpointFile) -> bool:

@@ -5,21 +5,22 @@ gone tomorrow. Its source and a sha256 go into the run; reading it back executes
 the reader's consent.
 """
 
-import __future__
-
 import ast
 import builtins
 import dis
 import hashlib
 import inspect
+import json
 import linecache
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any, Literal
+
+import torch
 
 from mimdet.files import write_json, write_text
 
@@ -27,10 +28,16 @@ HEADER = """import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
+
+from mimdet.models.sampling import Grid
+from mimdet.models.stem import StemFeatures
 
 
 """
+GENERATED = "<string>"
+"""File name of methods that no text holds: those of @dataclass."""
+HEADER_NAMES = ("math", "torch", "F", "nn", "Tensor", "Generator", "Grid", "StemFeatures")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +57,9 @@ class SlotText:
 def read_slots(slots: Mapping[str, Any]) -> dict[str, SlotText]:
     """The text of every part that was passed in as an object, by slot name.
 
-    Raises ValueError for a part whose text does not stand on its own: it may use torch, F, nn,
-    Tensor and math; everything else it must import inside. And for one whose file was changed since
-    it was imported.
+    Raises ValueError for a part whose text does not stand on its own: it may use HEADER_NAMES;
+    everything else it must import inside. For an object that its class does not make without
+    arguments. And for a part whose file was changed since it was imported.
     """
     texts = {}
     for name, part in slots.items():
@@ -65,13 +72,20 @@ def read_slots(slots: Mapping[str, Any]) -> dict[str, SlotText]:
                 f"the source of the {name} {part!r} cannot be read, so the run could not be loaded "
                 "again: define it with def or class in a cell or a file"
             ) from error
+        kind: Literal["function", "class"] = "function" if is_function else "class"
+        text = SlotText(kind, definition.__name__, source)
+        _check_current(name, definition)
         if is_function:
             _check_self_contained(name, part)
         else:
             _check_default_constructor(name, definition)
-        _check_current(name, definition, source)
-        kind: Literal["function", "class"] = "function" if is_function else "class"
-        texts[name] = SlotText(kind, definition.__name__, source)
+            for method in filter(inspect.isfunction, vars(definition).values()):
+                if method.__code__.co_filename != GENERATED:
+                    _check_self_contained(name, method, definition.__name__)
+        read_back = _executed(name, text, Path(f"{name}.py"))
+        if not is_function and not inspect.isclass(part):
+            _check_rebuilt(name, part, read_back)
+        texts[name] = text
     return texts
 
 
@@ -98,8 +112,6 @@ def save_slots(folder: Path, slots: Mapping[str, Any]) -> None:
 
 def load_slots(folder: Path, trust_code: bool) -> dict[str, Any]:
     """The parts of a run, by slot name. PermissionError without consent; ValueError if edited."""
-    import json
-
     if not (folder / "slots.json").exists():
         return {}
     index = json.loads((folder / "slots.json").read_text())
@@ -114,13 +126,22 @@ def load_slots(folder: Path, trust_code: bool) -> dict[str, Any]:
         source = path.read_text(encoding="utf-8")
         if _sha256(source) != entry["sha256"]:
             raise ValueError(f"{path} was changed after the run wrote it: its sha256 differs")
-        module = ModuleType(f"mimdet_slot_{name}_{entry['sha256'][:12]}")
-        module.__file__ = str(path)
-        sys.modules[module.__name__] = module  # so that the source of a class is found again
-        exec(compile(source, str(path), "exec"), module.__dict__)
-        part = getattr(module, entry["object"])
+        part = _executed(name, SlotText(entry["kind"], entry["object"], source), path)
         slots[name] = part if entry["kind"] == "function" else part()
     return slots
+
+
+def check_slots(run: Path, texts: Mapping[str, SlotText]) -> None:
+    """ValueError when the run holds parts with other code than `texts`."""
+    index = run / "slots" / "slots.json"
+    old = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {}
+    new = slots_index(texts)
+    if new != old:
+        names = ", ".join(sorted({*old, *new}))
+        raise ValueError(
+            f"{run} holds a run with other code for: {names}. Use another run name, or the old "
+            f"code to resume it; `mimdet resume {run} --trust-code` takes the code it holds."
+        )
 
 
 def source_of(definition: Any) -> str:
@@ -142,13 +163,53 @@ def source_of(definition: Any) -> str:
     raise OSError(f"no text of {definition.__name__} was found")
 
 
-def _check_self_contained(name: str, function: Any) -> None:
-    allowed = {"math", "torch", "F", "Tensor", "nn", function.__name__}
+def _executed(name: str, part: SlotText, path: Path) -> Any:
+    """The function or class that a text defines, in a module of its own.
+
+    Raises ValueError for a name that it lacks: of a default value, an annotation, a base class.
+    """
+    module = ModuleType(f"mimdet_slot_{name}_{part.sha256[:12]}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # so that the source of a class is found again
+    try:
+        exec(compile(part.text, str(path), "exec", dont_inherit=True), module.__dict__)
+    except NameError as error:
+        raise ValueError(_outside(name, part.object, [str(error.name)])) from error
+    return getattr(module, part.object)
+
+
+def _check_self_contained(name: str, function: Any, part: str = "") -> None:
+    function = inspect.unwrap(function)
+    allowed = {*HEADER_NAMES, function.__name__, part, "__class__"}
     outside = sorted(_names_outside(function) - allowed)
     if outside:
+        raise ValueError(_outside(name, part or function.__name__, outside))
+
+
+def _outside(name: str, part: str, names: Sequence[str]) -> str:
+    return (
+        f"the {name} {part} uses {', '.join(names)} from outside itself: move it inside the "
+        f"function, so that the run can be loaded again (known are {', '.join(HEADER_NAMES)})"
+    )
+
+
+def _check_rebuilt(name: str, part: Any, kind: Any) -> None:
+    """ValueError when `kind()` is another object than `part`: a run makes its own, like this."""
+    with torch.random.fork_rng(devices=[]):  # a stem draws its weights
+        fresh = kind()
+    differ = [
+        key
+        for key, value in vars(part).items()
+        if isinstance(value, bool | int | float | str | tuple | None) and key != "training"
+        if key not in vars(fresh) or vars(fresh)[key] != value
+    ]
+    if isinstance(part, torch.nn.Module):
+        ours, theirs = part.state_dict(), fresh.state_dict()
+        differ += [k for k in ours if k not in theirs or ours[k].shape != theirs[k].shape]
+    if differ:
         raise ValueError(
-            f"the {name} {function.__name__} uses {', '.join(outside)} from outside itself: move "
-            "it inside the function, so that the run can be loaded again"
+            f"the {name} {kind.__name__}() made without arguments differs in {', '.join(differ)}: "
+            "write its values as defaults of the class, so that the run can be loaded again"
         )
 
 
@@ -165,27 +226,26 @@ def _names_outside(function: Any) -> set[str]:
     return {name for name in names if name not in vars(builtins)}
 
 
-def _check_current(name: str, definition: Any, source: str) -> None:
-    """ValueError when the part in memory was made from another text than `source`.
+def _check_current(name: str, definition: Any) -> None:
+    """ValueError when the file or cell of a part holds another text than it was made from.
 
-    Python reads a text from its file when it is asked for, and by line numbers. So every function
-    in memory must be one that `source` compiles to.
+    Python takes a text from its file when it is asked for, and by line numbers. So every function
+    in memory must be one that the file still compiles to, in the same line.
     """
     inside = [definition] if inspect.isfunction(definition) else vars(definition).values()
     functions = [inspect.unwrap(part) for part in inside if inspect.isfunction(part)]
     for code in (function.__code__ for function in functions):
-        flags = (
-            code.co_flags & __future__.annotations.compiler_flag
-        )  # `from __future__ import annotations`
-        written = _codes_in(compile(source, name, "exec", flags, dont_inherit=True))
-        generated = code.co_filename == "<string>"  # by @dataclass, for example
-        enclosed = set(code.co_freevars) - {"__class__"}  # compiles differently outside
-        if generated or enclosed or any(_same_code(code, other) for other in written):
+        if code.co_filename == GENERATED:
             continue
-        raise ValueError(
-            f"the text of the {name} {definition.__name__} was changed since it was imported: "
-            "import it again (restart the kernel), so that what is kept is what runs"
-        )
+        linecache.checkcache(code.co_filename)
+        text = "".join(linecache.getlines(code.co_filename))
+        flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT  # as in a cell
+        written = _codes_in(compile(text, code.co_filename, "exec", flags, dont_inherit=True))
+        if not any(_same_code(code, other) for other in written):
+            raise ValueError(
+                f"the text of the {name} {definition.__name__} was changed since it was imported: "
+                "import it again (restart the kernel), so that what is kept is what runs"
+            )
 
 
 def _codes_in(code: CodeType) -> Iterator[CodeType]:
@@ -196,10 +256,11 @@ def _codes_in(code: CodeType) -> Iterator[CodeType]:
 
 
 def _same_code(a: CodeType, b: CodeType) -> bool:
-    """Equal but for the place of their text."""
-    if (a.co_name, a.co_code, a.co_names) != (b.co_name, b.co_code, b.co_names):
-        return False
-    if (a.co_varnames, len(a.co_consts)) != (b.co_varnames, len(b.co_consts)):
+    """Equal, in the same line; the name of the file does not count."""
+    for field in ("co_name", "co_firstlineno", "co_code", "co_names", "co_varnames"):
+        if getattr(a, field) != getattr(b, field):
+            return False
+    if len(a.co_consts) != len(b.co_consts):
         return False
     for x, y in zip(a.co_consts, b.co_consts, strict=True):
         both_code = isinstance(x, CodeType) and isinstance(y, CodeType)

@@ -15,6 +15,8 @@ from mimdet.models.checkpoint_files import read_safetensors
 
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.pt"
+PARTIAL = ".partial-"
+"""Begins the name of a folder that is being written or deleted."""
 
 
 @dataclass(slots=True)
@@ -25,7 +27,7 @@ class Checkpoint:
     weights: dict[str, Tensor]
     """Parameters and buffers of the detector."""
     optimizer: dict[str, Any]
-    """State of the optimiser, of the gradient scaler, and the best AP so far."""
+    """State of the optimiser and of the gradient scaler."""
 
 
 class CheckpointStore:
@@ -38,16 +40,16 @@ class CheckpointStore:
     def save(self, checkpoint: Checkpoint) -> Path:
         """Write beside, flush, rename; then move `last` and drop the oldest ones."""
         place = self.folder / f"{checkpoint.step:06d}"
-        partial = self.folder / f".partial-{place.name}-{os.getpid()}"
-        shutil.rmtree(partial, ignore_errors=True)
+        self._clear()
+        partial = self.folder / f"{PARTIAL}{place.name}"
         partial.mkdir(parents=True)
         try:
             save_file({k: v.contiguous() for k, v in checkpoint.weights.items()}, partial / WEIGHTS)
             torch.save(checkpoint.optimizer, partial / OPTIMIZER)
             for file in partial.iterdir():
                 sync(file)
-            if place.exists():
-                shutil.rmtree(place)
+            if place.exists():  # not complete, or it would not be saved anew
+                self._delete(place)
             os.replace(partial, place)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -72,7 +74,9 @@ class CheckpointStore:
         """Steps with a complete checkpoint, oldest first."""
         if not self.folder.exists():
             return []
-        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdecimal())
+        places = [place for place in self.folder.iterdir() if place.name.isdecimal()]
+        files = (WEIGHTS, OPTIMIZER)
+        return sorted(int(p.name) for p in places if all((p / file).exists() for file in files))
 
     def load_last(self, device: torch.device) -> Checkpoint | None:
         """The newest complete checkpoint, or None in a fresh run."""
@@ -88,4 +92,16 @@ class CheckpointStore:
         for step in self.steps()[: -self.keep]:
             place = self.folder / f"{step:06d}"
             if place != best:
-                shutil.rmtree(place)
+                self._delete(place)
+
+    def _delete(self, place: Path) -> None:
+        """Out of sight first: a process that is killed meanwhile leaves no half of a checkpoint."""
+        partial = self.folder / f"{PARTIAL}{place.name}-old"
+        shutil.rmtree(partial, ignore_errors=True)
+        os.replace(place, partial)
+        shutil.rmtree(partial)
+
+    def _clear(self) -> None:
+        """Remove what killed processes left; only one process at a time trains in a run."""
+        for left in self.folder.glob(f"{PARTIAL}*"):
+            shutil.rmtree(left, ignore_errors=True)

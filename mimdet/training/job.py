@@ -17,7 +17,7 @@ from typing import Any
 from mimdet.config import Config, load_config
 from mimdet.files import read_json, write_json
 from mimdet.pretrain_config import PretrainConfig
-from mimdet.training.cell_code import read_slots, slots_index, write_slots
+from mimdet.training.cell_code import check_slots, read_slots, write_slots
 from mimdet.training.lock import holder, started
 from mimdet.training.metrics import JobState, MetricsFile, last_lines
 from mimdet.training.resume import stored_config
@@ -131,7 +131,7 @@ class Job:
             )
         _children[child.pid] = child
         about = {"pid": child.pid, "started": started(child.pid), "processes": count}
-        write_json(self.path / JOB, about | {"begun": begun})
+        self._note(about | {"begun": begun})
 
     def command(self, processes: int = 1) -> list[str]:
         """What is started; without its first word, what goes on with the run in a terminal."""
@@ -190,7 +190,7 @@ class Job:
         if not self._alive() and found is not None and not found.here:
             raise RuntimeError(f"{found} trains in {self.path}: stop it there")
         pid = about["pid"] if self._alive() or found is None else found.pid
-        write_json(self.path / JOB, about | {"stopping": time.time()})
+        self._note(about | {"stopping": time.time()})
         # Not SIGINT: a notebook's kernel ignores it between two cells, and what is started then
         # inherits that. Not to the group: the loader's processes end with the training.
         with suppress(ProcessLookupError):
@@ -224,7 +224,11 @@ class Job:
             found: dict[str, Any] = read_json(self.path / JOB)
         except (FileNotFoundError, ValueError):
             return {}
-        return found
+        here = str(self.path.resolve())
+        return found if found.get("run", here) == here else {}  # else a copy of a run elsewhere
+
+    def _note(self, about: dict[str, Any]) -> None:
+        write_json(self.path / JOB, about | {"run": str(self.path.resolve())})
 
     def _code(self) -> int | None:
         """Exit code of the process; None while it runs, or where another process started it."""
@@ -277,15 +281,9 @@ def _as_stored(cfg: Config | PretrainConfig, path: Path) -> Config | PretrainCon
 def _keep_slots(folder: Path, slots: dict[str, Any]) -> None:
     """Write the code of the slots, or see that the run holds the same. ValueError otherwise."""
     texts = read_slots(slots)
-    new, index = slots_index(texts), folder / "slots.json"
-    old = read_json(index) if index.exists() else {}
     begun = (folder.parent / "environment.json").exists()
-    if new != old and (old or begun):
-        names = ", ".join(sorted({*old, *new}))
-        raise ValueError(
-            f"{folder.parent} holds a run with other code for: {names}. Use another run name, or "
-            "the old code to resume it."
-        )
+    if begun or (folder / "slots.json").exists():
+        check_slots(folder.parent, texts)
     write_slots(folder, texts)
 
 

@@ -88,6 +88,10 @@ class Run:
                 raise RunInUse(refused)
             yield
 
+    def begun(self) -> bool:
+        """Whether a training has started here."""
+        return (self.path / "environment.json").exists()
+
     def record_environment(self, data: str) -> None:
         """Versions, machine, seed and data fingerprint."""
         write_json(self.path / "environment.json", environment(self.cfg, data))
@@ -206,7 +210,7 @@ def load_detector(
     source: str | Path,
     cfg: Config | None = None,
     *,
-    checkpoint: str = "last",
+    checkpoint: str | int = "last",
     trust_code: bool = False,
     device: str = "cpu",
 ) -> Detector:
@@ -234,6 +238,7 @@ def load_detector(
     slots = load_slots(path / "slots", trust_code)
     model = build_detector(cfg, **slots)
     store = CheckpointStore(path / "checkpoints")
+    checkpoint = str(checkpoint)
     place = store.pointed(checkpoint)
     if place is None and checkpoint.isdecimal():
         place = store.folder / f"{int(checkpoint):06d}"

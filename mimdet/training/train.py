@@ -8,11 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from mimdet import processes
-from mimdet.config import Config, load_config
+from mimdet.analysis.evaluate import evaluate, ids_of_labels, ratio_row
+from mimdet.analysis.results import save_results
+from mimdet.config import Config, difference, load_config
 from mimdet.data.coco import build_dataset
 from mimdet.data.loader import Dataset, MicroBatch, TrainLoader
 from mimdet.files import write_json
 from mimdet.models.detector import Detector, build_detector
+from mimdet.training.cell_code import check_slots, read_slots
 from mimdet.training.checkpoints import CheckpointStore
 from mimdet.training.run import Run, initialise, load_detector
 from mimdet.training.trainer import Step, Trainer, seed_all, use_threads
@@ -32,14 +35,20 @@ def train(
     never stopped (on CPU). Ctrl-C and SIGTERM abandon the step in progress, save, and raise
     TrainingStopped; leaving the loop saves too. A model, for example with a sampler of your own,
     and data sets may be passed in; else they are built from `cfg`.
+
+    Raises ValueError, before anything is written, for a model of another configuration and for data
+    sets whose classes differ; and where the run holds parts written as other code than the model's.
     """
     processes.join()
     seed_all(cfg.training.seed)
     use_threads(cfg.training.threads)
     data = train_data or build_dataset(cfg.data, "train", cfg.training.seed)
+    held_out = val_data or build_dataset(cfg.data, "val", cfg.training.seed)
+    ids_of_labels(data.categories, held_out)
     if model is None:
         adapt_to_data(cfg, data)
         model = build_detector(cfg)
+    check_model(model, cfg)
     if cfg.detector.num_classes != len(data.categories):
         raise ValueError(
             f"the detector has {cfg.detector.num_classes} classes, the data "
@@ -49,7 +58,9 @@ def train(
     if not isinstance(run, Run):
         path = run  # the first process makes the directory, the others then find it
         run = processes.in_turn(lambda: Run(path, cfg))
-    yield from DetectorTrainer(cfg, run, model, data, val_data).steps()
+    if run.begun():
+        check_slots(run.path, read_slots(model.slots))
+    yield from DetectorTrainer(cfg, run, model, data, held_out).steps()
 
 
 def fit(cfg: Config, name: str, *, runs: str | Path = "runs", **parts: Any) -> Detector:
@@ -69,7 +80,7 @@ class DetectorTrainer(Trainer):
     model: Detector
 
     def __init__(
-        self, cfg: Config, run: Run, model: Detector, data: Dataset, val_data: Dataset | None
+        self, cfg: Config, run: Run, model: Detector, data: Dataset, val_data: Dataset
     ) -> None:
         t = cfg.training
         loader = TrainLoader(
@@ -94,11 +105,6 @@ class DetectorTrainer(Trainer):
         return self.model(batch.images, batch.targets)
 
     def evaluate(self) -> dict[str, Any]:
-        from mimdet.analysis.evaluate import evaluate
-        from mimdet.analysis.results import save_results
-
-        if self.val_data is None:
-            self.val_data = build_dataset(self.cfg.data, "val", self.cfg.training.seed)
         start = time.perf_counter()
         evaluation = evaluate(
             self.model,
@@ -117,7 +123,6 @@ class DetectorTrainer(Trainer):
         write_json(self.run.path / "eval.json", {"step": self.done, "data": data, **metrics})
         if evaluation.box["AP"] > self.best:
             self.best = evaluation.box["AP"]
-            self.save(again=True)
             self.run.store.point("best", f"{self.done:06d}")
         # Last: a run that is killed before this line evaluates again when it is resumed.
         row: dict[str, Any] = {"step": self.done, "data": data, "evaluation": metrics}
@@ -131,8 +136,6 @@ def rows_from_training(run: str | Path, data: str) -> list[dict[str, Any]]:
     It fits when it was made with the newest weights, on the data set of version `data`, and with
     all tokens: below ratio 1 an evaluation while training is one draw only.
     """
-    from mimdet.analysis.evaluate import ratio_row
-
     path = Path(run)
     cfg = load_config(path / "config.json")
     done = [row for row in Run(path, cfg).metrics() if "evaluation" in row]
@@ -143,6 +146,21 @@ def rows_from_training(run: str | Path, data: str) -> list[dict[str, Any]]:
     if (last["step"], last["data"]) != (steps[-1], data):
         return []
     return [ratio_row(1.0, [last["evaluation"]], last["time"]["seconds"])]
+
+
+def check_model(model: Detector, cfg: Config) -> None:
+    """ValueError with the difference when `model` was not built from what `cfg` says of it."""
+    changed = [
+        line
+        for line in difference(model.config, cfg)
+        if line.startswith(("backbone.", "detector."))
+    ]
+    if changed:
+        raise ValueError(
+            "the model was built from another configuration than the one to be trained:\n  "
+            + "\n  ".join(changed)
+            + "\nBuild it again, with build_detector(cfg), after the last change of cfg."
+        )
 
 
 def adapt_to_data(cfg: Config, data: Dataset) -> None:

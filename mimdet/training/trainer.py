@@ -274,19 +274,15 @@ class Trainer:
 
     # -------------------------------------------------------------- checkpoints
 
-    def save(self, again: bool = False) -> None:
+    def save(self) -> None:
         """Write the state after the last full step, once per step.
 
         A failure in the middle of an update leaves weights that belong to no step: they are not
         saved, and the last checkpoint stays the newest one.
         """
-        if self.updating or (self.done == self.saved and not again) or processes.rank() != 0:
+        if self.updating or self.done == self.saved or processes.rank() != 0:
             return
-        state = {
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "best": self.best,
-        }
+        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         self.run.store.save(Checkpoint(self.done, self.model.state_dict(), state))
         self.saved = self.done
 
@@ -302,7 +298,6 @@ class Trainer:
             self.model.load_state_dict(last.weights)
             self.optimizer.load_state_dict(last.optimizer["optimizer"])
             self.scaler.load_state_dict(last.optimizer["scaler"])
-            self.best = last.optimizer["best"]
             self.done = self.saved = last.step
         processes.wait_for_all()  # every process has read the checkpoint
         if self.done != processes.from_first(self.done):
@@ -312,8 +307,10 @@ class Trainer:
             )
         if processes.rank() == 0:
             self.run.forget_after(self.done)
-            evaluations = [row["step"] for row in self.run.metrics() if "evaluation" in row]
-            self.evaluated = evaluations[-1] if evaluations else -1
+            done = [row for row in self.run.metrics() if "evaluation" in row]
+            self.evaluated = done[-1]["step"] if done else -1
+            scores = [row["evaluation"].get("box", {}).get("AP") for row in done]
+            self.best = max((score for score in scores if score is not None), default=-1.0)
         self.evaluated = processes.from_first(self.evaluated)
 
 

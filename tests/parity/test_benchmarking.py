@@ -135,7 +135,7 @@ def compare_final(
     for i, raw in enumerate(found):
         expected = bitmaps[f"masks_{i}"]
         height, width = expected.shape[1:]
-        ours = to_original(raw, (height, width), one_factor=True)
+        ours = to_original(raw, (height, width), on_canvas=raw.image_size)
         assert ours.labels.tolist() == tensors[f"det_classes_{i}"].tolist()
         boxes, scores = tensors[f"det_boxes_{i}"], tensors[f"det_scores_{i}"]
         measured(WHERE, f"final boxes of image {i}, px", largest(ours.boxes, boxes), 1e-3)

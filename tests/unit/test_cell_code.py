@@ -4,7 +4,10 @@ import importlib
 
 import pytest
 import torch
+from torch import Generator, Tensor, nn
 
+from mimdet.models.sampling import Grid
+from mimdet.models.stem import StemFeatures
 from mimdet.training.cell_code import (
     _check_self_contained,
     load_slots,
@@ -54,17 +57,17 @@ def test_a_part_without_text_is_refused(tmp_path) -> None:
 def test_a_text_that_is_not_what_runs_is_refused(tmp_path, monkeypatch) -> None:
     """Lines put above the part, or another value in it, since the file was imported."""
     text = """from __future__ import annotations
-from dataclasses import dataclass
+import math
 from torch import Tensor, nn
 
-@dataclass
 class Twice(nn.Module):
-    times: int = 2
-    def __post_init__(self):
+    def __init__(self, times: int = 2) -> None:
         super().__init__()
+        self.times = times
+
     def forward(self, x: Tensor) -> Tensor:
         def inner(y: Tensor) -> Tensor:
-            return self.times * y
+            return self.times * math.ceil(1.5) * y
         return inner(x)
 
 def largest(tokens, grid, generator):
@@ -82,9 +85,72 @@ def largest(tokens, grid, generator):
         file.write_text(changed)
         with pytest.raises(ValueError, match="sampler largest was changed since it was imported"):
             read_slots({"sampler": parts.largest})
-    file.write_text(text.replace("self.times * y", "self.times + y"))
+    file.write_text(text.replace("* y", "+ y"))
     with pytest.raises(ValueError, match="stem Twice was changed"):
         read_slots({"stem": parts.Twice})
+
+
+ALPHA = 2.0
+
+
+def annotated(tokens: Tensor, grid: Grid, generator: Generator | None) -> Tensor:
+    return tokens.norm(dim=1)
+
+
+def defaulted(tokens, grid, generator, alpha=ALPHA):
+    return alpha * tokens.norm(dim=1)
+
+
+class Power:
+    """A sampler with a setting."""
+
+    def __init__(self, p=1.0):
+        self.p = p
+
+    def __call__(self, tokens, grid, generator):
+        return self.p * tokens.norm(dim=1)
+
+
+class Scaled:
+    def __call__(self, tokens, grid, generator):
+        return ALPHA * tokens.norm(dim=1)
+
+
+class Longer(Power):
+    pass
+
+
+def test_what_would_not_load_again_is_refused_and_what_would_is_not(tmp_path) -> None:
+    save_slots(tmp_path, {"sampler": annotated})
+    assert load_slots(tmp_path, trust_code=True)["sampler"](torch.ones(2, 4), (1, 2), None).sum()
+    for part, outside in ((defaulted, "ALPHA"), (Scaled(), "ALPHA"), (Longer(), "Power")):
+        with pytest.raises(ValueError, match=f"uses {outside} from outside itself"):
+            read_slots({"sampler": part})
+    assert read_slots({"sampler": Power()})["sampler"].kind == "class"
+    with pytest.raises(ValueError, match=r"Power\(\) made without arguments differs in p"):
+        read_slots({"sampler": Power(p=-1.0)})
+
+
+def test_a_stem_of_other_sizes_than_its_class_makes_is_refused() -> None:
+    assert read_slots({"stem": Wide()})
+    with pytest.raises(ValueError, match=r"Wide\(\) made without arguments differs in "):
+        read_slots({"stem": Wide(48)})
+
+
+def test_reading_a_part_draws_no_numbers() -> None:
+    part = Wide()
+    state = torch.get_rng_state()
+    read_slots({"stem": part})
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Wide(nn.Module):
+    def __init__(self, dim: int = 32) -> None:
+        super().__init__()
+        self.c2 = nn.Conv2d(3, dim // 4, 4, 4)
+
+    def forward(self, images: Tensor) -> StemFeatures:
+        return StemFeatures(self.c2(images), images, images)
 
 
 def test_what_a_function_imports_inside_is_its_own_and_what_it_does_not_is_refused(tmp_path):

@@ -115,6 +115,55 @@ def test_predict(run, tmp_path, capsys):
     assert str(image) in capsys.readouterr().out
 
 
+def test_predictions_are_never_written_over(run, tmp_path):
+    export(mimdet.ShapesCOCO(size=64, length=2, split="val"), tmp_path / "scenes")
+    images = sorted((tmp_path / "scenes").rglob("*.png"))
+    places = [tmp_path / name for name in ("x.v1.png", "x.v2.png", "a/1.png", "b/1.png")]
+    for image, place in zip(images * 2, places, strict=True):
+        place.parent.mkdir(exist_ok=True)
+        shutil.copy(image, place)
+    out = ["--out", str(tmp_path / "found")]
+    cli.main(["predict", str(run), *map(str, places[:2]), *out])
+    assert {file.name for file in (tmp_path / "found").glob("*.json")} == {"x.v1.json", "x.v2.json"}
+    with pytest.raises(SystemExit, match=r"a/1.png and .*b/1.png would both become"):
+        cli.main(["predict", str(run), *map(str, places[2:]), *out])
+    with pytest.raises(SystemExit, match=r"error: .*directory"):
+        cli.main(["predict", str(run), str(tmp_path / "a"), *out])
+
+
+def test_evaluating_other_data_leaves_the_run_s_predictions(run, tmp_path, capsys):
+    cli.main(["evaluate", str(run), "--ratios", "1"])
+    files = [run / "predictions.json", run / "evaluation.json"]
+    before = [file.read_bytes() for file in files]
+    cli.main(["evaluate", str(run), "--ratios", "1", "--limit", "1"])
+    assert f"in {run}/evaluation-limit1: " in capsys.readouterr().out
+    export(mimdet.ShapesCOCO(size=64, length=1, split="val"), tmp_path / "scenes")
+    annotations = next((tmp_path / "scenes").rglob("*.json"))
+    images = next((tmp_path / "scenes").rglob("*.png")).parent
+    other = ["--val-json", str(annotations), "--val-images", str(images)]
+    cli.main(["evaluate", str(run), "--ratios", "1", *other])  # although the run's data are drawn
+    place = run / f"evaluation-{annotations.stem}" / "evaluation.json"
+    assert json.loads(place.read_text())["data"].startswith(annotations.name)
+    assert before == [file.read_bytes() for file in files]
+    with pytest.raises(SystemExit, match="draws=0"):
+        cli.main(["evaluate", str(run), "--ratios", "0.5", "--draws", "0"])
+
+
+def test_files_that_would_be_ignored_are_refused(tmp_path):
+    with pytest.raises(SystemExit, match=r"data.val_json is 'my.json', but data.source='shapes'"):
+        cli.main(["train", "tiny", str(tmp_path / "run"), *TINY, "--val-json", "my.json"])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["x.onnx"], "name it .safetensors"), (["x.pth", "--half"], "--half is for .safetensors")],
+)
+def test_export_says_what_it_can_write(run, words, said):
+    with pytest.raises(SystemExit, match=said):
+        cli.main(["export", str(run), *words])
+
+
 def test_check_data(tmp_path, capsys):
     export(mimdet.ShapesCOCO(size=64, length=2, split="val"), tmp_path / "scenes")
     annotations = next((tmp_path / "scenes").rglob("*.json"))
@@ -137,10 +186,12 @@ def test_demo_from_start_to_pictures(tmp_path, capfd):
 
 
 def test_demo_goes_on_with_what_is_there(run, tmp_path, capfd):
-    """With the run's own settings: those of this command line or this machine may be others."""
+    """With the run's own threads and precision: those of this machine may be others."""
     path = tmp_path / "begun"
     Run(path, load_config(run / "config.json"))  # begun, and stopped before the first step
-    cli.main(["demo", "--run", str(path), "--steps", "900", "--seed", "5"])
+    with pytest.raises(SystemExit, match="a demo with --seed 0, --steps 2: give another --run"):
+        cli.main(["demo", "--run", str(path), "--scenes", "2", "--steps", "900", "--seed", "5"])
+    cli.main(["demo", "--run", str(path), "--scenes", "2"])
     assert f"mimdet resume {path}" in capfd.readouterr().out
     assert json.loads((path / "eval.json").read_text())["step"] == 2
     assert (path / "ratios.png").stat().st_size > 1000

@@ -10,6 +10,7 @@ from mimdet.models.detector import Detector, build_detector
 from mimdet.models.sampling import Sample
 from mimdet.models.slots import resolve
 from mimdet.models.stem import STEMS, ConvStem
+from mimdet.predict import predict
 from mimdet.structures import Crops, Target
 
 LOSSES = ["loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask"]
@@ -281,6 +282,10 @@ def test_a_backbone_and_a_neck_of_ones_own() -> None:
     assert len(alone([picture(64, 64)], [two_objects()])) == 5
     both = build_detector(small_config(), backbone=Pyramid(), neck=Widen())
     assert len(both.detect([picture(64, 64)])) == 1
+    alone.config.backbone.sample_ratio_eval = 1.0
+    assert predict(alone, picture(64, 64)).image_size == (64, 64)
+    with pytest.raises(ValueError, match="backbone Pyramid samples no tokens"):
+        predict(alone, picture(64, 64), sample_ratio=0.5)
     assert list(both.slots) == ["backbone", "neck"]
     with pytest.raises(ValueError, match="backbone= is complete"):
         build_detector(small_config(), backbone=Pyramid(), stem=ConvStem(32))

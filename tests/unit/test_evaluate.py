@@ -1,12 +1,20 @@
 """evaluate: a perfect detector scores 1, draws are reproducible, batches do not matter."""
 
+import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import mimdet
-from mimdet.analysis.evaluate import evaluate, evaluate_ratios, image_seed, ratio_table
+from mimdet.analysis.evaluate import (
+    evaluate,
+    evaluate_ratios,
+    ids_of_labels,
+    image_seed,
+    ratio_table,
+)
 from mimdet.structures import Detections
 from tests.small import small
 
@@ -49,6 +57,47 @@ def test_a_detector_that_returns_the_truth_scores_one(model, scenes, monkeypatch
     evaluation = evaluate(model, scenes)
     assert evaluation.mask["AP"] > 0.97  # masks have passed through 112 x 112 cells
     assert evaluation.box["AP50"] > 0.9  # the crop's box is a ring of cells larger than the object
+
+
+def test_labels_go_by_names(model, scenes):
+    """A file of the same classes in another order, of fewer, and of others."""
+
+    other = SimpleNamespace(categories=["star", "disc"], category_ids=[7, 3])
+    assert ids_of_labels(["disc", "ring", "star"], other) == [3, None, 7]
+    assert ids_of_labels([], other) == ids_of_labels(["class 1", "class 2"], other) == [7, 3]
+    with pytest.raises(ValueError, match=r"does not know the classes \['star'\]"):
+        ids_of_labels(["disc", "ring"], other)
+    named = copy.deepcopy(model)
+    named.categories = list(scenes.categories)
+    rotated = copy.copy(scenes)
+    rotated.categories = [*scenes.categories[1:], scenes.categories[0]]
+    rotated.category_ids = list(range(2, 13)) + [1]
+    first, second = evaluate(named, scenes).results, evaluate(named, rotated).results
+    assert first and first == second
+    fewer = copy.copy(scenes)
+    fewer.categories, fewer.category_ids = scenes.categories[:11], scenes.category_ids[:11]
+    assert ids_of_labels(named.categories, fewer)[-1] is None
+    kept = [result for result in first if result["category_id"] != 12]
+    fewer.ground_truth = scenes.ground_truth
+    assert evaluate(named, fewer).results == kept
+
+
+def test_a_canvas_larger_than_the_image(model, scenes, monkeypatch):
+    """The box of an object is where it was before the canvas."""
+    seen = []
+
+    def found(images, **_):
+        boxes = torch.tensor([[8.0, 16.0, 24.0, 48.0]])
+        one = torch.ones(1)
+        seen.append(len(images))
+        return [Detections(boxes, one, one.long(), (96, 96), torch.ones(1, 28, 28)) for _ in images]
+
+    monkeypatch.setattr(model, "detect", found)
+    monkeypatch.setattr(model, "canvas", 96)  # images of 64 x 64
+    results = evaluate(model, scenes).results
+    assert results[0]["bbox"] == pytest.approx([8, 16, 16, 32]) and sum(seen) == 5
+    boxes = mimdet.predict(model, scenes[0].image).boxes
+    assert boxes.tolist() == [[8.0, 16.0, 24.0, 48.0]]
 
 
 def test_draws_are_reproducible_and_do_not_depend_on_the_batch(model, scenes):

@@ -64,6 +64,24 @@ def test_hub_table(bbox_format, box, nested):
     assert len(pickle.loads(pickle.dumps(dataset))[1].target) == 0
 
 
+def test_rows_without_objects_categories_or_size():
+    import datasets
+
+    picture = Image.new("RGB", (30, 20))
+    one = {"bbox": [[1.0, 1, 5, 5]], "category": ["dog"]}
+    two = {"bbox": [[1.0, 1, 5, 5]], "category": ["ant"]}
+    content = {"image": [picture] * 3, "objects": [one, None, two]}
+    content |= {"height": [20, None, 20], "width": [30, None, 30]}
+    table = datasets.Dataset.from_dict(content)
+    dataset = HubDataset(table, bbox_format="xywh")
+    assert len(dataset[1].target) == 0 and dataset.image_size(1) == (20, 30)
+    few = HubDataset(table, bbox_format="xywh", limit=2)
+    assert len(few) == 2 and few.categories == ["ant", "dog"]  # those of the whole table
+    content["objects"][2] = two | {"category": [None]}
+    with pytest.raises(ValueError, match="row 2: an object has no category"):
+        HubDataset(datasets.Dataset.from_dict(content), bbox_format="xywh")
+
+
 def test_hub_masks():
     table = hub_table([[2, 2, 8, 8]], segmentation=[SQUARE])
     dataset = HubDataset(table, bbox_format="xywh")

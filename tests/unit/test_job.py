@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -204,7 +205,7 @@ def test_nothing_to_stop_and_a_number_that_another_process_has_now(tmp_path) -> 
     job = Job.attach(tmp_path / "run")
     assert job.stop() is False and job.state().name == "new" and not job.running()
     assert job.wait(0).name == "new"
-    write_json(tmp_path / "run" / JOB, {"pid": os.getpid(), "started": "long ago", "begun": 1.0})
+    job._note({"pid": os.getpid(), "started": "long ago", "begun": 1.0})
     assert not job.running() and job.stop() is False
 
 
@@ -224,10 +225,20 @@ def test_what_is_said_while_the_process_lives(tmp_path, last, began, name) -> No
     """
     Run(tmp_path / "run", easy())
     pid = os.getpid()
-    write_json(tmp_path / "run" / JOB, {"pid": pid, "started": started(pid), "begun": 10.0})
+    Job(tmp_path / "run")._note({"pid": pid, "started": started(pid), "begun": 10.0})
     status = {"state": last, "began": began, "step": STEPS, "total": STEPS, "error": ""}
     write_json(tmp_path / "run" / STATUS, status)
     assert Job.attach(tmp_path / "run").state().name == name
+
+
+def test_a_copy_of_a_running_run_is_not_that_run(tmp_path) -> None:
+    Run(tmp_path / "run", easy())
+    pid = os.getpid()
+    Job(tmp_path / "run")._note({"pid": pid, "started": started(pid), "begun": 10.0})
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    assert Job.attach(tmp_path / "run").running()
+    copy = Job.attach(tmp_path / "copy")
+    assert not copy.running() and copy.stop() is False and copy.state().name == "new"
 
 
 def test_ctrl_c_while_waiting_stops_the_job_in_one_line(tmp_path, monkeypatch) -> None:

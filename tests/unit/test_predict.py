@@ -94,6 +94,8 @@ def test_boxes_are_in_the_pictures_own_pixels(model, picture):
         (np.zeros((4, 4, 3), np.float32), "uint8"),
         (torch.zeros(3, 4, 4), "uint8"),
         (torch.zeros(4, 4, 3, dtype=torch.uint8), r"\(3, H, W\)"),
+        (np.zeros((3, 40, 50), np.uint8), r"becomes array.transpose\(1, 2, 0\)"),
+        (np.zeros((40, 50, 2), np.uint8), "uint8 of shape"),
         (3.0, "cannot read an image from float"),
     ],
 )

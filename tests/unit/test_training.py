@@ -13,6 +13,7 @@ import mimdet
 from mimdet import presets
 from mimdet.training.checkpoints import Checkpoint, CheckpointStore
 from mimdet.training.optim import build_optimizer, parameter_groups, rate_factor, scaled_rate
+from mimdet.training.resume import resume
 from mimdet.training.run import Run, load_detector
 from mimdet.training.signals import TrainingStopped
 from mimdet.training.train import DetectorTrainer, fit, train
@@ -110,6 +111,19 @@ def test_checkpoints_are_complete_or_absent(tmp_path, monkeypatch):
         store.save(Checkpoint(step, {"w": torch.zeros(2)}, {}))
     assert store.steps() == [2, 4, 5]  # the best one stays
     assert store.load_last(torch.device("cpu")).step == 5
+
+
+def test_half_of_a_checkpoint_does_not_count(tmp_path):
+    """A process that is killed while it deletes or writes leaves the others usable."""
+    store = CheckpointStore(tmp_path, keep=2)
+    for step in (1, 2):
+        store.save(Checkpoint(step, {"w": torch.full((2,), step)}, {}))
+    (tmp_path / "000002" / "model.safetensors").unlink()
+    (tmp_path / ".partial-000001-old").mkdir()
+    assert store.steps() == [1] and store.load_last(torch.device("cpu")).step == 1
+    store.save(Checkpoint(2, {"w": torch.zeros(2)}, {}))
+    assert store.steps() == [1, 2]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000001", "000002", "last"]
 
 
 # ---------------------------------------------------------------- training
@@ -254,6 +268,57 @@ def leaning_sampler(tokens, grid, generator):
     return tokens[:, 0] * OUTSIDE
 
 
+def test_a_run_goes_on_with_the_code_and_the_sizes_it_began_with(tmp_path):
+    run, cfg = tmp_path / "own", small()
+    next(train(cfg, run, model=mimdet.build_detector(cfg, sampler=stem_response_sampler)))
+    with pytest.raises(ValueError, match="other code for: sampler"):
+        next(train(cfg, run))
+    again = mimdet.build_detector(cfg, sampler=stem_response_sampler)
+    assert next(train(cfg, run, model=again)).number == 2
+    assert len(list(resume(run, trust_code=True))) == 2
+    cfg.backbone.sample_ratio = 0.25
+    with pytest.raises(ValueError, match=r"backbone.sample_ratio: 0.5 -> 0.25\nBuild it again"):
+        next(train(cfg, tmp_path / "other", model=again))
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_best_checkpoint_is_named_even_after_a_kill(tmp_path):
+    """Killed between an evaluation and its record: the evaluation is done again."""
+    run = tmp_path / "run"
+    list(train(small(), run))
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert "evaluation" in json.loads(lines[-1])
+    (run / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    expected = (run / "checkpoints" / "best").read_text()
+    (run / "checkpoints" / "best").unlink()
+    rows = [json.loads(line) for line in lines]
+    aps = [row["evaluation"]["box"]["AP"] for row in rows if "evaluation" in row]
+    list(train(small(), run))
+    assert (run / "metrics.jsonl").read_text().count("evaluation") == len(aps) == 2
+    store = CheckpointStore(run / "checkpoints")
+    assert (store.pointed("best") is not None) == (aps[1] > aps[0])
+    assert expected.strip() in ("000003", "000004")
+
+
+def test_validation_data_are_opened_before_anything_is_written(tmp_path):
+    cfg = small()
+    cfg.data.source = "coco"
+    scenes = mimdet.ShapesCOCO(size=64, length=4)
+    with pytest.raises(ValueError, match=r"data.val_json is empty"):
+        next(train(cfg, tmp_path / "run", train_data=scenes))
+    other = mimdet.ShapesCOCO(size=64, length=2, split="val")
+    other.categories = [*other.categories[:-1], "unicorn"]
+    with pytest.raises(ValueError, match="unicorn"):
+        next(train(small(), tmp_path / "run", val_data=other))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_by_its_number(tmp_path):
+    list(train(small(2), tmp_path / "run"))
+    model = load_detector(tmp_path / "run", checkpoint=2)
+    assert not model.training
+
+
 def test_slot_that_does_not_stand_alone_is_refused(tmp_path):
     model = mimdet.build_detector(small(1), sampler=leaning_sampler)
     with pytest.raises(ValueError, match="OUTSIDE from outside itself"):
@@ -286,5 +351,7 @@ def test_trainer_steps_from_epochs(tmp_path):
     cfg = small(0)
     cfg.training.epochs = 2.0
     data = mimdet.ShapesCOCO(size=64, length=10)
-    trainer = DetectorTrainer(cfg, Run(tmp_path / "x", cfg), mimdet.build_detector(cfg), data, None)
+    held_out = mimdet.ShapesCOCO(size=64, length=2, split="val")
+    run, model = Run(tmp_path / "x", cfg), mimdet.build_detector(cfg)
+    trainer = DetectorTrainer(cfg, run, model, data, held_out)
     assert trainer.total == 5  # 2 epochs of 10 images, 4 a step
