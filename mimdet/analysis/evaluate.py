@@ -98,6 +98,11 @@ def ids_of_labels(categories: Sequence[str], dataset: Dataset) -> list[int | Non
     ValueError naming the classes of the data set that the detector does not know.
     """
     unnamed = list(categories) in ([], generic_names(len(categories)))
+    if unnamed and categories and len(categories) != len(dataset.categories):
+        raise ValueError(
+            f"the detector has {len(categories)} classes without names, the data set "
+            f"{len(dataset.categories)}: they cannot be paired"
+        )
     if unnamed or list(categories) == list(dataset.categories):
         return list(dataset.category_ids)
     unknown = [name for name in dataset.categories if name not in categories]

@@ -65,6 +65,8 @@ def test_labels_go_by_names(model, scenes):
     other = SimpleNamespace(categories=["star", "disc"], category_ids=[7, 3])
     assert ids_of_labels(["disc", "ring", "star"], other) == [3, None, 7]
     assert ids_of_labels([], other) == ids_of_labels(["class 1", "class 2"], other) == [7, 3]
+    with pytest.raises(ValueError, match="3 classes without names, the data set 2"):
+        ids_of_labels(["class 1", "class 2", "class 3"], other)
     with pytest.raises(ValueError, match=r"does not know the classes \['star'\]"):
         ids_of_labels(["disc", "ring"], other)
     named = copy.deepcopy(model)
