@@ -65,9 +65,13 @@ def predict(
 
 
 def run_detector(model: Detector, images: Sequence[Tensor], **sampling: Any) -> list[Detections]:
-    """One batch of resized images in evaluation mode, at the precision of the device."""
+    """One batch of resized images in evaluation mode, at the precision of the device.
+
+    With training.precision="fp32" a GPU computes in float32 here too.
+    """
     weights = next(model.parameters())
-    precision = "fp64" if weights.dtype == torch.float64 else "auto"
+    asked = "fp32" if model.config.training.precision == "fp32" else "auto"
+    precision = "fp64" if weights.dtype == torch.float64 else asked
     with autocast(weights.device, precision):
         return model.detect(images, **sampling)
 

@@ -128,7 +128,8 @@ def coco_ground_truth(
     """A COCO dictionary for evaluation: crowds included, annotation ids renumbered from 1.
 
     images: pairs of a COCO image entry (id, height, width, file_name) and its annotations.
-    Ids are renumbered because pycocotools takes a match with annotation 0 for no match.
+    Ids are renumbered because pycocotools takes a match with annotation 0 for no match. A crowd
+    without a mask gets its box as one: detections there are left out, as they are of boxes.
     """
     entries: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -145,6 +146,9 @@ def coco_ground_truth(
             }
             if has_mask(row):
                 item["segmentation"] = coco_segmentation(row, image["height"], image["width"])
+            elif row["iscrowd"]:
+                x, y, w, h = row["bbox"]
+                item["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
             annotations.append(item)
     head: dict[str, Any] = {"info": {}, "licenses": []}
     return head | {"images": entries, "annotations": annotations, "categories": categories}

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from mimdet.analysis.metrics import coco_metrics
 from mimdet.config import DataConfig
 from mimdet.data import tables
 from mimdet.data.annotations import clipped_box
@@ -81,6 +82,20 @@ def test_records_of_a_small_file(tmp_path, content):
 
     for index in (1, 2):  # the empty image and the one with a crowd only
         assert len(dataset[index].target) == 0 and len(dataset[index].target.masks) == 0
+
+
+def test_a_crowd_without_a_mask_is_its_box(tmp_path, content):
+    """Detections there count neither as found nor as wrong, for masks as for boxes."""
+    del content["annotations"][2]["segmentation"]
+    truth = CocoDataset(*write(tmp_path, content)).ground_truth()
+    assert truth["annotations"][2]["segmentation"] == [[0, 0, 2, 0, 2, 20, 0, 20]]
+    bitmap = np.zeros((20, 30), np.uint8, order="F")
+    bitmap[:20, :2] = 1
+    wrong = {"image_id": 3, "category_id": 5, "bbox": [0, 0, 2, 20], "score": 0.9}
+    wrong["segmentation"] = coco_mask.encode(bitmap)
+    right = wrong | {"image_id": "left", "score": 0.5}
+    metrics = coco_metrics(truth, [wrong, right], ["bbox", "segm"])
+    assert metrics.box_per_class["cat"] == metrics.mask_per_class["cat"] == 1.0
 
 
 def test_ground_truth_keeps_crowds_and_renumbers(tmp_path, content):

@@ -1,11 +1,15 @@
 """predict: any input, one or many, the same result alone and in company."""
 
+import sys
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import mimdet
+from mimdet.predict import run_detector
 from tests.small import small
 
 
@@ -107,3 +111,17 @@ def test_wrong_input_says_what_is_right(model, image, message):
 def test_missing_file_is_named(model):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jpg"):
         mimdet.predict(model, "nowhere.jpg")
+
+
+@pytest.mark.parametrize(("trained", "computed"), [("fp32", "fp32"), ("bf16", "auto")])
+def test_who_asks_for_float32_gets_it_here_too(model, picture, monkeypatch, trained, computed):
+    seen = []
+
+    def noting(device, precision):
+        seen.append(precision)
+        return nullcontext()
+
+    monkeypatch.setattr(sys.modules[run_detector.__module__], "autocast", noting)
+    monkeypatch.setattr(model.config.training, "precision", trained)
+    mimdet.predict(model, picture)
+    assert seen == [computed]
