@@ -146,7 +146,7 @@ def run_evaluate(words: list[str]) -> None:
     data.val_json = command.val_json or data.val_json
     data.val_images = command.val_images or data.val_images
     if command.val_json or command.val_images:
-        data.source, data.train_json, data.train_images = "coco", "", ""
+        data.source = "coco"
     run = Path(command.run)
     out = command.folder()
     dataset = build_dataset(data, "val", model.config.training.seed)

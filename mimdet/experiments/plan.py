@@ -77,20 +77,20 @@ def plan_runs(
         cfg = copy.deepcopy(arm.cfg)
         data = build_dataset(cfg.data, "train", cfg.training.seed)
         adapt_to_data(cfg, data)
-        held_out = build_dataset(cfg.data, "val", cfg.training.seed).version
-        ready[arm.label] = (cfg, len(data), typical_size(cfg, data), held_out)
+        version = build_dataset(cfg.data, "val", cfg.training.seed).version
+        ready[arm.label] = (cfg, len(data), typical_size(cfg, data), version)
     _check_different({label: cfg for label, (cfg, *_) in ready.items()})
     runs = []
     for seed in seeds:
         for arm in arms:
-            cfg, images, size, held_out = copy.deepcopy(ready[arm.label])
+            cfg, images, size, version = copy.deepcopy(ready[arm.label])
             cfg.training.seed = seed
             path = folder / f"{arm.label}-s{seed}"
             _check_same(path, cfg)
             at = tuple(map(float, ratios or (cfg.backbone.sample_ratio_eval,)))
             at = (1.0,) if cfg.backbone.kind in BASELINES else at
             steps = total_steps(cfg, images)
-            runs.append(PlannedRun(arm, seed, cfg, path, images, size, steps, at, draws, held_out))
+            runs.append(PlannedRun(arm, seed, cfg, path, images, size, steps, at, draws, version))
     return runs
 
 

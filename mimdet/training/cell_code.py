@@ -82,7 +82,7 @@ def read_slots(slots: Mapping[str, Any]) -> dict[str, SlotText]:
             for method in filter(inspect.isfunction, vars(definition).values()):
                 if method.__code__.co_filename != GENERATED:
                     _check_self_contained(name, method, definition.__name__)
-        read_back = _executed(name, text, Path(f"{name}.py"))
+        read_back = _executed(name, text, Path(f"{name}.py"), f"mimdet_slot_{name}_read_back")
         if not is_function and not inspect.isclass(part):
             _check_rebuilt(name, part, read_back)
         texts[name] = text
@@ -126,7 +126,8 @@ def load_slots(folder: Path, trust_code: bool) -> dict[str, Any]:
         source = path.read_text(encoding="utf-8")
         if _sha256(source) != entry["sha256"]:
             raise ValueError(f"{path} was changed after the run wrote it: its sha256 differs")
-        part = _executed(name, SlotText(entry["kind"], entry["object"], source), path)
+        kept = SlotText(entry["kind"], entry["object"], source)
+        part = _executed(name, kept, path, f"mimdet_slot_{name}_{kept.sha256[:12]}")
         slots[name] = part if entry["kind"] == "function" else part()
     return slots
 
@@ -163,12 +164,12 @@ def source_of(definition: Any) -> str:
     raise OSError(f"no text of {definition.__name__} was found")
 
 
-def _executed(name: str, part: SlotText, path: Path) -> Any:
-    """The function or class that a text defines, in a module of its own.
+def _executed(name: str, part: SlotText, path: Path, module_name: str) -> Any:
+    """The function or class that a text defines, in a module `module_name` of its own.
 
     Raises ValueError for a name that it lacks: of a default value, an annotation, a base class.
     """
-    module = ModuleType(f"mimdet_slot_{name}_{part.sha256[:12]}")
+    module = ModuleType(module_name)
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # so that the source of a class is found again
     try:

@@ -121,13 +121,18 @@ class DetectorTrainer(Trainer):
         seconds = round(time.perf_counter() - start, 2)
         save_results(evaluation.results, self.run.path / "predictions.json")
         write_json(self.run.path / "eval.json", {"step": self.done, "data": data, **metrics})
-        if evaluation.box["AP"] > self.best:
-            self.best = evaluation.box["AP"]
+        if evaluation.box["AP"] > self.best_so_far():
             self.run.store.point("best", f"{self.done:06d}")
         # Last: a run that is killed before this line evaluates again when it is resumed.
         row: dict[str, Any] = {"step": self.done, "data": data, "evaluation": metrics}
         self.run.append(row | {"time": {"seconds": seconds}})
         return metrics
+
+    def best_so_far(self) -> float:
+        """Highest box AP on record; -1 before the first evaluation."""
+        done = [row["evaluation"] for row in self.run.metrics() if "evaluation" in row]
+        scores = [evaluation["box"].get("AP") for evaluation in done]
+        return max((score for score in scores if score is not None), default=-1.0)
 
 
 def rows_from_training(run: str | Path, data: str) -> list[dict[str, Any]]:

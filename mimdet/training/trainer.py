@@ -88,7 +88,6 @@ class Trainer:
         self.checkpoint_every = t.checkpoint_every_steps or max(
             1, min(round(per_epoch), math.ceil(self.total / 10))
         )
-        self.best = -1.0
         self.evaluated = -1
         self.updating = False
         self.done = 0
@@ -307,10 +306,8 @@ class Trainer:
             )
         if processes.rank() == 0:
             self.run.forget_after(self.done)
-            done = [row for row in self.run.metrics() if "evaluation" in row]
-            self.evaluated = done[-1]["step"] if done else -1
-            scores = [row["evaluation"].get("box", {}).get("AP") for row in done]
-            self.best = max((score for score in scores if score is not None), default=-1.0)
+            evaluations = [row["step"] for row in self.run.metrics() if "evaluation" in row]
+            self.evaluated = evaluations[-1] if evaluations else -1
         self.evaluated = processes.from_first(self.evaluated)
 
 
