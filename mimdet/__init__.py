@@ -5,8 +5,6 @@ nothing and a program that only reads configurations never loads the detector.
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -20,7 +18,7 @@ _MODULE_OF = {
     "Crops": "mimdet.structures",
     "Detections": "mimdet.structures",
     "Target": "mimdet.structures",
-    "predict": "mimdet.predict",
+    "predict": "mimdet.inference",
     "ShapesCOCO": "mimdet.data.shapes",
     "CocoDataset": "mimdet.data.coco",
     "build_dataset": "mimdet.data.coco",
@@ -32,11 +30,11 @@ _MODULE_OF = {
     "load_mae_model": "mimdet.models.weights",
     "save_mae": "mimdet.models.weights",
     "export_detectron2": "mimdet.models.official",
-    "save_detector": "mimdet.models.single_file",
+    "save_detector": "mimdet.models.official",
     "MAE": "mimdet.models.mae",
     "evaluate": "mimdet.analysis.evaluate",
     "find_errors": "mimdet.analysis.errors",
-    "compare_runs": "mimdet.analysis.comparison",
+    "compare_runs": "mimdet.analysis.verdicts",
     "pretrain": "mimdet.training.pretrain",
     "experiment": "mimdet.experiments.experiment",
     "record": "mimdet.viz.record",
@@ -62,18 +60,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Package(ModuleType):
-    """Keeps `mimdet.predict` the function.
-
-    Python binds every imported submodule in its package, so `import mimdet.predict` anywhere would
-    turn the public function into the module of the same name.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _MODULE_OF or not isinstance(value, ModuleType):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -49,8 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     name, rest = (words[0], words[1:]) if words else ("--help", [])
     if name in ("-h", "--help", "help"):
+        from mimdet.config import PRETRAIN_PRESETS
         from mimdet.presets import PRESETS
-        from mimdet.pretrain_config import PRETRAIN_PRESETS
 
         presets, more = ", ".join(PRESETS), ", ".join(PRETRAIN_PRESETS)
         print(USAGE.format(presets=presets, pretrain_presets=more))
@@ -83,7 +83,7 @@ def run_train(words: list[str]) -> None:
 
 
 def run_pretrain(words: list[str]) -> None:
-    from mimdet.pretrain_config import PRETRAIN_PRESETS
+    from mimdet.config import PRETRAIN_PRESETS
 
     command = parse_preset(Pretrain, PRETRAIN_PRESETS, words, "pretrain")
     from mimdet.training.pretrain import pretrain
@@ -94,7 +94,7 @@ def run_pretrain(words: list[str]) -> None:
 
 def run_resume(words: list[str]) -> None:
     command = parse(Resume, words, "resume")
-    from mimdet.training.resume import resume
+    from mimdet.training.train import resume
 
     # A log is read by people: a line of progress now and then.
     _follow(resume(command.run, trust_code=command.trust_code), 1 if sys.stdout.isatty() else 20)
@@ -104,8 +104,8 @@ def run_resume(words: list[str]) -> None:
 def _follow(steps: Iterator[Any], every: float = 1) -> None:
     """Run a training to its end with a progress bar, in the first process; every: seconds."""
     from mimdet import processes
-    from mimdet.training.progress import show_progress
     from mimdet.training.signals import TrainingStopped
+    from mimdet.training.trainer import show_progress
 
     try:
         for _ in show_progress(steps, every) if processes.first_of_torchrun() else steps:
@@ -172,9 +172,9 @@ def run_evaluate(words: list[str]) -> None:
 
 def run_predict(words: list[str]) -> None:
     command = parse(Predict, words, "predict")
-    from mimdet.analysis.results import results_for, save_results
+    from mimdet.analysis.evaluate import results_for, save_results
     from mimdet.data.images import read_image
-    from mimdet.predict import predict
+    from mimdet.inference import predict
     from mimdet.training.run import load_detector
     from mimdet.training.trainer import pick_device, use_threads
     from mimdet.viz.figures import save_figure, show_detections
@@ -202,8 +202,7 @@ def run_predict(words: list[str]) -> None:
 
 def run_export(words: list[str]) -> None:
     command = parse(Export, words, "export")
-    from mimdet.models.official import export_detectron2
-    from mimdet.models.single_file import save_detector
+    from mimdet.models.official import export_detectron2, save_detector
     from mimdet.training.run import load_detector
 
     suffix = Path(command.file).suffix
@@ -225,9 +224,9 @@ def run_export(words: list[str]) -> None:
 
 def run_errors(words: list[str]) -> None:
     command = parse(Errors, words, "errors")
-    from mimdet.analysis.comparison import compare_runs
     from mimdet.analysis.errors import find_errors
     from mimdet.analysis.metrics import IouType
+    from mimdet.analysis.verdicts import compare_runs
     from mimdet.config import load_config
     from mimdet.data.coco import build_dataset
     from mimdet.files import read_json, write_json
@@ -264,8 +263,8 @@ def run_errors(words: list[str]) -> None:
 
 def run_ablate(words: list[str]) -> None:
     command = parse(Ablate, words, "ablate")
-    from mimdet.experiments.ablate import ablate
-    from mimdet.experiments.pool import ExperimentStopped
+    from mimdet.experiments.experiment import ablate
+    from mimdet.experiments.runs import ExperimentStopped
 
     options = vars(command)
     try:
@@ -276,7 +275,7 @@ def run_ablate(words: list[str]) -> None:
     except RuntimeError as failed:  # every run failed, and why stands in the message
         sys.exit(f"error: {failed}")
     if result is not None:
-        from mimdet.viz.ablations import save_figures
+        from mimdet.viz.experiments import save_figures
 
         for path in save_figures(result, result.folder):
             print(f"figure: {path}")
@@ -315,8 +314,7 @@ def run_check_data(words: list[str]) -> None:
 
 def run_download(words: list[str]) -> None:
     command = parse(Download, words, "download")
-    from mimdet.downloads.catalogue import table
-    from mimdet.downloads.fetch import download
+    from mimdet.downloads import download, table
 
     if not command.names:
         print(table())

@@ -187,7 +187,7 @@ def draw(path: Path) -> None:
 
 def detections_beside_truth(model: Any, dataset: Any) -> Any:
     """Figure of the first eight images."""
-    from mimdet.predict import predict
+    from mimdet.inference import predict
     from mimdet.viz.figures import show_detections
 
     records = [dataset[i] for i in range(min(8, len(dataset)))]

@@ -9,8 +9,7 @@ from typing import Any
 import tyro
 from tyro.conf import Positional
 
-from mimdet.config import Config
-from mimdet.pretrain_config import PretrainConfig
+from mimdet.config import Config, PretrainConfig
 
 
 @dataclass

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mimdet.config import Config
@@ -136,3 +137,22 @@ def _giga(count: int) -> str:
     """Four digits at most: 905.2, 12.35, 0.412."""
     value = count / 1e9
     return f"{value:.1f}" if value >= 100 else f"{value:.3g}" if value < 1 else f"{value:.2f}"
+
+
+def kept_bytes(run: Callable[[], Any], module: nn.Module) -> int:
+    """Bytes of the tensors that autograd keeps while `run` computes, those of `module` left out.
+
+    A storage counts once, however many tensors share it. What is recomputed is not kept.
+    """
+    own = {p.untyped_storage().data_ptr() for p in (*module.parameters(), *module.buffers())}
+    kept: dict[int, Any] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage  # held, so that its place is not given to another
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        run()
+    return sum(storage.nbytes() for storage in kept.values())

@@ -18,28 +18,218 @@ This is TIDE (Bolya et al., "TIDE: A General Toolbox for Identifying Object Dete
   level, rounding decides whether it is reached.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mimdet.analysis.error_fixes import (
-    RECALLS,
-    class_precisions,
-    fixed_ranking,
-    matched_ranking,
-    mean_ap,
-    without_false_negatives,
-    without_false_positives,
+from mimdet.analysis.matching import (
+    KINDS,
+    Bools,
+    Floats,
+    Ints,
+    Kind,
+    Outcome,
+    Overlaps,
+    find_outcome,
+    find_overlaps,
+    match_at,
 )
-from mimdet.analysis.error_matching import KINDS, Kind, find_outcome, match_at
-from mimdet.analysis.error_overlaps import Floats, find_overlaps
-from mimdet.analysis.error_tables import Judged, class_table, confusion_table, size_table
 from mimdet.analysis.metrics import IouType, category_names, check_results, image_numbers, percent
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+
+RECALLS = np.linspace(0.0, 1.0, 101)
+"""COCO's recall levels; some are a rounding error above k / 100, and they are kept so, because a
+recall of exactly k / 100 is frequent."""
+
+
+@dataclass(slots=True)
+class Ranking:
+    """Detections that count, best score first, and how many truths each class has."""
+
+    category: Ints
+    """(N,)"""
+    correct: Bools
+    """(N,)"""
+    truths: Ints
+    """(K,)"""
+
+
+def matched_ranking(overlaps: Overlaps, match: Ints, ignored: Bools) -> Ranking:
+    """Detections as they were matched."""
+    counts = ~ignored
+    category = overlaps.detections.category[counts]
+    return Ranking(category, match[counts] >= 0, truth_counts(overlaps))
+
+
+def truth_counts(overlaps: Overlaps) -> Ints:
+    """(K,) truths of each class, crowds left out."""
+    return np.bincount(overlaps.truths.category, minlength=overlaps.categories)
+
+
+def fixed_ranking(
+    overlaps: Overlaps,
+    outcome: Outcome,
+    kinds: Iterable[Kind],
+    only: tuple[Bools, Bools] | None = None,
+) -> Ranking:
+    """What is left once all errors of `kinds` are fixed.
+
+    only: (N,) detections and (M,) missed truths to which the fix is restricted. A detection keeps
+    its place in the order of scores.
+    """
+    numbers = [KINDS.index(kind) for kind in kinds]
+    chosen = np.isin(outcome.kind, numbers)
+    forgiven = outcome.missed & (KINDS.index("missed") in numbers)
+    if only is not None:
+        chosen, forgiven = chosen & only[0], forgiven & only[1]
+    repaired = chosen & (outcome.repair >= 0)
+    counts = (outcome.match >= 0) | repaired | ((outcome.kind >= 0) & ~chosen)
+    correct = (outcome.match >= 0) | repaired
+    category = overlaps.detections.category.copy()
+    category[repaired] = overlaps.truths.category[outcome.repair[repaired]]
+    asked = np.bincount(overlaps.truths.category[~forgiven], minlength=overlaps.categories)
+    return Ranking(category[counts], correct[counts], asked)
+
+
+def without_false_positives(overlaps: Overlaps, outcome: Outcome) -> Ranking:
+    """Only what is correct: perfect precision at the same recall."""
+    correct = outcome.match >= 0
+    category = overlaps.detections.category[correct]
+    return Ranking(category, np.ones(len(category), dtype=bool), truth_counts(overlaps))
+
+
+def without_false_negatives(overlaps: Overlaps, outcome: Outcome) -> Ranking:
+    """Only truths that were found are asked for: perfect recall at the same precision."""
+    counts = (outcome.match >= 0) | (outcome.kind >= 0)
+    found = overlaps.truths.category[outcome.found]
+    asked = np.bincount(found, minlength=overlaps.categories)
+    category = overlaps.detections.category[counts]
+    return Ranking(category, outcome.match[counts] >= 0, asked)
+
+
+def class_precisions(ranking: Ranking) -> Floats:
+    """(K, 101) interpolated precision of each class at RECALLS; AP is the mean of a row.
+
+    A class of which nothing is asked (any more) has precision 1 when nothing is claimed either,
+    else 0. Classes that never had a truth are for the caller to leave out, as COCO does.
+    """
+    order = np.argsort(ranking.category, kind="stable")
+    ends = np.cumsum(np.bincount(ranking.category, minlength=len(ranking.truths)))
+    groups = np.split(ranking.correct[order], ends[:-1])
+    rows = [precision_at_recalls(groups[k], int(n)) for k, n in enumerate(ranking.truths)]
+    return np.array(rows).reshape(-1, len(RECALLS))
+
+
+def class_aps(overlaps: Overlaps, ranking: Ranking) -> Floats:
+    """(K,) AP of each class; NaN for a class that has no truth in `overlaps`."""
+    return np.where(truth_counts(overlaps) > 0, class_precisions(ranking).mean(1), np.nan)
+
+
+def mean_ap(overlaps: Overlaps, ranking: Ranking) -> float:
+    """The mean over classes that have truths; NaN where none has."""
+    aps = class_aps(overlaps, ranking)
+    known = aps[~np.isnan(aps)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def precision_at_recalls(correct: Bools, truths: int) -> Floats:
+    """(101,): the best precision at each recall or a higher one; 0 where none is as high.
+
+    correct: (n,) detections of one class, best score first.
+    """
+    if truths == 0:
+        return np.full(len(RECALLS), float(len(correct) == 0))
+    right = np.cumsum(correct)
+    precision = right / np.arange(1, len(correct) + 1)
+    best = np.maximum.accumulate(precision[::-1])[::-1]
+    reached = np.searchsorted(right / truths, RECALLS, side="left")
+    return np.append(best, 0.0)[reached]
+
+
+@dataclass(slots=True)
+class Judged:
+    """Results, their truth, and what became of them."""
+
+    ground_truth: dict[str, Any]
+    results: list[dict[str, Any]]
+    categories: list[str]
+    """Names in the order of their ids."""
+    area_ranges: dict[str, tuple[float, float]]
+    """Square pixels, from and to (left out)."""
+    overlaps: Overlaps
+    outcome: Outcome
+
+    def of_kind(self, kind: Kind) -> Bools:
+        """(N,) the false positives of a type; for "missed", (M,) the missed truths."""
+        return self.outcome.missed if kind == "missed" else self.outcome.kind == KINDS.index(kind)
+
+
+def class_table(judged: Judged) -> "DataFrame":
+    """See `ErrorReport.by_class`."""
+    from pandas import DataFrame
+
+    overlaps, outcome = judged.overlaps, judged.outcome
+    says, real = overlaps.detections.category, overlaps.truths.category
+    ap = class_aps(overlaps, fixed_ranking(overlaps, outcome, ()))
+
+    def count(categories: Ints) -> Ints:
+        return np.bincount(categories, minlength=overlaps.categories)
+
+    columns = {
+        "objects": truth_counts(overlaps),
+        "correct": count(real[outcome.found]),
+        "ap": ap,
+    }
+    for kind in KINDS:
+        classes = real if kind == "missed" else says
+        columns[f"errors_{kind}"] = count(classes[judged.of_kind(kind)])
+    for kind in KINDS:
+        columns[f"dap_{kind}"] = class_aps(overlaps, fixed_ranking(overlaps, outcome, (kind,))) - ap
+    return DataFrame(columns, index=judged.categories)
+
+
+def size_table(judged: Judged) -> "DataFrame":
+    """See `ErrorReport.by_size`."""
+    from pandas import DataFrame
+
+    overlaps, outcome = judged.overlaps, judged.outcome
+    ap = mean_ap(overlaps, fixed_ranking(overlaps, outcome, ()))
+    object_area = overlaps.truths.area
+    aimed = judged.of_kind("localisation") | judged.of_kind("classification")
+    concerned = np.append(object_area, np.nan)[outcome.concerns]
+    error_area = np.where(aimed, concerned, overlaps.detections.area)
+    rows: dict[str, dict[str, Any]] = {}
+    for size, (low, high) in judged.area_ranges.items():
+        errors = (low <= error_area) & (error_area < high)
+        objects = (low <= object_area) & (object_area < high)
+        rows[size] = {"objects": objects.sum(), "correct": (objects & outcome.found).sum()}
+        for kind in KINDS:
+            chosen = judged.of_kind(kind) & (objects if kind == "missed" else errors)
+            rows[size][f"errors_{kind}"] = chosen.sum()
+        for kind in KINDS:
+            fixed = fixed_ranking(overlaps, outcome, (kind,), only=(errors, objects))
+            rows[size][f"dap_{kind}"] = mean_ap(overlaps, fixed) - ap
+    return DataFrame.from_dict(rows, orient="index")
+
+
+def confusion_table(judged: Judged) -> "DataFrame":
+    """See `ErrorReport.confusions`."""
+    from pandas import DataFrame
+
+    chosen = judged.of_kind("classification")
+    names = np.array(judged.categories, dtype=object)
+    said = judged.overlaps.detections.category[chosen]
+    true = judged.overlaps.truths.category[judged.outcome.concerns[chosen]]
+    pairs, counts = np.unique(np.stack([said, true]), axis=1, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    said, true = pairs[:, order]
+    return DataFrame({"said": names[said], "true": names[true], "errors": counts[order]})
+
 
 MEANINGS = {
     "classification": "right place, wrong class",

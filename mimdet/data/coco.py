@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from mimdet.config import DataConfig
-from mimdet.data.annotations import coco_ground_truth, make_target
+from mimdet.data.coco_file import coco_ground_truth, coco_table, make_target
 from mimdet.data.images import read_image
-from mimdet.data.tables import coco_table
 from mimdet.structures import Record
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mimdet.data.annotations import Annotation, coco_ground_truth, make_target, parse_annotation
+from mimdet.data.coco_file import Annotation, coco_ground_truth, make_target, parse_annotation
 from mimdet.data.images import image_size, read_image
 from mimdet.structures import Record
 

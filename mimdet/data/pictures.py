@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mimdet.config import PicturesConfig
 from mimdet.data.augment import Geometry, resize_image, rng_for, transform_image
 from mimdet.data.images import image_size, pil_to_rgb, read_image
+from mimdet.data.loader import stream
 from mimdet.data.shapes import ShapesCOCO
-from mimdet.data.workers import stream
-from mimdet.pretrain_config import PicturesConfig
 
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 TRIES = 10

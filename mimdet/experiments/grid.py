@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from mimdet.config import Config, flat, set_field
 from mimdet.presets import PRESETS
-from mimdet.training.cell_code import SlotText, load_slots, read_slots, write_slots
+from mimdet.training.slots import SlotText, load_slots, read_slots, write_slots
 
 Grid = Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]
 """{field: values} for all combinations, or a list of arms {field: value}."""

@@ -1,13 +1,14 @@
 """Everything that turns images into c2..c5. A backbone is `(images, image_sizes) -> dict`."""
 
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from mimdet.config import BackboneConfig
-from mimdet.models.baselines import build_resnet, build_swin, build_vitdet
-from mimdet.models.benchmarking import build_benchmarking_vit
+from mimdet.models.baselines import build_benchmarking_vit, build_resnet, build_swin, build_vitdet
 from mimdet.models.sampling import (
     SAMPLERS,
     Keep,
@@ -17,9 +18,24 @@ from mimdet.models.sampling import (
     select,
     token_grid,
 )
-from mimdet.models.slots import resolve
 from mimdet.models.stem import STEMS, StemFeatures
 from mimdet.models.vit import Decoder, Encoder, init_like_mae
+
+
+def resolve(name: str, registered: Mapping[str, Any], slot: str) -> Any:
+    """The part called `name`. Raises ValueError that lists the choices."""
+    if name in registered:
+        return registered[name]
+    module, separator, attribute = name.partition(":")
+    if not separator:
+        raise ValueError(
+            f"{slot}={name!r} is not known: use one of {sorted(registered)}, or 'module:function', "
+            f"or pass the {slot} itself to build_detector({slot}=...)"
+        )
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{slot}={name!r} cannot be imported: {error}") from error
 
 
 class MIMDetBackbone(nn.Module):

@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from mimdet.config import Config, DetectorConfig
-from mimdet.models.backbones import build_backbone
+from mimdet.models.backbones import build_backbone, resolve
 from mimdet.models.necks import NECKS
 from mimdet.models.rcnn import AnchorGrid, make_norm, pad_and_normalise
 from mimdet.models.roi_heads import BoxHead, MaskHead, RoIHeads
 from mimdet.models.rpn import RPN, init_rpn
 from mimdet.models.sampling import Keep, Sample, Sampler
-from mimdet.models.slots import resolve
 from mimdet.structures import Detections, Target
 
 STRIDES = (4, 8, 16, 32, 64)
@@ -118,7 +117,7 @@ def on_canvas(image: Tensor, side: int) -> Tensor:
     """uint8 (3, h, w) -> (3, side, side): the image top left, grey elsewhere.
 
     What follows takes the canvas for the image, as the original does: boxes may reach into the
-    grey part until `mimdet.predict.to_original` cuts them off.
+    grey part until `mimdet.inference.to_original` cuts them off.
     """
     height, width = image.shape[1:]
     if height > side or width > side:

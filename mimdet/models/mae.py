@@ -12,9 +12,8 @@ import torch
 from timm.layers import PatchEmbed
 from torch import Generator, Tensor, nn
 
-from mimdet.models.posembed import resize_table
 from mimdet.models.sampling import SAMPLERS, Sample, Sampler, gather, scatter, select
-from mimdet.models.vit import frozen_positions, transformer_block
+from mimdet.models.vit import frozen_positions, resize_table, transformer_block
 
 MAELayerNorm = partial(nn.LayerNorm, eps=1e-6)
 

@@ -1,18 +1,72 @@
 """Released MIMDet detectors, in detectron2's layout: loaded, recognised, and written back."""
 
+import json
 import re
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from mimdet.config import Config
+from mimdet.config import Config, from_dict, to_dict
 from mimdet.files import write_file
 from mimdet.models.checkpoint_files import CheckpointFile, read_checkpoint
 from mimdet.models.detector import Detector, build_detector
-from mimdet.models.names import BACKBONE_RULES, Rule, detectron2_rules, translate
-from mimdet.models.weights import LoadReport, load_exactly
+from mimdet.models.weights import LoadReport, Rule, load_exactly, translate
 from mimdet.presets import PRESETS
+
+_BOTTOM_UP = "backbone.bottom_up"
+BACKBONE_RULES: dict[str, list[Rule]] = {
+    "mimdet": [
+        (f"{_BOTTOM_UP}.encoder.patch_embed.proj.{{}}.", "backbone.stem.stage{}.", 1),
+        (f"{_BOTTOM_UP}.encoder.", "backbone.encoder.", 0),
+        (f"{_BOTTOM_UP}.decoder.decoder_embed.", "backbone.decoder.embed.", 0),
+        (f"{_BOTTOM_UP}.decoder.conv_feat_proj.", "backbone.decoder.stem_proj.", 0),
+        (f"{_BOTTOM_UP}.decoder.mask_token", "backbone.decoder.mask_token", 0),
+        (f"{_BOTTOM_UP}.decoder.decoder_", "backbone.decoder.", 0),
+    ],
+    "benchmarking_vit": [
+        (f"{_BOTTOM_UP}.patch_embed.proj.", "backbone.stem.patchify.", 0),
+        (f"{_BOTTOM_UP}.pos_embed", "backbone.encoder.pos_embed", 0),
+        (f"{_BOTTOM_UP}.blocks.", "backbone.encoder.blocks.", 0),
+        (f"{_BOTTOM_UP}.windowed_rel_pos_bias.", "backbone.encoder.window_bias.", 0),
+        (f"{_BOTTOM_UP}.global_rel_pos_bias.", "backbone.encoder.global_bias.", 0),
+        (f"{_BOTTOM_UP}.ms_adaptor.", "backbone.adaptor.", 0),
+    ],
+}
+"""The backbones of released checkpoints, by `backbone.kind`."""
+
+
+def detectron2_rules(box_convs: int = 4, rpn_convs: int = 2, kind: str = "mimdet") -> list[Rule]:
+    """Released MIMDet checkpoints (detectron2's layout) <-> `Detector`.
+
+    detectron2 counts convolutions from 1 and pyramid levels from 2; a single RPN convolution has
+    no number there. A `kind` of backbone that was never released has no names but ours.
+    """
+    head = "proposal_generator.rpn_head"
+    rpn_conv: Rule = (f"{head}.conv.conv{{}}.", "rpn.head.conv.{}.0.", 0)
+    if rpn_convs == 1:
+        rpn_conv = (f"{head}.conv.", "rpn.head.conv.0.0.", 0)
+    return [
+        *BACKBONE_RULES.get(kind, []),
+        ("backbone.fpn_lateral{}.norm.", "neck.pyramid.inner_blocks.{}.1.", -2),
+        ("backbone.fpn_output{}.norm.", "neck.pyramid.layer_blocks.{}.1.", -2),
+        ("backbone.fpn_lateral{}.", "neck.pyramid.inner_blocks.{}.0.", -2),
+        ("backbone.fpn_output{}.", "neck.pyramid.layer_blocks.{}.0.", -2),
+        rpn_conv,
+        (f"{head}.objectness_logits.", "rpn.head.cls_logits.", 0),
+        (f"{head}.anchor_deltas.", "rpn.head.bbox_pred.", 0),
+        # The numbered convolutions are followed by a flattening and the one linear layer.
+        ("roi_heads.box_head.fc1.", f"roi_heads.box_head.features.{box_convs + 1}.", 0),
+        ("roi_heads.box_head.conv{}.norm.", "roi_heads.box_head.features.{}.1.", -1),
+        ("roi_heads.box_head.conv{}.", "roi_heads.box_head.features.{}.0.", -1),
+        ("roi_heads.box_predictor.", "roi_heads.box_head.", 0),
+        ("roi_heads.mask_head.mask_fcn{}.norm.", "roi_heads.mask_head.features.{}.1.", -1),
+        ("roi_heads.mask_head.mask_fcn{}.", "roi_heads.mask_head.features.{}.0.", -1),
+        ("roi_heads.mask_head.deconv.", "roi_heads.mask_head.predictor.conv5_mask.", 0),
+        ("roi_heads.mask_head.predictor.", "roi_heads.mask_head.predictor.mask_fcn_logits.", 0),
+    ]
+
 
 PUBLISHED = (
     "mimdet_base",
@@ -147,3 +201,48 @@ def export_detectron2(model: Detector, path: str | Path) -> None:
             raise ValueError(f"the original MIMDet has no counterpart of {name!r}") from None
         state[theirs] = value.detach().cpu().contiguous().clone()
     write_file(path, lambda partial: torch.save({"model": state}, partial))
+
+
+def save_detector(model: Detector, path: str | Path, *, half: bool = False) -> None:
+    """Write a detector so that `mimdet.load_detector(path)` needs nothing else.
+
+    half: store float16, half the size; scores change in the third digit. Raises ValueError for a
+    detector with parts written in a notebook: a file of numbers cannot hold them, its run can.
+    """
+    if model.slots:
+        raise ValueError(
+            f"the detector has parts of its own ({', '.join(model.slots)}), whose code one file of "
+            "weights cannot hold: share the run's directory instead"
+        )
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    if half:
+        state = {n: v.half() if v.is_floating_point() else v for n, v in state.items()}
+    metadata = {
+        "config": json.dumps(to_dict(model.config)),
+        "categories": json.dumps(model.categories),
+    }
+    write_file(path, lambda partial: save_file(state, partial, metadata))
+
+
+def describes_itself(file: CheckpointFile) -> bool:
+    return "config" in file.metadata
+
+
+def load_single_file(file: CheckpointFile) -> Detector:
+    """The detector of a file that `save_detector` wrote, in evaluation mode and float32.
+
+    Raises ValueError naming the file when its configuration is of another version, or its weights
+    are not those of the configuration.
+    """
+    try:
+        cfg: Config = from_dict(json.loads(file.metadata["config"]))
+        categories = json.loads(file.metadata["categories"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file.name}: its configuration cannot be read: {error}") from error
+    model = build_detector(cfg)
+    dtypes = {name: value.dtype for name, value in model.state_dict().items()}
+    load_exactly(
+        model, {n: v.to(dtypes.get(n, torch.float32)) for n, v in file.tensors.items()}, file.name
+    )
+    model.categories = categories
+    return model.eval()

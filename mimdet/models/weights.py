@@ -6,6 +6,7 @@ itself; released detectors are in official.py.
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -16,8 +17,64 @@ from torch import Tensor, nn
 from mimdet.files import write_file
 from mimdet.models.checkpoint_files import CheckpointFile, read_checkpoint
 from mimdet.models.mae import MAE
-from mimdet.models.names import HF_RULES, MAE_RULES, translate
-from mimdet.models.posembed import resize_table
+from mimdet.models.vit import resize_table
+
+Rule = tuple[str, str, int]
+"""(start of their name, start of ours, our number minus theirs); `{}` stands for a number, and what
+follows the start is equal on both sides. The first rule that fits counts."""
+
+
+def translate(name: str, rules: Sequence[Rule], *, back: bool = False) -> str:
+    """Their name -> ours; with back=True ours -> theirs. KeyError for a name no rule knows."""
+    for theirs, ours, shift in rules:
+        source, target = (ours, theirs) if back else (theirs, ours)
+        found = re.match(re.escape(source).replace(r"\{\}", r"(\d+)"), name)
+        if found:
+            number = int(found[1]) + (-shift if back else shift) if found.groups() else 0
+            return target.format(number) + name[found.end() :]
+    raise KeyError(name)
+
+
+MAE_RULES: list[Rule] = [
+    ("pos_embed", "encoder.pos_embed", 0),
+    ("blocks.{}.", "encoder.blocks.{}.", 0),
+    ("norm.", "encoder.norm.", 0),
+    ("decoder_embed.", "decoder.embed.", 0),
+    ("decoder_pos_embed", "decoder.pos_embed", 0),
+    ("decoder_blocks.{}.", "decoder.blocks.{}.", 0),
+    ("decoder_norm.", "decoder.norm.", 0),
+    ("mask_token", "decoder.mask_token", 0),
+    ("patch_embed.proj.", "stem.patchify.", 0),
+]
+"""Meta's MAE files <-> a MIMDet backbone. The paper's ConvStem has no counterpart; the patchify
+stem of the ablation takes MAE's patch embedding."""
+
+_HF_LAYER = {
+    "attention.attention.query.": "attn.query.",
+    "attention.attention.key.": "attn.key.",
+    "attention.attention.value.": "attn.value.",
+    "attention.output.dense.": "attn.proj.",
+    "layernorm_before.": "norm1.",
+    "layernorm_after.": "norm2.",
+    "intermediate.dense.": "mlp.fc1.",
+    "output.dense.": "mlp.fc2.",
+}
+HF_RULES: list[Rule] = [
+    *((f"vit.encoder.layer.{{}}.{a}", f"blocks.{{}}.{b}", 0) for a, b in _HF_LAYER.items()),
+    *(
+        (f"decoder.{layers}.{{}}.{a}", f"decoder_blocks.{{}}.{b}", 0)
+        for layers in ("decoder_layers", "decoder_encoder.layer")  # transformers 4; saved by 5
+        for a, b in _HF_LAYER.items()
+    ),
+    ("vit.embeddings.cls_token", "cls_token", 0),
+    ("vit.embeddings.position_embeddings", "pos_embed", 0),
+    ("vit.embeddings.patch_embeddings.projection.", "patch_embed.proj.", 0),
+    ("vit.layernorm.", "norm.", 0),
+    ("decoder.mask_token", "mask_token", 0),
+    ("decoder.", "", 0),  # decoder.decoder_embed and so on
+]
+"""`facebook/vit-mae-*` on the Hugging Face hub <-> Meta's names, query, key and value apart."""
+
 
 # Parts of a MAE file that a detector may have no place for: MIMDet's stem, fill and heads are its
 # own, and plain ViT baselines have no decoder, final norm or fixed positions.

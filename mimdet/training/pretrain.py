@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from mimdet import processes
+from mimdet.config import MAEConfig, PretrainConfig
 from mimdet.data.pictures import PictureBatch, PictureLoader, build_pictures, held_out_images
 from mimdet.files import write_file, write_json
+from mimdet.inference import autocast, generator_for
 from mimdet.models.mae import MAE
 from mimdet.models.rcnn import IMAGENET_MEAN, IMAGENET_STD, pad_and_normalise
 from mimdet.models.weights import load_exactly, load_mae_model, save_mae
-from mimdet.predict import autocast, generator_for
-from mimdet.pretrain_config import MAEConfig, PretrainConfig
 from mimdet.training.run import MAE_FILE, Run
 from mimdet.training.trainer import Step, Trainer, seed_all, use_threads
 

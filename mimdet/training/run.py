@@ -1,10 +1,14 @@
 """A run is a directory: configuration, environment, metrics, checkpoints, predictions."""
 
 import json
+import os
 import platform
 import subprocess
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,18 +16,157 @@ import torch
 from torch import Tensor
 
 from mimdet import __version__, processes
-from mimdet.config import Config, difference, load_config, save_config
-from mimdet.files import write_file, write_json, write_text
+from mimdet.config import Config, PretrainConfig, difference, load_config, save_config
+from mimdet.files import read_json, write_file, write_json, write_text
 from mimdet.models.checkpoint_files import read_checkpoint, read_safetensors, shipped
 from mimdet.models.detector import Detector, build_detector
-from mimdet.models.names import detectron2_rules
-from mimdet.models.official import from_detectron2, holds_detector, load_official
-from mimdet.models.single_file import describes_itself, load_single_file
+from mimdet.models.official import (
+    describes_itself,
+    detectron2_rules,
+    from_detectron2,
+    holds_detector,
+    load_official,
+    load_single_file,
+)
 from mimdet.models.weights import LoadReport, load_mae
-from mimdet.pretrain_config import PretrainConfig
-from mimdet.training.cell_code import load_slots, save_slots
 from mimdet.training.checkpoints import WEIGHTS, CheckpointStore
-from mimdet.training.lock import RunInUse, alone_in
+from mimdet.training.signals import TrainingStopped
+from mimdet.training.slots import load_slots, save_slots
+
+LOCK = "lock"
+"""File in the run's folder. The system drops the lock when its holder ends, however that ends."""
+WAIT_SECONDS = 2.0
+"""A process that only looks whether a run is in use holds the lock for a moment."""
+LOOK_EVERY = 0.1
+
+_held: set[int] = set()
+"""Descriptors of the locks of this process."""
+
+
+class RunInUse(ValueError):
+    """Another process trains in this run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """The process that trains in a run; pid 0 and host "" where that cannot be read."""
+
+    pid: int = 0
+    host: str = ""
+
+    @property
+    def here(self) -> bool:
+        """Whether it is a process of this machine, which can be sent signals."""
+        return self.pid > 0 and self.host == platform.node()
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}" if self.pid else "another process"
+
+
+@contextmanager
+def alone_in(path: Path, wait: float = WAIT_SECONDS) -> Iterator[None]:
+    """Hold the lock of the run directory `path`.
+
+    Raises RunInUse, with what to do, when another process still holds it after `wait` seconds. On
+    a file system without locks nothing is held and nothing is refused.
+    """
+    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    _held.add(descriptor)
+    try:
+        end = time.monotonic() + wait
+        while not _try_lock(descriptor):
+            if time.monotonic() > end:
+                raise RunInUse(
+                    f"{_holder(path)} already trains in {path}: wait for it, stop it, or use "
+                    "another run name"
+                )
+            time.sleep(LOOK_EVERY)
+        _write(descriptor, json.dumps({"pid": os.getpid(), "host": platform.node()}))
+        yield
+    finally:
+        _held.discard(descriptor)
+        os.close(descriptor)
+
+
+def holder(path: str | Path) -> Holder | None:
+    """Who trains in this run now; None when nobody does."""
+    try:
+        descriptor = os.open(Path(path) / LOCK, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    except FileNotFoundError:
+        return None
+    try:
+        # Shared with others who only look.
+        return None if _try_lock(descriptor, shared=True) else _holder(Path(path))
+    finally:
+        os.close(descriptor)
+
+
+def started(pid: int) -> str:
+    """What tells a process from a later one with the same number: when it started. "" = none runs.
+
+    A process that has ended but was not waited for counts as none.
+    """
+    place = Path(f"/proc/{pid}/stat")
+    if place.parent.parent.joinpath("self/stat").exists():
+        try:  # 2 is the name, in brackets and with any character in it; 3 the state; 22 the start
+            fields = place.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            return ""
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return "" if fields[0] in "ZX" else f"{fields[19]} after boot {boot}"
+    shown = subprocess.run(
+        ["ps", "-o", "lstart=,stat=", "-p", str(pid)], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    date, _, state = shown.rpartition(" ")
+    return "" if state.startswith("Z") else date.strip()
+
+
+def _holder(path: Path) -> Holder:
+    with suppress(OSError, ValueError, TypeError):
+        return Holder(**json.loads((path / LOCK).read_text()))
+    return Holder()
+
+
+def _write(descriptor: int, text: str) -> None:
+    os.ftruncate(descriptor, 0)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    os.write(descriptor, text.encode())
+
+
+def _try_lock(descriptor: int, shared: bool = False) -> bool:
+    if sys.platform == "win32":
+        import msvcrt
+
+        os.lseek(descriptor, 1 << 20, os.SEEK_SET)  # beyond the text, which others read
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+    import errno
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+    return True
+
+
+def _let_go() -> None:
+    """In a forked loader process: else it would keep the lock of a killed training for a while."""
+    for descriptor in _held:
+        with suppress(OSError):
+            os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
 
 MAE_FILE = "mae.safetensors"
 """What `mimdet pretrain` leaves in its run for others to read."""
@@ -252,3 +395,41 @@ def load_detector(
     if categories.exists():
         model.categories = json.loads(categories.read_text())
     return model.eval().to(device)
+
+
+STATUS = "status.json"
+"""In the folder of a run: {"state": "training", "finished", "stopped" or "failed", "step", "total",
+"error", "pid", "began": seconds since 1970}."""
+
+
+def read_status(path: Path) -> dict[str, Any]:
+    """The run's STATUS; empty before its first training."""
+    try:
+        found: dict[str, Any] = read_json(path / STATUS)
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found
+
+
+@contextmanager
+def noted(path: Path, total: int, step: Callable[[], int]) -> Iterator[None]:
+    """Keep STATUS while the training inside goes on, and say how it ended.
+
+    total: steps of the whole training; step: asks for the steps done. A process that is killed
+    leaves "training" behind, in a run that nobody works on.
+    """
+    status = {"total": total, "pid": os.getpid(), "began": time.time()}
+
+    def write(state: str, error: str = "") -> None:
+        write_json(path / STATUS, {"state": state, "step": step(), "error": error, **status})
+
+    write("training")
+    try:
+        yield
+    except (GeneratorExit, KeyboardInterrupt, TrainingStopped):
+        write("finished" if step() >= total else "stopped")
+        raise
+    except BaseException as error:
+        write("failed", f"{type(error).__name__}: {error}")
+        raise
+    write("finished")

@@ -1,24 +1,27 @@
 """Train a detector: a generator that can be stopped and resumed at any step."""
 
+import copy
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from mimdet import processes
-from mimdet.analysis.evaluate import evaluate, ids_of_labels, ratio_row
-from mimdet.analysis.results import save_results
-from mimdet.config import Config, difference, load_config
+from mimdet.analysis.evaluate import evaluate, ids_of_labels, ratio_row, save_results
+from mimdet.config import Config, PretrainConfig, difference, load_config, save_config
 from mimdet.data.coco import build_dataset
 from mimdet.data.loader import Dataset, MicroBatch, TrainLoader
-from mimdet.files import write_json
+from mimdet.files import read_json, write_file, write_json
 from mimdet.models.detector import Detector, build_detector
-from mimdet.training.cell_code import check_slots, read_slots
 from mimdet.training.checkpoints import CheckpointStore
 from mimdet.training.run import Run, initialise, load_detector
+from mimdet.training.slots import check_slots, load_slots, read_slots
 from mimdet.training.trainer import Step, Trainer, seed_all, use_threads
+
+if TYPE_CHECKING:
+    from mimdet.models.detector import Detector
 
 
 def train(
@@ -65,7 +68,7 @@ def train(
 
 def fit(cfg: Config, name: str, *, runs: str | Path = "runs", **parts: Any) -> Detector:
     """Train to the end with a progress bar and return the detector, in evaluation mode."""
-    from mimdet.training.progress import show_progress
+    from mimdet.training.trainer import show_progress
 
     path = Path(runs) / name
     for _ in show_progress(train(cfg, path, **parts)):
@@ -175,3 +178,52 @@ def adapt_to_data(cfg: Config, data: Dataset) -> None:
         if processes.rank() == 0:
             print("The data set has boxes but no masks: training without the mask head.")
         cfg.detector.masks = False
+
+
+def resume(run: str | Path, *, trust_code: bool = False, locked: bool = False) -> Iterator[Step]:
+    """Train in the folder `run`, or go on with it, to the last step; yields as `mimdet.train`.
+
+    The folder holds config.json, and under slots/ the parts that were written in a notebook; they
+    are executed only with trust_code=True. locked: this process holds the run's lock already.
+    Raises FileNotFoundError for a folder that holds no run.
+    """
+    processes.join()
+    path = Path(run)
+    cfg = stored_config(path)
+    if isinstance(cfg, PretrainConfig):
+        from mimdet.training.pretrain import pretrain
+
+        yield from pretrain(cfg, path)
+        return
+    from mimdet.data.coco import build_dataset
+
+    use_threads(cfg.training.threads)
+    data = build_dataset(cfg.data, "train", cfg.training.seed)
+    adapted = copy.deepcopy(cfg)
+    adapt_to_data(adapted, data)
+    if adapted != cfg and processes.rank() == 0:  # written before the data were opened
+        write_file(path / "config.json", lambda partial: save_config(adapted, partial))
+    model = build_model(path, trust_code, adapted) if (path / "slots").exists() else None
+    record = processes.in_turn(lambda: Run(path, adapted, locked=locked))
+    yield from train(adapted, record, model=model, train_data=data)
+
+
+def stored_config(path: Path) -> Config | PretrainConfig:
+    """The configuration of a run, of a detector or of an autoencoder."""
+    file = path / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{path} holds no run: there is no config.json in it")
+    kind = Config if "detector" in read_json(file) else PretrainConfig
+    found: Config | PretrainConfig = load_config(file, kind)
+    return found
+
+
+def build_model(path: Path, trust_code: bool, cfg: Config | None = None) -> "Detector":
+    """The detector of a run with its initial weights, which depend on the seed alone."""
+    from mimdet.models.detector import build_detector
+
+    cfg = cfg or load_config(path / "config.json")
+    seed_all(cfg.training.seed)  # a stem written in a cell draws its weights when it is loaded
+    slots = load_slots(path / "slots", trust_code)
+    seed_all(cfg.training.seed)  # encoder and decoder are those of a model without it
+    return build_detector(cfg, **slots)

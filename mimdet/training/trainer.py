@@ -4,7 +4,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -13,14 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from mimdet import processes
-from mimdet.config import Config
-from mimdet.predict import autocast
-from mimdet.pretrain_config import PretrainConfig
+from mimdet.config import Config, PretrainConfig
+from mimdet.inference import autocast
 from mimdet.training.checkpoints import Checkpoint
 from mimdet.training.optim import build_optimizer, rate_factor, scaled_rate, set_rates
-from mimdet.training.run import Run
+from mimdet.training.run import Run, noted
 from mimdet.training.signals import StepAbandoned, StopSignals, TrainingStopped
-from mimdet.training.status import noted
 
 
 @dataclass(slots=True)
@@ -338,3 +336,47 @@ def peak_memory(device: torch.device) -> float:
     if device.type != "cuda":
         return 0.0
     return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
+
+
+def show_progress(steps: Iterable[Step], every: float = 1) -> Iterator[Step]:
+    """Pass the steps on, drawing one tqdm line on standard output every so many seconds."""
+    import sys
+
+    from tqdm import tqdm
+
+    bar = None
+    try:
+        for step in steps:
+            if bar is None:
+                bar = tqdm(
+                    total=step.total,
+                    initial=step.number - 1,
+                    unit="step",
+                    mininterval=every,
+                    maxinterval=max(10, every),
+                    file=sys.stdout,
+                    dynamic_ncols=True,
+                )
+            bar.update()
+            bar.set_postfix_str(
+                f"loss {step.loss:.3g}, {step.images / step.seconds:.1f} img/s", refresh=False
+            )
+            if step.evaluation:
+                bar.write(f"step {step.number}: {summary(step.evaluation)}")
+            yield step
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def summary(evaluation: dict) -> str:  # type: ignore[type-arg]
+    """`box AP 18.2, mask AP 14.9` of an evaluation's metrics; of an autoencoder its loss."""
+    if "held_out" in evaluation:
+        loss = evaluation["held_out"].get("loss")
+        return "" if loss is None else f"loss of held-out images {loss:.4f}"
+    parts = [
+        f"{kind} AP {100 * evaluation[kind]['AP']:.1f}"
+        for kind in ("box", "mask")
+        if evaluation.get(kind)
+    ]
+    return ", ".join(parts)

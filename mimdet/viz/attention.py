@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mimdet.models.sampling import PATCH, Sample, token_grid
-from mimdet.viz.panels import draw_image, image_panels, image_size
-from mimdet.viz.pixels import UNSAMPLED, heat
+from mimdet.viz.draw import UNSAMPLED, draw_image, heat, image_panels, image_size
 from mimdet.viz.record import Recording, rollout
 from mimdet.viz.style import VERMILLION, NotebookFigure
 

@@ -27,7 +27,7 @@ import mimdet
 import torch
 from mimdet import check
 from mimdet.models.weights import save_mae
-from mimdet.notebook_inputs import open_detector, open_mae, open_pictures
+from mimdet.notebook import open_detector, open_mae, open_pictures
 
 pictures = open_pictures(PATH, MODE)
 mae = open_mae(MODE)
@@ -69,11 +69,11 @@ check("eleven parts, as in the table", len(parts) == 11, "a twelfth would be ano
 # ## 2 · One tensor, three names
 #
 # Meta, the Hugging Face hub and this library name the same tensor differently. A table of prefixes
-# for each (`mimdet/models/names.py`) translates in both directions; nothing guesses. The hub also
+# for each (`mimdet/models/official.py`) translates in both directions; nothing guesses. The hub also
 # stores query, key and value apart, Meta stacks them in one matrix.
 
 # %%
-from mimdet.models.names import HF_RULES, MAE_RULES, translate
+from mimdet.models.weights import HF_RULES, MAE_RULES, translate
 
 for ours in ("encoder.blocks.0.mlp.fc1.weight", "encoder.pos_embed", "decoder.blocks.1.norm2.bias"):
     meta = translate(ours, MAE_RULES, back=True)
@@ -96,7 +96,7 @@ check("names come back unchanged", all(there_and_back), f"{len(known)} of {len(f
 # nothing at all from a file with other names, and go on.
 
 # %%
-from mimdet.viz.bars import show_loaded
+from mimdet.viz.charts import show_loaded
 
 cfg = mimdet.presets.tiny() if MODE == "quick" else mimdet.presets.mimdet_base()
 cfg.training.seed = SEED
@@ -130,11 +130,11 @@ print("unused parts:", ", ".join(unused))
 # ## 4 · Position tables, and another grid
 #
 # The table is no secret: half of a vector's channels are sines and cosines of the column, half of
-# the row, with frequencies $\omega_i = 10000^{-i/(D/4)}$ (`mimdet/models/posembed.py`). So it can be
+# the row, with frequencies $\omega_i = 10000^{-i/(D/4)}$ (`mimdet/models/vit.py`). So it can be
 # computed again and compared.
 
 # %%
-from mimdet.models.posembed import resize_table, sincos_table
+from mimdet.models.vit import resize_table, sincos_table
 
 stored = file.tensors["pos_embed"]
 side = round((stored.shape[1] - 1) ** 0.5)
@@ -156,7 +156,7 @@ check("the class token has no place", stored[:, 0].abs().max() == 0)
 # sizes:
 
 # %%
-from mimdet.viz.positions import show_positions
+from mimdet.viz.charts import show_positions
 
 meta = sincos_table(768, 14)
 model_table = torch.cat([meta[:, :1], resize_table(meta, (50, 50))], dim=1)  # on loading
@@ -375,7 +375,7 @@ check("reset brings the drawn sample back", lab.canvas.dropped == drawn)
 
 # %% tags=["solution"]
 # 1. Count values, not tensors.
-from mimdet.viz.bars import loaded_by_part
+from mimdet.viz.charts import loaded_by_part
 
 counts = loaded_by_part(report, model)
 from_file = sum(old for old, _ in counts.values())

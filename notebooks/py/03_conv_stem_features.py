@@ -30,8 +30,8 @@ import copy
 import mimdet
 import torch
 from mimdet import check
-from mimdet.notebook_inputs import open_detector, open_pictures
-from mimdet.viz.pyramids import pyramid_of
+from mimdet.notebook import open_detector, open_pictures
+from mimdet.viz.features import pyramid_of
 
 torch.set_num_threads(1)
 pictures = open_pictures(PATH, MODE, count=16)
@@ -226,7 +226,7 @@ for name, stem in {"with norms": stems["ConvStem"], "without": bare["ConvStem"]}
 # anyway. With them, an image's features depend on what it is batched with. The original has this
 # property too. The kit keeps it, for the released weights were trained with it, and
 # never mixes padded sizes where results count: `predict` and `evaluate` batch images of
-# equal padded size only (`mimdet/predict.py`).
+# equal padded size only (`mimdet/inference.py`).
 #
 # ## 5 · What do the stems cost?
 #
@@ -305,7 +305,7 @@ from torchvision.ops import box_iou
 
 def objects_found(model):  # -> for every true object: found?
     hits = []
-    for one, target in zip(mimdet.predict(model, pictures.images), pictures.targets, strict=True):
+    for one, target in zip(mimdet.inference(model, pictures.images), pictures.targets, strict=True):
         one = one[one.scores >= 0.3]
         right = (box_iou(target.boxes, one.boxes) >= 0.5) & (target.labels[:, None] == one.labels)
         hits.append(right.any(dim=1))

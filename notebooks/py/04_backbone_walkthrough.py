@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from mimdet import check
 from mimdet.data.augment import resize_image, test_size
-from mimdet.notebook_inputs import open_detector, open_pictures
+from mimdet.notebook import open_detector, open_pictures
 
 torch.set_num_threads(1)
 pictures = open_pictures(PATH, MODE)
@@ -116,10 +116,10 @@ for level, ours in {**maps, "tokens": tokens}.items():
 # A map becomes a list: place = row · w + column. Then each place is told where it is. The table is
 # MAE's, fixed, never trained: half of the channels encode the column, half the row, by sines and
 # cosines of falling frequency. There is no class token. A stored table of another size is resized
-# bicubically (`mimdet/models/posembed.py`).
+# bicubically (`mimdet/models/vit.py`).
 
 # %%
-from mimdet.models.posembed import resize_table, sincos_table
+from mimdet.models.vit import resize_table, sincos_table
 
 B, D, h, w = tokens.shape
 L = h * w
@@ -418,7 +418,7 @@ with torch.device("meta"):
         check(f"   decoder {counted:,}", counted == parts["decoder"] + D * C * K, "with embed")
 
 # %%
-from mimdet.viz.cost_chart import show_costs
+from mimdet.viz.charts import show_costs
 
 show_costs(table, "G multiply-adds, ViT-B, one image of 800 x 1280 pixels", 1e9)
 
@@ -447,7 +447,7 @@ check(
 # ViT-B above suggest.
 
 # %%
-from mimdet.viz.widgets.ratio_dial import RatioDial
+from mimdet.viz.widgets.token_lab import RatioDial
 
 dial = RatioDial(model, pictures.images, pictures.targets, pictures.categories)
 dial.ratio.value = 0.25

@@ -28,7 +28,7 @@ import mimdet
 import torch
 from mimdet import check
 from mimdet.data.augment import resize_image, test_size
-from mimdet.notebook_inputs import open_detector, open_pictures
+from mimdet.notebook import open_detector, open_pictures
 
 model = open_detector(MODE)
 if MODE == "full":
@@ -410,7 +410,7 @@ for which in ("tiny", "tiny_scratch"):
 # %% tags=["solution"]
 # 5. Row 0 and column 0 of every map belong to it; `row` leaves it out, so those rows sum to less.
 from mimdet.models.rcnn import pad_and_normalise
-from mimdet.notebook_inputs import open_mae
+from mimdet.notebook import open_mae
 
 mae = open_mae(MODE)
 inputs = pad_and_normalise([image], torch.device("cpu")).tensors

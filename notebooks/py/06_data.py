@@ -26,7 +26,7 @@ PATH = ""  # your own photo, or a folder with annotations.json and images/
 import mimdet
 from mimdet import check
 from mimdet.data.shapes import ShapesCOCO, export
-from mimdet.notebook_inputs import open_pictures
+from mimdet.notebook import open_pictures
 
 pictures = open_pictures(PATH, MODE)
 files = pictures
@@ -143,7 +143,7 @@ check("still there for evaluation", any(a["iscrowd"] for a in truth))
 # %%
 from mimdet.data.rasters import crops_from_segmentations
 from mimdet.masks import rle_to_bitmap
-from mimdet.viz.data_figures import show_bitmaps
+from mimdet.viz.figures import show_bitmaps
 from pycocotools import mask as coco_mask
 
 polygon = [[4.5, 3.2, 23.8, 9.6, 8.1, 22.4]]  # x0, y0, x1, y1, x2, y2
@@ -199,7 +199,7 @@ print(f"{len(own)} masks: {cells:,} cells; as bitmaps of the whole image {everyt
 
 # %%
 import datasets
-from mimdet.viz.pixels import to_pixels
+from mimdet.viz.draw import to_pixels
 from PIL import Image
 
 datasets.disable_progress_bars()
@@ -336,7 +336,7 @@ check("it shows what a training with this seed sees", browser.geometry == traine
 # ## 5 · Order without a state
 #
 # Which images form step 4711, and how is each of them augmented? In most loaders that depends on
-# everything drawn before. Here it is a function of (seed, step) (`mimdet/data/plan.py`), so a run
+# everything drawn before. Here it is a function of (seed, step) (`mimdet/data/loader.py`), so a run
 # resumes at any step, on another number of processes or workers, and sees the same batches.
 
 # %%
@@ -377,8 +377,8 @@ check("another seed, another order", [b.image_ids for b in another] != alone)
 
 # %%
 import numpy as np
-from mimdet.data.plan import bucket
-from mimdet.viz.data_figures import padding_factor, show_batches
+from mimdet.data.loader import bucket
+from mimdet.viz.figures import padding_factor, show_batches
 
 shapes = [(480, 640), (427, 640), (480, 640), (640, 480)] * 256
 sizes = [

@@ -176,7 +176,7 @@ from mimdet.viz.figures import show_detections
 
 model = mimdet.load_detector(run)
 records = [images[i] for i in range(4)]
-found = mimdet.predict(model, [r.image for r in records])
+found = mimdet.inference(model, [r.image for r in records])
 show_detections(
     [r.image for r in records], found, [r.target for r in records], images.categories, 0.5
 )
@@ -199,7 +199,7 @@ check("most of it is known by heart", final["box"]["AP"] > 0.3 or STEPS, "and mo
 # follows from the data; the authors count 120,000 images an epoch.
 
 # %%
-from mimdet.viz.schedule import group_rates, show_schedule
+from mimdet.viz.charts import group_rates, show_schedule
 
 base = cfg if MODE == "full" else mimdet.presets.mimdet_base()
 base.training.init_from = MAE
@@ -259,7 +259,7 @@ check("67,500 steps of 64 images", steps == 67_500, "36 epochs of 120,000")
 # on the ratio.
 
 # %%
-from mimdet.analysis.memory import kept_bytes
+from mimdet.analysis.cost import kept_bytes
 
 tiny = mimdet.presets.tiny()
 picture, kept = torch.zeros(1, 3, 512, 512), {}

@@ -31,7 +31,7 @@ import mimdet
 import torch
 from IPython.display import display
 from mimdet import check
-from mimdet.notebook_inputs import open_detector, open_pictures
+from mimdet.notebook import open_detector, open_pictures
 from mimdet.viz.figures import show_detections
 
 pictures = open_pictures(PATH, MODE, count=4)
@@ -40,7 +40,7 @@ own_data = bool(PATH) and pictures.dataset is not None
 # %%
 if pictures.dataset is None:
     detector = open_detector(MODE)
-    found = mimdet.predict(detector, pictures.images)
+    found = mimdet.inference(detector, pictures.images)
     display(show_detections(pictures.images, found, None, detector.categories, columns=1))
     print("A photo has no truth, so it cannot be scored: from here on the built-in data are used.")
     pictures = open_pictures("", MODE, count=4)
@@ -315,7 +315,7 @@ for name, mine in reports.items():
 # right all true objects around.
 
 # %%
-from mimdet.viz.error_gallery import show_error_gallery
+from mimdet.viz.errors import show_error_gallery
 
 false_alarms = report.errors("background")[:3] + report.errors("both")[:3]
 if false_alarms:
@@ -387,7 +387,7 @@ check("ratio 1 is the number of section 1", same, "nothing is drawn, so nothing 
 # hard for one is hard for the other, and in the difference its difficulty cancels.
 
 # %%
-from mimdet.analysis.comparison import compare_runs
+from mimdet.analysis.verdicts import compare_runs
 from mimdet.viz.errors import show_comparison
 
 comparison = compare_runs(truth, {name: run.results for name, run in runs.items()}, "bbox")

@@ -21,7 +21,7 @@ SEED = 0  # the first of the seeds
 # %%
 import mimdet
 from mimdet import check, notebook_setup
-from mimdet.experiments.stored import StoredExperiment
+from mimdet.experiments.results import StoredExperiment
 
 cfg = notebook_setup(MODE, steps=STEPS if MODE == "quick" else 0, seed=SEED)
 
@@ -38,7 +38,7 @@ cfg = notebook_setup(MODE, steps=STEPS if MODE == "quick" else 0, seed=SEED)
 # result (`notebooks/ablations/sample_ratio.py`); `mimdet ablate` on that file makes it again.
 
 # %%
-from mimdet.viz.ablations import show_arms, show_curves, show_matrix
+from mimdet.viz.experiments import show_arms, show_curves, show_matrix
 
 stored = StoredExperiment("results/ablations/sample_ratio.json")
 print(stored.command, "|", stored.content["hardware"])
@@ -239,7 +239,7 @@ check("as many scenes for each", len(same) == 1, "else training time is compared
 
 # %% tags=["solution"]
 # 1. half = t(n - 1) * sd / sqrt(n); t falls to 1.96, so try n = 2, 3, 4, ...
-from mimdet.experiments.intervals import t_quantile
+from mimdet.experiments.results import t_quantile
 
 halves = {n: t_quantile(n - 1) * sd / math.sqrt(n) for n in range(2, 200)}
 enough = next((n for n, value in halves.items() if value < 1), None)

@@ -56,7 +56,7 @@ from mimdet import check
 from mimdet.data.augment import resize_image, test_size
 from mimdet.models.rcnn import pad_and_normalise
 from mimdet.models.sampling import SAMPLERS, select, token_grid
-from mimdet.notebook_inputs import open_detector, open_pictures
+from mimdet.notebook import open_detector, open_pictures
 
 model = open_detector(MODE)
 image = open_pictures("", MODE, count=4).images[3]
@@ -68,7 +68,7 @@ grid = token_grid(*image.shape[1:])
 tokens = features[:, : grid[0], : grid[1]].flatten(1).T  # (L, D): its own tokens
 
 # %%
-from mimdet.viz.data_figures import show_samples
+from mimdet.viz.figures import show_samples
 
 samples = {}
 for name, sampler in {**SAMPLERS, IDEA.__name__: IDEA}.items():
@@ -135,7 +135,7 @@ print(result.table[["arm", "seed", "box_ap", "mask_ap"]].round(1).to_string(inde
 check("every run is in the table", len(result.table) == 4 and not result.errors)
 
 # %%
-from mimdet.viz.ablations import show_arms
+from mimdet.viz.experiments import show_arms
 
 show_arms(result)
 
@@ -151,7 +151,7 @@ show_arms(result)
 # difference of one AP point, if the spread is what these two pairs suggest?
 
 # %%
-from mimdet.experiments.intervals import t_quantile
+from mimdet.experiments.results import t_quantile
 
 random_arm, idea_arm = (arm.label for arm in result.arms)
 change = result.difference((idea_arm, 0.25), (random_arm, 0.25))
@@ -186,7 +186,7 @@ Path("runs/own_idea.py").write_text("\n".join(lines))
 print(Path("runs/own_idea.py").read_text())
 
 # %%
-from mimdet.experiments.ablate import read_grid
+from mimdet.experiments.experiment import read_grid
 from mimdet.experiments.experiment import plan
 
 _, seeds, planned = plan(**read_grid("runs/own_idea.py"), name="own_idea")
@@ -215,7 +215,7 @@ check("nothing was trained again", untouched and again.table.equals(result.table
 # ## 6 · What is kept
 #
 # The function will be gone from this cell tomorrow; the run must still load. So its source stands
-# in the run's `slots/` with a sha256 (`mimdet/training/cell_code.py`), and the configuration names
+# in the run's `slots/` with a sha256 (`mimdet/training/slots.py`), and the configuration names
 # that hash. Loading such a run executes code, therefore only with consent.
 
 # %%

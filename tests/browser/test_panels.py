@@ -32,7 +32,7 @@ Act = Callable[[Notebook], object]
 MODELS = """\
 import torch, mimdet
 torch.set_num_threads(1)
-from mimdet.notebook_inputs import open_pictures
+from mimdet.notebook import open_pictures
 pictures = open_pictures(count=3)
 model = mimdet.load_detector("tiny")"""
 
@@ -190,7 +190,7 @@ def test_pyramid_viewer(open_panel: Callable[[str], Notebook]) -> None:
 
 def test_ratio_dial(open_panel: Callable[[str], Notebook]) -> None:
     notebook = open_panel(
-        "from mimdet.viz.widgets.ratio_dial import RatioDial\n"
+        "from mimdet.viz.widgets.token_lab import RatioDial\n"
         "RatioDial(model, pictures.images, pictures.targets, pictures.categories)",
     )
     operate(

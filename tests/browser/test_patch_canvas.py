@@ -14,7 +14,7 @@ from tests.browser.chromium import Page, open_page, skip_without_browser
 skip_without_browser()
 pytest.importorskip("anywidget", reason="anywidget is not installed: .[notebooks]")
 
-from mimdet.viz.pixels import data_url  # noqa: E402
+from mimdet.viz.draw import data_url  # noqa: E402
 from mimdet.viz.widgets.canvas import HERE  # noqa: E402
 
 STATE: dict[str, Any] = {

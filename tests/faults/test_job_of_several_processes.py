@@ -8,7 +8,7 @@ import pytest
 
 from mimdet.training.checkpoints import CheckpointStore
 from mimdet.training.job import JOB, Job
-from mimdet.training.lock import holder, started
+from mimdet.training.run import holder, started
 from tests.small import small
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import mimdet
-from mimdet import check, notebook_inputs
-from mimdet.models import names, posembed, rcnn, sampling
+from mimdet import check, notebook
+from mimdet.models import rcnn, sampling, vit, weights
 from tests.notebooks import can_fail
 from tests.notebooks.broken_values import broken
 from tools import notebooks
@@ -156,7 +156,7 @@ def gather_in_another_order(patch: pytest.MonkeyPatch) -> None:
 
 
 def ratio_1_depends_on_the_seed(patch: pytest.MonkeyPatch) -> None:
-    right = mimdet.predict
+    right = mimdet.inference
 
     def predict(*given: Any, seed: int = 0, sample_ratio: float = 1.0, **options: Any) -> Any:
         found = right(*given, seed=seed, sample_ratio=sample_ratio, **options)
@@ -180,39 +180,39 @@ def padding_is_black(patch: pytest.MonkeyPatch) -> None:
 
 
 def columns_for_rows(patch: pytest.MonkeyPatch) -> None:
-    right = posembed.sincos_table
+    right = vit.sincos_table
 
     def table(width: int, side: int) -> torch.Tensor:
         cells = right(width, side)[:, 1:].unflatten(1, (side, side)).transpose(1, 2).flatten(1, 2)
         return torch.cat([torch.zeros(1, 1, width), cells], dim=1)
 
-    patch.setattr(posembed, "sincos_table", table)
+    patch.setattr(vit, "sincos_table", table)
 
 
 def positions_are_shifted(patch: pytest.MonkeyPatch) -> None:
-    right = posembed.resize_table
-    patch.setattr(posembed, "resize_table", lambda *given: right(*given).roll(1, 1))
+    right = vit.resize_table
+    patch.setattr(vit, "resize_table", lambda *given: right(*given).roll(1, 1))
 
 
 def attention_has_another_scale(patch: pytest.MonkeyPatch) -> None:
-    right = notebook_inputs.open_detector
+    right = notebook.open_detector
 
     def opened(*given: Any) -> Any:
         model = right(*given)
         model.backbone.decoder.blocks[0].attn.scale *= 2
         return model
 
-    patch.setattr(notebook_inputs, "open_detector", opened)
+    patch.setattr(notebook, "open_detector", opened)
 
 
 def names_get_lost(patch: pytest.MonkeyPatch) -> None:
-    right = names.translate
+    right = weights.translate
 
     def translate(name: str, *rest: Any, back: bool = False) -> Any:
         found = right(name, *rest, back=back)
         return found.replace("norm1", "norm2") if back and found else found
 
-    patch.setattr(names, "translate", translate)
+    patch.setattr(weights, "translate", translate)
 
 
 def a_refused_file_leaves_traces(patch: pytest.MonkeyPatch) -> None:

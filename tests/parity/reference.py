@@ -13,8 +13,9 @@ from torch import Tensor
 import mimdet
 from mimdet.config import BackboneConfig, Config, DetectorConfig
 from mimdet.models.detector import Detector
-from mimdet.models.names import detectron2_rules, translate
+from mimdet.models.official import detectron2_rules
 from mimdet.models.sampling import Sample
+from mimdet.models.weights import translate
 from mimdet.structures import Target
 
 RATIOS = {"eval_sr1": 1.0, "eval_sr075": 0.75, "eval_sr05": 0.5, "train_sr05": 0.5}

@@ -16,12 +16,12 @@ import mimdet
 from mimdet import presets
 from mimdet.analysis.cost import cost_of
 from mimdet.config import BackboneConfig, Config, DetectorConfig
+from mimdet.inference import to_original
 from mimdet.masks import probabilities_to_rle, rle_to_bitmap
+from mimdet.models.baselines import moco_table, relative_index
 from mimdet.models.detector import Detector, build_detector
-from mimdet.models.names import detectron2_rules, translate
-from mimdet.models.official import export_detectron2, match_preset
-from mimdet.models.windows import moco_table, relative_index
-from mimdet.predict import to_original
+from mimdet.models.official import detectron2_rules, export_detectron2, match_preset
+from mimdet.models.weights import translate
 from mimdet.structures import Detections
 from mimdet.training.optim import parameter_groups
 from tests.parity.reference import input_images, reference, relative
@@ -154,7 +154,7 @@ def test_predict_returns_the_same(folder: Path, measured) -> None:
     model = load_original(folder).eval()
     model.config.data.test_short_side = model.config.data.max_side = 256
     for i, image in enumerate(contents(folder)):
-        found = mimdet.predict(model, image)  # 256 pixels long: nothing is resized
+        found = mimdet.inference(model, image)  # 256 pixels long: nothing is resized
         boxes = tensors[f"det_raw_boxes_{i}"].clone()
         boxes[:, 0::2] = boxes[:, 0::2].clamp(max=image.shape[2])
         boxes[:, 1::2] = boxes[:, 1::2].clamp(max=image.shape[1])

@@ -9,9 +9,8 @@ import torch
 import mimdet
 from mimdet import presets
 from mimdet.models.detector import build_detector
-from mimdet.models.names import detectron2_rules, translate
-from mimdet.models.official import export_detectron2, match_preset
-from mimdet.models.weights import load_mae
+from mimdet.models.official import detectron2_rules, export_detectron2, match_preset
+from mimdet.models.weights import load_mae, translate
 from mimdet.training.optim import parameter_groups
 from tests.parity.reference import load_original, our_name, reference
 

@@ -10,8 +10,8 @@ from torch import Tensor
 import mimdet
 from mimdet.config import DetectorConfig
 from mimdet.models.detector import build_roi_heads, build_rpn
-from mimdet.models.names import detectron2_rules, translate
-from mimdet.models.weights import load_mae_model
+from mimdet.models.official import detectron2_rules
+from mimdet.models.weights import load_mae_model, translate
 from tests.parity.reference import relative
 
 DATA = Path(__file__).resolve().parents[1] / "data"

@@ -12,7 +12,7 @@ import mimdet
 from mimdet import presets
 from mimdet.viz import record as recording
 from mimdet.viz.attention import overlay
-from mimdet.viz.pixels import from_data_url
+from mimdet.viz.draw import from_data_url
 from mimdet.viz.record import record
 from tests.small import small
 
@@ -50,7 +50,7 @@ def tokens_of(canvas) -> np.ndarray:
 def reference(model, images, panel, name: str):
     """The same run through the whole detector."""
     with record(model, name) as seen:
-        mimdet.predict(model, images[0], sample_ratio=panel.ratio.value, seed=panel.seed.value)
+        mimdet.inference(model, images[0], sample_ratio=panel.ratio.value, seed=panel.seed.value)
     return seen
 
 

@@ -7,8 +7,8 @@ from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 import mimdet
-from mimdet.models.posembed import sincos_table
 from mimdet.models.sampling import Sample
+from mimdet.models.vit import sincos_table
 from mimdet.viz.attention import (
     LITTLE,
     MUCH,
@@ -21,8 +21,8 @@ from mimdet.viz.attention import (
     show_attention,
     show_rollout,
 )
-from mimdet.viz.pixels import UNSAMPLED
-from mimdet.viz.positions import show_positions, similarity
+from mimdet.viz.charts import show_positions, similarity
+from mimdet.viz.draw import UNSAMPLED
 from mimdet.viz.record import Recording, record, rollout
 from tests.small import small
 

@@ -5,7 +5,7 @@ from matplotlib.patches import Rectangle
 from torch import nn
 
 from mimdet.models.weights import LoadReport
-from mimdet.viz.bars import loaded_by_part, millions, show_loaded, show_stacked
+from mimdet.viz.charts import loaded_by_part, millions, show_loaded, show_stacked
 
 
 class Small(nn.Module):

@@ -8,7 +8,7 @@ from torch import Generator, Tensor, nn
 
 from mimdet.models.sampling import Grid
 from mimdet.models.stem import StemFeatures
-from mimdet.training.cell_code import (
+from mimdet.training.slots import (
     _check_self_contained,
     load_slots,
     read_slots,

@@ -10,9 +10,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from mimdet.data.check_report import KINDS
-from mimdet.data.check_rules import decode_counts
-from mimdet.data.checks import Report, check_dataset
+from mimdet.data.checks import KINDS, Report, check_dataset, decode_counts
 
 WIDTH, HEIGHT, IMAGES = 64, 48, 6
 

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from mimdet.data.check_rules import decode_counts, segmentation_findings
-from mimdet.data.checks import check_dataset
+from mimdet.data.checks import check_dataset, decode_counts, segmentation_findings
 
 WIDTH, HEIGHT = 64, 48
 OBJECT = {"image_id": 1, "category_id": 1, "bbox": [4, 6, 20, 16], "area": 320, "iscrowd": 0}

@@ -14,9 +14,9 @@ from pycocotools import mask as coco_mask
 
 from mimdet.analysis.metrics import coco_metrics
 from mimdet.config import DataConfig
-from mimdet.data import tables
-from mimdet.data.annotations import clipped_box
+from mimdet.data import coco_file
 from mimdet.data.coco import CocoDataset, build_dataset
+from mimdet.data.coco_file import clipped_box
 
 SQUARE = [[2.0, 2.0, 10.0, 2.0, 10.0, 10.0, 2.0, 10.0]]
 RUNS = {"size": [20, 30], "counts": [0, 40, 560]}  # the two leftmost columns, by columns
@@ -219,7 +219,7 @@ def test_the_table_is_built_once_and_anew_for_new_content(tmp_path, content, cac
     paths = write(tmp_path, content)
     first = CocoDataset(*paths)
     assert len(list(cache.iterdir())) == 1
-    monkeypatch.setattr(tables, "_parse", None)  # a second reading would fail
+    monkeypatch.setattr(coco_file, "_parse", None)  # a second reading would fail
     again = CocoDataset(*paths)
     assert torch.equal(again[0].target.boxes, first[0].target.boxes)
     monkeypatch.undo()
@@ -235,7 +235,7 @@ def test_an_interruption_leaves_no_partial_table(tmp_path, content, cache, monke
         raise KeyboardInterrupt
 
     paths = write(tmp_path, content)
-    monkeypatch.setattr(tables.os, "fsync", interrupted)
+    monkeypatch.setattr(coco_file.os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         CocoDataset(*paths)
     assert not list(cache.iterdir())

@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 from mimdet import presets
 from mimdet.config import BackboneConfig, Config, DetectorConfig
+from mimdet.inference import predict
+from mimdet.models.backbones import resolve
 from mimdet.models.detector import Detector, build_detector
 from mimdet.models.sampling import Sample
-from mimdet.models.slots import resolve
 from mimdet.models.stem import STEMS, ConvStem
-from mimdet.predict import predict
 from mimdet.structures import Crops, Target
 
 LOSSES = ["loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask"]

@@ -17,12 +17,19 @@ from threading import Thread
 
 import pytest
 
-from mimdet import cli
-from mimdet.downloads import catalogue, transfer
-from mimdet.downloads.catalogue import CATALOGUE, GROUPS, PublicFile, find, table
-from mimdet.downloads.fetch import download, fetch
-from mimdet.downloads.transfer import readable, receive
-from mimdet.downloads.unpack import unzip
+from mimdet import cli, downloads
+from mimdet.downloads import (
+    CATALOGUE,
+    GROUPS,
+    PublicFile,
+    download,
+    fetch,
+    find,
+    readable,
+    receive,
+    table,
+    unzip,
+)
 
 CONTENT = bytes(range(256)) * 40  # 10,240 bytes
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -106,7 +113,7 @@ def remote():
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(transfer, "WAIT", 0.0)
+    monkeypatch.setattr(downloads, "WAIT", 0.0)
 
 
 @pytest.fixture
@@ -116,8 +123,8 @@ def file(remote) -> PublicFile:
 
 @pytest.fixture
 def listed(file, monkeypatch) -> PublicFile:
-    """The file as the only one of the catalogue."""
-    monkeypatch.setattr(catalogue, "CATALOGUE", (file,))
+    """The file as the only one of the downloads."""
+    monkeypatch.setattr(downloads, "CATALOGUE", (file,))
     return file
 
 
@@ -154,7 +161,7 @@ def test_broken_connection_is_continued(remote, file, tmp_path):
 
 
 def test_a_later_run_continues(remote, file, tmp_path, monkeypatch):
-    monkeypatch.setattr(transfer, "TRIES", 1)
+    monkeypatch.setattr(downloads, "TRIES", 1)
     remote.cuts = [6000]
     with pytest.raises(ConnectionError, match=r"after 6000 of 10240 bytes.*6 kB\) is kept"):
         fetch(file, tmp_path)
@@ -180,7 +187,7 @@ def test_without_ranges_or_versions_it_starts_over(remote, file, tmp_path, heade
 
 @pytest.mark.parametrize("obeys_if_range", [True, False])
 def test_two_versions_are_not_glued(remote, file, tmp_path, monkeypatch, obeys_if_range):
-    monkeypatch.setattr(transfer, "TRIES", 1)
+    monkeypatch.setattr(downloads, "TRIES", 1)
     remote.cuts = [6000]
     with pytest.raises(ConnectionError):
         fetch(file, tmp_path)
@@ -189,7 +196,7 @@ def test_two_versions_are_not_glued(remote, file, tmp_path, monkeypatch, obeys_i
     if not obeys_if_range:  # a careless server: sends the rest of the new version
         note = tmp_path / "weights.pth.part.json"
         remote.headers["Last-Modified"] = json.loads(note.read_text())["version"]
-        monkeypatch.setattr(transfer, "TRIES", 2)
+        monkeypatch.setattr(downloads, "TRIES", 2)
     assert fetch(file, tmp_path).read_bytes() == CONTENT[::-1]
 
 
@@ -198,7 +205,7 @@ def test_server_that_always_stops_early(remote, file, tmp_path):
     with pytest.raises(ConnectionError, match="after 6000 of 10240 bytes"):
         fetch(file, tmp_path)
     assert not (tmp_path / "weights.pth").exists()
-    assert len(remote.ranges_asked()) == transfer.TRIES
+    assert len(remote.ranges_asked()) == downloads.TRIES
 
 
 def test_part_that_was_complete_needs_no_server(remote, file, tmp_path):
@@ -229,7 +236,7 @@ def test_server_errors(remote, file, tmp_path):
     remote.status = 503
     with pytest.raises(ConnectionError, match="503"):
         fetch(file, tmp_path)
-    assert len(remote.seen) == 1 + transfer.TRIES
+    assert len(remote.seen) == 1 + downloads.TRIES
 
 
 def test_web_page_is_refused(remote, file, tmp_path):
@@ -354,12 +361,12 @@ def test_command(remote, listed, tmp_path, monkeypatch, capsys):
 
 HUB_RUN = """
 import sys
-from mimdet.downloads import catalogue, fetch
-file = catalogue.PublicFile("tiny/mae", "https://hub.example/f", "page", "CC0", "a test",
+from mimdet.downloads import downloads, fetch
+file = downloads.PublicFile("tiny/mae", "https://hub.example/f", "page", "CC0", "a test",
                             sha256=sys.argv[1], hub_file="weights.safetensors")
-catalogue.CATALOGUE = (file,)
-print(fetch.is_there(file, "."))
-print(*fetch.download(["tiny/mae"], "unused", yes=True))
+downloads.CATALOGUE = (file,)
+print(downloads.is_there(file, "."))
+print(*downloads.download(["tiny/mae"], "unused", yes=True))
 """
 
 
@@ -406,7 +413,7 @@ IMAGES = {"val2017/": b"", "val2017/1.jpg": b"first" * 100, "val2017/2.jpg": b"s
 def test_unpack_coco(remote, file, tmp_path, monkeypatch):
     remote.content = zipped(tmp_path / "source.zip", IMAGES).read_bytes()
     archive = replace(file, address=remote.address.replace("weights.pth", "val2017.zip"))
-    monkeypatch.setattr(catalogue, "CATALOGUE", (archive,))
+    monkeypatch.setattr(downloads, "CATALOGUE", (archive,))
     cli.main(["download", "small", "--to", str(tmp_path / "d"), "--yes", "--unpack"])
     for name in ("1.jpg", "2.jpg"):
         unpacked = tmp_path / "d" / "coco" / "val2017" / name

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from mimdet.analysis import error_fixes
-from mimdet.analysis.error_overlaps import as_rle
+from mimdet.analysis import errors
 from mimdet.analysis.errors import KINDS, ErrorReport, find_errors
+from mimdet.analysis.matching import as_rle
 from mimdet.analysis.metrics import IouType, coco_metrics
 from mimdet.masks import bitmap_to_rle
 from tests.unit.test_metrics import found, random_case, rectangle, truth_of
@@ -783,7 +783,7 @@ def test_the_numbers_of_tidecv(
 ) -> None:
     """Equal to 1e-9, counts and all dAPs, on scenes in which the departures that the module names
     do not matter, with tidecv's rounding of the recall levels."""
-    monkeypatch.setattr(error_fixes, "RECALLS", np.arange(101) / 100)
+    monkeypatch.setattr(errors, "RECALLS", np.arange(101) / 100)
     for seed in range(40):
         truth, results = random_scenes(seed, images=12)
         report = find_errors(truth, results, iou_type)
@@ -802,7 +802,7 @@ def test_the_numbers_of_tidecv_on_coco_images(
 ) -> None:
     """A hundred real images, without what the departures are about: crowds, classes without
     objects, equal scores. One class is missed altogether, and left out of tidecv's means."""
-    monkeypatch.setattr(error_fixes, "RECALLS", np.arange(101) / 100)
+    monkeypatch.setattr(errors, "RECALLS", np.arange(101) / 100)
     folder = shared_data / "evalbench"
     truth = json.loads((folder / "instances_val2014_100.json").read_text())
     name = f"instances_val2014_fake{iou_type}100_results.json"

@@ -19,25 +19,33 @@ from torch import nn
 
 from mimdet.analysis.cost import cost_of
 from mimdet.config import Config, save_config
-from mimdet.experiments import pool, worker
-from mimdet.experiments.ablate import ablate, read_grid
-from mimdet.experiments.estimate import START_SECONDS, TRAINED, seconds_left
-from mimdet.experiments.experiment import experiment, plan
+from mimdet.experiments import runs
+from mimdet.experiments.experiment import (
+    START_SECONDS,
+    TRAINED,
+    ablate,
+    experiment,
+    plan,
+    read_grid,
+    seconds_left,
+)
 from mimdet.experiments.grid import arms_of
-from mimdet.experiments.intervals import mean_interval, paired_difference, t_quantile
-from mimdet.experiments.measures import training_flops
-from mimdet.experiments.plan import CLOCK, RATIOS, PlannedRun, steps_done
-from mimdet.experiments.pool import default_processes, places
-from mimdet.experiments.results import Experiment
-from mimdet.experiments.stored import StoredExperiment
+from mimdet.experiments.results import (
+    Experiment,
+    StoredExperiment,
+    mean_interval,
+    paired_difference,
+    t_quantile,
+    training_flops,
+)
+from mimdet.experiments.runs import CLOCK, RATIOS, PlannedRun, default_processes, places, steps_done
 from mimdet.models.stem import ConvStem
 from mimdet.presets import PRESETS
-from mimdet.training.cell_code import write_slots
 from mimdet.training.checkpoints import CheckpointStore
-from mimdet.training.lock import holder
-from mimdet.training.resume import build_model
-from mimdet.training.run import Run
-from mimdet.viz.ablations import save_figures, show_arms, show_curves, show_matrix
+from mimdet.training.run import Run, holder
+from mimdet.training.slots import write_slots
+from mimdet.training.train import build_model
+from mimdet.viz.experiments import save_figures, show_arms, show_curves, show_matrix
 from tests.small import small
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -207,7 +215,7 @@ def test_what_was_planned_is_trained_although_the_file_changes(tmp_path, monkeyp
     own = importlib.import_module(file.stem).own
     run = plan(small(), {"backbone.sampler": [own]}, seeds=1, runs=tmp_path / "runs")[2][0]
     file.write_text(text.replace("return tokens", "return -tokens"))
-    pool.start(run, {}, tmp_path / "logs").process.kill()
+    runs.start(run, {}, tmp_path / "logs").process.kill()
     assert (run.path / "slots" / "sampler.py").read_text().endswith(text)
     with pytest.raises(ValueError, match="sampler own was changed since it was imported"):
         arms_of(small(), {"backbone.sampler": [own]})
@@ -266,7 +274,7 @@ def test_a_stem_from_a_cell_leaves_encoder_and_decoder_as_they_were(tmp_path) ->
 
 
 def test_processes_follow_cores_and_threads(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("mimdet.experiments.pool.usable_cores", lambda: 4)
+    monkeypatch.setattr("mimdet.experiments.runs.usable_cores", lambda: 4)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     _, _, runs = plan(small(), {"backbone.depth": [1, 2]}, seeds=3, runs=tmp_path)
     assert default_processes(runs) == 4
@@ -486,9 +494,9 @@ def test_code_in_a_run_s_folder_needs_consent(tmp_path) -> None:
 
 
 def test_two_processes_never_work_on_one_run(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(worker, "LOCK_SECONDS", 0.3)
-    with worker.alone_in(tmp_path):
-        assert worker.main([str(tmp_path), "--ratios", "1", "--draws", "1"]) == 1
+    monkeypatch.setattr(runs, "LOCK_SECONDS", 0.3)
+    with runs.alone_in(tmp_path):
+        assert runs.main([str(tmp_path), "--ratios", "1", "--draws", "1"]) == 1
     said = capsys.readouterr().out
     assert f"error: RunInUse: process {os.getpid()}" in said and "already trains in" in said
 

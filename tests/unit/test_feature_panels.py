@@ -11,10 +11,9 @@ from torch import Tensor
 import mimdet
 from mimdet.data.shapes import ShapesCOCO
 from mimdet.models.detector import Detector
-from mimdet.viz.features import fit_basis, pca_picture
-from mimdet.viz.pyramids import pyramid_of
+from mimdet.viz.features import fit_basis, pca_picture, pyramid_of
 from mimdet.viz.widgets.pyramid_viewer import PyramidViewer
-from mimdet.viz.widgets.ratio_dial import RatioDial, stopwatch
+from mimdet.viz.widgets.token_lab import RatioDial, stopwatch
 
 SCENES = ShapesCOCO("shapes-v1-medium", length=3, split="val")
 IMAGES = [SCENES[i].image for i in range(3)]
@@ -157,7 +156,7 @@ def test_viewer_names_its_controls_and_has_a_picture(tiny: Detector, patchify: D
 def test_dial_shows_what_predict_finds(tiny: Detector) -> None:
     panel = RatioDial(tiny, IMAGES)
     panel.ratio.value, panel.seed.value = 0.25, 2
-    found = mimdet.predict(tiny, IMAGES[0], sample_ratio=0.25, seed=2)
+    found = mimdet.inference(tiny, IMAGES[0], sample_ratio=0.25, seed=2)
     assert torch.equal(panel.found.boxes, found.boxes)
     likely = int((found.scores >= 0.3).sum())
     assert f"64 of 256 tokens · {likely} detections" in panel.status.value

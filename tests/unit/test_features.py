@@ -8,21 +8,23 @@ from torch import Tensor
 import mimdet
 from mimdet.models.detector import Detector
 from mimdet.models.sampling import Sample
+from mimdet.viz.draw import UNSAMPLED
 from mimdet.viz.features import (
+    LEVELS,
     channel_map,
     compare_pyramids,
     fit_basis,
     largest_difference,
     norm_map,
+    pale_dropped,
     pca_picture,
     project,
+    pyramid_of,
     show_channels,
     show_planes,
     show_pyramid,
     strongest_channels,
 )
-from mimdet.viz.pixels import UNSAMPLED
-from mimdet.viz.pyramids import LEVELS, pale_dropped, pyramid_of
 
 CROSS = torch.tensor([[[2.0, -2.0], [0.0, 0.0]], [[0.0, 0.0], [1.0, -1.0]]])
 """(2, 2, 2): the points (2, 0), (-2, 0), (0, 1), (0, -1)."""
@@ -188,7 +190,7 @@ def test_a_pyramid_has_every_level(tiny: Detector) -> None:
 
 def test_a_pyramid_is_what_the_detector_computes(tiny: Detector) -> None:
     with mimdet.record(tiny, "backbone.decoder", "neck") as seen:
-        mimdet.predict(tiny, scene(), sample_ratio=0.25, seed=3)
+        mimdet.inference(tiny, scene(), sample_ratio=0.25, seed=3)
     found = pyramid_of(tiny, scene(), sample_ratio=0.25, seed=3)
     assert found.sample is not None and seen.sample is not None
     assert torch.equal(found.sample.keep[0], seen.sample.keep[0])

@@ -22,6 +22,7 @@ from mimdet.masks import crops_to_bitmaps
 from mimdet.models.sampling import Sample
 from mimdet.structures import Crops, Detections, Record, Target
 from mimdet.viz.charts import _running_mean
+from mimdet.viz.draw import class_name, image_panels, place_names, score_text
 from mimdet.viz.figures import (
     save_figure,
     show_data,
@@ -30,8 +31,6 @@ from mimdet.viz.figures import (
     show_sample,
     show_training,
 )
-from mimdet.viz.names import place_names
-from mimdet.viz.panels import class_name, image_panels, score_text
 
 ROOT = Path(__file__).resolve().parents[2]
 HEIGHT, WIDTH = 48, 64

@@ -16,14 +16,10 @@ from mimdet.config import Config, load_config
 from mimdet.files import write_json
 from mimdet.training import job as jobs
 from mimdet.training.checkpoints import CheckpointStore
-from mimdet.training.job import JOB, Job, JobFailed
-from mimdet.training.lock import RunInUse, alone_in, holder, started
-from mimdet.training.metrics import MetricsFile, duration, last_lines, seconds_left
-from mimdet.training.resume import resume, stored_config
-from mimdet.training.run import Run
+from mimdet.training.job import JOB, Job, JobFailed, MetricsFile, duration, last_lines, seconds_left
+from mimdet.training.run import STATUS, Run, RunInUse, alone_in, holder, read_status, started
 from mimdet.training.signals import TrainingStopped
-from mimdet.training.status import STATUS, read_status
-from mimdet.training.train import train
+from mimdet.training.train import resume, stored_config, train
 from tests.small import small
 
 STEPS = 8
@@ -95,7 +91,7 @@ def test_two_trainings_of_one_run_are_refused(tmp_path) -> None:
 def test_a_lock_ends_with_its_process_and_is_not_kept_by_forks(tmp_path) -> None:
     code = (
         "import os, sys, time; from pathlib import Path\n"
-        "from mimdet.training.lock import alone_in\n"
+        "from mimdet.training.run import alone_in\n"
         "with alone_in(Path(sys.argv[1])):\n"
         "    if os.fork() == 0: time.sleep(60); os._exit(0)\n"
         "    print('held', flush=True); time.sleep(60)"

@@ -11,9 +11,7 @@ import torch
 
 from mimdet.config import DataConfig
 from mimdet.data.augment import draw_geometry, rng_for
-from mimdet.data.loader import EvalLoader, TrainLoader
-from mimdet.data.plan import Plan, bucket, padded_size
-from mimdet.data.workers import pack, unpack
+from mimdet.data.loader import EvalLoader, Plan, TrainLoader, bucket, pack, padded_size, unpack
 from mimdet.structures import Crops, Record, Target
 
 SMALL = DataConfig(augment="multiscale", short_sides=(32, 40, 64), test_short_side=32, max_side=96)

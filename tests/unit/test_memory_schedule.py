@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from mimdet import presets
-from mimdet.analysis.memory import kept_bytes
+from mimdet.analysis.cost import kept_bytes
 from mimdet.config import TrainingConfig
-from mimdet.viz.schedule import group_rates, show_schedule
+from mimdet.viz.charts import group_rates, show_schedule
 
 
 def test_kept_bytes_by_hand() -> None:

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 import mimdet.training.run
-from mimdet import notebook_inputs
+from mimdet import notebook
 from mimdet.data.coco import build_dataset
-from mimdet.downloads.catalogue import CATALOGUE
-from mimdet.notebook_inputs import open_detector, open_mae, open_pictures
+from mimdet.downloads import CATALOGUE
+from mimdet.notebook import open_detector, open_mae, open_pictures
 
 
 @pytest.fixture
@@ -124,15 +124,15 @@ def test_full_mode_without_weights_says_how_to_get_them(
 def test_what_it_tells_to_download_can_be_downloaded() -> None:
     """Under the name that is then looked for."""
     files = {file.name: file for file in CATALOGUE}
-    for kind, name in notebook_inputs.DOWNLOADS.items():
+    for kind, name in notebook.DOWNLOADS.items():
         stored = files[name].rename or files[name].address.rsplit("/", 1)[1]
-        assert stored == notebook_inputs.FULL_WEIGHTS[kind]
+        assert stored == notebook.FULL_WEIGHTS[kind]
 
 
 def test_full_mode_loads_the_downloaded_file(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    file = tmp_path / notebook_inputs.FULL_WEIGHTS["detector"]
+    file = tmp_path / notebook.FULL_WEIGHTS["detector"]
     file.touch()
     monkeypatch.setenv("MIMDET_WEIGHTS", str(tmp_path))
     monkeypatch.setattr(mimdet.training.run, "load_detector", lambda source: ("loaded", source))

@@ -7,7 +7,7 @@ import pytest
 import traitlets
 from PIL import Image
 
-from mimdet.viz.pixels import from_data_url
+from mimdet.viz.draw import from_data_url
 from mimdet.viz.widgets.canvas import HERE, PatchCanvas
 
 BLUE = np.full((8, 12, 3), (0, 0, 255), np.uint8)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from mimdet.models.posembed import resize_table, sincos_table
+from mimdet.models.vit import resize_table, sincos_table
 
 
 def test_a_table_of_2x2_by_hand() -> None:

@@ -13,7 +13,7 @@ pytest.importorskip("ipywidgets")
 from mimdet.analysis.verdicts import VERDICTS
 from mimdet.data.shapes import ShapesCOCO
 from mimdet.structures import Record, Target
-from mimdet.viz.verdict_pixels import (
+from mimdet.viz.draw import (
     COLOURS,
     LETTERS,
     Mark,

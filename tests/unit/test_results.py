@@ -7,7 +7,7 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 
-from mimdet.analysis.results import results_for, save_results
+from mimdet.analysis.evaluate import results_for, save_results
 from mimdet.masks import rle_to_bitmap
 from mimdet.structures import Detections
 

@@ -7,10 +7,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mimdet.models.posembed import resize_table
 from mimdet.models.sampling import Sample, select
 from mimdet.models.stem import STEMS, ConvStem, PatchStem
-from mimdet.models.vit import Decoder, Encoder, init_like_mae
+from mimdet.models.vit import Decoder, Encoder, init_like_mae, resize_table
 
 GRID = (4, 6)
 LENGTH = 24

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from mimdet.pretrain_config import tiny_mae
+from mimdet.config import tiny_mae
 from mimdet.training.checkpoints import CheckpointStore
 from mimdet.training.job import Job
-from mimdet.training.resume import resume
 from mimdet.training.run import Run
+from mimdet.training.train import resume
 from mimdet.viz.widgets import training_dashboard
 from mimdet.viz.widgets.training_dashboard import TrainingDashboard
 from tests.small import small

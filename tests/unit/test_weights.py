@@ -16,9 +16,13 @@ from mimdet.config import Config
 from mimdet.models.checkpoint_files import read_checkpoint
 from mimdet.models.detector import build_detector
 from mimdet.models.mae import MAE
-from mimdet.models.names import HF_RULES, MAE_RULES, detectron2_rules, translate
-from mimdet.models.official import class_names, export_detectron2, load_official
-from mimdet.models.weights import load_mae, load_mae_model, save_mae
+from mimdet.models.official import (
+    class_names,
+    detectron2_rules,
+    export_detectron2,
+    load_official,
+)
+from mimdet.models.weights import HF_RULES, MAE_RULES, load_mae, load_mae_model, save_mae, translate
 from mimdet.presets import PRESETS
 from tests.small import small
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mimdet.models.vit import transformer_block
-from mimdet.models.windows import (
+from mimdet.models.baselines import (
     RelativePositionBias,
     WindowedEncoder,
     from_windows,
@@ -13,6 +12,7 @@ from mimdet.models.windows import (
     relative_index,
     to_windows,
 )
+from mimdet.models.vit import transformer_block
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (7, 10), (1, 1), (4, 9), (3, 2)])

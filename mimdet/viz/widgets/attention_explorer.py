@@ -13,11 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from mimdet.data.augment import resize_image, test_size
+from mimdet.inference import autocast, device_of, generator_for
 from mimdet.models.backbones import MIMDetBackbone
 from mimdet.models.detector import Detector
 from mimdet.models.rcnn import pad_and_normalise
 from mimdet.models.sampling import PATCH, Sample
-from mimdet.predict import autocast, device_of, generator_for
 from mimdet.viz import record as recording
 from mimdet.viz.attention import (
     block_title,
@@ -28,7 +28,7 @@ from mimdet.viz.attention import (
     rolled_out,
     share,
 )
-from mimdet.viz.pixels import enlarged, to_pixels
+from mimdet.viz.draw import enlarged, to_pixels
 from mimdet.viz.record import Recording, attention_names, record
 from mimdet.viz.widgets.canvas import PatchCanvas
 from mimdet.viz.widgets.panel import STYLE, ImageChooser, Panel, ratio_slider

@@ -9,7 +9,7 @@ import numpy as np
 import traitlets
 from PIL import Image, ImageDraw
 
-from mimdet.viz.pixels import data_url, from_data_url, png_bytes
+from mimdet.viz.draw import data_url, from_data_url, png_bytes
 
 HERE = Path(__file__).parent
 ORANGE = (0xD5, 0x5E, 0x00)

@@ -16,7 +16,7 @@ from torch import Tensor
 from mimdet.data.images import read_image
 from mimdet.data.shapes import ShapesCOCO
 from mimdet.models.detector import Detector
-from mimdet.viz.pixels import beside
+from mimdet.viz.draw import beside
 from mimdet.viz.widgets.canvas import PatchCanvas, with_picture
 
 STYLE = {"description_width": "initial"}

@@ -9,16 +9,18 @@ from torch import Tensor
 
 from mimdet.models.detector import Detector
 from mimdet.models.sampling import token_grid
+from mimdet.viz.draw import Pixels, captioned, enlarged, heat, image_size, to_pixels
 from mimdet.viz.features import (
+    LEVELS,
+    Pyramid,
     channel_map,
     fit_basis,
     norm_map,
+    pale_dropped,
     pca_picture,
+    pyramid_of,
     strongest_channels,
 )
-from mimdet.viz.panels import image_size
-from mimdet.viz.pixels import Pixels, captioned, enlarged, heat, to_pixels
-from mimdet.viz.pyramids import LEVELS, Pyramid, pale_dropped, pyramid_of
 from mimdet.viz.widgets.canvas import PatchCanvas
 from mimdet.viz.widgets.panel import STYLE, ImageChooser, Panel, ratio_slider
 

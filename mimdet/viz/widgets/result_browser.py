@@ -7,14 +7,24 @@ import ipywidgets
 import numpy as np
 from PIL import Image
 
-from mimdet.analysis.error_overlaps import as_rle
+from mimdet.analysis.matching import as_rle
 from mimdet.analysis.metrics import IouType
 from mimdet.analysis.verdicts import SIZES, VERDICTS, JudgedResults, Verdicts
 from mimdet.data.loader import Dataset
 from mimdet.structures import Record
-from mimdet.viz.panels import class_name, score_text
-from mimdet.viz.pixels import Pixels, captioned, enlarged, to_pixels
-from mimdet.viz.verdict_pixels import Mark, legend, legend_html, with_few_colours, with_marks
+from mimdet.viz.draw import (
+    Mark,
+    Pixels,
+    captioned,
+    class_name,
+    enlarged,
+    legend,
+    legend_html,
+    score_text,
+    to_pixels,
+    with_few_colours,
+    with_marks,
+)
 from mimdet.viz.widgets.canvas import PatchCanvas
 from mimdet.viz.widgets.panel import STYLE, Panel
 

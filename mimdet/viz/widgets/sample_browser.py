@@ -13,7 +13,7 @@ from mimdet.config import DataConfig
 from mimdet.data.augment import Geometry, apply, draw_geometry, rng_for
 from mimdet.models.sampling import token_grid
 from mimdet.structures import Record
-from mimdet.viz.pixels import Pixels, captioned, to_pixels, with_objects
+from mimdet.viz.draw import Pixels, captioned, to_pixels, with_objects
 from mimdet.viz.widgets.canvas import PatchCanvas
 from mimdet.viz.widgets.panel import STYLE, Panel
 

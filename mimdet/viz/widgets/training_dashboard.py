@@ -15,15 +15,14 @@ from torch import Tensor
 
 from mimdet.config import Config
 from mimdet.data.coco import build_dataset
-from mimdet.predict import predict
+from mimdet.inference import predict
 from mimdet.structures import Record
 from mimdet.training.checkpoints import CheckpointStore
-from mimdet.training.job import Job
-from mimdet.training.metrics import JobState
-from mimdet.training.resume import stored_config
+from mimdet.training.job import Job, JobState
 from mimdet.training.run import load_detector
+from mimdet.training.train import stored_config
 from mimdet.viz.charts import show_training
-from mimdet.viz.pixels import Pixels, beside, captioned, enlarged, to_pixels, with_objects
+from mimdet.viz.draw import Pixels, beside, captioned, enlarged, to_pixels, with_objects
 from mimdet.viz.widgets.canvas import PatchCanvas
 from mimdet.viz.widgets.panel import Panel
 
