@@ -61,7 +61,7 @@ finished = mimdet.load_detector("tiny")
 unseen = mimdet.ShapesCOCO("shapes-v1-medium", length=200, split="val")
 records = [unseen[i] for i in range(4)]
 pictures, truth = [r.image for r in records], [r.target for r in records]
-found = mimdet.inference(finished, pictures)
+found = mimdet.predict(finished, pictures)
 show_detections(pictures, found, truth, unseen.categories)
 
 # %% [markdown]
@@ -172,7 +172,7 @@ truth = [r.target for r in records]
 watched = watch(
     mimdet.train(cfg, run, model=model),
     lambda: show_detections(
-        images[:2], mimdet.inference(model, images[:2]), truth[:2], scenes.categories, 0.5
+        images[:2], mimdet.predict(model, images[:2]), truth[:2], scenes.categories, 0.5
     ),
 )
 for step in watched:
@@ -240,7 +240,7 @@ from mimdet.viz.figures import show_ratios
 show_ratios(rows)
 
 # %%
-twice = [mimdet.inference(model, images[0], sample_ratio=1.0, seed=seed) for seed in (1, 2)]
+twice = [mimdet.predict(model, images[0], sample_ratio=1.0, seed=seed) for seed in (1, 2)]
 check(
     "ratio 1 does not depend on the seed",
     len(twice[0]) == len(twice[1]) and torch.allclose(twice[0].boxes, twice[1].boxes, atol=0.01),
@@ -267,7 +267,7 @@ check("something was learned", rows[-1]["box_ap"] > 0.02, "an untrained detector
 # missed object, a right box with a wrong name, one object found twice.
 
 # %%
-found = mimdet.inference(model, images[4:])
+found = mimdet.predict(model, images[4:])
 show_detections(images[4:], found, truth[4:], scenes.categories, score_threshold=0.5)
 
 # %%
@@ -279,7 +279,7 @@ check("best score first", all(falling), "AP asks how many of the best ones are r
 # %% [markdown]
 # ## 6 · Detect in an image of your own
 #
-# `mimdet.inference` takes a path, a PIL image, an array or a tensor, of any size, one or a list, and
+# `mimdet.predict` takes a path, a PIL image, an array or a tensor, of any size, one or a list, and
 # answers in the image's own pixels (`mimdet/inference.py`). Put the path of a photo between the
 # quotes. Expect nonsense: this detector knows six flat shapes. The default is one more held-out
 # scene, written as a PNG file.
@@ -295,13 +295,13 @@ path = own or f"{run}/scene.png"
 if not own:
     write_png(scenes[28].image, path)
 
-found = mimdet.inference(model, path)
+found = mimdet.predict(model, path)
 show_detections([read_image(path)], [found], None, scenes.categories, 0.5, columns=1)
 
 # %%
-again = mimdet.inference(model, read_image(path))
+again = mimdet.predict(model, read_image(path))
 check("a file and its pixels give the same", torch.equal(found.boxes, again.boxes))
-quarter = mimdet.inference(model, path, sample_ratio=0.25, seed=SEED)
+quarter = mimdet.predict(model, path, sample_ratio=0.25, seed=SEED)
 print(f"{(found.scores >= 0.5).sum()} objects at ratio 1, {(quarter.scores >= 0.5).sum()} at 0.25")
 
 # %% [markdown]

@@ -301,7 +301,7 @@ for ratio in (0.25, 0.5, 1.0):
             model.backbone.encoder(tokens, now)
         times["encoder"].append(1000 * (time.perf_counter() - start))
         start = time.perf_counter()
-        mimdet.inference(model, picture, sample_ratio=ratio)
+        mimdet.predict(model, picture, sample_ratio=ratio)
         times["detector"].append(1000 * (time.perf_counter() - start))
     print(ratio, {name: f"{statistics.median(t):.1f} ms" for name, t in times.items()})
 
@@ -318,20 +318,20 @@ for ratio in (0.25, 0.5, 1.0):
 # %%
 from mimdet.viz.figures import show_detections
 
-finds = [mimdet.inference(model, picture, sample_ratio=0.25, seed=seed) for seed in (1, 2, 3)]
-finds.append(mimdet.inference(model, picture))  # the model's sample_ratio_eval, 1
+finds = [mimdet.predict(model, picture, sample_ratio=0.25, seed=seed) for seed in (1, 2, 3)]
+finds.append(mimdet.predict(model, picture))  # the model's sample_ratio_eval, 1
 show_detections([picture] * 4, finds, None, pictures.categories, score_threshold=0.5)
 
 # %%
-again = mimdet.inference(model, picture, sample_ratio=0.25, seed=1)
+again = mimdet.predict(model, picture, sample_ratio=0.25, seed=1)
 check("the same seed, the same detections", torch.equal(again.boxes, finds[0].boxes))
 differ = len(finds[0]) != len(finds[1]) or not torch.equal(finds[0].boxes, finds[1].boxes)
 check("another seed, others", differ, "so an AP below ratio 1 has a spread: average over draws")
-full = [mimdet.inference(model, picture, sample_ratio=1.0, seed=seed) for seed in (1, 2)]
+full = [mimdet.predict(model, picture, sample_ratio=1.0, seed=seed) for seed in (1, 2)]
 check("at ratio 1 nothing is drawn", torch.equal(full[0].boxes, full[1].boxes))
 half_of_it = Sample([sample.keep[0][::2]], grid)  # edited by hand
-edited = mimdet.inference(model, picture, sample=half_of_it)
-given = mimdet.inference(model, picture, sample=sample)
+edited = mimdet.predict(model, picture, sample=half_of_it)
+given = mimdet.predict(model, picture, sample=sample)
 changed = len(edited) != len(given) or not torch.equal(edited.scores, given.scores)
 check("a sample can be edited and passed in", changed)
 
@@ -360,7 +360,7 @@ lab
 lab.sampler.value = "strongest"  # as if chosen in the list
 same = lab.sample.grid != grid  # a photo may have less than whole tokens: another grid
 if not same:
-    same = torch.equal(mimdet.inference(model, picture, sample=lab.sample).scores, lab.found.scores)
+    same = torch.equal(mimdet.predict(model, picture, sample=lab.sample).scores, lab.found.scores)
 check("the panel shows what predict finds from this sample", same)
 
 # %% [markdown]
@@ -426,7 +426,7 @@ if 0 < touched.sum() < touched.numel():
     fine = []
     for name, chosen in (("objects only", touched), ("the others", ~touched)):
         hand = Sample([chosen.flatten().nonzero()[:, 0]], grid)
-        found = mimdet.inference(model, picture, sample=hand)
+        found = mimdet.predict(model, picture, sample=hand)
         with torch.no_grad():
             fine.append(model.backbone(batch.tensors, batch.image_sizes, sample=hand)["c2"])
         sure = found.scores[found.scores >= 0.5]

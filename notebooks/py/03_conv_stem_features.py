@@ -305,7 +305,7 @@ from torchvision.ops import box_iou
 
 def objects_found(model):  # -> for every true object: found?
     hits = []
-    for one, target in zip(mimdet.inference(model, pictures.images), pictures.targets, strict=True):
+    for one, target in zip(mimdet.predict(model, pictures.images), pictures.targets, strict=True):
         one = one[one.scores >= 0.3]
         right = (box_iou(target.boxes, one.boxes) >= 0.5) & (target.labels[:, None] == one.labels)
         hits.append(right.any(dim=1))

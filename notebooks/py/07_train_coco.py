@@ -176,7 +176,7 @@ from mimdet.viz.figures import show_detections
 
 model = mimdet.load_detector(run)
 records = [images[i] for i in range(4)]
-found = mimdet.inference(model, [r.image for r in records])
+found = mimdet.predict(model, [r.image for r in records])
 show_detections(
     [r.image for r in records], found, [r.target for r in records], images.categories, 0.5
 )

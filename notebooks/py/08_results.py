@@ -40,7 +40,7 @@ own_data = bool(PATH) and pictures.dataset is not None
 # %%
 if pictures.dataset is None:
     detector = open_detector(MODE)
-    found = mimdet.inference(detector, pictures.images)
+    found = mimdet.predict(detector, pictures.images)
     display(show_detections(pictures.images, found, None, detector.categories, columns=1))
     print("A photo has no truth, so it cannot be scored: from here on the built-in data are used.")
     pictures = open_pictures("", MODE, count=4)

@@ -156,7 +156,7 @@ def gather_in_another_order(patch: pytest.MonkeyPatch) -> None:
 
 
 def ratio_1_depends_on_the_seed(patch: pytest.MonkeyPatch) -> None:
-    right = mimdet.inference
+    right = mimdet.predict
 
     def predict(*given: Any, seed: int = 0, sample_ratio: float = 1.0, **options: Any) -> Any:
         found = right(*given, seed=seed, sample_ratio=sample_ratio, **options)

@@ -154,7 +154,7 @@ def test_predict_returns_the_same(folder: Path, measured) -> None:
     model = load_original(folder).eval()
     model.config.data.test_short_side = model.config.data.max_side = 256
     for i, image in enumerate(contents(folder)):
-        found = mimdet.inference(model, image)  # 256 pixels long: nothing is resized
+        found = mimdet.predict(model, image)  # 256 pixels long: nothing is resized
         boxes = tensors[f"det_raw_boxes_{i}"].clone()
         boxes[:, 0::2] = boxes[:, 0::2].clamp(max=image.shape[2])
         boxes[:, 1::2] = boxes[:, 1::2].clamp(max=image.shape[1])

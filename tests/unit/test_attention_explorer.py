@@ -50,7 +50,7 @@ def tokens_of(canvas) -> np.ndarray:
 def reference(model, images, panel, name: str):
     """The same run through the whole detector."""
     with record(model, name) as seen:
-        mimdet.inference(model, images[0], sample_ratio=panel.ratio.value, seed=panel.seed.value)
+        mimdet.predict(model, images[0], sample_ratio=panel.ratio.value, seed=panel.seed.value)
     return seen
 
 

@@ -98,7 +98,7 @@ def test_a_canvas_larger_than_the_image(model, scenes, monkeypatch):
     monkeypatch.setattr(model, "canvas", 96)  # images of 64 x 64
     results = evaluate(model, scenes).results
     assert results[0]["bbox"] == pytest.approx([8, 16, 16, 32]) and sum(seen) == 5
-    boxes = mimdet.inference(model, scenes[0].image).boxes
+    boxes = mimdet.predict(model, scenes[0].image).boxes
     assert boxes.tolist() == [[8.0, 16.0, 24.0, 48.0]]
 
 

@@ -156,7 +156,7 @@ def test_viewer_names_its_controls_and_has_a_picture(tiny: Detector, patchify: D
 def test_dial_shows_what_predict_finds(tiny: Detector) -> None:
     panel = RatioDial(tiny, IMAGES)
     panel.ratio.value, panel.seed.value = 0.25, 2
-    found = mimdet.inference(tiny, IMAGES[0], sample_ratio=0.25, seed=2)
+    found = mimdet.predict(tiny, IMAGES[0], sample_ratio=0.25, seed=2)
     assert torch.equal(panel.found.boxes, found.boxes)
     likely = int((found.scores >= 0.3).sum())
     assert f"64 of 256 tokens · {likely} detections" in panel.status.value

@@ -190,7 +190,7 @@ def test_a_pyramid_has_every_level(tiny: Detector) -> None:
 
 def test_a_pyramid_is_what_the_detector_computes(tiny: Detector) -> None:
     with mimdet.record(tiny, "backbone.decoder", "neck") as seen:
-        mimdet.inference(tiny, scene(), sample_ratio=0.25, seed=3)
+        mimdet.predict(tiny, scene(), sample_ratio=0.25, seed=3)
     found = pyramid_of(tiny, scene(), sample_ratio=0.25, seed=3)
     assert found.sample is not None and seen.sample is not None
     assert torch.equal(found.sample.keep[0], seen.sample.keep[0])

@@ -184,7 +184,7 @@ def test_detections_and_their_file(case: str, tmp_path: Path) -> None:
 def test_prediction_is_in_the_images_pixels(case: str) -> None:
     model = detector(case).eval()
     model.roi_heads.score_threshold = 0.0
-    found: Detections = mimdet.inference(model, scenes(1)[0][0][:, :60, :117])
+    found: Detections = mimdet.predict(model, scenes(1)[0][0][:, :60, :117])
     assert found.image_size == (60, 117)
     assert len(found) > 0 and (found.boxes >= 0).all()
     assert found.boxes[:, 0::2].max() <= 117 and found.boxes[:, 1::2].max() <= 60

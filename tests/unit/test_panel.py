@@ -221,11 +221,11 @@ def test_a_large_detector_answers_with_few_proposals() -> None:
     model.roi_heads.box_head.register_forward_hook(
         lambda _, given, __: counts.append(len(given[0]))
     )
-    mimdet.inference(model, image)
+    mimdet.predict(model, image)
     with pytest.raises(RuntimeError), few_proposals(model) as remark:
-        mimdet.inference(model, image)
+        mimdet.predict(model, image)
         raise RuntimeError
-    mimdet.inference(model, image)
+    mimdet.predict(model, image)
     assert counts == [400, 100, 400]
     assert remark == "heads on the 100 best proposals, not 400"
 

@@ -39,54 +39,54 @@ def same(a, b, tolerance=1e-5):
 def test_every_kind_of_input_gives_the_same(model, picture, tmp_path):
     array = picture.permute(1, 2, 0).contiguous().numpy()
     Image.fromarray(array).save(tmp_path / "x.png")
-    expected = mimdet.inference(model, picture)
+    expected = mimdet.predict(model, picture)
     assert len(expected) > 0
     for image in (array, Image.fromarray(array), tmp_path / "x.png", str(tmp_path / "x.png")):
-        same(mimdet.inference(model, image), expected)
+        same(mimdet.predict(model, image), expected)
 
 
 def test_grey_and_transparent_pictures(model, picture):
     grey = picture.float().mean(0).to(torch.uint8).numpy()
     same(
-        mimdet.inference(model, grey),
-        mimdet.inference(model, Image.fromarray(grey)),
+        mimdet.predict(model, grey),
+        mimdet.predict(model, Image.fromarray(grey)),
     )
     rgba = Image.fromarray(picture.permute(1, 2, 0).numpy()).convert("RGBA")
-    same(mimdet.inference(model, rgba), mimdet.inference(model, picture))
+    same(mimdet.predict(model, rgba), mimdet.predict(model, picture))
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 1.0])
 def test_alone_and_in_company(model, picture, ratio):
     """Sizes that share a batch, sizes that do not, and an order that mixes them."""
     others = [picture[:, :50, :90], picture[:, :96, :70], picture[:, :52, :88], picture]
-    together = mimdet.inference(model, others, sample_ratio=ratio, seed=7)
+    together = mimdet.predict(model, others, sample_ratio=ratio, seed=7)
     for image, found in zip(others, together, strict=True):
-        same(mimdet.inference(model, image, sample_ratio=ratio, seed=7), found)
+        same(mimdet.predict(model, image, sample_ratio=ratio, seed=7), found)
 
 
 def test_seed_decides_the_tokens_below_ratio_one_only(model, picture):
-    a, b = (mimdet.inference(model, picture, sample_ratio=0.25, seed=s).scores for s in (0, 1))
+    a, b = (mimdet.predict(model, picture, sample_ratio=0.25, seed=s).scores for s in (0, 1))
     assert not torch.equal(a, b)
-    a, b = (mimdet.inference(model, picture, sample_ratio=1.0, seed=s).scores for s in (0, 1))
+    a, b = (mimdet.predict(model, picture, sample_ratio=1.0, seed=s).scores for s in (0, 1))
     assert torch.equal(a, b)
 
 
 def test_ready_sample_is_used(model, picture):
-    resized = mimdet.inference(model, picture).image_size
+    resized = mimdet.predict(model, picture).image_size
     assert resized == (96, 96)
     grid = (2, 4)  # 64 pixels short side, padded to 64 x 64
     grid = (4, 4)
     everything = mimdet.Sample([torch.arange(16)], grid)
-    same(mimdet.inference(model, picture, sample=everything), mimdet.inference(model, picture))
+    same(mimdet.predict(model, picture, sample=everything), mimdet.predict(model, picture))
     few = mimdet.Sample([torch.tensor([0, 5])], grid)
     assert not torch.equal(
-        mimdet.inference(model, picture, sample=few).scores, mimdet.inference(model, picture).scores
+        mimdet.predict(model, picture, sample=few).scores, mimdet.predict(model, picture).scores
     )
 
 
 def test_boxes_are_in_the_pictures_own_pixels(model, picture):
     large = picture.repeat_interleave(3, 1).repeat_interleave(3, 2)
-    found = mimdet.inference(model, large)
+    found = mimdet.predict(model, large)
     assert found.image_size == (288, 288)
     assert (found.boxes >= 0).all() and (found.boxes <= 288).all()
     assert found.boxes.max() > 96
@@ -105,12 +105,12 @@ def test_boxes_are_in_the_pictures_own_pixels(model, picture):
 )
 def test_wrong_input_says_what_is_right(model, image, message):
     with pytest.raises(ValueError, match=message):
-        mimdet.inference(model, image)
+        mimdet.predict(model, image)
 
 
 def test_missing_file_is_named(model):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jpg"):
-        mimdet.inference(model, "nowhere.jpg")
+        mimdet.predict(model, "nowhere.jpg")
 
 
 @pytest.mark.parametrize(("trained", "computed"), [("fp32", "fp32"), ("bf16", "auto")])
@@ -123,5 +123,5 @@ def test_who_asks_for_float32_gets_it_here_too(model, picture, monkeypatch, trai
 
     monkeypatch.setattr(sys.modules[run_detector.__module__], "autocast", noting)
     monkeypatch.setattr(model.config.training, "precision", trained)
-    mimdet.inference(model, picture)
+    mimdet.predict(model, picture)
     assert seen == [computed]

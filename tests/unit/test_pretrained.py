@@ -41,7 +41,7 @@ def test_the_encoder_tells_tokens_apart(name: str) -> None:
     model = mimdet.load_detector(name)
     image = ShapesCOCO("shapes-v1-medium", 128, 1, "val")[0].image
     with mimdet.record(model, "backbone.encoder") as seen:
-        mimdet.inference(model, image, sample_ratio=1.0)
+        mimdet.predict(model, image, sample_ratio=1.0)
     outputs = seen["backbone.encoder"][0]  # (L, D)
     assert outputs.std(dim=0).mean() > 0.2
 

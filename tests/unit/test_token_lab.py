@@ -88,7 +88,7 @@ def test_answer_is_that_of_the_models_themselves(models):
     image = noise(64, 64)
     sample = Sample([torch.tensor([1, 2, 11])], (4, 4))
     answer = both.ask(both.view(image), sample)
-    expected = mimdet.inference(models[0], image, sample=sample)
+    expected = mimdet.predict(models[0], image, sample=sample)
     assert torch.equal(answer.found.boxes, expected.boxes)
     assert torch.equal(answer.found.scores, expected.scores)
     assert answer.painted.sample.keep[0].tolist() == [1, 2, 11]
@@ -180,7 +180,7 @@ def test_brush_takes_tokens_away_from_both_models_and_reset_brings_them_back(lab
     lab.canvas.dropped = sorted([*drawn, lost])
     assert len(kept(lab)) == 3 and lost not in kept(lab)
     assert lab.painted.sample.keep[0].tolist() == kept(lab)
-    expected = mimdet.inference(lab.detector, noise(64, 64), sample=lab.sample)
+    expected = mimdet.predict(lab.detector, noise(64, 64), sample=lab.sample)
     assert torch.equal(lab.found.scores, expected.scores)
     assert "3 of 16" in lab.status.value and "by hand" in lab.status.value
     lab.reset.click()

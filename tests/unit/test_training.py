@@ -253,7 +253,7 @@ def test_sampler_from_a_cell_is_trained_saved_and_reloaded_only_with_consent(tmp
         load_detector(tmp_path / "own")
     again = load_detector(tmp_path / "own", trust_code=True)
     scene = mimdet.ShapesCOCO(size=64, length=1, split="val")[0].image
-    ours, theirs = (mimdet.inference(m.eval(), scene, sample_ratio=0.5) for m in (model, again))
+    ours, theirs = (mimdet.predict(m.eval(), scene, sample_ratio=0.5) for m in (model, again))
     assert torch.equal(ours.scores, theirs.scores)
     slot = tmp_path / "own" / "slots" / "sampler.py"
     slot.write_text(slot.read_text() + "# edited\n")
