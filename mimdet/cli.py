@@ -49,8 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     name, rest = (words[0], words[1:]) if words else ("--help", [])
     if name in ("-h", "--help", "help"):
-        from mimdet.config import PRETRAIN_PRESETS
-        from mimdet.presets import PRESETS
+        from mimdet.presets import PRESETS, PRETRAIN_PRESETS
 
         presets, more = ", ".join(PRESETS), ", ".join(PRETRAIN_PRESETS)
         print(USAGE.format(presets=presets, pretrain_presets=more))
@@ -83,7 +82,7 @@ def run_train(words: list[str]) -> None:
 
 
 def run_pretrain(words: list[str]) -> None:
-    from mimdet.config import PRETRAIN_PRESETS
+    from mimdet.presets import PRETRAIN_PRESETS
 
     command = parse_preset(Pretrain, PRETRAIN_PRESETS, words, "pretrain")
     from mimdet.training.pretrain import pretrain

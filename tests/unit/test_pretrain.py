@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import mimdet
-from mimdet.config import PRETRAIN_PRESETS, PicturesConfig, PretrainConfig, save_config, tiny_mae
+from mimdet.config import PicturesConfig, PretrainConfig, save_config
 from mimdet.data.augment import rng_for
 from mimdet.data.pictures import (
     PictureLoader,
@@ -20,6 +20,7 @@ from mimdet.data.pictures import (
 )
 from mimdet.models.detector import build_detector
 from mimdet.models.weights import load_mae, load_mae_model
+from mimdet.presets import PRETRAIN_PRESETS, tiny_mae
 from mimdet.training.pretrain import build_mae, look, pretrain
 from tests.small import small
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mimdet.config import tiny_mae
+from mimdet.presets import tiny_mae
 from mimdet.training.checkpoints import CheckpointStore
 from mimdet.training.job import Job
 from mimdet.training.run import Run
