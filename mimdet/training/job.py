@@ -1,32 +1,157 @@
-"""A training in a process of its own, started, watched and stopped from a notebook.
+"""Processes of this library that this one starts, and a training in such a process.
 
-The kernel stays free, and the training outlives it: a notebook that was closed attaches again. All
-that is known about a job stands in the run's folder, so two notebooks may watch one job.
+`Child` is the one owner of a process:
+
+    child = Child(["-m", "mimdet", "resume", "runs/x"], Path("runs/x/log.txt"))  # it has started
+    child.alive()  # whether it runs
+    child.ask()  # SIGTERM: a training saves and ends; returns at once
+    child.stop(30)  # the same, waits, and kills what is left after 30 seconds
+    child.ended()  # None while it runs, "" when all went well, else why it failed
+
+With `tied=True` it ends politely when this process ends, however that ends; else it outlives it.
+
+`Job` is a training of a run in a child, started, watched and stopped from a notebook. The kernel
+stays free, and the training outlives it: a notebook that was closed attaches again. All that is
+known about a job stands in the run's folder, so two notebooks may watch one job.
 """
 
 import copy
-import json
 import os
+import platform
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from mimdet.config import Config, PretrainConfig, load_config
 from mimdet.files import read_json, write_json
-from mimdet.training.run import Run, holder, read_status, started
-from mimdet.training.signals import TrainingStopped
+from mimdet.training.run import (
+    MetricsFile,
+    Run,
+    in_use,
+    process_of,
+    process_record,
+    read_status,
+)
+from mimdet.training.signals import TIED, TrainingStopped
 from mimdet.training.slots import check_slots, read_slots, write_slots
 from mimdet.training.train import stored_config
 from mimdet.training.trainer import summary
 
+LOOK_EVERY = 0.1
+STOP_SECONDS = 600
+"""What torchrun gives its processes to end a step and save; by default they are killed after 30."""
+KILLED = -9
+"""Exit code after SIGKILL."""
+ASKED = (130, 128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGINT)
+"""Exit codes of a process that was asked to end."""
+ERROR = "error: "
+"""Begins the line in which a command of mimdet says why it failed."""
+
+
+class Child:
+    """A Python process started by this one. words: what follows `python` on the command line.
+
+    log: file to which its output is added; environment: variables besides this process's own.
+    """
+
+    def __init__(
+        self,
+        words: list[str],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        *,
+        tied: bool = False,
+    ) -> None:
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        variables = os.environ | dict(environment or {}) | {TIED: str(int(tied))}
+        # Neither Ctrl-C in the terminal nor the end of this process reaches a group of its own.
+        group: dict[str, Any] = {"start_new_session": True}
+        if sys.platform == "win32":
+            group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+        with log.open("ab") as output:
+            output.write(f"\n$ python {' '.join(words)}\n".encode())
+            output.flush()
+            self.process = psutil.Popen(
+                [sys.executable, *words],
+                env=variables,
+                stdin=subprocess.PIPE if tied else subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                **group,
+            )
+
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def ask(self) -> None:
+        """Ask it to save and end; returns at once."""
+        ask_to_end(self.process)
+
+    def stop(self, seconds: float = STOP_SECONDS) -> None:
+        """Ask it to save and end, wait for that, kill it after so many seconds or on Ctrl-C."""
+        self.ask()
+        try:
+            self.process.wait(seconds)
+        except (psutil.TimeoutExpired, KeyboardInterrupt):
+            self.process.kill()
+            self.process.wait()
+
+    def ended(self) -> str | None:
+        """None while it runs, "" when all went well, else why it ended."""
+        code = self.process.poll()
+        return None if code is None else reason(code, self.log)
+
+
+def ask_to_end(process: psutil.Process) -> None:
+    """SIGTERM. A notebook's kernel ignores SIGINT between two cells, and children inherit that.
+
+    Not to the group: the loader's processes end with the training.
+    """
+    with suppress(psutil.NoSuchProcess):
+        process.send_signal(signal.SIGTERM)
+
+
+def reason(code: int | None, log: Path) -> str:
+    """Why a process ended, from its exit code (None: not known) and what it printed; "" = well."""
+    if code == 0:
+        return ""
+    if code in ASKED:
+        return "it was stopped from outside and is saved; the same call goes on"
+    lines = last_lines(log, 200)
+    begins = [i for i, line in enumerate(lines) if line.startswith("$ python ")]
+    printed = lines[begins[-1] + 1 :] if begins else lines
+    said = [line for line in printed if line.startswith(ERROR)]
+    if said:
+        return said[-1].removeprefix(ERROR)
+    if code is None or code == KILLED:
+        return "the process was killed (is the memory full?); its last checkpoint counts"
+    return f"the process ended with exit code {code}; its output is in {log}"
+
+
+def last_lines(path: Path, count: int) -> list[str]:
+    """The end of a log; of a progress bar, which overwrites its line, the last state."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 400 * (count + 5)))
+        text = file.read().decode("utf-8", errors="replace")
+    lines = [line.rstrip().rsplit("\r", 1)[-1] for line in text.split("\n")]
+    return [line for line in lines if line][-count:]
+
+
+# ------------------------------------------------------------------------------- what is known
+
 RECENT = 50
-"""Steps whose mean time counts for the time left."""
+"""Steps whose mean time counts for the speed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +169,7 @@ class JobState:
     evaluations: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
     """(step, metrics) of each."""
     seconds_left: float | None = None
-    """At the pace of the last steps and evaluations; None before the first step."""
+    """At the mean pace so far, evaluations included; None before the first step."""
     images_per_second: float = 0.0
     gpu_memory_gb: float = 0.0
     """Highest so far; 0 on a CPU."""
@@ -70,72 +195,27 @@ class JobState:
         return ", ".join(parts) + (f": {self.error}" if self.error else "")
 
 
-class MetricsFile:
-    """metrics.jsonl, of which every call of `read` takes the lines that are new."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: list[dict[str, Any]] = []
-        """Of steps and evaluations, in order."""
-        self._place: tuple[int, int] = (0, 0)
-        """Which file it was, and the bytes read."""
-
-    def read(self) -> list[dict[str, Any]]:
-        """All rows. A training that resumes writes the file anew, without steps it does again."""
-        try:
-            with self.path.open("rb") as file:
-                about = os.fstat(file.fileno())
-                number, offset = self._place
-                if number != about.st_ino or about.st_size < offset:
-                    self.rows, offset = [], 0
-                file.seek(offset)
-                text = file.read()
-        except FileNotFoundError:
-            self.rows, self._place = [], (0, 0)
-            return self.rows
-        whole = text[: text.rfind(b"\n") + 1]
-        self._place = (about.st_ino, offset + len(whole))
-        self.rows += [json.loads(line) for line in whole.splitlines() if line.strip()]
-        return self.rows
-
-    def state(self, name: str, total: int, error: str) -> JobState:
-        """What the rows say, with what only the job knows."""
-        steps = [row for row in self.rows[-2 * RECENT :] if "loss" in row]
-        found = [(row["step"], row["evaluation"]) for row in self.rows if "evaluation" in row]
-        step = max((row["step"] for row in self.rows[-2:]), default=0)
-        if not steps:
-            return JobState(name, step, total, evaluations=found, error=error)
-        last, times = steps[-1], [row["time"] for row in steps[-RECENT:]]
-        seconds = sum(time["seconds"] for time in times)
-        images = sum(row["images"] for row in steps[-RECENT:])
-        return JobState(
-            name,
-            step,
-            total,
-            {key: value for key, value in last.items() if key.startswith("loss")},
-            found,
-            seconds_left(self.rows, step, total, seconds / len(times)),
-            images / max(seconds, 1e-9),
-            last["time"].get("gpu_memory_gb", 0.0),
-            error,
-        )
-
-
-def seconds_left(
-    rows: Sequence[dict[str, Any]], step: int, total: int, seconds_a_step: float
-) -> float | None:
-    """Steps at that pace, and evaluations as far apart and as long as the last one; None without
-    a total."""
-    if not total:
-        return None
-    left = max(0, total - step) * seconds_a_step
-    done = [row for row in rows if "evaluation" in row]
-    if done and step < total:
-        places = [0, *(row["step"] for row in done)]
-        every = max(1, places[-1] - places[-2])
-        count = (total - places[-1]) // every + ((total - places[-1]) % every > 0)
-        left += count * done[-1].get("time", {}).get("seconds", 0.0)
-    return left
+def job_state(name: str, rows: list[dict[str, Any]], total: int, error: str) -> JobState:
+    """rows: of metrics.jsonl; name, total and error: what they do not say."""
+    evaluations = [(row["step"], row["evaluation"]) for row in rows if "evaluation" in row]
+    recent = [row for row in rows[-2 * RECENT :] if "loss" in row][-RECENT:]
+    step = rows[-1]["step"] if rows else 0
+    if not recent:
+        return JobState(name, step, total, evaluations=evaluations, error=error)
+    last = recent[-1]
+    spent = sum(row.get("time", {}).get("seconds", 0.0) for row in rows)
+    return JobState(
+        name,
+        step,
+        total,
+        losses={key: value for key, value in last.items() if key.startswith("loss")},
+        evaluations=evaluations,
+        seconds_left=spent / step * max(0, total - step) if total else None,
+        images_per_second=sum(row["images"] for row in recent)
+        / max(sum(row["time"]["seconds"] for row in recent), 1e-9),
+        gpu_memory_gb=last["time"].get("gpu_memory_gb", 0.0),
+        error=error,
+    )
 
 
 def duration(seconds: float) -> str:
@@ -149,30 +229,15 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
 
 
-def last_lines(path: Path, count: int) -> list[str]:
-    """The end of a log; of a progress bar, which overwrites its line, the last state."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 400 * (count + 5)))
-            text = file.read().decode("utf-8", errors="replace")
-    except FileNotFoundError:
-        return []
-    lines = [line.rstrip().rsplit("\r", 1)[-1] for line in text.split("\n")]
-    return [line for line in lines if line][-count:]
-
+# ------------------------------------------------------------------------------- the job
 
 JOB = "job.json"
-"""In the folder of a run: {"pid", "started": `lock.started` of it, "processes", "begun": seconds
-since 1970} of the process that was started last; "stopping": when a training was asked to end."""
+"""In the folder of a run: the `process_record` of the child started last, {"processes", "begun":
+seconds since 1970, "run": its folder}; "stopping": when a training was asked to end."""
 LOG = "log.txt"
 """In the folder of a run: what its jobs printed."""
-LOOK_EVERY = 0.1
-KILLED = -9
-"""Exit code after SIGKILL."""
-STOP_SECONDS = 600
-"""What torchrun gives its processes to end a step and save; by default they are killed after 30."""
 
-_children: "dict[int, subprocess.Popen[bytes]]" = {}
+_children: dict[int, Child] = {}
 """Jobs started by this process; they are asked how they ended, and not left as zombies."""
 
 
@@ -222,7 +287,10 @@ class Job:
         """As `start`, without starting anything: the folder is made or checked."""
         path = Path(run)
         Run(path, _as_stored(cfg, path))
-        _keep_slots(path / "slots", slots)
+        texts = read_slots(slots)
+        if (path / "environment.json").exists() or (path / "slots" / "slots.json").exists():
+            check_slots(path, texts)
+        write_slots(path / "slots", texts)
         return cls(path, trust_code=bool(slots))
 
     @classmethod
@@ -252,46 +320,34 @@ class Job:
                 f"processes={count} cannot share the accumulate={cfg.training.accumulate} "
                 "micro-batches of a step: use a divisor of it"
             )
-        command = self.command(count)
-        with (self.path / LOG).open("ab") as log:
-            log.write(f"\n$ python {' '.join(command[1:])}\n".encode())
-            log.flush()
-            begun = time.time()
-            child = subprocess.Popen(
-                command,
-                env=os.environ | _threads(cfg, count),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                **_own_group(),
-            )
-        _children[child.pid] = child
-        about = {"pid": child.pid, "started": started(child.pid), "processes": count}
-        self._note(about | {"begun": begun})
+        begun = time.time()
+        child = Child(self.words(count), self.path / LOG, _environment(cfg, count))
+        _children[child.process.pid] = child
+        self._note(process_record(child.process) | {"processes": count, "begun": begun})
 
-    def command(self, processes: int = 1) -> list[str]:
-        """What is started; without its first word, what goes on with the run in a terminal."""
+    def words(self, processes: int = 1) -> list[str]:
+        """What follows `python` to go on with the run, here or in a terminal."""
         words = ["-m", "mimdet", "resume", str(self.path)]
         if self.trust_code and (self.path / "slots" / "slots.json").exists():
             words.append("--trust-code")
         if processes > 1:
             torchrun = ["-m", "torch.distributed.run", "--standalone"]
-            words = [*torchrun, f"--nproc-per-node={processes}", *_patience(), *words]
-        return [sys.executable, *words]
+            words = [*torchrun, f"--nproc-per-node={processes}", *words]
+        return words
 
     # -------------------------------------------------------------- looking at it
 
     def running(self) -> bool:
         """Whether a process works on the run, be it this job's or one started in a terminal."""
-        return self._alive() or holder(self.path) is not None
+        return process_of(self._about()) is not None or in_use(self.path)
 
     def state(self) -> JobState:
         """What is known about the run now; cheap enough for every second."""
         running = self.running()  # asked first: what ends meanwhile has written its last lines
         about, status = self._about(), read_status(self.path)
-        self.metrics.read()
-        begun = about.get("begun", 0.0) if self._alive() or not running else 0.0
-        fresh = status.get("began", 0.0) >= begun and bool(status)
+        child = process_of(about)
+        begun = about.get("begun", 0.0) if child or not running else 0.0
+        fresh = bool(status) and status["began"] >= begun
         asked = "stopping" in about and (not fresh or about["stopping"] > status["began"])
         error = ""
         if running:
@@ -305,8 +361,8 @@ class Job:
         elif asked and self._code() != KILLED:
             name = "stopped"  # before its first step
         else:
-            name, error = "failed", self._said(fresh)
-        return self.metrics.state(name, status.get("total", 0), error)
+            name, error = "failed", reason(self._code(), self.path / LOG)
+        return job_state(name, self.metrics.read(), status.get("total", 0), error)
 
     def log(self, lines: int = 20) -> list[str]:
         """The last lines that were printed."""
@@ -320,17 +376,16 @@ class Job:
         One process abandons its step. Several end theirs first, and an evaluation. A training that
         was started in a terminal of this machine is asked too.
         """
-        about, found = self._about(), holder(self.path)
-        if not self._alive() and found is None:
+        if not self.running():
             return False
-        if not self._alive() and found is not None and not found.here:
-            raise RuntimeError(f"{found} trains in {self.path}: stop it there")
-        pid = about["pid"] if self._alive() or found is None else found.pid
-        self._note(about | {"stopping": time.time()})
-        # Not SIGINT: a notebook's kernel ignores it between two cells, and what is started then
-        # inherits that. Not to the group: the loader's processes end with the training.
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
+        status = read_status(self.path)
+        process = process_of(self._about()) or process_of(status)
+        where = status.get("host", platform.node())
+        if process is None and where != platform.node():
+            raise RuntimeError(f"a process on {where} trains in {self.path}: stop it there")
+        self._note(self._about() | {"stopping": time.time()})
+        if process is not None:
+            ask_to_end(process)
         return True
 
     def wait(self, timeout: float | None = None) -> JobState:
@@ -356,39 +411,18 @@ class Job:
     # -------------------------------------------------------------- small parts
 
     def _about(self) -> dict[str, Any]:
-        try:
-            found: dict[str, Any] = read_json(self.path / JOB)
-        except (FileNotFoundError, ValueError):
-            return {}
-        here = str(self.path.resolve())
-        return found if found.get("run", here) == here else {}  # else a copy of a run elsewhere
+        """What JOB says; nothing in a copy of a run that is elsewhere."""
+        file = self.path / JOB
+        found: dict[str, Any] = read_json(file) if file.exists() else {}
+        return found if found.get("run") == str(self.path.resolve()) else {}
 
     def _note(self, about: dict[str, Any]) -> None:
         write_json(self.path / JOB, about | {"run": str(self.path.resolve())})
 
     def _code(self) -> int | None:
-        """Exit code of the process; None while it runs, or where another process started it."""
+        """Exit code of the process; None where another process started it."""
         child = _children.get(self._about().get("pid", 0))
-        return None if child is None else child.poll()
-
-    def _alive(self) -> bool:
-        about = self._about()
-        pid = about.get("pid", 0)
-        if pid in _children:
-            return _children[pid].poll() is None
-        return bool(pid) and bool(about["started"]) and started(pid) == about["started"]
-
-    def _said(self, began: bool) -> str:
-        """Why the process ended, as far as it said so."""
-        errors = [line for line in self.log(200) if line.startswith("error: ")]
-        if errors and not began:
-            return errors[-1].removeprefix("error: ")
-        code = self._code()
-        if code == KILLED or (code is None and began):
-            return "the process was killed (is the memory full?); its last checkpoint counts"
-        last = self.log(1)
-        said = f": {last[0]}" if last else ""
-        return f"the process ended{'' if code is None else f' with exit code {code}'}{said}"
+        return None if child is None else child.process.poll()
 
 
 def default_processes(cfg: Config | PretrainConfig) -> int:
@@ -414,33 +448,12 @@ def _as_stored(cfg: Config | PretrainConfig, path: Path) -> Config | PretrainCon
     return cfg
 
 
-def _keep_slots(folder: Path, slots: dict[str, Any]) -> None:
-    """Write the code of the slots, or see that the run holds the same. ValueError otherwise."""
-    texts = read_slots(slots)
-    begun = (folder.parent / "environment.json").exists()
-    if begun or (folder / "slots.json").exists():
-        check_slots(folder.parent, texts)
-    write_slots(folder, texts)
+def _environment(cfg: Config | PretrainConfig, processes: int) -> dict[str, str]:
+    """As many CPU threads as this process uses, shared: PyTorch's default takes every core.
 
-
-def _threads(cfg: Config | PretrainConfig, processes: int) -> dict[str, str]:
-    """As many CPU threads as this process uses, shared: PyTorch's default takes every core."""
+    And time for torchrun's processes to end a step that takes long.
+    """
     import torch
 
     count = cfg.training.threads or max(1, torch.get_num_threads() // processes)
-    return {"OMP_NUM_THREADS": str(count)}
-
-
-def _patience() -> list[str]:
-    """The option that keeps torchrun from killing a step that takes long, where it has it."""
-    from torch.distributed.launcher.api import LaunchConfig
-
-    known = "shutdown_timeout" in LaunchConfig.__dataclass_fields__
-    return [f"--shutdown-timeout={STOP_SECONDS}"] if known else []
-
-
-def _own_group() -> dict[str, Any]:
-    """Neither Ctrl-C in the notebook's terminal nor the end of the kernel reaches the job."""
-    if sys.platform == "win32":
-        return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-    return {"start_new_session": True}
+    return {"OMP_NUM_THREADS": str(count), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(STOP_SECONDS)}

@@ -4,15 +4,15 @@ import json
 import os
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from mimdet import __version__, processes
@@ -32,141 +32,6 @@ from mimdet.models.weights import LoadReport, load_mae
 from mimdet.training.checkpoints import WEIGHTS, CheckpointStore
 from mimdet.training.signals import TrainingStopped
 from mimdet.training.slots import load_slots, save_slots
-
-LOCK = "lock"
-"""File in the run's folder. The system drops the lock when its holder ends, however that ends."""
-WAIT_SECONDS = 2.0
-"""A process that only looks whether a run is in use holds the lock for a moment."""
-LOOK_EVERY = 0.1
-
-_held: set[int] = set()
-"""Descriptors of the locks of this process."""
-
-
-class RunInUse(ValueError):
-    """Another process trains in this run."""
-
-
-@dataclass(frozen=True, slots=True)
-class Holder:
-    """The process that trains in a run; pid 0 and host "" where that cannot be read."""
-
-    pid: int = 0
-    host: str = ""
-
-    @property
-    def here(self) -> bool:
-        """Whether it is a process of this machine, which can be sent signals."""
-        return self.pid > 0 and self.host == platform.node()
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}" if self.pid else "another process"
-
-
-@contextmanager
-def alone_in(path: Path, wait: float = WAIT_SECONDS) -> Iterator[None]:
-    """Hold the lock of the run directory `path`.
-
-    Raises RunInUse, with what to do, when another process still holds it after `wait` seconds. On
-    a file system without locks nothing is held and nothing is refused.
-    """
-    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    _held.add(descriptor)
-    try:
-        end = time.monotonic() + wait
-        while not _try_lock(descriptor):
-            if time.monotonic() > end:
-                raise RunInUse(
-                    f"{_holder(path)} already trains in {path}: wait for it, stop it, or use "
-                    "another run name"
-                )
-            time.sleep(LOOK_EVERY)
-        _write(descriptor, json.dumps({"pid": os.getpid(), "host": platform.node()}))
-        yield
-    finally:
-        _held.discard(descriptor)
-        os.close(descriptor)
-
-
-def holder(path: str | Path) -> Holder | None:
-    """Who trains in this run now; None when nobody does."""
-    try:
-        descriptor = os.open(Path(path) / LOCK, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-    except FileNotFoundError:
-        return None
-    try:
-        # Shared with others who only look.
-        return None if _try_lock(descriptor, shared=True) else _holder(Path(path))
-    finally:
-        os.close(descriptor)
-
-
-def started(pid: int) -> str:
-    """What tells a process from a later one with the same number: when it started. "" = none runs.
-
-    A process that has ended but was not waited for counts as none.
-    """
-    place = Path(f"/proc/{pid}/stat")
-    if place.parent.parent.joinpath("self/stat").exists():
-        try:  # 2 is the name, in brackets and with any character in it; 3 the state; 22 the start
-            fields = place.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            return ""
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return "" if fields[0] in "ZX" else f"{fields[19]} after boot {boot}"
-    shown = subprocess.run(
-        ["ps", "-o", "lstart=,stat=", "-p", str(pid)], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    date, _, state = shown.rpartition(" ")
-    return "" if state.startswith("Z") else date.strip()
-
-
-def _holder(path: Path) -> Holder:
-    with suppress(OSError, ValueError, TypeError):
-        return Holder(**json.loads((path / LOCK).read_text()))
-    return Holder()
-
-
-def _write(descriptor: int, text: str) -> None:
-    os.ftruncate(descriptor, 0)
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    os.write(descriptor, text.encode())
-
-
-def _try_lock(descriptor: int, shared: bool = False) -> bool:
-    if sys.platform == "win32":
-        import msvcrt
-
-        os.lseek(descriptor, 1 << 20, os.SEEK_SET)  # beyond the text, which others read
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-    import errno
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-    return True
-
-
-def _let_go() -> None:
-    """In a forked loader process: else it would keep the lock of a killed training for a while."""
-    for descriptor in _held:
-        with suppress(OSError):
-            os.close(descriptor)
-    _held.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
-
 
 MAE_FILE = "mae.safetensors"
 """What `mimdet pretrain` leaves in its run for others to read."""
@@ -217,11 +82,15 @@ class Run:
             write_file(existing, lambda partial: save_config(cfg, partial))
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Keep other trainings out of this run. Raises RunInUse, in every process, if one is in."""
+    def in_training(self, total: int, done: Callable[[], int]) -> Iterator[None]:
+        """Keep other trainings out of the run, and STATUS up to date, while one goes on inside.
+
+        total: its steps; done: asks for those done. RunInUse, in every process, if one is in.
+        """
+        first = processes.rank() == 0
         with ExitStack() as stack:
             refused = ""
-            if processes.rank() == 0 and not self.locked:
+            if first and not self.locked:
                 try:
                     stack.enter_context(alone_in(self.path))
                 except RunInUse as error:
@@ -229,6 +98,8 @@ class Run:
             refused = processes.from_first(refused)
             if refused:
                 raise RunInUse(refused)
+            if first:
+                stack.enter_context(_reported(self.path, total, done))
             yield
 
     def begun(self) -> bool:
@@ -250,21 +121,145 @@ class Run:
             file.write(json.dumps(row) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All complete lines of metrics.jsonl: one per step and one per evaluation."""
-        if not self.metrics_path.exists():
-            return []
-        rows = []
-        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break  # the last line of a process that was killed while writing it
-        return rows
+        """The rows of metrics.jsonl: one per step and one per evaluation."""
+        return MetricsFile(self.metrics_path).read()
 
     def forget_after(self, step: int) -> None:
         """Drop metrics of steps that will be done again."""
         kept = [json.dumps(row) for row in self.metrics() if row["step"] <= step]
         write_text(self.metrics_path, "".join(line + "\n" for line in kept))
+
+
+class MetricsFile:
+    """The rows of metrics.jsonl, also while a training writes it; `read` takes the new ones."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        """Of steps and evaluations, in order."""
+        self._read: tuple[int, int] = (0, 0)
+        """Which file it was, and the bytes read."""
+
+    @property
+    def step(self) -> int:
+        """The last step in the rows read so far; 0 before the first."""
+        return int(self.rows[-1]["step"]) if self.rows else 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """All rows; a line that is half written (or was, when its process was killed) is none.
+
+        A training that resumes writes the file anew, without the steps it does again.
+        """
+        try:
+            with self.path.open("rb") as file:
+                about = os.fstat(file.fileno())
+                number, offset = self._read
+                if number != about.st_ino or about.st_size < offset:
+                    self.rows, offset = [], 0
+                file.seek(offset)
+                text = file.read()
+        except FileNotFoundError:
+            self.rows, self._read = [], (0, 0)
+            return self.rows
+        whole = text[: text.rfind(b"\n") + 1]
+        self._read = (about.st_ino, offset + len(whole))
+        self.rows += [json.loads(line) for line in whole.splitlines()]
+        return self.rows
+
+
+# ------------------------------------------------------------------------------- who trains here
+
+LOCK = "lock"
+STATUS = "status.json"
+"""In the folder of a run: {"state": "training", "finished", "stopped" or "failed", "step", "total",
+"error", "began": seconds since 1970} and the `process_record` of the last training."""
+WAIT_SECONDS = 2.0
+"""A process that only looks whether a run is in use holds the lock for a moment."""
+
+
+class RunInUse(ValueError):
+    """Another process trains in this run."""
+
+
+@contextmanager
+def alone_in(path: Path, wait: float = WAIT_SECONDS) -> Iterator[None]:
+    """Hold the lock of the run directory `path`; the system drops it when this process ends.
+
+    Raises RunInUse, with what to do, when another process still holds it after `wait` seconds.
+    """
+    lock = FileLock(path / LOCK, thread_local=False)
+    try:
+        lock.acquire(timeout=wait)
+    except Timeout:
+        status = read_status(path)
+        who = f"process {status['pid']} on {status['host']}" if status else "another process"
+        raise RunInUse(
+            f"{who} already trains in {path}: wait for it, stop it, or use another run name"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def in_use(path: str | Path) -> bool:
+    """Whether a process trains in this run now, on whatever machine."""
+    if not (Path(path) / LOCK).exists():
+        return False
+    try:
+        with alone_in(Path(path), wait=0):
+            return False
+    except RunInUse:
+        return True
+
+
+def process_record(process: psutil.Process) -> dict[str, Any]:
+    """For a file: what tells a process from a later one with the same number."""
+    return {"pid": process.pid, "started": process.create_time(), "host": platform.node()}
+
+
+def process_of(record: dict[str, Any]) -> psutil.Process | None:
+    """The process of a `process_record`, while it runs on this machine; a zombie does not."""
+    if record.get("host") != platform.node():
+        return None
+    with suppress(psutil.Error):
+        process = psutil.Process(record["pid"])
+        same = abs(process.create_time() - record["started"]) < 2  # clocks are set now and then
+        if same and process.status() != psutil.STATUS_ZOMBIE:
+            return process
+    return None
+
+
+def read_status(path: Path) -> dict[str, Any]:
+    """The run's STATUS; empty before its first training."""
+    found: dict[str, Any] = read_json(path / STATUS) if (path / STATUS).exists() else {}
+    return found
+
+
+@contextmanager
+def _reported(path: Path, total: int, done: Callable[[], int]) -> Iterator[None]:
+    """Keep STATUS while a training goes on inside, and say how it ended.
+
+    A process that is killed leaves "training" behind, in a run that nobody works on.
+    """
+    status = {"total": total, "began": time.time()} | process_record(psutil.Process())
+
+    def write(state: str, error: str = "") -> None:
+        write_json(path / STATUS, {"state": state, "step": done(), "error": error, **status})
+
+    write("training")
+    try:
+        yield
+    except (GeneratorExit, KeyboardInterrupt, TrainingStopped):
+        write("finished" if done() >= total else "stopped")
+        raise
+    except BaseException as error:
+        write("failed", f"{type(error).__name__}: {error}")
+        raise
+    write("finished")
+
+
+# ------------------------------------------------------------------------------- what it began with
 
 
 def environment(cfg: Config | PretrainConfig, data: str) -> dict[str, Any]:
@@ -289,19 +284,13 @@ def environment(cfg: Config | PretrainConfig, data: str) -> dict[str, Any]:
 
 def git_state() -> str | None:
     """Commit of the library's checkout, with a + when it has changes; None outside git."""
-    root = Path(__file__).parent
+    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*"]
     try:
-        commit = _git(root, "rev-parse", "--short", "HEAD")
-        return commit + ("+" if _git(root, "status", "--porcelain") else "")
+        return subprocess.check_output(
+            [*words, "--dirty=+"], text=True, stderr=subprocess.DEVNULL, timeout=10
+        ).strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _git(folder: Path, *words: str) -> str:
-    result = subprocess.run(
-        ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=10
-    )
-    return result.stdout.strip()
 
 
 def initialise(
@@ -395,41 +384,3 @@ def load_detector(
     if categories.exists():
         model.categories = json.loads(categories.read_text())
     return model.eval().to(device)
-
-
-STATUS = "status.json"
-"""In the folder of a run: {"state": "training", "finished", "stopped" or "failed", "step", "total",
-"error", "pid", "began": seconds since 1970}."""
-
-
-def read_status(path: Path) -> dict[str, Any]:
-    """The run's STATUS; empty before its first training."""
-    try:
-        found: dict[str, Any] = read_json(path / STATUS)
-    except (FileNotFoundError, ValueError):
-        return {}
-    return found
-
-
-@contextmanager
-def noted(path: Path, total: int, step: Callable[[], int]) -> Iterator[None]:
-    """Keep STATUS while the training inside goes on, and say how it ended.
-
-    total: steps of the whole training; step: asks for the steps done. A process that is killed
-    leaves "training" behind, in a run that nobody works on.
-    """
-    status = {"total": total, "pid": os.getpid(), "began": time.time()}
-
-    def write(state: str, error: str = "") -> None:
-        write_json(path / STATUS, {"state": state, "step": step(), "error": error, **status})
-
-    write("training")
-    try:
-        yield
-    except (GeneratorExit, KeyboardInterrupt, TrainingStopped):
-        write("finished" if step() >= total else "stopped")
-        raise
-    except BaseException as error:
-        write("failed", f"{type(error).__name__}: {error}")
-        raise
-    write("finished")

@@ -1,5 +1,6 @@
-"""Ctrl-C and SIGTERM during training: finish nothing, lose nothing."""
+"""Ctrl-C and SIGTERM during training: the step is abandoned, and what was done before is saved."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -75,3 +76,20 @@ class StopSignals:
         if self._interruptible and self.at_once:
             self._interruptible = False
             raise StepAbandoned
+
+
+TIED = "MIMDET_TIED"
+"""Variable of a child that is to end when the process that started it does."""
+
+
+def end_with_parent() -> None:
+    """In a child with TIED: SIGTERM to itself when its standard input, a pipe, is closed."""
+    if os.environ.pop(TIED, "0") != "1":
+        return
+
+    def wait_for_the_end() -> None:
+        while os.read(0, 1024):  # not sys.stdin: its lock must be free when Python exits
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait_for_the_end, daemon=True).start()

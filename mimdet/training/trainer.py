@@ -5,7 +5,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,7 +16,7 @@ from mimdet.config import Config, PretrainConfig
 from mimdet.inference import autocast
 from mimdet.training.checkpoints import Checkpoint
 from mimdet.training.optim import build_optimizer, rate_factor, scaled_rate, set_rates
-from mimdet.training.run import Run, noted
+from mimdet.training.run import Run
 from mimdet.training.signals import StepAbandoned, StopSignals, TrainingStopped
 
 
@@ -110,14 +109,8 @@ class Trainer:
 
     def steps(self) -> Iterator[Step]:
         """Train to the end; RunInUse where another process trains in the same run."""
-        with self.run.alone(), self.noted():
+        with self.run.in_training(self.total, lambda: self.done):
             yield from self.steps_alone()
-
-    def noted(self) -> AbstractContextManager[None]:
-        """The first process tells those who look at the run from outside how it goes."""
-        if processes.rank() != 0:
-            return nullcontext()
-        return noted(self.run.path, self.total, lambda: self.done)
 
     def steps_alone(self) -> Iterator[Step]:
         self.resume()

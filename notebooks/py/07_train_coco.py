@@ -292,8 +292,8 @@ check("recomputation saves more than half", kept["on", 1.0] < kept["off", 1.0] /
 from mimdet.training.job import Job
 
 job = Job.prepare(base, f"runs/base-{MODE}-seed-{SEED}")
-print("on one GPU, in a terminal:\n  python", *job.command(1)[1:])
-print("on eight GPUs:\n  python", *job.command(8)[1:])
+print("on one GPU, in a terminal:\n  python", *job.words(1))
+print("on eight GPUs:\n  python", *job.words(8))
 
 # %% tags=["timing"]
 long = TrainingDashboard(base, job.path, processes=PROCESSES)

@@ -2,34 +2,13 @@
 
 import json
 import time
-from pathlib import Path
-
-import pytest
 
 from mimdet.training.checkpoints import CheckpointStore
 from mimdet.training.job import JOB, Job
-from mimdet.training.run import holder, started
+from mimdet.training.run import process_of, read_status
 from tests.small import small
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
-
 STEPS = 30
-
-
-def group_of(leader: int) -> list[int]:
-    """Processes that are descendants of a process, itself included."""
-    parents = {}
-    for place in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = place.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if fields[0] not in "ZX":
-            parents[int(place.parent.name)] = int(fields[1])
-    found = [leader]
-    for pid in found:
-        found += [child for child, parent in parents.items() if parent == pid]
-    return [pid for pid in found if pid in parents]
 
 
 def test_two_processes_stop_together_and_go_on(tmp_path) -> None:
@@ -42,14 +21,14 @@ def test_two_processes_stop_together_and_go_on(tmp_path) -> None:
         assert time.monotonic() < end and job.running(), "\n".join(job.log())
         time.sleep(0.05)
     about = json.loads((run / JOB).read_text())
-    family = group_of(about["pid"])
+    family = [process_of(about), *process_of(about).children(recursive=True)]
     assert about["processes"] == 2 and len(family) >= 3  # torchrun and its two
-    assert holder(run).pid in family[1:]  # its first process trains
+    assert process_of(read_status(run)) in family[1:]  # its first process trains
     assert Job.attach(run).stop()
     stopped = job.wait(120)
     assert stopped.name == "stopped" and 2 <= stopped.step < STEPS, "\n".join(job.log())
     assert CheckpointStore(run / "checkpoints").steps()[-1] == stopped.step
-    assert [pid for pid in family if started(pid)] == []
+    assert [process for process in family if process.is_running()] == []
     job.resume(processes=1)  # another number: the step is shared differently
     done = job.wait(200)
     assert done.name == "finished" and done.step == STEPS

@@ -42,7 +42,7 @@ from mimdet.experiments.runs import CLOCK, RATIOS, PlannedRun, default_processes
 from mimdet.models.stem import ConvStem
 from mimdet.presets import PRESETS
 from mimdet.training.checkpoints import CheckpointStore
-from mimdet.training.run import Run, holder
+from mimdet.training.run import Run, in_use
 from mimdet.training.slots import write_slots
 from mimdet.training.train import build_model
 from mimdet.viz.experiments import save_figures, show_arms, show_curves, show_matrix
@@ -667,7 +667,7 @@ def wait_until(condition, what: str, seconds: float = 180) -> None:
 
 def free(run: Path) -> bool:
     """Whether no process works on the run any more."""
-    return holder(run) is None
+    return not in_use(run)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -16,8 +17,18 @@ from mimdet.config import Config, load_config
 from mimdet.files import write_json
 from mimdet.training import job as jobs
 from mimdet.training.checkpoints import CheckpointStore
-from mimdet.training.job import JOB, Job, JobFailed, MetricsFile, duration, last_lines, seconds_left
-from mimdet.training.run import STATUS, Run, RunInUse, alone_in, holder, read_status, started
+from mimdet.training.job import JOB, Child, Job, JobFailed, duration, job_state, last_lines
+from mimdet.training.run import (
+    STATUS,
+    MetricsFile,
+    Run,
+    RunInUse,
+    alone_in,
+    in_use,
+    process_of,
+    process_record,
+    read_status,
+)
 from mimdet.training.signals import TrainingStopped
 from mimdet.training.train import resume, stored_config, train
 from tests.small import small
@@ -81,9 +92,9 @@ def test_two_trainings_of_one_run_are_refused(tmp_path) -> None:
     said = f"process {os.getpid()} on .* already trains in .*: wait for it, stop it, or use another"
     with pytest.raises(RunInUse, match=said):
         next(train(easy(), tmp_path / "run"))
-    assert holder(tmp_path / "run").here and holder(tmp_path / "run").pid == os.getpid()
+    assert in_use(tmp_path / "run")
     steps.close()
-    assert holder(tmp_path / "run") is None
+    assert not in_use(tmp_path / "run")
     assert read_status(tmp_path / "run")["state"] == "stopped"
     assert next(train(easy(), tmp_path / "run")).number == 2
 
@@ -99,23 +110,55 @@ def test_a_lock_ends_with_its_process_and_is_not_kept_by_forks(tmp_path) -> None
     words = [sys.executable, "-c", code, str(tmp_path)]
     child = subprocess.Popen(words, stdout=subprocess.PIPE, start_new_session=True)
     assert child.stdout is not None and child.stdout.readline() == b"held\n"
-    assert holder(tmp_path).pid == child.pid
     with pytest.raises(RunInUse), alone_in(tmp_path, wait=0.2):
         pass
     child.kill()
     child.wait()
-    assert holder(tmp_path) is None  # at once, although the fork lives on
-    with alone_in(tmp_path, wait=0):
-        assert holder(tmp_path).pid == os.getpid()
+    assert not in_use(tmp_path)  # at once, although the fork lives on
     os.killpg(child.pid, signal.SIGKILL)
 
 
 def test_a_process_is_known_by_its_start_not_by_its_number() -> None:
-    assert started(os.getpid()) == started(os.getpid()) != ""
-    child = subprocess.Popen([sys.executable, "-c", "pass"])
-    wait_until(lambda: started(child.pid) == "", "a process that has ended counts as none")
+    own = process_record(psutil.Process())
+    assert process_of(own).pid == os.getpid()
+    for other in ({"started": 1.0}, {"host": "elsewhere"}):
+        assert process_of(own | other) is None
+    child = psutil.Popen([sys.executable, "-c", "pass"])
+    record = process_record(child)
+    wait_until(lambda: process_of(record) is None, "a process that has ended counts as none")
     child.wait()
-    assert started(child.pid) == ""
+    assert process_of(record) is None
+
+
+# ------------------------------------------------------------------------------- children
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("pass", ""),
+        ("print('error: no such file'); exit(1)", "no such file"),
+        ("exit(3)", "ended with exit code 3"),
+        ("import os; os.kill(os.getpid(), 9)", "was killed"),
+        ("import os; os.kill(os.getpid(), 15)", "stopped from outside"),
+    ],
+)
+def test_a_child_says_how_it_ended(tmp_path, code, why) -> None:
+    (tmp_path / "log.txt").write_text("error: of an earlier one\n")
+    child = Child(["-c", code], tmp_path / "log.txt")
+    wait_until(lambda: not child.alive(), "its end")
+    assert why in child.ended() and bool(why) == bool(child.ended())
+
+
+@pytest.mark.parametrize("handler", ["lambda *_: sys.exit(143)", "lambda *_: None"])
+def test_a_child_is_asked_to_end_then_killed(tmp_path, handler) -> None:
+    code = f"import signal, sys, time; signal.signal(signal.SIGTERM, {handler})\n"
+    code += "print('up', flush=True)\nfor _ in range(60): time.sleep(1)"
+    child = Child(["-c", code], tmp_path / "log.txt")
+    wait_until(lambda: last_lines(child.log, 1) == ["up"], "its start")
+    assert child.alive() and child.ended() is None
+    child.stop(0.5)
+    assert ("was killed" if "None" in handler else "stopped from outside") in child.ended()
 
 
 # ------------------------------------------------------------------------------- what files say
@@ -134,8 +177,8 @@ def test_metrics_are_read_while_they_are_written(tmp_path) -> None:
     with file.path.open("a") as stream:
         stream.write(lines[1][9:])
     assert [row["step"] for row in file.read()] == [1, 2]
-    state = file.state("training", 5, "")
-    assert (state.step, state.losses) == (2, {"loss": 3.0, "loss_cls": 1.0})
+    state = job_state("training", file.rows, 5, "")
+    assert (file.step, state.losses) == (2, {"loss": 3.0, "loss_cls": 1.0})
     assert state.seconds_left == 6.0 and state.images_per_second == 2.0
     assert str(state) == "training, step 2 of 5, loss 3, 2.0 images/s, about 6 s left"
     Run(tmp_path / "other", easy())
@@ -145,11 +188,12 @@ def test_metrics_are_read_while_they_are_written(tmp_path) -> None:
 
 
 def test_time_left_by_hand() -> None:
-    # Evaluations at 4 and 8, 10 s each: those at 12, 16 and 18 remain; and 10 steps of 2 s.
-    rows = [{"step": s, "evaluation": {}, "time": {"seconds": 10.0}} for s in (4, 8)]
-    assert seconds_left(rows, 8, 18, 2.0) == 10 * 2.0 + 3 * 10.0
-    assert seconds_left(rows, 18, 18, 2.0) == 0.0
-    assert seconds_left([], 0, 0, 2.0) is None
+    # Four steps of 2 s and an evaluation of 12 s: 5 s a step.
+    rows = [{"step": s, "loss": 1.0, "images": 4, "time": {"seconds": 2.0}} for s in (1, 2, 3, 4)]
+    rows.append({"step": 4, "evaluation": {"box": {"AP": 0.5}}, "time": {"seconds": 12.0}})
+    state = job_state("training", rows, 18, "")
+    assert state.seconds_left == 14 * 5.0 and state.images_per_second == 2.0
+    assert job_state("starting", [], 0, "").seconds_left is None
     assert [duration(s) for s in (0, 40, 720, 12_000, 190_000)] == [
         "1 s", "40 s", "12 min", "3 h 20 min", "2 d 4 h"
     ]  # fmt: skip
@@ -165,7 +209,7 @@ def test_a_log_shows_the_last_state_of_a_bar(tmp_path) -> None:
 
 
 def test_what_cannot_be_started_is_said_at_once(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(jobs.subprocess, "Popen", lambda *_, **__: pytest.fail("it was started"))
+    monkeypatch.setattr(jobs.psutil, "Popen", lambda *_, **__: pytest.fail("it was started"))
     Run(tmp_path / "run", easy())
     with pytest.raises(ValueError, match=r"another configuration.*\n.*training.steps: 8 -> 9"):
         other = easy()
@@ -186,14 +230,14 @@ def test_what_cannot_be_started_is_said_at_once(tmp_path, monkeypatch) -> None:
 def test_code_of_a_cell_is_kept_compared_and_only_trusted_here(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(Job, "resume", lambda self, processes=0: None)
     job = Job.start(easy(), tmp_path / "run", sampler=gated)
-    assert job.command()[-1] == "--trust-code"
+    assert job.words()[-1] == "--trust-code"
     Job.start(easy(), tmp_path / "run", sampler=gated)
     with pytest.raises(ValueError, match="other code for: sampler"):
         Job.start(easy(), tmp_path / "run")
     monkeypatch.undo()
     with pytest.raises(PermissionError, match="trust_code=True"):
         Job.attach(tmp_path / "run").resume()
-    assert "torch.distributed.run" in job.command(2) and "--nproc-per-node=2" in job.command(2)
+    assert "torch.distributed.run" in job.words(2) and "--nproc-per-node=2" in job.words(2)
 
 
 def test_nothing_to_stop_and_a_number_that_another_process_has_now(tmp_path) -> None:
@@ -201,7 +245,7 @@ def test_nothing_to_stop_and_a_number_that_another_process_has_now(tmp_path) -> 
     job = Job.attach(tmp_path / "run")
     assert job.stop() is False and job.state().name == "new" and not job.running()
     assert job.wait(0).name == "new"
-    job._note({"pid": os.getpid(), "started": "long ago", "begun": 1.0})
+    job._note(process_record(psutil.Process()) | {"started": 1.0, "begun": 1.0})
     assert not job.running() and job.stop() is False
 
 
@@ -220,8 +264,7 @@ def test_what_is_said_while_the_process_lives(tmp_path, last, began, name) -> No
     Nor finished: who starts another training then would find this one.
     """
     Run(tmp_path / "run", easy())
-    pid = os.getpid()
-    Job(tmp_path / "run")._note({"pid": pid, "started": started(pid), "begun": 10.0})
+    Job(tmp_path / "run")._note(process_record(psutil.Process()) | {"begun": 10.0})
     status = {"state": last, "began": began, "step": STEPS, "total": STEPS, "error": ""}
     write_json(tmp_path / "run" / STATUS, status)
     assert Job.attach(tmp_path / "run").state().name == name
@@ -229,8 +272,7 @@ def test_what_is_said_while_the_process_lives(tmp_path, last, began, name) -> No
 
 def test_a_copy_of_a_running_run_is_not_that_run(tmp_path) -> None:
     Run(tmp_path / "run", easy())
-    pid = os.getpid()
-    Job(tmp_path / "run")._note({"pid": pid, "started": started(pid), "begun": 10.0})
+    Job(tmp_path / "run")._note(process_record(psutil.Process()) | {"begun": 10.0})
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     assert Job.attach(tmp_path / "run").running()
     copy = Job.attach(tmp_path / "copy")
@@ -256,8 +298,8 @@ def test_a_training_of_a_terminal_is_asked_and_the_next_one_is_not(tmp_path, mon
     job = Job.attach(run)
     assert job.state().name == "training" and job.state().total == STEPS
     sent = []
-    monkeypatch.setattr(jobs.os, "kill", lambda *what: sent.append(what))
-    assert job.stop() and sent == [(os.getpid(), signal.SIGTERM)]
+    monkeypatch.setattr(jobs, "ask_to_end", lambda process: sent.append(process.pid))
+    assert job.stop() and sent == [os.getpid()]
     assert job.state().name == "stopping"
     steps.close()
     assert job.state().name == "stopped" and job.state().step == 1
@@ -277,7 +319,7 @@ def test_stopped_attached_to_and_resumed_it_is_the_undisturbed_run(tmp_path, gat
     attached = Job.attach(run, trust_code=True)
     assert again.running() and attached.running()
     assert attached.state().name in ("starting", "training")
-    pid = json.loads((run / JOB).read_text())["pid"]
+    child = json.loads((run / JOB).read_text())
     wait_until(lambda: attached.state().step == 3, "three steps")
     seen = attached.state()
     assert seen.total == STEPS and seen.seconds_left is not None and "loss" in seen.losses
@@ -286,12 +328,12 @@ def test_stopped_attached_to_and_resumed_it_is_the_undisturbed_run(tmp_path, gat
     assert stopped.name == "stopped" and stopped.step == 3
     assert attached.state().name == "stopped" and not again.running()
     assert CheckpointStore(run / "checkpoints").steps()[-1] == stopped.step
-    assert started(pid) == "" and holder(run) is None
+    assert process_of(child) is None and not in_use(run)
     assert stored_config(run).detector.num_classes == 6  # read off the data, once
 
     gate.unlink()
     attached.resume()
-    assert json.loads((run / JOB).read_text())["pid"] != pid
+    assert json.loads((run / JOB).read_text())["pid"] != child["pid"]
     done = attached.wait(300)
     assert done.name == "finished" and done.step == STEPS and "step 8 of 8" in str(done)
     assert [step for step, _ in done.evaluations] == [4, 8]

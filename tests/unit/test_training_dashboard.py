@@ -93,7 +93,7 @@ def test_a_new_run_can_only_be_started_and_says_so(tmp_path) -> None:
 def test_a_failure_is_shown_with_the_end_of_the_log(tmp_path) -> None:
     Run(tmp_path / "run", short())
     (tmp_path / "run" / "log.txt").write_text("Traceback\nerror: the <disk> is full\n")
-    (tmp_path / "run" / "job.json").write_text('{"pid": 0, "started": "", "begun": 1.0}')
+    Job(tmp_path / "run")._note({"pid": 0, "begun": 1.0})
     board = TrainingDashboard(tmp_path / "run")
     assert board.state.name == "failed" and usable(board) == ["resume"]
     assert "role='alert'" in board.log.value and "the &lt;disk&gt; is full" in board.log.value
