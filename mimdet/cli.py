@@ -172,7 +172,7 @@ def run_evaluate(words: list[str]) -> None:
 def run_predict(words: list[str]) -> None:
     command = parse(Predict, words, "predict")
     from mimdet.analysis.evaluate import results_for, save_results
-    from mimdet.data.images import read_image
+    from mimdet.images import read_image
     from mimdet.inference import predict
     from mimdet.training.run import load_detector
     from mimdet.training.trainer import pick_device, use_threads

@@ -53,8 +53,9 @@ class BackboneConfig:
     """Share of the tokens the encoder sees in evaluation (published APs use 1.0)."""
     keep: Literal["valid", "padded"] = "valid"
     """Count kept tokens on each image's own valid grid, or (the paper's code) on the padded one."""
-    decoder_fill: Literal["stem", "mask_token"] = "stem"
-    """What the decoder sees at unsampled places: projected stem tokens (v2) or MAE's token (v1)."""
+    decoder_fill: str = "stem"
+    """What the decoder sees at unsampled places: projected stem tokens (`stem`, v2), MAE's token
+    (`mask_token`, v1), or `module:function`."""
     window_size: int = 16
     """`benchmarking_vit`, `vitdet`, `swin`: side of an attention window, in tokens."""
     global_blocks: int = 4
@@ -109,6 +110,8 @@ class DetectorConfig:
     score_threshold: float = 0.05
     nms_threshold: float = 0.5
     detections_per_image: int = 100
+    loss: str = "mask_rcnn"
+    """`mask_rcnn` (cross-entropy and L1, as the paper), or `module:class`."""
 
 
 @dataclass(slots=True)

@@ -3,18 +3,15 @@
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from mimdet.data.augment import resize_image, test_size
-from mimdet.data.images import pil_to_rgb, read_image
+from mimdet.images import Size, to_rgb
 from mimdet.models.detector import Detector
 from mimdet.models.rcnn import clip_boxes, non_empty
-from mimdet.models.sampling import Keep, Sample
+from mimdet.models.sampling import DEFAULT, Keep, Sample, Sampling
 from mimdet.structures import Detections, padded_size
 
 DEFAULT_BATCH = 4
@@ -40,31 +37,26 @@ def predict(
     equals `predict(model, a)`, `predict(model, b)`.
     """
     many = isinstance(images, list | tuple)
-    sizes: list[tuple[int, int]] = []
+    sizes: list[Size] = []
     resized: list[Tensor] = []
     for image in images if many else [images]:
-        picture = as_tensor(image)  # only its resized copy is kept
+        picture = to_rgb(image)  # only its resized copy is kept
         sizes.append((picture.shape[1], picture.shape[2]))
-        resized.append(resize_image(picture, test_size(model.config.data, *sizes[-1])))
+        resized.append(model.resize(picture))
     found: dict[int, Detections] = {}
     for members in equal_padded_size(resized, len(resized) if sample is not None else batch_size):
         generators = [generator_for(seed, device_of(model)) for _ in members]
-        detections = run_detector(
-            model,
-            [resized[i] for i in members],
-            sample_ratio=sample_ratio,
-            keep=keep,
-            sample=sample,
-            generators=generators,
-        )
+        sampling = Sampling(sample_ratio, keep, sample, generators)
+        detections = run_detector(model, [resized[i] for i in members], sampling)
         for i, d in zip(members, detections, strict=True):
-            on_canvas = resized[i].shape[1:] if model.canvas else None
-            found[i] = to_original(d, sizes[i], on_canvas).to("cpu")
-    ordered = [found[i] for i in range(len(resized))]
+            found[i] = to_original(d, sizes[i], resized[i].shape[1:] if model.canvas else None)
+    ordered = [found[i].to("cpu") for i in range(len(resized))]
     return ordered if many else ordered[0]
 
 
-def run_detector(model: Detector, images: Sequence[Tensor], **sampling: Any) -> list[Detections]:
+def run_detector(
+    model: Detector, images: Sequence[Tensor], sampling: Sampling = DEFAULT
+) -> list[Detections]:
     """One batch of resized images in evaluation mode, at the precision of the device.
 
     With training.precision="fp32" a GPU computes in float32 here too.
@@ -73,7 +65,7 @@ def run_detector(model: Detector, images: Sequence[Tensor], **sampling: Any) -> 
     asked = "fp32" if model.config.training.precision == "fp32" else "auto"
     precision = "fp64" if weights.dtype == torch.float64 else asked
     with autocast(weights.device, precision):
-        return model.detect(images, **sampling)
+        return model.detect(images, sampling=sampling)
 
 
 def to_original(
@@ -104,35 +96,6 @@ def equal_padded_size(images: Sequence[Tensor], batch_size: int) -> Iterator[lis
     for members in groups.values():
         for start in range(0, len(members), batch_size):
             yield members[start : start + batch_size]
-
-
-def as_tensor(image: Any) -> Tensor:
-    """A path, PIL image, uint8 array or uint8 tensor -> uint8 (3, H, W) RGB."""
-    if isinstance(image, str | Path):
-        return read_image(image)
-    if isinstance(image, np.ndarray):
-        channels = image.shape[2] if image.ndim == 3 else int(image.ndim == 2)
-        if image.dtype != np.uint8 or channels not in (1, 3, 4):
-            raise ValueError(
-                f"an array image must be uint8 of shape (H, W, 3) or (H, W), not {image.dtype} "
-                f"{image.shape}; floats in 0..1 become (array * 255).astype('uint8'), and "
-                "(3, H, W) becomes array.transpose(1, 2, 0)"
-            )
-        pixels = image[:, :, None] if image.ndim == 2 else image[:, :, :3]  # without alpha
-        colours = pixels.repeat(3, axis=2) if channels == 1 else pixels
-        return torch.from_numpy(np.ascontiguousarray(colours)).permute(2, 0, 1).contiguous()
-    if isinstance(image, Tensor):
-        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
-            raise ValueError(
-                f"a tensor image must be uint8 (3, H, W), not {image.dtype} {tuple(image.shape)}"
-            )
-        return image
-    if hasattr(image, "convert"):
-        return pil_to_rgb(image)
-    raise ValueError(
-        f"cannot read an image from {type(image).__name__}: give a path, a PIL image, an array "
-        "or a tensor"
-    )
 
 
 def generator_for(seed: int, device: torch.device) -> Generator:

@@ -18,8 +18,8 @@ from torch import Tensor
 from mimdet import __version__
 from mimdet.config import Config, DataConfig
 from mimdet.data.coco import CocoDataset
-from mimdet.data.images import read_image
 from mimdet.data.shapes import ShapesCOCO
+from mimdet.images import read_image
 from mimdet.presets import mimdet_base, tiny
 from mimdet.structures import Record, Target
 from mimdet.training.trainer import Step, seed_all

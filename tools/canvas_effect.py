@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torchvision.ops import box_iou
 
-from mimdet.data.augment import resize_image, test_size
 from mimdet.data.coco import build_dataset
 from mimdet.models.detector import Detector
 from mimdet.models.rcnn import pad_and_normalise
@@ -53,7 +52,7 @@ def main() -> None:
     rows = []
     for number, canvas in enumerate(LARGER):
         image = dataset[number].image
-        image = resize_image(image, test_size(model.config.data, *image.shape[1:]))
+        image = model.resize(image)
         filler = torch.zeros(3, *canvas, dtype=torch.uint8)
         c4, alone = c4_and_detections(model, [image])
         c4_moved, together = c4_and_detections(model, [image, filler])

@@ -14,7 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mimdet.config import Config
 from mimdet.models.detector import Detector, build_detector
+from mimdet.models.rcnn import Batch
 from mimdet.models.roi_heads import BOX_POOL, MASK_POOL
+from mimdet.models.sampling import Sampling
 from mimdet.structures import padded_size
 
 COLUMNS = (
@@ -66,8 +68,9 @@ def cost_of(
     with torch.device("meta"), torch.no_grad():
         model = build_detector(cfg).eval()
         images = torch.empty(1, 3, height, width)
-        given = {"sample_ratio": sample_ratio} if sample_ratio is not None else {}
-        backbone = multiply_adds(lambda: run_backbone(model, images, given))
+        batch = Batch(images, [(height, width)], [])
+        sampling = Sampling(sample_ratio)
+        backbone = multiply_adds(lambda: model.neck(model.features(batch, sampling)))
         heads = multiply_adds(lambda: run_heads(model, height, width))
     return Cost(
         cfg.preset or cfg.backbone.kind,
@@ -95,11 +98,6 @@ def transformer_cost(tokens: int, dim: int, depth: int) -> int:
     `multiply_adds` counts.
     """
     return depth * (12 * tokens * dim**2 + 2 * tokens**2 * dim)
-
-
-def run_backbone(model: Detector, images: torch.Tensor, given: dict[str, float]) -> None:
-    size = (images.shape[2], images.shape[3])
-    model.neck(model.backbone(images, [size], **given))
 
 
 def run_heads(model: Detector, height: int, width: int) -> None:

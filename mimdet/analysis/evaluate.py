@@ -17,7 +17,7 @@ from mimdet.inference import DEFAULT_BATCH, device_of, generator_for, run_detect
 from mimdet.masks import probabilities_to_rle
 from mimdet.models.detector import Detector
 from mimdet.models.official import generic_names
-from mimdet.models.sampling import Keep
+from mimdet.models.sampling import Keep, Sampling
 from mimdet.structures import Detections
 
 
@@ -105,19 +105,18 @@ def evaluate(
     """
     start = time.perf_counter()
     if sample_ratio is None:
-        sample_ratio = model.config.backbone.sample_ratio_eval
+        sample_ratio = model.sample_ratio_eval
     device = device_of(model)
     loader = EvalLoader(
-        dataset, model.config.data, batch_size, workers, processes.rank(), processes.world()
+        dataset, model.resize, batch_size, workers, processes.rank(), processes.world()
     )
     category_ids = ids_of_labels(model.categories, dataset)
     results: list[dict[str, Any]] = []
     masks = model.roi_heads.mask_head is not None
     for batch in _with_progress(loader, len(dataset), progress):
         generators = [generator_for(image_seed(seed, i), device) for i in batch.indices]
-        found = run_detector(
-            model, batch.images, sample_ratio=sample_ratio, keep=keep, generators=generators
-        )
+        sampling = Sampling(sample_ratio, keep, generators=generators)
+        found = run_detector(model, batch.images, sampling)
         sizes = zip(batch.original_sizes, batch.images, strict=True)
         for i, (size, image), detections in zip(batch.indices, sizes, found, strict=True):
             on_canvas = image.shape[1:] if model.canvas else None

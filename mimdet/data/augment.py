@@ -12,14 +12,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mimdet.config import DataConfig
+from mimdet.images import Resize, Size, resize_image, shortest_edge
 from mimdet.structures import Crops, Record, Target
-
-Size = tuple[int, int]
-"""(height, width) in pixels."""
 
 LSJ_FILL = 128
 """Grey of the empty part of an LSJ canvas, as detectron2's FixedSizeCrop pads."""
@@ -65,22 +62,9 @@ class Geometry:
         return self.canvas or self.content_size
 
 
-def shortest_edge(height: int, width: int, short_side: int, max_side: float) -> Size:
-    """Size with the given short side, smaller where the long side would exceed max_side.
-
-    Rounds as detectron2's ResizeShortestEdge.
-    """
-    scale = short_side / min(height, width)
-    new_height, new_width = height * scale, width * scale
-    if max(new_height, new_width) > max_side:
-        shrink = max_side / max(new_height, new_width)
-        new_height, new_width = new_height * shrink, new_width * shrink
-    return max(1, int(new_height + 0.5)), max(1, int(new_width + 0.5))
-
-
-def test_size(cfg: DataConfig, height: int, width: int) -> Size:
-    """Size of the test transform: short side `test_short_side`, long side at most `max_side`."""
-    return shortest_edge(height, width, cfg.test_short_side, cfg.max_side)
+def resize_of(cfg: DataConfig) -> Resize:
+    """The test transform: short side `test_short_side`, long side at most `max_side`."""
+    return Resize(cfg.test_short_side, cfg.max_side)
 
 
 def draw_geometry(
@@ -92,7 +76,7 @@ def draw_geometry(
     """
     whole = (0, 0, width, height)
     if not train or cfg.augment == "none":
-        return Geometry(whole, test_size(cfg, height, width))
+        return Geometry(whole, resize_of(cfg).size(height, width))
     flip_h = rng.random() < 0.5
     flip_v = cfg.flips != "horizontal" and rng.random() < 0.5
     transpose = cfg.flips == "dihedral" and rng.random() < 0.5
@@ -132,14 +116,6 @@ def transform_image(geometry: Geometry, image: Tensor) -> Tensor:
         padded[:, :height, :width] = image
         image = padded
     return image.contiguous()
-
-
-def resize_image(image: Tensor, size: Size) -> Tensor:
-    """image: (3, H, W) uint8 -> (3, *size) uint8, bilinear and antialiased."""
-    if tuple(image.shape[1:]) == size:
-        return image
-    batch = image[None].contiguous(memory_format=torch.channels_last)  # the fast uint8 kernel
-    return F.interpolate(batch, size, mode="bilinear", antialias=True)[0].contiguous()
 
 
 def transform_target(geometry: Geometry, target: Target) -> Target:

@@ -9,7 +9,7 @@ import numpy as np
 
 from mimdet.config import DataConfig
 from mimdet.data.coco_file import coco_ground_truth, coco_table, make_target
-from mimdet.data.images import read_image
+from mimdet.images import read_image
 from mimdet.structures import Record
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mimdet.data.coco_file import Annotation, coco_ground_truth, make_target, parse_annotation
-from mimdet.data.images import image_size, read_image
+from mimdet.images import image_size, read_image
 from mimdet.structures import Record
 
 if TYPE_CHECKING:

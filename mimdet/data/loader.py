@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mimdet.config import DataConfig
-from mimdet.data.augment import Size, apply, draw_geometry, resize_image, rng_for, test_size
+from mimdet.data.augment import apply, draw_geometry, rng_for
+from mimdet.images import Resize, Size
 from mimdet.structures import PAD_MULTIPLE, Record, Target, padded_size
 
 Packed = tuple[Tensor, list[tuple[torch.dtype, torch.Size]], bytes]
@@ -326,15 +327,15 @@ class EvalLoader:
     def __init__(
         self,
         dataset: Dataset,
-        cfg: DataConfig,
+        resize: Resize,
         batch_size: int,
         workers: int = 0,
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self.order = eval_order(dataset, cfg, batch_size)[rank::world]
+        self.order = eval_order(dataset, resize, batch_size)[rank::world]
         self.workers = workers
-        self._load = _EvalTask(dataset, cfg)
+        self._load = _EvalTask(dataset, resize)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -343,11 +344,11 @@ class EvalLoader:
         return stream(self.order, self._load, self.workers)
 
 
-def eval_order(dataset: Dataset, cfg: DataConfig, batch_size: int) -> list[list[int]]:
+def eval_order(dataset: Dataset, resize: Resize, batch_size: int) -> list[list[int]]:
     """Indices in groups of at most batch_size whose test transforms pad to one size."""
     groups: dict[Size, list[int]] = {}
     for index in range(len(dataset)):
-        size = test_size(cfg, *dataset.image_size(index))
+        size = resize.size(*dataset.image_size(index))
         groups.setdefault(padded_size(*size), []).append(index)
     largest_first = sorted(groups, key=lambda size: (-size[0] * size[1], size))
     return [
@@ -380,14 +381,13 @@ class _TrainTask:
 class _EvalTask:
     """Indices -> EvalBatch."""
 
-    def __init__(self, dataset: Dataset, cfg: DataConfig) -> None:
-        self.dataset, self.cfg = dataset, cfg
+    def __init__(self, dataset: Dataset, resize: Resize) -> None:
+        self.dataset, self.resize = dataset, resize
 
     def __call__(self, indices: list[int]) -> EvalBatch:
         batch = EvalBatch(indices, [], [])
         for index in indices:
             image = self.dataset[index].image
-            height, width = image.shape[1:]
-            batch.images.append(resize_image(image, test_size(self.cfg, height, width)))
-            batch.original_sizes.append((height, width))
+            batch.images.append(self.resize(image))
+            batch.original_sizes.append((image.shape[1], image.shape[2]))
         return batch

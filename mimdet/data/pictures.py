@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from mimdet.config import PicturesConfig
-from mimdet.data.augment import Geometry, resize_image, rng_for, transform_image
-from mimdet.data.images import image_size, pil_to_rgb, read_image
+from mimdet.data.augment import Geometry, rng_for, transform_image
 from mimdet.data.loader import stream
 from mimdet.data.shapes import ShapesCOCO
+from mimdet.images import image_size, pil_to_rgb, read_image, resize_image
 
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 TRIES = 10

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mimdet.config import Config, flat
-from mimdet.data.augment import test_size
+from mimdet.data.augment import resize_of
 from mimdet.data.coco import build_dataset
 from mimdet.data.loader import Dataset
 from mimdet.experiments.grid import Arm
@@ -109,7 +109,7 @@ def plan_runs(
 def typical_size(cfg: Config, data: Dataset) -> tuple[int, int]:
     """Mean (height, width) of the first hundred images, resized as for a test."""
     count = min(100, len(data))
-    sizes = [test_size(cfg.data, *data.image_size(i)) for i in range(count)]
+    sizes = [resize_of(cfg.data).size(*data.image_size(i)) for i in range(count)]
     return round(sum(h for h, _ in sizes) / count), round(sum(w for _, w in sizes) / count)
 
 

@@ -5,21 +5,23 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from mimdet.config import BackboneConfig
 from mimdet.models.baselines import build_benchmarking_vit, build_resnet, build_swin, build_vitdet
 from mimdet.models.sampling import (
+    DEFAULT,
     SAMPLERS,
+    Grid,
     Keep,
     Sample,
     Sampler,
-    padded_places,
-    select,
+    Sampling,
+    draw,
     token_grid,
 )
 from mimdet.models.stem import STEMS, StemFeatures
-from mimdet.models.vit import Decoder, Encoder, init_like_mae
+from mimdet.models.vit import FILLS, Decoder, Encoder, Fill, init_like_mae
 
 
 def resolve(name: str, registered: Mapping[str, Any], slot: str) -> Any:
@@ -38,11 +40,22 @@ def resolve(name: str, registered: Mapping[str, Any], slot: str) -> Any:
         raise ValueError(f"{slot}={name!r} cannot be imported: {error}") from error
 
 
-class MIMDetBackbone(nn.Module):
+class SampledBackbone(nn.Module):
+    """A backbone whose encoder sees a sample of the tokens: `(images, image_sizes, sampling)`.
+
+    Any other backbone is called with images and sizes alone; asking it for a sample is an error.
+    """
+
+    sample_ratio: float
+    """Share of the tokens kept while training."""
+    sample_ratio_eval: float
+    """The same in evaluation."""
+
+
+class MIMDetBackbone(SampledBackbone):
     """The ConvNet-ViT hybrid: a small stem gives c2 and c3, a sampled ViT is the third stage.
 
-    Strides of c2..c5 are 4, 8, 16, 32. `sample_ratio` is used while training,
-    `sample_ratio_eval` in evaluation.
+    Strides of c2..c5 are 4, 8, 16, 32.
     """
 
     def __init__(
@@ -70,60 +83,45 @@ class MIMDetBackbone(nn.Module):
         self,
         images: Tensor,
         image_sizes: Sequence[tuple[int, int]],
-        *,
-        sample: Sample | None = None,
-        sample_ratio: float | None = None,
-        keep: Keep | None = None,
-        generators: Sequence[Generator] | None = None,
+        sampling: Sampling = DEFAULT,
     ) -> dict[str, Tensor]:
-        """images: (B, 3, H, W), normalised and padded; image_sizes: (height, width) before padding.
-
-        A ready `sample` is used as it is; else one is drawn, with one generator per image where
-        given (so that an image's noise does not depend on its batch).
-        """
+        """images: (B, 3, H, W), normalised and padded; image_sizes: (height, width) before it."""
         stem: StemFeatures = self.stem(images)
         tokens = stem.tokens.flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, L, D)
         grid = (stem.tokens.shape[2], stem.tokens.shape[3])
-        if sample is None:
-            sample = self.draw(tokens, grid, image_sizes, sample_ratio, keep, generators)
-        elif sample.grid != grid or len(sample.keep) != len(images):
-            raise ValueError(
-                f"the given sample is for {len(sample.keep)} images on a grid of {sample.grid}; "
-                f"this batch has {len(images)} on a padded grid of {grid}"
-            )
-        sample = sample.to(tokens.device)
-        encoded = self.encoder(tokens, sample)
-        c4 = self.decoder(encoded, sample, tokens)
+        sample = self.draw(tokens, grid, image_sizes, sampling)
+        c4 = self.decoder(self.encoder(tokens, sample), sample, tokens)
         return {"c2": stem.c2, "c3": stem.c3, "c4": c4, "c5": F.max_pool2d(c4, 2)}
 
     def draw(
         self,
         tokens: Tensor,
-        grid: tuple[int, int],
+        grid: Grid,
         image_sizes: Sequence[tuple[int, int]],
-        sample_ratio: float | None = None,
-        keep: Keep | None = None,
-        generators: Sequence[Generator] | None = None,
+        sampling: Sampling = DEFAULT,
     ) -> Sample:
-        """Score the valid tokens of each image with the sampler and keep the best ones."""
-        ratio = sample_ratio
+        """The tokens (B, L, D) that are kept: the ready sample, or one that is drawn."""
+        given = sampling.sample
+        if given is not None:
+            if given.grid != grid or len(given.keep) != len(tokens):
+                raise ValueError(
+                    f"the given sample is for {len(given.keep)} images on a grid of {given.grid}; "
+                    f"this batch has {len(tokens)} on a padded grid of {grid}"
+                )
+            return given.to(tokens.device)
+        ratio = sampling.ratio
         if ratio is None:
             ratio = self.sample_ratio if self.training else self.sample_ratio_eval
         grids = [token_grid(*size) for size in image_sizes]
-        scores = []
-        for i, own_grid in enumerate(grids):
-            own = tokens[i, padded_places(own_grid, grid, tokens.device)].detach()  # (h_i * w_i, D)
-            scores.append(self.sampler(own, own_grid, generators[i] if generators else None))
-            if scores[-1].shape != (len(own),):
-                raise ValueError(
-                    f"the sampler returned scores of shape {tuple(scores[-1].shape)} for a grid of "
-                    f"{own_grid}; it must return one score per token: ({len(own)},)"
-                )
-        return select(scores, grids, grid, ratio, keep or self.keep)
+        keep = sampling.keep or self.keep
+        return draw(self.sampler, tokens, grids, grid, ratio, keep, sampling.generators)
 
 
 def build_mimdet(
-    cfg: BackboneConfig, stem: nn.Module | None = None, sampler: Sampler | None = None
+    cfg: BackboneConfig,
+    stem: nn.Module | None = None,
+    sampler: Sampler | None = None,
+    fill: Fill | None = None,
 ) -> MIMDetBackbone:
     dim, decoder_dim = cfg.embed_dim, cfg.decoder_dim
     encoder = Encoder(
@@ -134,18 +132,18 @@ def build_mimdet(
         decoder_dim,
         cfg.decoder_depth,
         cfg.decoder_heads,
-        cfg.decoder_fill,
+        fill or resolve(cfg.decoder_fill, FILLS, "decoder_fill")(dim, decoder_dim),
         cfg.position_grid,
         cfg.checkpointing,
     )
     encoder.apply(init_like_mae)
     decoder.apply(init_like_mae)
     return MIMDetBackbone(
-        stem if stem is not None else resolve(cfg.stem, STEMS, "stem")(dim),
+        stem or resolve(cfg.stem, STEMS, "stem")(dim),
         encoder,
         decoder,
         channels={"c2": dim // 4, "c3": dim // 2, "c4": decoder_dim, "c5": decoder_dim},
-        sampler=sampler if sampler is not None else resolve(cfg.sampler, SAMPLERS, "sampler"),
+        sampler=sampler or resolve(cfg.sampler, SAMPLERS, "sampler"),
         sample_ratio=cfg.sample_ratio,
         sample_ratio_eval=cfg.sample_ratio_eval,
         keep=cfg.keep,
@@ -161,12 +159,9 @@ BASELINES: dict[str, Callable[[BackboneConfig], nn.Module]] = {
 BACKBONES: dict[str, Callable[..., nn.Module]] = {"mimdet": build_mimdet, **BASELINES}
 
 
-def build_backbone(
-    cfg: BackboneConfig, stem: nn.Module | None = None, sampler: Sampler | None = None
-) -> nn.Module:
-    """The backbone a configuration names; a stem or sampler may be passed in ready-made."""
+def build_backbone(cfg: BackboneConfig, **parts: Any) -> nn.Module:
+    """The backbone a configuration names; parts of it (stem, sampler, fill) may be passed in."""
     build = resolve(cfg.kind, BACKBONES, "backbone")
-    parts = {"stem": stem, "sampler": sampler}
     given = {name: part for name, part in parts.items() if part is not None}
     if cfg.kind in BASELINES:
         if given:

@@ -11,11 +11,10 @@ from timm.layers import LayerNorm2d
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer_sam import VisionTransformerSAM
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from mimdet.config import BackboneConfig
 from mimdet.models.batchnorm import SyncedBatchNorm
-from mimdet.models.sampling import Keep, Sample
 from mimdet.models.vit import (
     Checkpointing,
     init_like_mae,
@@ -159,42 +158,20 @@ def moco_table(dim: int, side: int) -> Tensor:
     return square.transpose(1, 2).flatten(1, 2).contiguous()
 
 
+Sizes = Sequence[tuple[int, int]]
 LEVELS = ("c2", "c3", "c4", "c5")
 MAE_GRID = 14  # ViTDet keeps its absolute positions at the size of pre-training, 224 pixels
 
 
 class Baseline(nn.Module):
-    """A backbone that samples no tokens; a subclass writes `features`."""
+    """A backbone that sees every token, of images (B, 3, H, W) alone; c2..c5, strides 4 to 32.
+
+    H and W are multiples of 32. `image_sizes` belongs to the call of every backbone.
+    """
 
     def __init__(self, channels: dict[str, int]) -> None:
         super().__init__()
         self.channels = channels
-
-    def forward(
-        self,
-        images: Tensor,
-        image_sizes: Sequence[tuple[int, int]],
-        *,
-        sample: Sample | None = None,
-        sample_ratio: float | None = None,
-        keep: Keep | None = None,
-        generators: Sequence[Generator] | None = None,
-    ) -> dict[str, Tensor]:
-        """images: (B, 3, H, W) normalised, H and W multiples of 32 -> c2..c5, strides 4 to 32.
-
-        The keyword arguments are those of `MIMDetBackbone`; ValueError for a `sample`, or a
-        `sample_ratio` below 1.
-        """
-        if sample is not None or (sample_ratio is not None and sample_ratio != 1):
-            asked = "a sample" if sample is not None else f"sample_ratio={sample_ratio}"
-            raise ValueError(
-                f"{asked} was asked for, but a {type(self).__name__} backbone sees every token: "
-                'leave it out, or use backbone.kind="mimdet"'
-            )
-        return self.features(images)
-
-    def features(self, images: Tensor) -> dict[str, Tensor]:
-        raise NotImplementedError(f"{type(self).__name__} must say how images become c2..c5")
 
 
 class ViTDet(Baseline):
@@ -220,7 +197,7 @@ class ViTDet(Baseline):
         self.to_c5 = nn.MaxPool2d(2)
         self.checkpointing = checkpointing
 
-    def features(self, images: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, image_sizes: Sizes = ()) -> dict[str, Tensor]:
         self.encoder.set_grad_checkpointing(recompute(self.checkpointing, images.device))
         c4 = self.encoder.forward_features(images)
         return {"c2": self.to_c2(c4), "c3": self.to_c3(c4), "c4": c4, "c5": self.to_c5(c4)}
@@ -236,7 +213,7 @@ class Swin(Baseline):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for width in channels.values())
         self.checkpointing = checkpointing
 
-    def features(self, images: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, image_sizes: Sizes = ()) -> dict[str, Tensor]:
         self.stages.set_grad_checkpointing(recompute(self.checkpointing, images.device))
         x = self.stages.patch_embed(images)  # (B, H/4, W/4, C): timm's Swin keeps channels last
         maps = {}
@@ -253,7 +230,7 @@ class PlainResNet(Baseline):
         super().__init__(stage_widths(stages))
         self.stages = stages
 
-    def features(self, images: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, image_sizes: Sizes = ()) -> dict[str, Tensor]:
         net: Any = self.stages
         x = net.maxpool(net.act1(net.bn1(net.conv1(images))))
         c2 = net.layer1(x)
@@ -359,7 +336,7 @@ class BenchmarkingViT(Baseline):
         to_c3 = nn.ConvTranspose2d(dim, dim, 2, stride=2)
         self.adaptor = nn.ModuleList([to_c2, to_c3, nn.Identity(), nn.MaxPool2d(2)])
 
-    def features(self, images: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, image_sizes: Sizes = ()) -> dict[str, Tensor]:
         maps = self.encoder(self.stem(images))
         adapted = [adapt(m) for adapt, m in zip(self.adaptor, maps, strict=True)]
         return dict(zip(LEVELS, adapted, strict=True))

@@ -1,21 +1,23 @@
 """The Mask R-CNN, read top-down."""
 
 import copy
-import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from mimdet.config import Config, DetectorConfig
-from mimdet.models.backbones import build_backbone, resolve
+from mimdet.images import Resize, to_rgb
+from mimdet.models.backbones import SampledBackbone, build_backbone, resolve
 from mimdet.models.necks import NECKS
-from mimdet.models.rcnn import AnchorGrid, make_norm, pad_and_normalise
+from mimdet.models.rcnn import LOSSES, AnchorGrid, Batch, Losses, make_norm, pad_and_normalise
 from mimdet.models.roi_heads import BoxHead, MaskHead, RoIHeads
 from mimdet.models.rpn import RPN, init_rpn
-from mimdet.models.sampling import Keep, Sample, Sampler
+from mimdet.models.sampling import DEFAULT, Sample, Sampler, Sampling
+from mimdet.models.vit import Fill
 from mimdet.structures import Detections, Target
 
 STRIDES = (4, 8, 16, 32, 64)
@@ -25,7 +27,8 @@ CANVAS_GREY = 128  # what large-scale jitter fills its square with; data/augment
 class Detector(nn.Module):
     """Finished parts in, no configuration inside: backbone -> neck -> RPN -> RoI heads.
 
-    canvas: side of the grey square that every image is placed on; 0 = none.
+    What `build_detector` adds is what it knows of the model, for those who use it: how images are
+    brought to size (`resize`), the names of the labels, the configuration it was built from.
     """
 
     def __init__(
@@ -34,13 +37,18 @@ class Detector(nn.Module):
         neck: nn.Module,
         rpn: RPN,
         roi_heads: RoIHeads,
+        *,
+        resize: Resize | None = None,
         canvas: int = 0,
     ) -> None:
+        """resize: for `prepare` and `mimdet.predict`; None leaves images at their own size.
+        canvas: side of the grey square that every image is placed on; 0 = none."""
         super().__init__()
         self.backbone = backbone
         self.neck = neck
         self.rpn = rpn
         self.roi_heads = roi_heads
+        self.resize = resize or Resize()
         self.canvas = canvas
         self.config = Config()
         self.categories: list[str] = []
@@ -50,67 +58,87 @@ class Detector(nn.Module):
         self,
         images: Sequence[Tensor],
         targets: Sequence[Target] | None = None,
-        *,
         sample: Sample | None = None,
-        sample_ratio: float | None = None,
-        keep: Keep | None = None,
-        generators: Sequence[Generator] | None = None,
+        *,
+        sampling: Sampling = DEFAULT,
     ) -> Any:
         """images: uint8 (3, h, w) RGB, any sizes.
 
         With targets -> dict of loss_rpn_cls, loss_rpn_loc, loss_cls, loss_box_reg, loss_mask
         (float32 scalars); without -> list of Detections in the pixels of these images, or of the
-        canvas where there is one. The keyword arguments decide which tokens the encoder sees
-        (`mimdet.models.sampling`).
+        canvas where there is one. `sampling` says which tokens the encoder sees; a ready `sample`
+        is short for `Sampling(sample=sample)`.
         """
-        device = next(self.parameters()).device
-        if self.canvas:
-            images = [on_canvas(image, self.canvas) for image in images]
-        batch = pad_and_normalise(images, device)
-        choice = dict(sample=sample, sample_ratio=sample_ratio, keep=keep, generators=generators)
-        given = {name: value for name, value in choice.items() if value is not None}
-        if not takes_sampling(self.backbone):
-            given = refuse_sampling(given, type(self.backbone).__name__)
-        maps = self.backbone(batch.tensors, batch.image_sizes, **given)
+        batch = self.batch(images)
+        maps = self.features(batch, sampling if sample is None else Sampling(sample=sample))
         levels = list(self.neck(maps).values())  # p2..p6
         if targets is not None:
             check_targets(targets, len(images), self.roi_heads.num_classes)
-            targets = [target.to(device) for target in targets]
+            targets = [target.to(batch.tensors.device) for target in targets]
         proposals, losses = self.rpn(batch, levels, targets)
         boxes = [p.boxes for p in proposals]
         if targets is not None:
             return losses | self.roi_heads.losses(levels[:4], boxes, targets)
         return self.roi_heads.detect(batch, levels[:4], boxes)
 
+    def features(self, batch: Batch, sampling: Sampling = DEFAULT) -> dict[str, Tensor]:
+        """c2..c5. ValueError where tokens are to be left out of a backbone that sees every one."""
+        if isinstance(self.backbone, SampledBackbone):
+            return self.backbone(batch.tensors, batch.image_sizes, sampling)
+        if sampling.sample is not None or sampling.ratio not in (None, 1):
+            raise ValueError(
+                f"the backbone {type(self.backbone).__name__} samples no tokens: ask for no sample "
+                "and no ratio below 1"
+            )
+        return self.backbone(batch.tensors, batch.image_sizes)
+
+    @property
+    def sample_ratio_eval(self) -> float:
+        """Share of the tokens kept in evaluation, unless a call says otherwise."""
+        backbone = self.backbone
+        return backbone.sample_ratio_eval if isinstance(backbone, SampledBackbone) else 1.0
+
+    @property
+    def samples(self) -> bool:
+        """Whether its encoder can see a sample of the tokens."""
+        return isinstance(self.backbone, SampledBackbone)
+
+    def prepare(self, *images: Any) -> Batch:
+        """What the backbone sees of images: resized, on the canvas, padded, normalised.
+
+        images: paths, PIL images, uint8 arrays or tensors (`mimdet.images.to_rgb`).
+        """
+        return self.batch([self.resize(to_rgb(image)) for image in images])
+
+    def batch(self, images: Sequence[Tensor]) -> Batch:
+        """uint8 (3, h, w) images as they are -> one padded batch on the model's device."""
+        if self.canvas:
+            images = [on_canvas(image, self.canvas) for image in images]
+        return pad_and_normalise(images, next(self.parameters()).device)
+
     @torch.inference_mode()
-    def detect(self, images: Sequence[Tensor], **sampling: Any) -> list[Detections]:
-        """Evaluation mode for one call; every part returns to the mode it was in."""
-        modes = {module: module.training for module in self.modules()}
-        self.eval()
-        try:
-            return self(images, **sampling)
-        finally:
-            for module, training in modes.items():
-                module.training = training
+    def detect(
+        self,
+        images: Sequence[Tensor],
+        sample: Sample | None = None,
+        *,
+        sampling: Sampling = DEFAULT,
+    ) -> list[Detections]:
+        """`forward` without targets, in evaluation mode."""
+        with evaluating(self):
+            return self(images, sample=sample, sampling=sampling)
 
 
-def takes_sampling(backbone: nn.Module) -> bool:
-    """Whether a backbone's `forward` has the arguments that decide which tokens it sees."""
-    parameters = inspect.signature(backbone.forward).parameters
-    return "sample_ratio" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
-def refuse_sampling(given: dict[str, Any], name: str) -> dict[str, Any]:
-    """Nothing, for a backbone of your own that takes images and sizes alone.
-
-    Raises ValueError where a sample, or a share of the tokens below 1, was asked for.
-    """
-    if "sample" in given or given.get("sample_ratio", 1) != 1:
-        raise ValueError(
-            f"the backbone {name} samples no tokens: set backbone.sample_ratio_eval=1, and ask for "
-            "no sample and no ratio below 1"
-        )
-    return {}
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every part is back in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def on_canvas(image: Tensor, side: int) -> Tensor:
@@ -147,26 +175,30 @@ def build_detector(
     neck: nn.Module | None = None,
     stem: nn.Module | None = None,
     sampler: Sampler | None = None,
+    fill: Fill | None = None,
+    loss: Losses | None = None,
 ) -> Detector:
     """The detector a configuration describes; any slot may be passed in ready-made.
 
-    A sampler or stem written in a notebook cell is used as it is, without registering it anywhere.
+    A part written in a notebook cell is used as it is, without registering it anywhere.
     """
-    if backbone is not None and (stem is not None or sampler is not None):
-        raise ValueError("backbone= is complete: give stem= and sampler= to it, not beside it")
+    passed = dict(backbone=backbone, neck=neck, stem=stem, sampler=sampler, fill=fill, loss=loss)
+    if backbone is None:
+        backbone = build_backbone(cfg.backbone, stem=stem, sampler=sampler, fill=fill)
+    elif (stem, sampler, fill) != (None, None, None):
+        raise ValueError("backbone= is complete: give stem, sampler and fill to it, not beside it")
     d = cfg.detector
-    given_backbone, given_neck = backbone, neck
-    backbone = backbone if backbone is not None else build_backbone(cfg.backbone, stem, sampler)
-    if neck is None:
-        neck = resolve(d.neck, NECKS, "neck")(backbone.channels, d.channels, make_norm(d.norm))
-    detector = Detector(backbone, neck, build_rpn(d), build_roi_heads(d), d.canvas)
+    neck = neck or resolve(d.neck, NECKS, "neck")(backbone.channels, d.channels, make_norm(d.norm))
+    losses = loss or resolve(d.loss, LOSSES, "loss")()
+    resize = Resize(cfg.data.test_short_side, cfg.data.max_side)
+    rpn, roi_heads = build_rpn(d, losses), build_roi_heads(d, losses)
+    detector = Detector(backbone, neck, rpn, roi_heads, resize=resize, canvas=d.canvas)
     detector.config = copy.deepcopy(cfg)  # a later change of cfg must not change the model's
-    passed = {"backbone": given_backbone, "neck": given_neck, "stem": stem, "sampler": sampler}
     detector.slots = {name: part for name, part in passed.items() if part is not None}
     return detector
 
 
-def build_rpn(d: DetectorConfig) -> RPN:
+def build_rpn(d: DetectorConfig, losses: Losses | None = None) -> RPN:
     anchors = AnchorGrid(d.anchor_sizes, d.anchor_ratios, STRIDES)
     rpn = RPN(
         d.channels,
@@ -176,12 +208,13 @@ def build_rpn(d: DetectorConfig) -> RPN:
         d.rpn_post_nms,
         d.rpn_nms,
         d.rpn_anchors_per_image,
+        losses,
     )
     init_rpn(rpn)
     return rpn
 
 
-def build_roi_heads(d: DetectorConfig) -> RoIHeads:
+def build_roi_heads(d: DetectorConfig, losses: Losses | None = None) -> RoIHeads:
     norm = make_norm(d.norm)
     mask_head = MaskHead(d.channels, d.num_classes, d.mask_convs, norm) if d.masks else None
     return RoIHeads(
@@ -193,4 +226,5 @@ def build_roi_heads(d: DetectorConfig) -> RoIHeads:
         d.score_threshold,
         d.nms_threshold,
         d.detections_per_image,
+        losses,
     )

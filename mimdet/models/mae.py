@@ -12,7 +12,7 @@ import torch
 from timm.layers import PatchEmbed
 from torch import Generator, Tensor, nn
 
-from mimdet.models.sampling import SAMPLERS, Sample, Sampler, gather, scatter, select
+from mimdet.models.sampling import SAMPLERS, Sample, Sampler, draw, gather, scatter
 from mimdet.models.vit import frozen_positions, resize_table, transformer_block
 
 MAELayerNorm = partial(nn.LayerNorm, eps=1e-6)
@@ -113,11 +113,8 @@ class MAE(nn.Module):
         grid = (tokens.shape[2], tokens.shape[3])
         tokens = tokens.flatten(2).transpose(1, 2)  # (B, L, D)
         if sample is None:
-            draws: Sequence[Generator | None] = generators or [None] * len(tokens)
-            scores = [
-                sampler(own.detach(), grid, draw) for own, draw in zip(tokens, draws, strict=True)
-            ]
-            sample = select(scores, [grid] * len(scores), grid, ratio)
+            grids = [grid] * len(tokens)
+            sample = draw(sampler, tokens, grids, grid, ratio, generators=generators)
         prediction = self.decode(self.encode(tokens, sample), sample)
         return MAEOutput(self.loss(images, prediction, sample), prediction, sample)
 
@@ -148,7 +145,7 @@ class MAE(nn.Module):
             mean, deviation = patch_statistics(truth)
             truth = (truth - mean) / deviation
         error = ((prediction - truth) ** 2).mean(dim=2)  # (B, L)
-        hidden = ~kept_places(sample)
+        hidden = ~sample.mask().flatten(1).to(error.device)
         return error[hidden].mean() if hidden.any() else prediction.sum() * 0
 
     def reconstruct(self, images: Tensor, output: MAEOutput) -> Reconstruction:
@@ -162,7 +159,7 @@ class MAE(nn.Module):
         if self.norm_pix_loss:
             mean, deviation = patch_statistics(truth)
             painted = painted * deviation + mean
-        kept = kept_places(output.sample)[..., None]
+        kept = output.sample.mask().flatten(1)[..., None].to(truth.device)
         parts = truth * kept, painted, torch.where(kept, truth, painted)
         return Reconstruction(*(unpatchify(part, output.sample.grid) for part in parts))
 
@@ -184,12 +181,3 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation of every patch, both (B, L, 1); the variance is unbiased, plus 1e-6."""
     mean = patches.mean(dim=2, keepdim=True)
     return mean, (patches.var(dim=2, keepdim=True) + 1e-6).sqrt()
-
-
-def kept_places(sample: Sample) -> Tensor:
-    """(B, L) bool: which patches the encoder saw."""
-    kept = torch.zeros(len(sample.keep), sample.grid[0] * sample.grid[1], dtype=torch.bool)
-    kept = kept.to(sample.keep[0].device)
-    for row, places in zip(kept, sample.keep, strict=True):
-        row[places] = True
-    return kept

@@ -21,8 +21,8 @@ BACKBONE_RULES: dict[str, list[Rule]] = {
         (f"{_BOTTOM_UP}.encoder.patch_embed.proj.{{}}.", "backbone.stem.stage{}.", 1),
         (f"{_BOTTOM_UP}.encoder.", "backbone.encoder.", 0),
         (f"{_BOTTOM_UP}.decoder.decoder_embed.", "backbone.decoder.embed.", 0),
-        (f"{_BOTTOM_UP}.decoder.conv_feat_proj.", "backbone.decoder.stem_proj.", 0),
-        (f"{_BOTTOM_UP}.decoder.mask_token", "backbone.decoder.mask_token", 0),
+        (f"{_BOTTOM_UP}.decoder.conv_feat_proj.", "backbone.decoder.fill.proj.", 0),
+        (f"{_BOTTOM_UP}.decoder.mask_token", "backbone.decoder.fill.token", 0),
         (f"{_BOTTOM_UP}.decoder.decoder_", "backbone.decoder.", 0),
     ],
     "benchmarking_vit": [

@@ -28,6 +28,8 @@ class Batch(NamedTuple):
     """(B, 3, H, W) float32, normalised; H and W multiples of 32."""
     image_sizes: list[tuple[int, int]]
     """(height, width) of each image before padding."""
+    images: Sequence[Tensor]
+    """The images themselves, uint8 (3, h, w)."""
 
 
 def pad_and_normalise(images: Sequence[Tensor], device: torch.device) -> Batch:
@@ -43,7 +45,7 @@ def pad_and_normalise(images: Sequence[Tensor], device: torch.device) -> Batch:
     batch = torch.zeros(len(images), 3, height, width, device=device)
     for canvas, image, (h, w) in zip(batch, images, sizes, strict=True):
         canvas[:, :h, :w] = (image.to(device, non_blocking=True).float() - mean) / std
-    return Batch(batch, sizes)
+    return Batch(batch, sizes, images)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -226,6 +228,23 @@ def non_empty(boxes: Tensor) -> Tensor:
     return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
 
 
-def l1_sum(prediction: Tensor, truth: Tensor) -> Tensor:
-    """Summed L1 loss (torchvision's boxes use smooth L1 with beta 1/9, detectron2's use beta 0)."""
-    return F.l1_loss(prediction, truth, reduction="sum")
+class Losses:
+    """What a detector is trained on. Override a method to try another loss.
+
+    As detectron2: plain L1 for boxes, where torchvision's are smooth L1 with beta 1/9.
+    """
+
+    def boxes(self, deltas: Tensor, truth: Tensor) -> Tensor:
+        """(N, 4) predicted and wanted offsets, of anchors and of proposals -> their summed loss."""
+        return F.l1_loss(deltas, truth, reduction="sum")
+
+    def classes(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """(N, classes + 1) and (N,), N > 0, the last class is background -> mean loss."""
+        return F.cross_entropy(logits, labels)
+
+    def masks(self, logits: Tensor, truth: Tensor) -> Tensor:
+        """(N, 28, 28) of the true class and 0 or 1, N > 0 -> mean loss."""
+        return F.binary_cross_entropy_with_logits(logits, truth)
+
+
+LOSSES: dict[str, type[Losses]] = {"mask_rcnn": Losses}

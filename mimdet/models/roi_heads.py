@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -14,9 +13,9 @@ from mimdet.models.rcnn import (
     AlignedRoIPool,
     Batch,
     BoxCoder,
+    Losses,
     at_least_float32,
     clip_boxes,
-    l1_sum,
     match,
     subsample,
 )
@@ -100,9 +99,11 @@ class RoIHeads(nn.Module):
         score_threshold: float = 0.05,
         nms_threshold: float = 0.5,
         detections_per_image: int = 100,
+        loss: Losses | None = None,
         permute: Callable[..., Tensor] = torch.randperm,
     ) -> None:
         super().__init__()
+        self.loss = loss or Losses()
         self.box_head = box_head
         self.mask_head = mask_head
         self.box_pool = AlignedRoIPool(BOX_POOL, strides, canonical_size)
@@ -158,8 +159,8 @@ class RoIHeads(nn.Module):
         matched = [t.boxes[s.truth] if len(t) else s.boxes for s, t in pairs]
         objects = (labels < self.num_classes).nonzero()[:, 0]
         wanted = self.coder.encode(boxes[objects], torch.cat(matched)[objects])
-        loss_box = l1_sum(deltas[objects, labels[objects]], wanted) / max(1, len(labels))
-        loss_cls = F.cross_entropy(logits, labels) if len(labels) else logits.sum()
+        loss_box = self.loss.boxes(deltas[objects, labels[objects]], wanted) / max(1, len(labels))
+        loss_cls = self.loss.classes(logits, labels) if len(labels) else logits.sum()
         return {"loss_cls": loss_cls, "loss_box_reg": loss_box}
 
     def mask_loss(
@@ -183,7 +184,7 @@ class RoIHeads(nn.Module):
         own = logits[torch.arange(len(label), device=label.device), label]  # (N, 28, 28)
         if len(label) == 0:
             return own.sum()  # 0, with zero gradients for everything above; an empty mean is NaN
-        return F.binary_cross_entropy_with_logits(own, torch.cat(wanted).to(own.dtype))
+        return self.loss.masks(own, torch.cat(wanted).to(own.dtype))
 
     # -------------------------------------------------------------- evaluation
 

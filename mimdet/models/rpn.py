@@ -13,9 +13,9 @@ from mimdet.models.rcnn import (
     AnchorGrid,
     Batch,
     BoxCoder,
+    Losses,
     at_least_float32,
     clip_boxes,
-    l1_sum,
     match,
     non_empty,
     subsample,
@@ -49,9 +49,11 @@ class RPN(nn.Module):
         post_nms: tuple[int, int] = (1000, 1000),
         nms: float = 0.7,
         anchors_per_image: int = 256,
+        loss: Losses | None = None,
         permute: Callable[..., Tensor] = torch.randperm,
     ) -> None:
         super().__init__()
+        self.loss = loss or Losses()
         self.anchors = anchors
         self.head = RPNHead(channels, anchors.per_place, conv_depth=convs)
         self.coder = BoxCoder()
@@ -140,7 +142,7 @@ class RPN(nn.Module):
                 logit[sampled], truth.to(logit.dtype), reduction="sum"
             )
             wanted = self.coder.encode(anchors[positive], target.boxes[index[positive]])
-            loss_loc = loss_loc + l1_sum(delta[positive], wanted)
+            loss_loc = loss_loc + self.loss.boxes(delta[positive], wanted)
         return {"loss_rpn_cls": loss_cls / total, "loss_rpn_loc": loss_loc / total}
 
 

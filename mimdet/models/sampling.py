@@ -1,8 +1,9 @@
 """Which tokens the encoder sees.
 
 A *sampler* scores the tokens of one image, `select` keeps the highest scores, and the result is a
-`Sample`: a value that can be drawn, stored, edited by hand and passed to any forward. To try an
-idea, write a function like `random_sampler` and pass it to `build_detector(cfg, sampler=it)`.
+`Sample`: a value that can be drawn, stored, edited by hand and passed to any forward. `Sampling`
+says how to draw one. To try an idea, write a function like `random_sampler` and pass it to
+`build_detector(cfg, sampler=it)`.
 """
 
 import math
@@ -31,6 +32,30 @@ class Sample(NamedTuple):
 
     def to(self, device: torch.device) -> "Sample":
         return Sample([places.to(device) for places in self.keep], self.grid)
+
+    def mask(self) -> Tensor:
+        """(B, h, w) bool, on the CPU: True where the encoder sees the token."""
+        kept = torch.zeros(len(self.keep), self.grid[0] * self.grid[1], dtype=torch.bool)
+        for own, places in zip(kept, self.keep, strict=True):
+            own[places.cpu()] = True
+        return kept.unflatten(1, self.grid)
+
+
+class Sampling(NamedTuple):
+    """Which tokens a forward pass keeps: a ready sample, or how to draw one."""
+
+    ratio: float | None = None
+    """Share of the tokens kept; None = the backbone's own, of training or of evaluation."""
+    keep: Keep | None = None
+    """The rule that counts them (`select`); None = the backbone's own."""
+    sample: Sample | None = None
+    """Used as it is: nothing is drawn."""
+    generators: Sequence[Generator] | None = None
+    """One per image, so that the draw of an image does not depend on its batch."""
+
+
+DEFAULT = Sampling()
+"""The backbone's own ratio and rule, drawn from PyTorch's default generator."""
 
 
 # ------------------------------------------------------------------ samplers: one image -> scores
@@ -73,6 +98,32 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 # ------------------------------------------------------------------ scores -> Sample
+
+
+def draw(
+    sampler: Sampler,
+    tokens: Tensor,
+    grids: Sequence[Grid],
+    grid: Grid,
+    ratio: float,
+    keep: Keep = "valid",
+    generators: Sequence[Generator] | None = None,
+) -> Sample:
+    """Score each image's own tokens with the sampler and keep the best ones.
+
+    tokens: (B, L, D) on the padded `grid`; grids: of each image alone. ValueError for a sampler
+    that does not return one score per token.
+    """
+    scores = []
+    for i, own_grid in enumerate(grids):
+        own = tokens[i, padded_places(own_grid, grid, tokens.device)].detach()  # (h_i * w_i, D)
+        scores.append(sampler(own, own_grid, generators[i] if generators else None))
+        if scores[-1].shape != (len(own),):
+            raise ValueError(
+                f"the sampler returned scores of shape {tuple(scores[-1].shape)} for a grid of "
+                f"{own_grid}; it must return one score per token: ({len(own)},)"
+            )
+    return select(scores, grids, grid, ratio, keep)
 
 
 def token_grid(height: int, width: int) -> Grid:

@@ -111,12 +111,38 @@ class Encoder(nn.Module):
         return [encoded[image] for image in range(len(kept))]
 
 
-class Decoder(nn.Module):
-    """MAE's decoder turned into the third stage's output: sampled tokens in, full c4 map out.
+class StemFill(nn.Module):
+    """Version 2 of the paper: unsampled places hold the stem's own tokens, newly projected."""
 
-    Unsampled places hold `fill`: the stem's own tokens through a new projection ("stem", version 2
-    of the paper) or MAE's learned token ("mask_token", version 1).
-    """
+    def __init__(self, encoder_dim: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(encoder_dim, dim)
+
+    def forward(self, stem_tokens: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, C)."""
+        return self.proj(stem_tokens)
+
+
+class MaskTokenFill(nn.Module):
+    """Version 1 of the paper: unsampled places hold MAE's one learned token."""
+
+    def __init__(self, encoder_dim: int, dim: int) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, 1, dim))
+
+    def forward(self, stem_tokens: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, C)."""
+        return self.token.expand(*stem_tokens.shape[:2], -1)
+
+
+Fill = Callable[[Tensor], Tensor]
+"""What stands at unsampled places before the positions are added: stem tokens (B, L, D), without
+positions -> (B, L, C)."""
+FILLS: dict[str, type[nn.Module]] = {"stem": StemFill, "mask_token": MaskTokenFill}
+
+
+class Decoder(nn.Module):
+    """MAE's decoder turned into the third stage's output: sampled tokens in, full c4 map out."""
 
     def __init__(
         self,
@@ -124,19 +150,13 @@ class Decoder(nn.Module):
         dim: int,
         depth: int,
         heads: int,
-        fill: Literal["stem", "mask_token"] = "stem",
+        fill: Fill,
         position_grid: int = 50,
         checkpointing: Checkpointing = "off",
     ) -> None:
         super().__init__()
         self.embed = nn.Linear(encoder_dim, dim)
         self.fill = fill
-        if fill == "stem":
-            self.stem_proj = nn.Linear(encoder_dim, dim)
-        elif fill == "mask_token":
-            self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        else:
-            raise ValueError(f"decoder_fill={fill!r}: use 'stem' (v2) or 'mask_token' (v1)")
         self.pos_embed = frozen_positions(dim, position_grid)
         self.blocks = nn.ModuleList(transformer_block(dim, heads) for _ in range(depth))
         self.norm = DetectorLayerNorm(dim)
@@ -145,17 +165,11 @@ class Decoder(nn.Module):
     def forward(self, encoded: list[Tensor], sample: Sample, stem_tokens: Tensor) -> Tensor:
         """encoded: per image (K_i, D); stem_tokens: (B, L, D), no positions -> (B, C, h, w)."""
         projected = [self.embed(tokens) for tokens in encoded]
-        x = scatter(projected, sample, self.fill_values(stem_tokens))
+        x = scatter(projected, sample, self.fill(stem_tokens))  # (B, L, C)
         x = x + resize_table(self.pos_embed, sample.grid)
         for block in self.blocks:
             x = run_block(block, x, self.checkpointing)
         return self.norm(x).transpose(1, 2).unflatten(2, sample.grid)  # (B, L, C) -> (B, C, h, w)
-
-    def fill_values(self, stem_tokens: Tensor) -> Tensor:
-        """What stands at unsampled places before the positions are added: (B, L, C)."""
-        if self.fill == "stem":
-            return self.stem_proj(stem_tokens)
-        return self.mask_token.expand(*stem_tokens.shape[:2], -1)
 
 
 def init_like_mae(module: nn.Module) -> None:
@@ -164,8 +178,8 @@ def init_like_mae(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    if isinstance(module, Decoder) and module.fill == "mask_token":
-        nn.init.normal_(module.mask_token, std=0.02)
+    if isinstance(module, MaskTokenFill):
+        nn.init.normal_(module.token, std=0.02)
 
 
 def run_block(block: Callable[[Tensor], Tensor], x: Tensor, mode: Checkpointing) -> Tensor:

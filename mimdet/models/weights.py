@@ -43,7 +43,7 @@ MAE_RULES: list[Rule] = [
     ("decoder_pos_embed", "decoder.pos_embed", 0),
     ("decoder_blocks.{}.", "decoder.blocks.{}.", 0),
     ("decoder_norm.", "decoder.norm.", 0),
-    ("mask_token", "decoder.mask_token", 0),
+    ("mask_token", "decoder.fill.token", 0),
     ("patch_embed.proj.", "stem.patchify.", 0),
 ]
 """Meta's MAE files <-> a MIMDet backbone. The paper's ConvStem has no counterpart; the patchify

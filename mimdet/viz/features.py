@@ -14,11 +14,9 @@ import torch.nn.functional as F
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from mimdet.data.augment import resize_image, test_size
 from mimdet.inference import autocast, device_of, generator_for
-from mimdet.models.detector import Detector, on_canvas
-from mimdet.models.rcnn import pad_and_normalise
-from mimdet.models.sampling import PATCH, Sample
+from mimdet.models.detector import Detector, evaluating
+from mimdet.models.sampling import PATCH, Sample, Sampling
 from mimdet.viz.draw import UNSAMPLED, Pixels, draw_image, heat
 from mimdet.viz.record import record
 from mimdet.viz.style import INK, SMALL, WIDTH, NotebookFigure, new_figure
@@ -327,27 +325,21 @@ def pyramid_of(
     sample_ratio: None = the model's `sample_ratio_eval`; below 1 the tokens are drawn from `seed`.
     The model is run in evaluation mode and left in the mode it was in.
     """
-    image = resize_image(image, test_size(model.config.data, *image.shape[1:]))
-    if model.canvas:
-        image = on_canvas(image, model.canvas)
     device = device_of(model)
-    batch = pad_and_normalise([image], device)
-    samples = hasattr(model.backbone, "sampler")
-    given: dict[str, Any] = {"generators": [generator_for(seed, device)]} if samples else {}
-    if samples and sample_ratio is not None:
-        given["sample_ratio"] = sample_ratio
-    watched = "backbone.stem" if samples else "neck"
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.inference_mode(), autocast(device, "auto"), record(model, watched) as seen:
-            maps = model.backbone(batch.tensors, batch.image_sizes, **given)
-            maps = {**maps, **model.neck(maps)}
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    if samples:
+    batch = model.prepare(image)
+    generators = [generator_for(seed, device)]
+    watched = "backbone.stem" if model.samples else "neck"
+    with (
+        evaluating(model),
+        torch.inference_mode(),
+        autocast(device, "auto"),
+        record(model, watched) as seen,
+    ):
+        maps = model.features(batch, Sampling(sample_ratio, generators=generators))
+        maps = {**maps, **model.neck(maps)}
+    if model.samples:
         maps["tokens"] = seen[watched].tokens
+    image = batch.images[0]
     height, width = batch.tensors.shape[2:]
     padded = F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1]))
     ordered = {level: maps[level][0].float().cpu() for level in LEVELS if level in maps}
@@ -360,11 +352,9 @@ def pale_dropped(pixels: Pixels, sample: Sample, size: tuple[int, int], index: i
     pixels: uint8 (H, W, 3) of any size that shows the image as fed; size: (height, width) of that
     image in pixels, before padding or after, so that tokens fall on their places.
     """
-    kept = torch.zeros(sample.grid[0] * sample.grid[1], dtype=torch.bool)
-    kept[sample.keep[index].cpu()] = True
     rows = (torch.arange(pixels.shape[0]) + 0.5) * size[0] / pixels.shape[0] / PATCH
     columns = (torch.arange(pixels.shape[1]) + 0.5) * size[1] / pixels.shape[1] / PATCH
-    dropped = ~kept.view(sample.grid)[rows.long()][:, columns.long()].numpy()  # (H, W)
+    dropped = ~sample.mask()[index][rows.long()][:, columns.long()].numpy()  # (H, W)
     pale = pixels.copy()
     pale[dropped] = ((1 - PALE) * pixels[dropped] + PALE * np.array(UNSAMPLED)).round()
     return pale

@@ -122,8 +122,7 @@ def show_sample(image: Tensor, sample: Sample, index: int = 0) -> NotebookFigure
             f"an image of {height} x {width} pixels has {own_grid} tokens of {PATCH} pixels, the "
             f"sample's grid only {sample.grid}: give the image as it was fed to the network"
         )
-    kept = torch.zeros(sample.grid[0] * sample.grid[1], dtype=torch.bool)
-    kept[sample.keep[index].cpu()] = True
+    kept = sample.mask()[index].flatten()
     own = int(kept[padded_places(own_grid, sample.grid, kept.device)].sum())
     total = own_grid[0] * own_grid[1]
     title = f"{own} of {total} tokens ({own / total:.2f})"
@@ -231,9 +230,8 @@ def show_samples(image: Tensor, samples: Mapping[str, Sample], columns: int = 4)
                 f"{title}: a sample of {tuple(sample.grid)} tokens, the image has {grid}: give the "
                 "image as it was fed to the network, with its sides multiples of 32"
             )
-        kept = torch.zeros(grid[0] * grid[1], dtype=torch.bool)
-        kept[sample.keep[0].cpu()] = True
-        seen = kept.view(grid).repeat_interleave(PATCH, 0).repeat_interleave(PATCH, 1)
+        kept = sample.mask()[0]
+        seen = kept.repeat_interleave(PATCH, 0).repeat_interleave(PATCH, 1)
         seen = seen[:height, :width]
         draw_image(ax, torch.where(seen, image.float(), pale).to(torch.uint8), title)
         counts.append(f"{title}: {int(kept.sum())}")

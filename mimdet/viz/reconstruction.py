@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimdet.analysis.cost import transformer_cost
-from mimdet.data.augment import resize_image, shortest_edge
+from mimdet.images import resize_image, shortest_edge
 from mimdet.inference import device_of, generator_for, run_detector
-from mimdet.models.detector import on_canvas
 from mimdet.models.mae import MAE, Reconstruction
 from mimdet.models.rcnn import IMAGENET_MEAN, IMAGENET_STD, pad_and_normalise
 from mimdet.models.sampling import (
@@ -21,6 +20,7 @@ from mimdet.models.sampling import (
     Grid,
     Sample,
     Sampler,
+    Sampling,
     padded_places,
     select,
     token_grid,
@@ -222,9 +222,7 @@ def _figure(rows: Sequence[Painted]) -> NotebookFigure:
 
 def _seen_pixels(sample: Sample, side: int) -> Tensor:
     """(h * side, w * side) bool."""
-    kept = torch.zeros(sample.grid[0] * sample.grid[1], dtype=torch.bool)
-    kept[sample.keep[0].cpu()] = True
-    return kept.view(sample.grid).repeat_interleave(side, 0).repeat_interleave(side, 1)
+    return sample.mask()[0].repeat_interleave(side, 0).repeat_interleave(side, 1)
 
 
 def _column(values: Sequence[float], device: torch.device) -> Tensor:
@@ -278,7 +276,7 @@ class SameTokens:
         and for a detector that cannot leave tokens out."""
         if detector is None and mae is None:
             raise ValueError("neither a detector nor an autoencoder: give at least one")
-        if detector is not None and not hasattr(detector.backbone, "draw"):
+        if detector is not None and not detector.samples:
             raise ValueError(
                 f"a {detector.config.backbone.kind} detector sees every token: give one whose "
                 'backbone samples (backbone.kind="mimdet"), or an autoencoder alone'
@@ -291,9 +289,9 @@ class SameTokens:
         """Resize an image, uint8 (3, H, W), for both models."""
         height, width = image.shape[1:]
         if self.detector is not None:
-            data = self.detector.config.data
-            short = self.side or data.test_short_side
-            longest = data.max_side * short / data.test_short_side
+            resize = self.detector.resize
+            short = self.side or resize.short_side or min(height, width)
+            longest = resize.max_side * short / (resize.short_side or short)
         else:
             assert self.mae is not None
             # In the detector's measure, where a token is 16 pixels.
@@ -309,10 +307,7 @@ class SameTokens:
     def tokens(self, view: View) -> Tensor:
         """What a sampler may look at, (L, D): the detector's stem, or patch embeddings."""
         if self.detector is not None:
-            image = view.resized
-            if self.detector.canvas:
-                image = on_canvas(image, self.detector.canvas)
-            batch = pad_and_normalise([image], device_of(self.detector))
+            batch = self.detector.batch([view.resized])
             stem: Any = self.detector.backbone.stem
             tokens = stem(batch.tensors).tokens.flatten(2)[0].transpose(0, 1)  # (D, h, w) -> (L, D)
             return tokens[padded_places(view.grid, self._padded_grid(view), tokens.device)]
@@ -335,7 +330,7 @@ class SameTokens:
             places = padded_places(view.grid, grid, torch.device("cpu"))[sample.keep[0]]
             padded = Sample([places], grid)
             found, took["detector"] = timed(
-                lambda: run_detector(detector, [view.resized], sample=padded)[0].to("cpu")
+                lambda: run_detector(detector, [view.resized], Sampling(sample=padded))[0].to("cpu")
             )
         return Answer(painted, found, took)
 

@@ -106,14 +106,15 @@ check(
 # R-CNN.
 
 # %%
-from mimdet.data.augment import resize_image, test_size
+from mimdet.data.augment import resize_of
+from mimdet.images import resize_image
 from mimdet.models.rcnn import pad_and_normalise
 
 torch.manual_seed(SEED)
 model = mimdet.build_detector(cfg)
 
 image = records[0].image
-image = resize_image(image, test_size(cfg.data, *image.shape[1:]))  # (3, H, W), as it is fed in
+image = model.resize(image)  # (3, H, W), as it is fed in
 batch = pad_and_normalise([image], torch.device("cpu"))
 with torch.no_grad():
     stem = model.backbone.stem(batch.tensors)
@@ -135,7 +136,7 @@ samples = {}
 for ratio in (0.25, 0.5, 1.0):
     dice = [torch.Generator().manual_seed(SEED)]  # one per image
     samples[ratio] = model.backbone.draw(
-        tokens, grid, batch.image_sizes, sample_ratio=ratio, generators=dice
+        tokens, grid, batch.image_sizes, mimdet.Sampling(ratio, generators=dice)
     )
 for ratio in (0.25, 0.5):
     display(show_sample(image, samples[ratio]))
@@ -147,7 +148,7 @@ for ratio, sample in samples.items():
     check(f"ratio {ratio}: {len(kept)} of {total} tokens", len(kept) == max(1, int(ratio * total)))
     check("no token twice", len(kept.unique()) == len(kept), "a repeated token would count double")
 same_dice = [torch.Generator().manual_seed(SEED)]
-again = model.backbone.draw(tokens, grid, batch.image_sizes, 0.25, generators=same_dice)
+again = model.backbone.draw(tokens, grid, batch.image_sizes, mimdet.Sampling(0.25, generators=same_dice))
 same = torch.equal(again.keep[0], samples[0.25].keep[0])
 check("the same seed draws the same sample", same, "so a result can be repeated")
 
@@ -287,7 +288,7 @@ check("best score first", all(falling), "AP asks how many of the best ones are r
 # %%
 from pathlib import Path
 
-from mimdet.data.images import read_image
+from mimdet.images import read_image
 from torchvision.io import write_png
 
 own = ""  # "photo.jpg"
@@ -375,4 +376,4 @@ done = [step.number for step in mimdet.train(own_cfg, "runs/strongest", model=ow
 check("five steps", done == [1, 2, 3, 4, 5])
 own_model = mimdet.load_detector("runs/strongest", trust_code=True)  # it runs the code above
 check("the sampler came back", own_model.backbone.sampler.__name__ == "strongest")
-show_sample(image, own_model.backbone.draw(tokens, grid, batch.image_sizes, sample_ratio=0.25))
+show_sample(image, own_model.backbone.draw(tokens, grid, batch.image_sizes, mimdet.Sampling(0.25)))

@@ -119,7 +119,7 @@ print("unused parts:", ", ".join(unused))
 
 # %% [markdown]
 # Read the bars: the transformer is loaded; stem, neck and heads are new, and in the decoder so is
-# `stem_proj`. That linear layer is what version 2 of the paper puts in place of the mask token:
+# `fill`. That linear layer is what version 2 of the paper puts in place of the mask token:
 # places that were not sampled get the stem's own token, projected to the decoder's width.
 #
 # Why load the decoder at all, when other detectors take the encoder only? Because it is the part
@@ -257,14 +257,13 @@ show_reconstruction(pictures.images[:3], mae, ratio=0.25, seed=SEED)
 # it. The loss never asks for these patches, so the decoder never learnt to repeat them.
 
 # %%
-from mimdet.models.mae import kept_places
 from mimdet.models.sampling import SAMPLERS
 
 rows = []
 for index, image in enumerate(pictures.images):
     fitted, grid = fit_to_mae(image, mae)  # resized to what the autoencoder was trained on
     sample = draw_sample(mae, fitted, grid, 0.25, SEED + index, SAMPLERS["random"])
-    errors, seen = paint(fitted, mae, sample).errors, kept_places(sample).view(grid)
+    errors, seen = paint(fitted, mae, sample).errors, sample.mask()[0]
     flat = (fitted.float() - fitted.float().mean(dim=(1, 2), keepdim=True)).abs().mean()
     rows.append((errors[seen].mean(), errors[~seen].mean(), flat))
 on_seen, on_unseen, of_mean = torch.tensor(rows).mean(dim=0).tolist()
@@ -393,8 +392,8 @@ cfg_1 = copy.deepcopy(cfg)
 cfg_1.backbone.decoder_fill = "mask_token"
 report_1 = mimdet.load_mae(mimdet.build_detector(cfg_1), "runs/01/mae.pth")
 check("it was unused", "mask_token" in report.unused)
-check("now it is loaded", "backbone.decoder.mask_token" in report_1.loaded)
-check("no projection", not any("stem_proj" in name for name in report_1.new))
+check("now it is loaded", "backbone.decoder.fill.token" in report_1.loaded)
+check("no projection", not any("fill" in name for name in report_1.new))
 
 # %% tags=["solution"]
 # 3. In none: the sizes differ, and that is said before anything is loaded.

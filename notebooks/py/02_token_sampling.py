@@ -41,12 +41,13 @@ model = open_detector(MODE)
 # column, and the batch's grid. (MAE's paper gives the share *masked*, $1 - r$.)
 
 # %%
-from mimdet.data.augment import resize_image, test_size
+from mimdet.data.augment import resize_of
+from mimdet.images import resize_image
 from mimdet.models.rcnn import pad_and_normalise
 from mimdet.structures import padded_size
 
 picture = pictures.images[:3][-1]  # the third, or the only one
-size = padded_size(*test_size(model.config.data, *picture.shape[1:]))  # multiples of 32
+size = padded_size(*model.resize.size(*picture.shape[1:]))  # multiples of 32
 image = resize_image(picture, size)  # so there is no padding yet; section 4 adds some
 batch = pad_and_normalise([image], torch.device("cpu"))
 with torch.no_grad():
@@ -206,10 +207,10 @@ maps = {}
 with torch.no_grad():
     for rule in ("valid", "padded"):
         of_rule = mimdet.select(dice, grids, wide, 1.0, rule)
-        maps[rule] = model.backbone(half.tensors, half.image_sizes, sample=of_rule)["c4"][0]
+        maps[rule] = model.backbone(half.tensors, half.image_sizes, mimdet.Sampling(sample=of_rule))["c4"][0]
     alone = pad_and_normalise([square], torch.device("cpu"))
     everything = mimdet.select(dice[:1], grids[:1], grids[0], 1.0)
-    by_itself = model.backbone(alone.tensors, alone.image_sizes, sample=everything)["c4"][0]
+    by_itself = model.backbone(alone.tensors, alone.image_sizes, mimdet.Sampling(sample=everything))["c4"][0]
 inside = (slice(None), slice(0, grids[0][0]), slice(0, grids[0][1]))
 moved = {rule: float((m[inside] - by_itself).norm() / by_itself.norm()) for rule, m in maps.items()}
 for rule, share in moved.items():
@@ -428,7 +429,7 @@ if 0 < touched.sum() < touched.numel():
         hand = Sample([chosen.flatten().nonzero()[:, 0]], grid)
         found = mimdet.predict(model, picture, sample=hand)
         with torch.no_grad():
-            fine.append(model.backbone(batch.tensors, batch.image_sizes, sample=hand)["c2"])
+            fine.append(model.backbone(batch.tensors, batch.image_sizes, mimdet.Sampling(sample=hand))["c2"])
         sure = found.scores[found.scores >= 0.5]
         print(
             f"{name}: {len(hand.keep[0])} tokens, {len(sure)} found, scores sum to {sure.sum():.2f}"
@@ -440,8 +441,8 @@ if 0 < touched.sum() < touched.numel():
 both = torch.cat([tokens, tokens])
 sizes_5 = [batch.image_sizes[0]] * 2
 seeds = [torch.Generator().manual_seed(s) for s in (1, 2)]
-together = model.backbone.draw(both, grid, sizes_5, 0.25, "valid", seeds)
+together = model.backbone.draw(both, grid, sizes_5, mimdet.Sampling(0.25, "valid", generators=seeds))
 for index, seed in enumerate((1, 2)):
     dice_5 = [torch.Generator().manual_seed(seed)]
-    single = model.backbone.draw(tokens, grid, sizes_5[:1], 0.25, "valid", dice_5)
+    single = model.backbone.draw(tokens, grid, sizes_5[:1], mimdet.Sampling(0.25, "valid", generators=dice_5))
     check(f"image {index + 1}", torch.equal(single.keep[0], together.keep[index]))

@@ -280,13 +280,13 @@ check("4.08 million", round(conv_hand / 1e6, 2) == 4.08, "a thirtieth of MIMDet 
 # stem and never lose a token, plus what the transformer hands down.
 
 # %%
-from mimdet.data.augment import test_size
+from mimdet.data.augment import resize_of
 
 pool = trained.roi_heads.box_pool
 levels = []
 for record in pictures.records:
     h, w = record.image.shape[1:]
-    scale = test_size(cfg.data, h, w)[0] / h
+    scale = resize_of(cfg.data).size(h, w)[0] / h
     levels.append(pool.level_of(record.target.boxes * scale))
 levels = torch.cat(levels)
 counts = {f"p{2 + i}": int((levels == i).sum()) for i in range(4)}

@@ -26,14 +26,15 @@ import mimdet
 import torch
 import torch.nn.functional as F
 from mimdet import check
-from mimdet.data.augment import resize_image, test_size
+from mimdet.data.augment import resize_of
+from mimdet.images import resize_image
 from mimdet.notebook import open_detector, open_pictures
 
 torch.set_num_threads(1)
 pictures = open_pictures(PATH, MODE)
 model = open_detector(MODE).eval()
 image = pictures.images[0]
-image = resize_image(image, test_size(model.config.data, *image.shape[1:]))
+image = model.resize(image)
 image = image[:, :-24, :-10]  # cut, so that there is something to pad
 print("the image, as it is fed in:", tuple(image.shape))
 
@@ -50,7 +51,7 @@ parts += [*(f"decoder.blocks.{i}" for i in range(len(decoder.blocks))), "decoder
 names = [*(f"backbone.{part}" for part in parts), "backbone", "neck"]
 with mimdet.record(model, *names) as seen:
     dice = torch.Generator().manual_seed(SEED)
-    found = model.detect([image], sample_ratio=0.5, generators=[dice])
+    found = model.detect([image], sampling=mimdet.Sampling(0.5, generators=[dice]))
 for name in seen:
     value = seen[name]
     value = value._asdict() if name == "backbone.stem" else value
@@ -212,7 +213,7 @@ check("encoder output", off < 1e-5, "the last LayerNorm is MAE's")
 
 # %%
 with torch.no_grad():
-    x = flat[0] @ decoder.stem_proj.weight.T + decoder.stem_proj.bias  # fill: (L, C)
+    x = flat[0] @ decoder.fill.proj.weight.T + decoder.fill.proj.bias  # fill: (L, C)
     x[keep] = encoded @ decoder.embed.weight.T + decoder.embed.bias  # scatter: K of L rows
     x = x + resize_table(decoder.pos_embed, (h, w))[0]
     for number, block in enumerate(decoder.blocks):
@@ -397,7 +398,7 @@ table = {}
 for ratio, (encoder_g, decoder_g, whole_t) in expected.items():
     K = int(ratio * L)
     encode = depth * (12 * D**2 * K + 2 * K**2 * D)
-    decode = 4 * (12 * C**2 * L + 2 * L**2 * C) + D * C * L  # blocks, stem_proj
+    decode = 4 * (12 * C**2 * L + 2 * L**2 * C) + D * C * L  # blocks, fill
     whole = cost_of(mimdet.presets.mimdet_base(), (H, W), ratio)
     rest = whole.detector - encode - decode  # stem, embed, neck, heads
     table[f"ratio {ratio}"] = dict(encoder=encode, decoder=decode, others=rest)

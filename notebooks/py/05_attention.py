@@ -27,14 +27,15 @@ QUERY = (0.5, 0.17)  # the patch to ask, as shares of the height and of the widt
 import mimdet
 import torch
 from mimdet import check
-from mimdet.data.augment import resize_image, test_size
+from mimdet.data.augment import resize_of
+from mimdet.images import resize_image
 from mimdet.notebook import open_detector, open_pictures
 
 model = open_detector(MODE)
 if MODE == "full":
     model.config.data.test_short_side = 384  # at 800 pixels all maps would take 10 GiB
 pictures = open_pictures(PATH, MODE, count=8)
-images = [resize_image(i, test_size(model.config.data, *i.shape[1:])) for i in pictures.images]
+images = [model.resize(i) for i in pictures.images]
 image = images[min(2, len(images) - 1)]  # uint8 (3, H, W), as it is fed to the network
 print(f"preset {model.config.preset}, image of {image.shape[1]} x {image.shape[2]} pixels")
 
@@ -56,7 +57,7 @@ from mimdet.viz.attention import show_attention
 name = "backbone.decoder.blocks.0.attn"
 norm = name.replace("attn", "norm1")  # what goes into the attention
 with mimdet.record(model, name, norm) as seen:
-    model.detect([image], sample_ratio=1.0)
+    model.detect([image], sampling=mimdet.Sampling(1.0))
 h, w = seen.grid
 query = (int(QUERY[0] * h), int(QUERY[1] * w))
 print("attention (images, heads, N, N):", tuple(seen[name].shape), "on a grid of", seen.grid)
@@ -96,12 +97,12 @@ from mimdet.viz.record import attention_names
 
 caught = []
 hook = block.attn_drop.register_forward_pre_hook(lambda module, given: caught.append(given[0]))
-plain = model.detect([image], sample_ratio=1.0)[0]
+plain = model.detect([image], sampling=mimdet.Sampling(1.0))[0]
 hook.remove()
 check("a hook alone caught nothing", not caught and block.fused_attn, "the fused kernel passes it by")
 
 with mimdet.record(model, "backbone.*.attn") as seen:
-    recorded = model.detect([image], sample_ratio=1.0)[0]
+    recorded = model.detect([image], sampling=mimdet.Sampling(1.0))[0]
 check("the record has every block", len(seen) == len(attention_names(model)))
 check("the flag is back", block.fused_attn, "else the model would stay slow")
 same = len(plain) == len(recorded) and (plain.scores - recorded.scores).abs().max() < 1e-4
@@ -176,7 +177,7 @@ looks = {}
 for ratio in (1.0, 0.5, 0.25):
     dice = [torch.Generator().manual_seed(SEED)]
     with mimdet.record(model, "backbone.*.attn") as looks[ratio]:
-        model.detect([image], sample_ratio=ratio, generators=dice)
+        model.detect([image], sampling=mimdet.Sampling(ratio, generators=dice))
 place = nearest_sampled(looks[0.25].sample, query[0] * w + query[1])
 for ratio, look in looks.items():
     display(show_attention(image, look, blocks, place))
@@ -292,7 +293,7 @@ check("9 GiB at 1024 pixels", maps == 9 * 1024, "19 times the weights of MIMDet 
 # %%
 with mimdet.record(model, *blocks, query=place) as row_only:
     dice = [torch.Generator().manual_seed(SEED)]
-    model.detect([image], sample_ratio=0.25, generators=dice)
+    model.detect([image], sampling=mimdet.Sampling(0.25, generators=dice))
 numbers = {"whole": sum(quarter[b].numel() for b in blocks)}
 numbers["row"] = sum(row_only[b].numel() for b in blocks)
 print(numbers)
@@ -399,9 +400,9 @@ check("its attention went elsewhere", abs(float(again.sum()) - 1) < 1e-4, "share
 scene = mimdet.ShapesCOCO("shapes-v1-medium", length=1, split="val")[0].image
 for which in ("tiny", "tiny_scratch"):
     other = mimdet.load_detector(which)
-    scene = resize_image(scene, test_size(other.config.data, *scene.shape[1:]))
+    scene = other.resize(scene)
     with mimdet.record(other, "backbone.encoder.blocks.*.attn") as seen:
-        other.detect([scene], sample_ratio=1.0)
+        other.detect([scene], sampling=mimdet.Sampling(1.0))
     maps = torch.cat([seen[b] for b in seen])  # (blocks, heads, N, N)
     found = (-(maps * maps.clamp_min(1e-12).log()).sum(3)).exp().mean(dim=(1, 2))
     print(f"{which:13} of {maps.shape[3]} tokens, by block:", found.round().int().tolist())

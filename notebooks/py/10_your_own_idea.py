@@ -53,14 +53,15 @@ IDEA = strongest
 
 # %%
 from mimdet import check
-from mimdet.data.augment import resize_image, test_size
+from mimdet.data.augment import resize_of
+from mimdet.images import resize_image
 from mimdet.models.rcnn import pad_and_normalise
 from mimdet.models.sampling import SAMPLERS, select, token_grid
 from mimdet.notebook import open_detector, open_pictures
 
 model = open_detector(MODE)
 image = open_pictures("", MODE, count=4).images[3]
-image = resize_image(image, test_size(model.config.data, *image.shape[1:]))
+image = model.resize(image)
 batch = pad_and_normalise([image], torch.device("cpu"))
 with torch.no_grad():
     features = model.backbone.stem(batch.tensors).tokens[0]  # (D, h, w), padding included

@@ -15,6 +15,7 @@ from mimdet.config import BackboneConfig, Config, DetectorConfig
 from mimdet.models.detector import Detector
 from mimdet.models.official import detectron2_rules
 from mimdet.models.sampling import Sample
+from mimdet.models.vit import MaskTokenFill
 from mimdet.models.weights import translate
 from mimdet.structures import Target
 
@@ -105,7 +106,7 @@ def forward(
         heads.box_head: keep_boxes,
         heads.mask_pool: keep(mask_pooled=lambda given, out: out),
     }
-    if backbone.decoder.fill == "mask_token":
+    if isinstance(backbone.decoder.fill, MaskTokenFill):
         hooks[backbone.decoder.blocks[0]] = keep(decoder_block0_input=lambda given, out: given[0])
     handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
     result = model(images, targets, sample=sample)

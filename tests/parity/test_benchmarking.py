@@ -16,6 +16,7 @@ import mimdet
 from mimdet import presets
 from mimdet.analysis.cost import cost_of
 from mimdet.config import BackboneConfig, Config, DetectorConfig
+from mimdet.images import Resize
 from mimdet.inference import to_original
 from mimdet.masks import probabilities_to_rle, rle_to_bitmap
 from mimdet.models.baselines import moco_table, relative_index
@@ -152,7 +153,7 @@ def test_predict_returns_the_same(folder: Path, measured) -> None:
     """The public path: the image file is resized, placed on the canvas and its boxes moved back."""
     tensors = reference(folder / "eval")
     model = load_original(folder).eval()
-    model.config.data.test_short_side = model.config.data.max_side = 256
+    model.resize = Resize(256, 256)
     for i, image in enumerate(contents(folder)):
         found = mimdet.predict(model, image)  # 256 pixels long: nothing is resized
         boxes = tensors[f"det_raw_boxes_{i}"].clone()

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mimdet import presets
 from mimdet.models.detector import build_detector
+from mimdet.models.sampling import Sampling
 from tests.parity.reference import our_name
 
 
@@ -45,5 +46,5 @@ def test_operations_of_backbone_and_pyramid(
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model = build_detector(presets.PRESETS[preset]()).eval()
         images = torch.zeros(1, 3, 800, 1344)
-        model.neck(model.backbone(images, [(800, 1344)], sample_ratio=ratio))
+        model.neck(model.backbone(images, [(800, 1344)], Sampling(ratio)))
     assert counter.get_total_flops() / 2e9 == pytest.approx(expected, rel=1e-9)

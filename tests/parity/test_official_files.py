@@ -62,7 +62,7 @@ def test_metas_full_size_files(golden: Path, measured, tmp_path, letter: str, pr
     new = {name.split(".")[0] for name in report.new if not name.startswith("backbone.")}
     assert new == {"neck", "rpn", "roi_heads"}
     inside = {".".join(n.split(".")[1:3]) for n in report.new if n.startswith("backbone.")}
-    assert inside == {f"stem.stage{i}" for i in range(1, 5)} | {"decoder.stem_proj"}
+    assert inside == {f"stem.stage{i}" for i in range(1, 5)} | {"decoder.fill"}
     assert {name.split(".")[0] for name in report.unused} == {
         "cls_token",
         "mask_token",

@@ -7,7 +7,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 import mimdet
-from mimdet.models.sampling import Sample
+from mimdet.models.sampling import Sample, Sampling
 from mimdet.models.vit import sincos_table
 from mimdet.viz.attention import (
     LITTLE,
@@ -127,7 +127,7 @@ def test_share(value, text):
 def test_a_padded_image_stays_in_its_corner(model):
     image = mimdet.ShapesCOCO(size=64, length=1, split="val")[0].image[:, :40, :48]
     with record(model, BLOCKS[0]) as recording:
-        model.detect([image], sample_ratio=1.0)
+        model.detect([image], sampling=Sampling(1.0))
     assert recording.grid == (4, 4)
     fig = show_attention(image, recording, BLOCKS[0], query=0)
     assert titles(fig)[0] == "encoder: 9 of 16 tokens"

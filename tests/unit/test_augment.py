@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from mimdet.config import DataConfig
 from mimdet.data import augment
-from mimdet.data.augment import Geometry, apply, draw_geometry, rng_for, shortest_edge
+from mimdet.data.augment import Geometry, apply, draw_geometry, rng_for
+from mimdet.images import shortest_edge
 from mimdet.structures import Crops, Record, Target
 
 
@@ -227,7 +228,7 @@ def rim(box: torch.Tensor) -> float:
 
 
 def test_augment_module_names_used_elsewhere():
-    assert augment.test_size(DataConfig(), 480, 640) == (800, 1067)
+    assert augment.resize_of(DataConfig()).size(480, 640) == (800, 1067)
     picture = torch.randint(0, 256, (3, 30, 40), dtype=torch.uint8)
     assert augment.resize_image(picture, (30, 40)) is picture
     flat = augment.resize_image(torch.full((3, 31, 41), 77, dtype=torch.uint8), (17, 90))

@@ -28,7 +28,7 @@ def test_larger_canvas_changes_c4_but_never_the_number_of_tokens(canvas):
             torch.zeros(2, (canvas[0] // 16) * (canvas[1] // 16), 32),
             (canvas[0] // 16, canvas[1] // 16),
             together.image_sizes,
-            sample_ratio=0.5,
+            mimdet.Sampling(0.5),
         )
     change = (c4_together - c4_alone).abs().max() / c4_alone.abs().max()
     assert 1e-4 < change < 2  # a real effect, not an error: predict therefore never mixes canvases

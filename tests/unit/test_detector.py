@@ -9,7 +9,7 @@ from mimdet.config import BackboneConfig, Config, DetectorConfig
 from mimdet.inference import predict
 from mimdet.models.backbones import resolve
 from mimdet.models.detector import Detector, build_detector
-from mimdet.models.sampling import Sample
+from mimdet.models.sampling import Sample, Sampling
 from mimdet.models.stem import STEMS, ConvStem
 from mimdet.structures import Crops, Target
 
@@ -176,7 +176,7 @@ def test_detect_changes_nothing_in_the_model() -> None:
     assert not found[0].boxes.requires_grad
 
     with pytest.raises(ValueError):
-        model.detect([picture(64, 64)], sample_ratio=7.0)
+        model.detect([picture(64, 64)], sampling=Sampling(7.0))
     assert model.training and not model.backbone.stem.training  # after an error as well
 
 
@@ -198,7 +198,7 @@ def test_each_phase_has_its_own_ratio() -> None:
     image = [picture(64, 64)]  # 16 tokens
     model(image, [two_objects()])
     model.detect(image)
-    model.detect(image, sample_ratio=0.25)
+    model.detect(image, sampling=Sampling(0.25))
     model.backbone.sample_ratio_eval = 0.75
     model.detect(image)
     model.eval()(image, [two_objects()])
@@ -212,7 +212,7 @@ def test_keep_can_be_chosen_for_a_call() -> None:
     )
     images = [picture(64, 64), picture(32, 64)]  # 16 and 8 tokens on a grid of 16
     model.detect(images)
-    model.detect(images, keep="padded")
+    model.detect(images, sampling=Sampling(keep="padded"))
     assert seen == [[16, 8], [16, 16]]
 
 
@@ -221,7 +221,9 @@ def test_a_generator_an_image_makes_the_draw_repeatable() -> None:
 
     def boxes(order: list[int], seed: int) -> list[Tensor]:
         generators = [torch.Generator().manual_seed(seed) for _ in order]
-        found = model.detect([images[i] for i in order], sample_ratio=0.5, generators=generators)
+        found = model.detect(
+            [images[i] for i in order], sampling=Sampling(0.5, generators=generators)
+        )
         return [d.boxes for d in found]
 
     both, swapped = boxes([0, 1], 5), boxes([1, 0], 5)
@@ -245,7 +247,7 @@ def test_a_sampler_and_a_stem_of_ones_own() -> None:
     assert model.backbone.stem is stem
     assert model.slots == {"sampler": centre, "stem": stem}
     model.backbone.encoder.register_forward_pre_hook(lambda module, given: seen.append(given[1]))
-    model([picture(64, 64)], [two_objects()], sample_ratio=0.25)
+    model([picture(64, 64)], [two_objects()], sampling=Sampling(0.25))
     assert sorted(seen[0].keep[0].tolist()) == [5, 6, 9, 10]  # the middle of a 4 x 4 grid
 
 
@@ -282,7 +284,6 @@ def test_a_backbone_and_a_neck_of_ones_own() -> None:
     assert len(alone([picture(64, 64)], [two_objects()])) == 5
     both = build_detector(small_config(), backbone=Pyramid(), neck=Widen())
     assert len(both.detect([picture(64, 64)])) == 1
-    alone.config.backbone.sample_ratio_eval = 1.0
     assert predict(alone, picture(64, 64)).image_size == (64, 64)
     with pytest.raises(ValueError, match="backbone Pyramid samples no tokens"):
         predict(alone, picture(64, 64), sample_ratio=0.5)

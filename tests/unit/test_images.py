@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mimdet.data.images import image_size, read_image
+from mimdet.images import image_size, read_image
 
 
 def test_image_modes(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mimdet.config import DataConfig
-from mimdet.data.augment import draw_geometry, rng_for
+from mimdet.data.augment import draw_geometry, resize_of, rng_for
 from mimdet.data.loader import EvalLoader, Plan, TrainLoader, bucket, pack, padded_size, unpack
 from mimdet.structures import Crops, Record, Target
 
@@ -241,7 +241,7 @@ def test_windows_tile_the_steps():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_never_mixes_padded_sizes(workers):
     dataset = Noise(23)
-    loader = EvalLoader(dataset, SMALL, batch_size=4, workers=workers)
+    loader = EvalLoader(dataset, resize_of(SMALL), batch_size=4, workers=workers)
     seen, areas = [], []
     for batch in loader:
         padded = {padded_size(*image.shape[1:]) for image in batch.images}

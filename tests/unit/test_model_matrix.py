@@ -21,7 +21,7 @@ from mimdet.models.backbones import BASELINES, build_backbone
 from mimdet.models.detector import Detector, build_detector
 from mimdet.models.necks import LEVELS
 from mimdet.models.official import export_detectron2
-from mimdet.models.sampling import Sample
+from mimdet.models.sampling import Sample, Sampling
 from mimdet.presets import PRESETS
 from mimdet.structures import Detections, Target
 from mimdet.training.optim import parameter_groups
@@ -195,15 +195,12 @@ def test_a_baseline_samples_nothing(case: str) -> None:
     model = detector(case).eval()
     images, _ = scenes(1)
     generators = [torch.Generator()]
-    everything = model.detect(images, sample_ratio=1.0, keep="valid", generators=generators)
+    everything = model.detect(images, sampling=Sampling(1.0, "valid", None, generators))
     assert torch.equal(everything[0].boxes, model.detect(images)[0].boxes)
     name = type(model.backbone).__name__
-    for asked, said in (
-        ({"sample_ratio": 0.5}, "sample_ratio=0.5"),
-        ({"sample": Sample([torch.arange(3)], (8, 8))}, "a sample"),
-    ):
-        with pytest.raises(ValueError, match=f"{said} was asked for, but a {name} backbone sees"):
-            model.detect(images, **asked)
+    for asked in (Sampling(0.5), Sampling(sample=Sample([torch.arange(3)], (8, 8)))):
+        with pytest.raises(ValueError, match=f"the backbone {name} samples no tokens"):
+            model.detect(images, sampling=asked)
 
 
 @pytest.mark.parametrize(

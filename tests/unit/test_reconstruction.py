@@ -105,7 +105,7 @@ def test_figure_has_four_panels_an_image_and_says_what_was_seen(mae):
 def test_figure_takes_a_sample_as_it_is(mae):
     sample = Sample([torch.tensor([3])], (4, 4))
     fig = show_reconstruction(noise(64, 64), mae, sample=sample)
-    seen = torch.as_tensor(fig.axes[0].images[0].get_array())
+    seen = torch.to_rgb(fig.axes[0].images[0].get_array())
     assert (seen[:16, 48:] != 225).any()
     assert (seen[16:] == 225).all() and (seen[:16, :48] == 225).all()
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import mimdet
 from mimdet import presets
 from mimdet.models.mae import MAE
-from mimdet.models.sampling import Sample
+from mimdet.models.sampling import Sample, Sampling
 from mimdet.viz import record as module
 from mimdet.viz.record import attention_names, record, rollout, spread
 from tests.small import small
@@ -103,7 +103,7 @@ def test_gradients_flow_while_recording(model, image):
     model.zero_grad()
     batch = torch.rand(1, 3, 64, 64)
     with record(model, ENCODER) as seen:
-        model.backbone(batch, [(64, 64)], sample=ALL)["c4"].sum().backward()
+        model.backbone(batch, [(64, 64)], Sampling(sample=ALL))["c4"].sum().backward()
     assert model.get_submodule(ENCODER).qkv.weight.grad.abs().sum() > 0
     assert not seen[ENCODER].requires_grad
     model.zero_grad()
@@ -353,7 +353,7 @@ def test_a_backbone_or_a_decoder_alone(model, image):
         decoder([torch.rand(4, 32)], SOME, tokens)
     assert seen.row("blocks.0.attn", 13).shape == (2, 16)
     with torch.no_grad(), record(model.backbone, "encoder.blocks.0.attn") as seen:
-        model.backbone(torch.rand(1, 3, 64, 64), [(64, 64)], sample=SOME)
+        model.backbone(torch.rand(1, 3, 64, 64), [(64, 64)], Sampling(sample=SOME))
     assert seen.row("encoder.blocks.0.attn", 14).shape == (2, 4)
 
 

@@ -14,6 +14,7 @@ from mimdet.models.rcnn import padded_size
 from mimdet.models.sampling import (
     SAMPLERS,
     Sample,
+    Sampling,
     block_sampler,
     gather,
     grid_sampler,
@@ -116,7 +117,7 @@ def test_must_hold_over_1000_pairs_of_image_sizes() -> None:
         grid = (height // 16, width // 16)
         tokens = torch.zeros(2, grid[0] * grid[1], 1)
 
-        sample = backbone.draw(tokens, grid, sizes, ratio)
+        sample = backbone.draw(tokens, grid, sizes, Sampling(ratio))
 
         assert sample.grid == grid
         for keep, (h, w) in zip(sample.keep, sizes, strict=True):

@@ -10,7 +10,7 @@ from mimdet.config import BackboneConfig
 from mimdet.models.backbones import build_backbone
 from mimdet.models.necks import FPN, LEVELS
 from mimdet.models.rcnn import make_norm
-from mimdet.models.sampling import SAMPLERS
+from mimdet.models.sampling import SAMPLERS, Sampling
 from mimdet.models.stem import STEMS
 
 FILLS = ("stem", "mask_token")
@@ -74,7 +74,7 @@ def test_at_ratio_1_only_the_fill_learns_nothing(fill: str) -> None:
     """Every place is taken by an encoded token; the fill stays in the graph with gradient 0."""
     backbone = build_backbone(config(decoder_fill=fill, sample_ratio=1.0))
     weighted_sum(backbone(torch.randn(1, 3, HEIGHT, WIDTH), SIZES[:1])).backward()
-    unused = {"decoder.stem_proj.weight", "decoder.stem_proj.bias", "decoder.mask_token"}
+    unused = {"decoder.fill.proj.weight", "decoder.fill.proj.bias", "decoder.fill.token"}
     for name, parameter in backbone.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None
@@ -105,7 +105,7 @@ def test_an_images_draw_does_not_depend_on_its_batch(sampler: str) -> None:
     def draw(images: list[int]) -> list[list[int]]:
         generators = [torch.Generator().manual_seed(9 + i) for i in images]
         sizes = [SIZES[i] for i in images]
-        sample = backbone.draw(tokens[images], (8, 10), sizes, 0.5, generators=generators)
+        sample = backbone.draw(tokens[images], (8, 10), sizes, Sampling(0.5, generators=generators))
         return [places.tolist() for places in sample.keep]
 
     assert draw([0, 1]) == draw([0]) + draw([1])

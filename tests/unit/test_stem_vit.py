@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mimdet.models.sampling import Sample, select
 from mimdet.models.stem import STEMS, ConvStem, PatchStem
-from mimdet.models.vit import Decoder, Encoder, init_like_mae, resize_table
+from mimdet.models.vit import Decoder, Encoder, MaskTokenFill, StemFill, init_like_mae, resize_table
 
 GRID = (4, 6)
 LENGTH = 24
@@ -148,7 +148,11 @@ def test_an_empty_sample_gives_the_stem_fill() -> None:
     nothing = Sample([torch.zeros(0, dtype=torch.long)], GRID)
     encoded = encoder()(tokens, nothing)
     assert encoded[0].shape == (0, DIM)
-    assert Decoder(DIM, 16, 1, 2)(encoded, nothing, tokens).shape == (1, 16, *GRID)
+    assert Decoder(DIM, 16, 1, 2, StemFill(DIM, 16))(encoded, nothing, tokens).shape == (
+        1,
+        16,
+        *GRID,
+    )
 
 
 # ------------------------------------------------------------------ decoder
@@ -156,12 +160,13 @@ def test_an_empty_sample_gives_the_stem_fill() -> None:
 
 def decoders() -> tuple[Decoder, Decoder]:
     """Version 2 and version 1 with all shared weights equal."""
-    v2 = Decoder(DIM, 16, 2, 2, fill="stem", position_grid=5)
-    v1 = Decoder(DIM, 16, 2, 2, fill="mask_token", position_grid=5)
-    nn.init.normal_(v1.mask_token)
+    v2 = Decoder(DIM, 16, 2, 2, StemFill(DIM, 16), position_grid=5)
+    token = MaskTokenFill(DIM, 16)
+    nn.init.normal_(token.token)
+    v1 = Decoder(DIM, 16, 2, 2, token, position_grid=5)
     left_over = v1.load_state_dict(v2.state_dict(), strict=False)
-    assert left_over.missing_keys == ["mask_token"]
-    assert left_over.unexpected_keys == ["stem_proj.weight", "stem_proj.bias"]
+    assert left_over.missing_keys == ["fill.token"]
+    assert left_over.unexpected_keys == ["fill.proj.weight", "fill.proj.bias"]
     return v2, v1
 
 
@@ -187,48 +192,44 @@ def test_fills_differ_below_ratio_1_and_only_v2_sees_the_stem() -> None:
     assert torch.equal(decode(v1, sample, encoded, one), decode(v1, sample, encoded, other))
 
 
-@pytest.mark.parametrize("version", [0, 1])
-def test_what_the_decoder_sees_by_hand(version: int) -> None:
+@pytest.mark.parametrize("kind", [StemFill, MaskTokenFill])
+def test_what_the_decoder_sees_by_hand(kind: type[StemFill]) -> None:
     """Depth 0: kept places hold embed(token), the others the fill, positions added to both."""
-    decoder = (Decoder(DIM, 16, 0, 2), Decoder(DIM, 16, 0, 2, fill="mask_token"))[version]
+    decoder = Decoder(DIM, 16, 0, 2, kind(DIM, 16))
     decoder.norm = nn.Identity()  # type: ignore[assignment]
     sample = Sample([torch.tensor([5, 2])], GRID)
     token, stem = torch.randn(2, DIM), torch.randn(1, LENGTH, DIM)
     seen = decode(decoder, sample, [token], stem)[0].flatten(1).T  # (L, C)
 
-    expected = decoder.stem_proj(stem)[0] if version == 0 else decoder.mask_token[0].repeat(24, 1)
+    fill = decoder.fill
+    expected = fill.proj(stem)[0] if kind is StemFill else fill.token[0].repeat(24, 1)
     expected = expected.detach().clone()
     expected[5], expected[2] = decoder.embed(token).detach()
     torch.testing.assert_close(seen, expected + resize_table(decoder.pos_embed, GRID)[0])
-
-
-def test_an_unknown_fill() -> None:
-    with pytest.raises(ValueError, match="'stem' \\(v2\\) or 'mask_token' \\(v1\\)"):
-        Decoder(DIM, 16, 1, 2, fill="zeros")  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------ both
 
 
 def test_initialisation_is_maes() -> None:
-    decoder = Decoder(256, 128, 1, 4, fill="mask_token")
+    decoder = Decoder(256, 128, 1, 4, MaskTokenFill(256, 128))
     decoder.apply(init_like_mae)
     bound = (6 / (256 + 128)) ** 0.5  # Xavier, uniform
     assert decoder.embed.weight.abs().max() <= bound
     assert decoder.embed.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
     assert decoder.embed.bias.abs().max() == 0
-    assert decoder.mask_token.std().item() == pytest.approx(0.02, rel=0.3)
+    assert decoder.fill.token.std().item() == pytest.approx(0.02, rel=0.3)
 
 
 def test_every_layer_norm_has_the_detectors_epsilon() -> None:
     """1e-5, while MAE and timm's default have 1e-6: too close for any output to tell."""
-    for part in (Encoder(8, 2, 1), Decoder(8, 8, 2, 1)):
+    for part in (Encoder(8, 2, 1), Decoder(8, 8, 2, 1, StemFill(8, 8))):
         norms = [module for module in part.modules() if isinstance(module, nn.LayerNorm)]
         assert [norm.eps for norm in norms] == [1e-5] * 5
 
 
 def test_position_tables_are_stored_but_not_trained() -> None:
-    for part in (Encoder(8, 1, 1), Decoder(8, 8, 1, 1)):
+    for part in (Encoder(8, 1, 1), Decoder(8, 8, 1, 1, StemFill(8, 8))):
         assert "pos_embed" in part.state_dict() and not part.pos_embed.requires_grad
         assert part.pos_embed.shape == (1, 2501, 8)
 

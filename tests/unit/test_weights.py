@@ -106,7 +106,7 @@ def test_version_1_takes_the_mask_token(cfg, mae_tensors, tmp_path) -> None:
     cfg.backbone.decoder_fill = "mask_token"
     model = build_detector(cfg)
     load_mae(model, write(mae_tensors, tmp_path / "full.pth"))
-    assert torch.equal(model.backbone.decoder.mask_token, mae_tensors["mask_token"])
+    assert torch.equal(model.backbone.decoder.fill.token, mae_tensors["mask_token"])
 
 
 def test_encoder_only_with_a_random_decoder(cfg, mae_tensors, tmp_path) -> None:

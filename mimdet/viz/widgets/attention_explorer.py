@@ -12,12 +12,10 @@ import traitlets
 from PIL import Image
 from torch import Tensor
 
-from mimdet.data.augment import resize_image, test_size
 from mimdet.inference import autocast, device_of, generator_for
 from mimdet.models.backbones import MIMDetBackbone
-from mimdet.models.detector import Detector
-from mimdet.models.rcnn import pad_and_normalise
-from mimdet.models.sampling import PATCH, Sample
+from mimdet.models.detector import Detector, evaluating
+from mimdet.models.sampling import PATCH, Sample, Sampling
 from mimdet.viz import record as recording
 from mimdet.viz.attention import (
     block_title,
@@ -172,15 +170,15 @@ class AttentionExplorer(Panel):
             return self._inputs
         backbone: Any = self.model.backbone
         device = device_of(self.model)
-        image = self.chooser.image
-        image = resize_image(image, test_size(self.model.config.data, *image.shape[1:]))
-        batch = pad_and_normalise([image], device)
+        batch = self.model.prepare(self.chooser.image)
+        image = batch.images[0]
         with autocast(device, "auto"):
             tokens = backbone.stem(batch.tensors).tokens  # (1, D, h, w)
         grid = (tokens.shape[2], tokens.shape[3])
         flat = tokens.flatten(2).transpose(1, 2)  # (1, L, D)
         dice = [generator_for(self.seed.value, device)]
-        sample = backbone.draw(flat, grid, batch.image_sizes, self.ratio.value, generators=dice)
+        sampling = Sampling(self.ratio.value, generators=dice)
+        sample = backbone.draw(flat, grid, batch.image_sizes, sampling)
         padding = (0, grid[1] * PATCH - image.shape[2], 0, grid[0] * PATCH - image.shape[1])
         padded = F.pad(image, padding, value=255)
         on_cpu = sample.to(torch.device("cpu"))
@@ -196,17 +194,12 @@ class AttentionExplorer(Panel):
         query = None if gib <= recording.LIMIT_GIB else place
         if (part, query) not in inputs.seen:
             backbone: Any = self.model.backbone
-            modes = {module: module.training for module in backbone.modules()}
-            backbone.eval()
-            try:
-                with (
-                    record(self.model, *names, query=query) as seen,
-                    autocast(device_of(self.model), "auto"),
-                ):
-                    backbone(inputs.tensors, inputs.sizes, sample=inputs.sample)
-            finally:
-                for module, training in modes.items():
-                    module.training = training
+            with (
+                evaluating(backbone),
+                record(self.model, *names, query=query) as seen,
+                autocast(device_of(self.model), "auto"),
+            ):
+                backbone(inputs.tensors, inputs.sizes, Sampling(sample=inputs.sample))
             inputs.seen[part, query] = seen
         return inputs.seen[part, query]
 

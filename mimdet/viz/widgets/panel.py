@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mimdet.data.images import read_image
 from mimdet.data.shapes import ShapesCOCO
+from mimdet.images import read_image
 from mimdet.models.detector import Detector
 from mimdet.viz.draw import beside
 from mimdet.viz.widgets.canvas import PatchCanvas, with_picture

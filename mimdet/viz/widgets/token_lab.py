@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mimdet.data.augment import test_size
 from mimdet.inference import generator_for, predict
 from mimdet.models.detector import Detector
 from mimdet.models.mae import MAE
@@ -211,12 +210,11 @@ class TokenLab(Panel):
                 f"{tuple(scores.shape)}; it must return one per token: ({len(tokens)},)"
             )
         sample = select([scores.cpu()], [view.grid], view.grid, self.ratio.value)
-        gone = torch.ones(len(tokens), dtype=torch.bool)
-        gone[sample.keep[0]] = False
         with self.canvas.hold_sync():
             self.canvas.rows, self.canvas.columns = view.grid
             if self.canvas.selected >= len(tokens):
                 self.canvas.selected = -1
+            gone = ~sample.mask()[0].flatten()
             self.canvas.dropped = self._drawn = gone.nonzero()[:, 0].tolist()
 
     def _show(self, view: View, answer: Answer) -> None:
@@ -354,7 +352,7 @@ class RatioDial(Panel):
         likely = int((self.found.scores >= self.score.value).sum())
         plain = enlarged(to_pixels(image), SIDE)
         pixels = plain
-        fed = test_size(self.model.config.data, *size)
+        fed = self.model.resize.size(*size)
         if self.pale.value:
             pixels = pale_dropped(plain, self.sample, fed)
         drawn = with_objects(pixels, self.found, size, self.categories, self.score.value)

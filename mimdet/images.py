@@ -1,0 +1,134 @@
+"""Any image -> (3, H, W) uint8 RGB, resized as the detector wants it.
+
+Pixels come as they are stored: the EXIF orientation is not applied, because COCO's sizes, boxes and
+polygons refer to stored pixels. PIL decodes (torchvision's decoders give the same pixels, are less
+than a fifth faster and announced for removal), and every mode has one way to RGB:
+
+- grey and palette: expanded; transparency: dropped, the colour underneath stays;
+- CMYK, YCbCr, LAB: converted;
+- 16 bit grey: 0..65535 mapped linearly to 0..255 (a 16 bit colour PNG is read at 8 bits).
+"""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+Source = str | Path | bytes
+Size = tuple[int, int]
+"""(height, width) in pixels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resize:
+    """The test transform: every image to one short side, unless its long side grows too long."""
+
+    short_side: int | None = None
+    """Pixels; None leaves images as they are."""
+    max_side: float = float("inf")
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """(3, H, W) uint8 -> (3, h, w) uint8."""
+        return resize_image(image, self.size(image.shape[1], image.shape[2]))
+
+    def size(self, height: int, width: int) -> Size:
+        """(height, width) an image of this size is brought to."""
+        if self.short_side is None:
+            return height, width
+        return shortest_edge(height, width, self.short_side, self.max_side)
+
+
+def read_image(source: Source, name: str = "") -> Tensor:
+    """Read a file (or its bytes) as (3, H, W) uint8 RGB.
+
+    name: how errors call an image that is given as bytes. Raises FileNotFoundError, and ValueError
+    naming the file when it is no image, is cut off, or holds floating point pixels.
+    """
+    name = name or ("image" if isinstance(source, bytes) else str(source))
+    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return pil_to_rgb(image)
+    except Exception as error:  # what a decoder raises for a broken file is not limited to a few
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{name} cannot be read as an image ({reason}); replace the file or remove it from the "
+            "data set, `mimdet check-data` lists every such file"
+        ) from error
+
+
+def image_size(source: Source) -> tuple[int, int]:
+    """(height, width) of the stored pixels, from the file's header alone."""
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        return image.height, image.width
+
+
+def pil_to_rgb(image: Image.Image) -> Tensor:
+    """A PIL image of any mode -> (3, H, W) uint8 RGB; in memory the channels lie side by side.
+
+    Raises ValueError for floating point pixels.
+    """
+    if image.mode == "F":
+        raise ValueError("floating point pixels have no fixed range: save it as 8 or 16 bit")
+    if image.mode == "I" or image.mode.startswith("I;"):
+        grey = np.asarray(image).astype(np.float32) / 257.0  # 65535 / 257 = 255
+        image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+    data = bytearray(image.convert("RGB").tobytes())  # faster than numpy's way to the pixels
+    pixels = torch.frombuffer(data, dtype=torch.uint8).view(image.height, image.width, 3)
+    return pixels.permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+
+
+def to_rgb(image: Any) -> Tensor:
+    """A path, PIL image, uint8 array or uint8 tensor -> uint8 (3, H, W) RGB."""
+    if isinstance(image, str | Path):
+        return read_image(image)
+    if isinstance(image, np.ndarray):
+        channels = image.shape[2] if image.ndim == 3 else int(image.ndim == 2)
+        if image.dtype != np.uint8 or channels not in (1, 3, 4):
+            raise ValueError(
+                f"an array image must be uint8 of shape (H, W, 3) or (H, W), not {image.dtype} "
+                f"{image.shape}; floats in 0..1 become (array * 255).astype('uint8'), and "
+                "(3, H, W) becomes array.transpose(1, 2, 0)"
+            )
+        pixels = image[:, :, None] if image.ndim == 2 else image[:, :, :3]  # without alpha
+        colours = pixels.repeat(3, axis=2) if channels == 1 else pixels
+        return torch.from_numpy(np.ascontiguousarray(colours)).permute(2, 0, 1).contiguous()
+    if isinstance(image, Tensor):
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+            raise ValueError(
+                f"a tensor image must be uint8 (3, H, W), not {image.dtype} {tuple(image.shape)}"
+            )
+        return image
+    if hasattr(image, "convert"):
+        return pil_to_rgb(image)
+    raise ValueError(
+        f"cannot read an image from {type(image).__name__}: give a path, a PIL image, an array "
+        "or a tensor"
+    )
+
+
+def resize_image(image: Tensor, size: Size) -> Tensor:
+    """image: (3, H, W) uint8 -> (3, *size) uint8, bilinear and antialiased."""
+    if tuple(image.shape[1:]) == size:
+        return image
+    batch = image[None].contiguous(memory_format=torch.channels_last)  # the fast uint8 kernel
+    return F.interpolate(batch, size, mode="bilinear", antialias=True)[0].contiguous()
+
+
+def shortest_edge(height: int, width: int, short_side: int, max_side: float) -> Size:
+    """Size with the given short side, smaller where the long side would exceed max_side.
+
+    Rounds as detectron2's ResizeShortestEdge.
+    """
+    scale = short_side / min(height, width)
+    new_height, new_width = height * scale, width * scale
+    if max(new_height, new_width) > max_side:
+        shrink = max_side / max(new_height, new_width)
+        new_height, new_width = new_height * shrink, new_width * shrink
+    return max(1, int(new_height + 0.5)), max(1, int(new_width + 0.5))
