@@ -18,8 +18,8 @@ from mimdet.models.rcnn import (
     AlignedRoIPool,
     AnchorGrid,
     BoxCoder,
+    Losses,
     clip_boxes,
-    l1_sum,
     make_norm,
     match,
     non_empty,
@@ -269,7 +269,7 @@ def test_boxes_without_width_or_height_are_empty() -> None:
 
 
 def test_l1_is_plain() -> None:
-    assert l1_sum(torch.tensor([0.05, 3.0]), torch.zeros(2)).item() == pytest.approx(3.05)
+    assert Losses().boxes(torch.tensor([0.05, 3.0]), torch.zeros(2)).item() == pytest.approx(3.05)
 
 
 @pytest.mark.parametrize("name", ["BN", "GN", "LN"])
