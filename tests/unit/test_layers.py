@@ -21,6 +21,7 @@ ORDER = (
         "config",
         "presets",
         "structures",
+        "images",
         "masks",
         "files",
         "processes",
