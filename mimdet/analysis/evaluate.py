@@ -14,11 +14,10 @@ from mimdet.analysis.metrics import IouType, Metrics, coco_metrics
 from mimdet.data.loader import Dataset, EvalLoader
 from mimdet.files import write_json
 from mimdet.inference import DEFAULT_BATCH, device_of, generator_for, run_detector, to_original
-from mimdet.masks import probabilities_to_rle
 from mimdet.models.detector import Detector
 from mimdet.models.official import generic_names
 from mimdet.models.sampling import Keep, Sampling
-from mimdet.structures import Detections
+from mimdet.structures import Detections, probabilities_to_rle
 
 
 def results_for(

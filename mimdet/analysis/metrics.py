@@ -237,7 +237,7 @@ def check_results(
         if not math.isfinite(entry["score"]):
             raise ValueError(f"{name}: score is {entry['score']}; give {NEEDED['score']}")
         if "segm" in iou_types and not isinstance(entry["segmentation"], dict):
-            raise ValueError(f"{name}: segmentation must be RLE; see mimdet.masks.bitmap_to_rle")
+            raise ValueError(f"{name}: segmentation must be RLE; see bitmap_to_rle")
 
 
 def _check_entry(

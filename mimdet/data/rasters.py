@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mimdet.masks import rle_to_bitmap
-from mimdet.structures import Crops
+from mimdet.structures import Crops, rle_to_bitmap
 
 SIDE = 112
 """Cells along a side of a bitmap, the empty ring included."""

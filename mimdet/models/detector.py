@@ -12,8 +12,15 @@ from torch import Tensor, nn
 from mimdet.config import Config, DetectorConfig
 from mimdet.images import Resize, to_rgb
 from mimdet.models.backbones import SampledBackbone, build_backbone, resolve
-from mimdet.models.necks import NECKS
-from mimdet.models.rcnn import LOSSES, AnchorGrid, Batch, Losses, make_norm, pad_and_normalise
+from mimdet.models.rcnn import (
+    LOSSES,
+    NECKS,
+    AnchorGrid,
+    Batch,
+    Losses,
+    make_norm,
+    pad_and_normalise,
+)
 from mimdet.models.roi_heads import BoxHead, MaskHead, RoIHeads
 from mimdet.models.rpn import RPN, init_rpn
 from mimdet.models.sampling import DEFAULT, Sample, Sampler, Sampling

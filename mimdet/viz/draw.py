@@ -25,8 +25,7 @@ from torch import Tensor
 
 from mimdet.analysis.matching import Bools
 from mimdet.analysis.verdicts import Verdict
-from mimdet.masks import paste
-from mimdet.structures import Detections, Target
+from mimdet.structures import Detections, Target, paste
 from mimdet.viz.style import (
     BLUE,
     DPI,
@@ -179,7 +178,7 @@ def class_colour(label: int) -> str:
 
 
 def _draw_masks(ax: Axes, cells: Tensor, boxes: Tensor, labels: Tensor, size: Size) -> None:
-    """A translucent fill and an outline per object, as `mimdet.masks.paste` places its cells.
+    """A translucent fill and an outline per object, as `mimdet.structures.paste` places its cells.
 
     cells: (N, M, M') probabilities or bitmaps over boxes (N, 4). Only the part of the canvas that a
     box covers is pasted.

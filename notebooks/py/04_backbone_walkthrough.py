@@ -229,7 +229,7 @@ for level in ("c4", "c5"):
 # %% [markdown]
 # ## 8 · The neck: five levels of equal width
 #
-# The feature pyramid (`mimdet/models/necks.py`) goes from coarse to fine: a 1 × 1 convolution
+# The feature pyramid (`mimdet/models/rcnn.py`) goes from coarse to fine: a 1 × 1 convolution
 # brings each level to a common width, the coarser level is enlarged by repetition and added, a 3 × 3
 # convolution finishes. p6 is every second row and column of p5.
 

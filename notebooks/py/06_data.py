@@ -142,7 +142,7 @@ check("still there for evaluation", any(a["iscrowd"] for a in truth))
 
 # %%
 from mimdet.data.rasters import crops_from_segmentations
-from mimdet.masks import rle_to_bitmap
+from mimdet.structures import rle_to_bitmap
 from mimdet.viz.figures import show_bitmaps
 from pycocotools import mask as coco_mask
 
@@ -175,7 +175,7 @@ check(
 
 # %%
 from mimdet.data.rasters import full_bitmap
-from mimdet.masks import crops_to_bitmaps
+from mimdet.structures import crops_to_bitmaps
 
 whole = crops_to_bitmaps(record.target.masks, height, width)  # (N, H, W) bool, from the crops
 exact = [torch.from_numpy(full_bitmap(a["segmentation"], height, width)) for a in own]

@@ -288,7 +288,7 @@ check("the stem came back", type(back.backbone.stem).__name__ == "PoolStem")
 # 4. **A real one**, from a file: five seeds or more, several ratios, all held-out scenes, next to
 #    the obvious alternatives (`random`, `grid`, `block`) and to its own opposite.
 # 5. **Say what it costs**: time of a step, `mimdet cost`.
-# 6. **Move it** into `mimdet/models/sampling.py` (or `stem.py`, `backbones.py`, `necks.py`) and
+# 6. **Move it** into `mimdet/models/sampling.py` (or `stem.py`, `backbones.py`, `rcnn.py`) and
 #    register it; add it to that part's list of tests, which check contract, dice and padding.
 # 7. **Write it down**: a line in `CHANGELOG.md`, the result with its json in `notebooks/results/`.
 #    `CONTRIBUTING.md`, "Add a part", has the details.

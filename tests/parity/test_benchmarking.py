@@ -18,12 +18,11 @@ from mimdet.analysis.cost import cost_of
 from mimdet.config import BackboneConfig, Config, DetectorConfig
 from mimdet.images import Resize
 from mimdet.inference import to_original
-from mimdet.masks import probabilities_to_rle, rle_to_bitmap
 from mimdet.models.baselines import moco_table, relative_index
 from mimdet.models.detector import Detector, build_detector
 from mimdet.models.official import detectron2_rules, export_detectron2, match_preset
 from mimdet.models.weights import translate
-from mimdet.structures import Detections
+from mimdet.structures import Detections, probabilities_to_rle, rle_to_bitmap
 from mimdet.training.optim import parameter_groups
 from tests.parity.reference import input_images, reference, relative
 from tests.parity.test_mimdet_small import compare_detections, compare_proposals, largest

@@ -15,11 +15,10 @@ from torchvision.ops import box_iou
 
 from mimdet.data.rasters import crops_from_segmentations
 from mimdet.inference import to_original
-from mimdet.masks import probabilities_to_rle, rle_to_bitmap
 from mimdet.models.detector import Detector
 from mimdet.models.rcnn import match, subsample
 from mimdet.models.sampling import padded_places, select, token_grid
-from mimdet.structures import Crops, Detections, Target
+from mimdet.structures import Crops, Detections, Target, probabilities_to_rle, rle_to_bitmap
 from tests.parity.reference import (
     RATIOS,
     forward,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mimdet.masks import paste, probabilities_to_rle, rle_to_bitmap
+from mimdet.structures import paste, probabilities_to_rle, rle_to_bitmap
 
 GOLDEN = os.environ.get("MIMDET_GOLDEN", "")
 pytestmark = pytest.mark.skipif(not GOLDEN, reason="set MIMDET_GOLDEN to the reference tensors")

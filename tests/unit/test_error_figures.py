@@ -15,7 +15,7 @@ from matplotlib.text import Annotation
 from mimdet.analysis.errors import KINDS, ErrorReport, find_errors
 from mimdet.analysis.verdicts import compare_runs
 from mimdet.data.shapes import ShapesCOCO
-from mimdet.masks import bitmap_to_rle
+from mimdet.structures import bitmap_to_rle
 from mimdet.viz.errors import show_comparison, show_curves, show_error_gallery, show_errors
 from mimdet.viz.style import save_figure
 

@@ -19,7 +19,7 @@ from mimdet.analysis import errors
 from mimdet.analysis.errors import KINDS, ErrorReport, find_errors
 from mimdet.analysis.matching import as_rle
 from mimdet.analysis.metrics import IouType, coco_metrics
-from mimdet.masks import bitmap_to_rle
+from mimdet.structures import bitmap_to_rle
 from tests.unit.test_metrics import found, random_case, rectangle, truth_of
 
 IOU_TYPES: tuple[IouType, ...] = ("bbox", "segm")

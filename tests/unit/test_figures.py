@@ -18,9 +18,8 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from mimdet.data.rasters import crops_from_bitmaps
-from mimdet.masks import crops_to_bitmaps
 from mimdet.models.sampling import Sample
-from mimdet.structures import Crops, Detections, Record, Target
+from mimdet.structures import Crops, Detections, Record, Target, crops_to_bitmaps
 from mimdet.viz.charts import _running_mean
 from mimdet.viz.draw import class_name, image_panels, place_names, score_text
 from mimdet.viz.figures import (

@@ -19,7 +19,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from mimdet.analysis.metrics import COLUMNS, Metrics, coco_metrics
-from mimdet.masks import bitmap_to_rle
+from mimdet.structures import bitmap_to_rle
 
 DATA = os.environ.get("MIMDET_DATA", "")
 

@@ -19,8 +19,8 @@ from mimdet.data.shapes import ShapesCOCO
 from mimdet.inference import autocast
 from mimdet.models.backbones import BASELINES, build_backbone
 from mimdet.models.detector import Detector, build_detector
-from mimdet.models.necks import LEVELS
 from mimdet.models.official import export_detectron2
+from mimdet.models.rcnn import PYRAMID
 from mimdet.models.sampling import Sample, Sampling
 from mimdet.presets import PRESETS
 from mimdet.structures import Detections, Target
@@ -96,7 +96,7 @@ def test_shapes(case: str, height: int, width: int) -> None:
     assert list(maps) == ["c2", "c3", "c4", "c5"]
     assert {level: m.shape[1] for level, m in maps.items()} == model.backbone.channels
     pyramid = model.neck(maps)
-    assert tuple(pyramid) == LEVELS
+    assert tuple(pyramid) == PYRAMID
     for maps_of_one_kind, channels in ((maps, None), (pyramid, model.config.detector.channels)):
         for m, stride in zip(maps_of_one_kind.values(), STRIDES, strict=False):
             assert m.shape[2:] == (-(-height // stride), -(-width // stride))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from mimdet.masks import bitmap_to_rle, paste, probabilities_to_rle, rle_to_bitmap
+from mimdet.structures import bitmap_to_rle, paste, probabilities_to_rle, rle_to_bitmap
 
 side = st.floats(-20, 60, width=32)
 extent = st.floats(0, 50, width=32)

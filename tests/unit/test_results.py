@@ -8,8 +8,7 @@ import torch
 from pycocotools.coco import COCO
 
 from mimdet.analysis.evaluate import results_for, save_results
-from mimdet.masks import rle_to_bitmap
-from mimdet.structures import Detections
+from mimdet.structures import Detections, rle_to_bitmap
 
 
 def two_detections(masks: bool = True) -> Detections:

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from mimdet.config import BackboneConfig
 from mimdet.models.backbones import build_backbone
-from mimdet.models.necks import FPN, LEVELS
-from mimdet.models.rcnn import make_norm
+from mimdet.models.rcnn import FPN, PYRAMID, make_norm
 from mimdet.models.sampling import SAMPLERS, Sampling
 from mimdet.models.stem import STEMS
 
@@ -54,7 +53,7 @@ def test_contract_of_a_backbone_and_its_pyramid(
     ]
 
     pyramid = FPN(backbone.channels, 16, make_norm("BN"))(maps)
-    assert tuple(pyramid) == LEVELS
+    assert tuple(pyramid) == PYRAMID
     assert [tuple(m.shape) for m in pyramid.values()] == [
         (2, 16, 32, 40), (2, 16, 16, 20), (2, 16, 8, 10), (2, 16, 4, 5), (2, 16, 2, 3),
     ]  # fmt: skip
