@@ -106,16 +106,11 @@ check(
 # R-CNN.
 
 # %%
-from mimdet.data.augment import resize_of
-from mimdet.images import resize_image
-from mimdet.models.rcnn import pad_and_normalise
-
 torch.manual_seed(SEED)
 model = mimdet.build_detector(cfg)
 
-image = records[0].image
-image = model.resize(image)  # (3, H, W), as it is fed in
-batch = pad_and_normalise([image], torch.device("cpu"))
+batch = model.prepare(records[0].image)  # resized, padded, normalised: what the stem sees
+image = batch.images[0]  # (3, H, W), before padding
 with torch.no_grad():
     stem = model.backbone.stem(batch.tensors)
 print("image ", tuple(batch.tensors.shape))

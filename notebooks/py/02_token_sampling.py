@@ -41,15 +41,13 @@ model = open_detector(MODE)
 # column, and the batch's grid. (MAE's paper gives the share *masked*, $1 - r$.)
 
 # %%
-from mimdet.data.augment import resize_of
 from mimdet.images import resize_image
-from mimdet.models.rcnn import pad_and_normalise
 from mimdet.structures import padded_size
 
 picture = pictures.images[:3][-1]  # the third, or the only one
 size = padded_size(*model.resize.size(*picture.shape[1:]))  # multiples of 32
 image = resize_image(picture, size)  # so there is no padding yet; section 4 adds some
-batch = pad_and_normalise([image], torch.device("cpu"))
+batch = model.batch([image])  # padded and normalised: what the stem sees
 with torch.no_grad():
     stem = model.backbone.stem(batch.tensors)
 tokens = stem.tokens.flatten(2).transpose(1, 2)  # (1, D, h, w) -> (1, L, D)
@@ -177,7 +175,7 @@ from mimdet.models.sampling import token_grid
 
 square = resize_image(picture, (256, 256))
 neighbour = torch.zeros(3, 256, 512, dtype=torch.uint8)
-half = pad_and_normalise([square, neighbour], torch.device("cpu"))
+half = model.batch([square, neighbour])
 wide = (half.tensors.shape[2] // 16, half.tensors.shape[3] // 16)
 grids = [token_grid(*of_image) for of_image in half.image_sizes]
 dice = [torch.rand(h * w, generator=torch.Generator().manual_seed(SEED)) for h, w in grids]
@@ -207,10 +205,10 @@ maps = {}
 with torch.no_grad():
     for rule in ("valid", "padded"):
         of_rule = mimdet.select(dice, grids, wide, 1.0, rule)
-        maps[rule] = model.backbone(half.tensors, half.image_sizes, mimdet.Sampling(sample=of_rule))["c4"][0]
-    alone = pad_and_normalise([square], torch.device("cpu"))
+        maps[rule] = model.features(half, mimdet.Sampling(sample=of_rule))["c4"][0]
     everything = mimdet.select(dice[:1], grids[:1], grids[0], 1.0)
-    by_itself = model.backbone(alone.tensors, alone.image_sizes, mimdet.Sampling(sample=everything))["c4"][0]
+    alone = mimdet.Sampling(sample=everything)
+    by_itself = model.features(model.batch([square]), alone)["c4"][0]
 inside = (slice(None), slice(0, grids[0][0]), slice(0, grids[0][1]))
 moved = {rule: float((m[inside] - by_itself).norm() / by_itself.norm()) for rule, m in maps.items()}
 for rule, share in moved.items():
@@ -429,7 +427,7 @@ if 0 < touched.sum() < touched.numel():
         hand = Sample([chosen.flatten().nonzero()[:, 0]], grid)
         found = mimdet.predict(model, picture, sample=hand)
         with torch.no_grad():
-            fine.append(model.backbone(batch.tensors, batch.image_sizes, mimdet.Sampling(sample=hand))["c2"])
+            fine.append(model.features(batch, mimdet.Sampling(sample=hand))["c2"])
         sure = found.scores[found.scores >= 0.5]
         print(
             f"{name}: {len(hand.keep[0])} tokens, {len(sure)} found, scores sum to {sure.sum():.2f}"

@@ -181,10 +181,9 @@ show_planes({name: plane[96:176, 96:176] for name, plane in shown.items()})  # 8
 # image enter every place, so the exact 31 pixels above are exact only without the norm.
 
 # %%
-from mimdet.models.rcnn import pad_and_normalise
 from mimdet.viz.features import largest_difference
 
-batch = pad_and_normalise([seen.image], torch.device("cpu"))
+batch = trained.batch([seen.image])
 convolution, norm = trained.backbone.stem.stage1[:2]
 with torch.no_grad():
     x = convolution(batch.tensors)
@@ -280,13 +279,11 @@ check("4.08 million", round(conv_hand / 1e6, 2) == 4.08, "a thirtieth of MIMDet 
 # stem and never lose a token, plus what the transformer hands down.
 
 # %%
-from mimdet.data.augment import resize_of
-
 pool = trained.roi_heads.box_pool
 levels = []
 for record in pictures.records:
     h, w = record.image.shape[1:]
-    scale = resize_of(cfg.data).size(h, w)[0] / h
+    scale = trained.resize.size(h, w)[0] / h
     levels.append(pool.level_of(record.target.boxes * scale))
 levels = torch.cat(levels)
 counts = {f"p{2 + i}": int((levels == i).sum()) for i in range(4)}

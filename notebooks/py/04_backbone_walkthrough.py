@@ -26,15 +26,12 @@ import mimdet
 import torch
 import torch.nn.functional as F
 from mimdet import check
-from mimdet.data.augment import resize_of
-from mimdet.images import resize_image
 from mimdet.notebook import open_detector, open_pictures
 
 torch.set_num_threads(1)
 pictures = open_pictures(PATH, MODE)
 model = open_detector(MODE).eval()
-image = pictures.images[0]
-image = model.resize(image)
+image = model.resize(pictures.images[0])
 image = image[:, :-24, :-10]  # cut, so that there is something to pad
 print("the image, as it is fed in:", tuple(image.shape))
 
@@ -71,7 +68,7 @@ print(len(found[0]), "detections")
 # (`mimdet/models/rcnn.py`). In this order padding is the *mean* colour, not black.
 
 # %%
-from mimdet.models.rcnn import IMAGENET_MEAN, IMAGENET_STD, pad_and_normalise
+from mimdet.models.rcnn import IMAGENET_MEAN, IMAGENET_STD
 from mimdet.viz.features import largest_difference
 
 mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
@@ -79,7 +76,7 @@ height, width = image.shape[1:]
 H, W = (height + 31) // 32 * 32, (width + 31) // 32 * 32
 x = torch.zeros(1, 3, H, W)
 x[0, :, :height, :width] = ((image.permute(1, 2, 0) - mean) / std).permute(2, 0, 1)
-batch = pad_and_normalise([image], torch.device("cpu"))
+batch = model.batch([image])
 check(f"{height} x {width} on a canvas of {H} x {W}", torch.allclose(x, batch.tensors, atol=1e-6))
 
 # %% [markdown]
@@ -282,28 +279,28 @@ torch.manual_seed(SEED)  # of the one new tensor, the mask token: random, never 
 version1 = mimdet.build_detector(cfg).eval()
 report = version1.load_state_dict(model.state_dict(), strict=False)
 print("new in version 1:", report.missing_keys, "| gone:", report.unexpected_keys)
-square = pad_and_normalise([image[:, : height // 32 * 32, : width // 32 * 32]], torch.device("cpu"))
+square = model.batch([image[:, : height // 32 * 32, : width // 32 * 32]])
 check("nothing to pad here", square.tensors.shape[2:] == torch.Size(square.image_sizes[0]))
 
 # %%
 cases = {
-    "ratio 0.5": (batch, dict(sample_ratio=0.5)),
-    "ratio 1, padded canvas": (batch, dict(sample_ratio=1.0)),
-    "ratio 1, padded canvas, keep='padded'": (batch, dict(sample_ratio=1.0, keep="padded")),
-    "ratio 1, no padding": (square, dict(sample_ratio=1.0)),
+    "ratio 0.5": (batch, 0.5, None),
+    "ratio 1, padded canvas": (batch, 1.0, None),
+    "ratio 1, padded canvas, keep='padded'": (batch, 1.0, "padded"),
+    "ratio 1, no padding": (square, 1.0, None),
 }
 
 # %%
-for name, (images, setting) in cases.items():
+for name, (images, ratio, keep) in cases.items():
     c4 = []
     for version in (model, version1):
-        dice = [torch.Generator().manual_seed(SEED)]
+        seeds = [torch.Generator().manual_seed(SEED)]
         with torch.inference_mode():
-            both = version.backbone(images.tensors, images.image_sizes, generators=dice, **setting)
+            both = version.features(images, mimdet.Sampling(ratio, keep, generators=seeds))
         c4.append(both["c4"][:, :, :own_h, :own_w])
     moved, equal = float((c4[0] - c4[1]).norm() / c4[0].norm()), torch.equal(*c4)
     full = math.prod(token_grid(*images.image_sizes[0])) * 256 == images.tensors[0, 0].numel()
-    must = setting["sample_ratio"] == 1 and (full or "keep" in setting)
+    must = ratio == 1 and (full or keep == "padded")
     check(f"{name}: c4 moves by {100 * moved:.1f} %", equal == must, "bit for bit" * equal)
 
 # %% [markdown]

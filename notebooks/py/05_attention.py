@@ -27,13 +27,12 @@ QUERY = (0.5, 0.17)  # the patch to ask, as shares of the height and of the widt
 import mimdet
 import torch
 from mimdet import check
-from mimdet.data.augment import resize_of
-from mimdet.images import resize_image
+from mimdet.images import Resize
 from mimdet.notebook import open_detector, open_pictures
 
 model = open_detector(MODE)
 if MODE == "full":
-    model.config.data.test_short_side = 384  # at 800 pixels all maps would take 10 GiB
+    model.resize = Resize(384, 640)  # at 800 pixels all maps would take 10 GiB
 pictures = open_pictures(PATH, MODE, count=8)
 images = [model.resize(i) for i in pictures.images]
 image = images[min(2, len(images) - 1)]  # uint8 (3, H, W), as it is fed to the network

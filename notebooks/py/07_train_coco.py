@@ -267,7 +267,7 @@ for mode in ("off", "on"):
     tiny.backbone.checkpointing = mode
     backbone = mimdet.build_detector(tiny).backbone.train()
     for ratio in (1.0, 0.5, 0.25):
-        forward = partial(backbone, picture, [(512, 512)], sample_ratio=ratio)
+        forward = partial(backbone, picture, [(512, 512)], mimdet.Sampling(ratio))
         kept[mode, ratio] = kept_bytes(forward, backbone) / 1e6
 print("recomputation    ratio 1   ratio 0.5   ratio 0.25")
 for mode in ("off", "on"):

@@ -74,7 +74,7 @@ if own_data:
 # %%
 if MODE == "full" and not own_data:
     detectors = {"ViT-B": open_detector(MODE), "ViT-B, half": open_detector(MODE)}
-    detectors["ViT-B, half"].config.backbone.sample_ratio_eval = 0.5
+    detectors["ViT-B, half"].backbone.sample_ratio_eval = 0.5
 else:
     detectors = {name: mimdet.load_detector(place) for name, place in detectors.items()}
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -370,7 +370,7 @@ show_ratios(rows)
 
 # %%
 check("one draw at ratio 1, two below", [row["draws"] for row in rows] == [2, 2, 2, 1])
-ratio = detectors[first].config.backbone.sample_ratio_eval
+ratio = detectors[first].sample_ratio_eval
 same = ratio != 1 or abs(rows[-1]["box_ap"] - runs[first].box["AP"]) < 1e-9
 check("ratio 1 is the number of section 1", same, "nothing is drawn, so nothing may differ")
 

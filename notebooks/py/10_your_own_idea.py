@@ -53,16 +53,12 @@ IDEA = strongest
 
 # %%
 from mimdet import check
-from mimdet.data.augment import resize_of
-from mimdet.images import resize_image
-from mimdet.models.rcnn import pad_and_normalise
 from mimdet.models.sampling import SAMPLERS, select, token_grid
 from mimdet.notebook import open_detector, open_pictures
 
 model = open_detector(MODE)
-image = open_pictures("", MODE, count=4).images[3]
-image = model.resize(image)
-batch = pad_and_normalise([image], torch.device("cpu"))
+batch = model.prepare(open_pictures("", MODE, count=4).images[3])
+image = batch.images[0]
 with torch.no_grad():
     features = model.backbone.stem(batch.tensors).tokens[0]  # (D, h, w), padding included
 grid = token_grid(*image.shape[1:])
