@@ -14,12 +14,18 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from mimdet.analysis.errors import MEANINGS, Curve, DetectionError, ErrorReport
-from mimdet.analysis.matching import as_rle
 from mimdet.analysis.verdicts import SAME, RunComparison
 from mimdet.data.loader import Dataset
-from mimdet.data.rasters import crops_from_segmentations
 from mimdet.structures import Crops, Record, Target
-from mimdet.viz.draw import class_colour, draw_image, draw_target, image_panels, score_text
+from mimdet.viz.draw import (
+    box_of,
+    class_colour,
+    draw_image,
+    draw_objects,
+    image_panels,
+    mask_of,
+    score_text,
+)
 from mimdet.viz.style import (
     BLUE,
     FAINT,
@@ -360,11 +366,11 @@ def _draw_detection(
     id in a corner."""
     height, width = record.image.shape[1:]
     if error.result is not None:
-        box = torch.tensor([_box(error.result, height, width)], dtype=torch.float32)
+        box = torch.tensor([box_of(error.result, (height, width))], dtype=torch.float32)
         label = dataset.category_ids.index(error.result["category_id"])
-        masks = _mask(error.result, height, width)
+        masks = mask_of(error.result, (height, width))
         found = Target(box, torch.tensor([label]), masks)
-        draw_target(ax, _shifted(found, window), _size(window), [""])  # the title names it
+        draw_objects(ax, _shifted(found, window), _size(window), [""])  # the title names it
     elif error.truth is not None:
         _draw_dashed(ax, error.truth, (height, width), window)
     ax.text(
@@ -388,7 +394,7 @@ def _draw_truth(
     seen = (boxes[:, 0] < x1) & (boxes[:, 2] > x0) & (boxes[:, 1] < y1) & (boxes[:, 3] > y0)
     masks = None if target.masks is None else target.masks[seen]
     around = Target(boxes[seen], target.labels[seen], masks)
-    draw_target(ax, _shifted(around, window), _size(window), dataset.categories)
+    draw_objects(ax, _shifted(around, window), _size(window), dataset.categories)
     size = record.image.shape[1:]
     if error.truth is not None:
         label = dataset.category_ids.index(error.truth["category_id"])
@@ -412,7 +418,7 @@ def _draw_dashed(
 
 
 def _outline(entry: dict[str, Any], image_size: Sequence[int], window: Window) -> Rectangle:
-    left, top, right, bottom = _box(entry, *image_size)
+    left, top, right, bottom = box_of(entry, image_size)
     corner = (left - window[0], top - window[1])
     return Rectangle(corner, right - left, bottom - top, fill=False, linewidth=1.0)
 
@@ -422,7 +428,7 @@ def _window(error: DetectionError, image_size: Sequence[int]) -> Window:
     of a side that is shorter."""
     height, width = image_size
     entries = [entry for entry in (error.result, error.truth) if entry is not None]
-    boxes = torch.tensor([_box(entry, height, width) for entry in entries])
+    boxes = torch.tensor([box_of(entry, image_size) for entry in entries])
     low, high = boxes[:, :2].min(0).values, boxes[:, 2:].max(0).values
     side = max(SMALLEST, round(CONTEXT * float((high - low).max())))
     spans = []
@@ -431,27 +437,6 @@ def _window(error: DetectionError, image_size: Sequence[int]) -> Window:
         spans.append((start, min(pixels, start + side)))
     (x0, x1), (y0, y1) = spans
     return x0, y0, x1, y1
-
-
-def _box(entry: dict[str, Any], height: int, width: int) -> list[float]:
-    """xyxy of a COCO result or annotation; without a bbox, that of its mask."""
-    if entry.get("bbox") is not None:
-        x, y, w, h = entry["bbox"]
-    else:
-        from pycocotools import mask as coco_mask
-
-        x, y, w, h = coco_mask.toBbox(as_rle(entry["segmentation"], height, width)).tolist()
-    return [x, y, x + w, y + h]
-
-
-def _mask(result: dict[str, Any], height: int, width: int) -> Crops | None:
-    """None for results of boxes, and for an empty mask."""
-    from pycocotools import mask as coco_mask
-
-    rle = result.get("segmentation")
-    if rle is None or not coco_mask.area(as_rle(rle, height, width)):
-        return None
-    return crops_from_segmentations([rle], height, width)
 
 
 def _shifted(target: Target, window: Window) -> Target:

@@ -17,9 +17,8 @@ from mimdet.models.sampling import PATCH, Sample, padded_places, token_grid
 from mimdet.structures import Detections, Record, Target, padded_size
 from mimdet.viz.charts import show_ratios, show_training
 from mimdet.viz.draw import (
-    draw_detections,
     draw_image,
-    draw_target,
+    draw_objects,
     image_panels,
     image_size,
     score_text,
@@ -69,12 +68,12 @@ def show_detections(
     for i, (image, ax) in enumerate(zip(images, axes[group - 1 :: group], strict=True)):
         likely = detections[i][detections[i].scores >= score_threshold]
         draw_image(ax, image, f"detections ≥ {score_text(score_threshold)}: {len(likely)}")
-        draw_detections(ax, likely, categories)
+        draw_objects(ax, likely, image_size(image), categories)
         found += len(likely)
     if targets is not None:
         for image, target, ax in zip(images, targets, axes[::group], strict=True):
             draw_image(ax, image, f"truth: {len(target)}")
-            draw_target(ax, target, image_size(image), categories)
+            draw_objects(ax, target, image_size(image), categories)
     truth = "" if targets is None else f", beside the {sum(map(len, targets))} true objects"
     fig.alt_text = (
         f"{_count(len(images), 'image')} with {_count(found, 'detection')} of score "
@@ -97,7 +96,7 @@ def show_data(
     for ax, (image, target) in zip(axes, pairs, strict=True):
         height, width = image_size(image)
         draw_image(ax, image, f"{_count(len(target), 'object')}, {width} × {height} px")
-        draw_target(ax, target, (height, width), categories)
+        draw_objects(ax, target, (height, width), categories)
     objects = sum(len(target) for _, target in pairs)
     fig.alt_text = (
         f"{_count(len(pairs), 'image')} with the boxes, masks and class names of "

@@ -149,10 +149,10 @@ def test_rollout_says_what_stays(panel):
 
 def test_another_picture(panel, images):
     before = panel.picture.picture
-    panel.chooser.choice.value = 1
+    panel.image.value = 1
     assert panel.picture.picture != before
     wide = torch.randint(0, 255, (3, 40, 90), dtype=torch.uint8)
-    panel.chooser.add(wide, "wide.png")
+    panel.add(wide, "wide.png")
     assert (panel.picture.rows, panel.picture.columns) == (8, 18)  # 128 x 288, 32-pixel padding
     assert panel.picture.selected < 8 * 18
     assert "Error" not in panel.status.value
@@ -220,8 +220,8 @@ def test_every_control_has_its_class(panel):
     names = ("part", "block", "head", "rollout", "ratio", "seed", "picture", "map")
     for name in names:
         assert f"mimdet-attention-{name}" in getattr(panel, name)._dom_classes
-    assert "mimdet-attention-image" in panel.chooser.choice._dom_classes
-    assert "mimdet-attention-upload" in panel.chooser.upload._dom_classes
+    assert "mimdet-attention-image" in panel.image._dom_classes
+    assert "mimdet-attention-upload" in panel.upload._dom_classes
 
 
 def test_a_saved_notebook_shows_both_pictures(panel):

@@ -63,7 +63,7 @@ def test_viewer_shows_the_map(tiny: Detector) -> None:
         ("level", "p4", False, True),
         ("view", "norm", False, True),
         ("ratio", 0.25, True, True),
-        ("choice", 1, True, True),
+        ("image", 1, True, True),
         ("channel", 3, False, False),  # only where a channel is shown
         ("seed", 4, False, False),  # at ratio 1 nothing is drawn at random
     ],
@@ -75,8 +75,7 @@ def test_viewer_controls(
     if control == "ratio":
         panel.level.value = "c4"
     before, seq = (picture(panel.picture), picture(panel.maps["model"])), panel.picture.seq
-    widget = panel.chooser.choice if control == "choice" else getattr(panel, control)
-    widget.value = value
+    getattr(panel, control).value = value
     assert np.array_equal(picture(panel.picture), before[0]) != image_changes
     assert np.array_equal(picture(panel.maps["model"]), before[1]) != map_changes
     assert panel.picture.seq == seq + 1 == panel.maps["model"].seq
@@ -119,7 +118,7 @@ def test_viewer_of_two_models(tiny: Detector, patchify: Detector) -> None:
     panel = PyramidViewer({"ConvStem": tiny, "patchify": patchify}, IMAGES[:1])
     assert panel.snapshot().width == 3 * 320 + 2 * 8
     shared = picture(panel.maps["patchify"])
-    panel.one_scale.value = False
+    panel.scale.value = False
     assert not np.array_equal(picture(panel.maps["patchify"]), shared)
     panel.model.value = "patchify"
     assert panel.snapshot().width == 2 * 320 + 8
@@ -144,7 +143,7 @@ def test_viewer_needs_a_model() -> None:
 
 def test_viewer_names_its_controls_and_has_a_picture(tiny: Detector, patchify: Detector) -> None:
     panel = PyramidViewer({"a": tiny, "b": patchify}, IMAGES[:1])
-    names = "image upload level view channel model scale ratio seed".split()
+    names = "image upload level view channel model scale ratio seed picture".split()
     assert {f"mimdet-pyramid-{name}" for name in names} <= classes(panel)
     data, metadata = panel._repr_mimebundle_()
     assert data["image/png"].startswith(b"\x89PNG") and "c2" in metadata["image/png"]["alt"]
@@ -168,7 +167,7 @@ def test_dial_shows_what_predict_finds(tiny: Detector) -> None:
         ("ratio", 0.25, True, 2),
         ("score", 0.9, True, 1),
         ("pale", False, True, 1),
-        ("choice", 1, True, 2),
+        ("image", 1, True, 2),
         ("seed", 3, True, 2),
     ],
 )
@@ -179,8 +178,7 @@ def test_dial_controls(tiny: Detector, control: str, value: Any, changes: bool, 
     panel.times.clear()
     panel.times[0.5] = [(10.0, 5.0)]
     before = picture(panel.picture)
-    widget = panel.chooser.choice if control == "choice" else getattr(panel, control)
-    widget.value = value
+    getattr(panel, control).value = value
     assert np.array_equal(picture(panel.picture), before) != changes
     assert sum(map(len, panel.times.values())) == runs
 
@@ -190,9 +188,9 @@ def test_dial_beside_the_truth(tiny: Detector) -> None:
     assert alone.snapshot().width == 400 and beside.snapshot().width == 808
     assert beside.truth.label == f"truth: {len(TARGETS[0])} objects"
     first = picture(beside.truth)
-    beside.chooser.choice.value = 1
+    beside.image.value = 1
     assert not np.array_equal(picture(beside.truth), first)
-    beside.chooser.add(IMAGES[0], "photo.png")
+    beside.add(IMAGES[0], "photo.png")
     assert beside.truth.label == "no truth is known"
 
 
@@ -233,7 +231,7 @@ def test_dial_refuses(tiny: Detector, build: Any, said: str) -> None:
 def test_dial_names_its_controls_and_leaves_the_model_alone(tiny: Detector) -> None:
     model = copy.deepcopy(tiny).train()
     panel = RatioDial(model, IMAGES[:1])
-    names = "image upload ratio seed score pale times".split()
+    names = "image upload ratio seed score pale table".split()
     assert {f"mimdet-ratio-{name}" for name in names} <= classes(panel)
     assert model.training
     assert not any(module._forward_hooks for module in model.modules())

@@ -2,6 +2,7 @@
 
 import io
 import threading
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 import mimdet
+from mimdet.viz.draw import to_pixels
 from mimdet.viz.widgets.canvas import PatchCanvas
-from mimdet.viz.widgets.panel import ImageChooser, Panel, few_proposals, ratio_slider
+from mimdet.viz.widgets.panel import ImagePanel, Panel, few_proposals, ratio_slider
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -21,7 +24,7 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 class Lamp(Panel):
     """A grey picture as bright as its slider; negative values are an error."""
 
-    label = "a lamp"
+    name, label = "lamp", "a lamp"
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,16 +56,12 @@ def lamp() -> Lamp:
 
 def test_a_control_is_answered_once(lamp: Lamp) -> None:
     lamp.level.value = 7
+    assert torch.is_grad_enabled() and not any(enabled for _, enabled, _ in lamp.drawn)
     assert [level for level, _, _ in lamp.drawn] == [100, 7]  # not again for what draw moved
     assert lamp.status.value == "level 7"
     assert [canvas.seq for canvas in lamp.canvases] == [2, 2]
     assert len(lamp.milliseconds) == 2
     assert all(took > 0 for took in lamp.milliseconds)
-
-
-def test_it_draws_without_gradients(lamp: Lamp) -> None:
-    assert torch.is_grad_enabled()
-    assert not any(enabled for _, enabled, _ in lamp.drawn)
 
 
 def test_an_error_is_written_below_and_does_not_end_it(lamp: Lamp) -> None:
@@ -107,11 +106,12 @@ def test_panels_take_turns(lamp: Lamp) -> None:
     assert Lamp()._lock is lamp._lock
 
 
-def test_it_arranges_rows_and_ends_with_the_status(lamp: Lamp) -> None:
+def test_it_arranges_rows_ends_with_the_status_and_gives_classes(lamp: Lamp) -> None:
     controls, pictures, status = lamp.box.children
     assert list(controls.children) == [lamp.level, lamp.other]
     assert list(pictures.children) == lamp.canvases
     assert status is lamp.status
+    assert "mimdet-lamp-level" in lamp.level._dom_classes
 
 
 def test_a_saved_notebook_shows_the_canvases(lamp: Lamp) -> None:
@@ -145,58 +145,59 @@ def png(width: int, height: int) -> bytes:
     return stream.getvalue()
 
 
+class Chosen(ImagePanel):
+    """Shows the picture that is chosen."""
+
+    def __init__(self, images: Sequence[Tensor] | None = None) -> None:
+        super().__init__(images)
+        self.canvases = [PatchCanvas()]
+        self.redraw()
+
+    def draw(self) -> str:
+        self.canvases[0].show(to_pixels(self.chosen))
+        return f"{self.chosen.shape[1]} rows"
+
+
 @pytest.fixture
-def chooser() -> ImageChooser:
-    return ImageChooser([torch.zeros(3, 4, 4, dtype=torch.uint8) + i for i in range(3)])
+def panel() -> Chosen:
+    return Chosen([torch.zeros(3, 4, 4, dtype=torch.uint8) + i for i in range(3)])
 
 
-def test_choosing_a_picture(chooser: ImageChooser) -> None:
-    assert chooser.image[0, 0, 0] == 0
-    chooser.choice.value = 2
-    assert chooser.image[0, 0, 0] == 2
-    assert chooser.widgets == [chooser.choice, chooser.upload]
+def test_choosing_a_picture(panel: Chosen) -> None:
+    assert panel.chosen[0, 0, 0] == 0
+    panel.image.value = 2
+    assert panel.chosen[0, 0, 0] == 2
+    assert len(panel.milliseconds) == 2
 
 
-def test_an_uploaded_picture_is_chosen_with_a_single_change(chooser: ImageChooser) -> None:
-    chooser.choice.value = 1
-    seen: list[int] = []
-    chooser.choice.observe(lambda change: seen.append(change.new), "value")
-    chooser.upload.value = (file("mine.png", png(6, 5)),)
-    assert seen == [3]
-    assert chooser.image.shape == (3, 5, 6)
-    assert chooser.image[:, 0, 0].tolist() == [1, 2, 3]
-    assert chooser.choice.label == "mine.png"
-    chooser.choice.value = 2
-    assert chooser.image[0, 0, 0] == 2  # the others are where they were
+def test_an_uploaded_picture_is_chosen_with_a_single_change(panel: Chosen) -> None:
+    panel.upload.value = (file("mine.png", png(6, 5)),)  # while the first is chosen
+    panel.upload.value = (file("two.png", png(7, 8)),)
+    assert panel.image.value == 4 and panel.image.label == "two.png"
+    assert panel.chosen.shape == (3, 8, 7)
+    assert panel.chosen[:, 0, 0].tolist() == [1, 2, 3]
+    assert panel.status.value == "8 rows"
+    assert len(panel.milliseconds) == 3  # one answer each
+    panel.image.value = 2
+    assert panel.chosen[0, 0, 0] == 2  # the others are where they were
 
 
-def test_an_upload_while_the_first_is_chosen(chooser: ImageChooser) -> None:
-    chooser.upload.value = (file("one.png", png(6, 5)),)
-    chooser.upload.value = (file("two.png", png(7, 5)),)
-    assert chooser.image.shape == (3, 5, 7)
-    assert chooser.choice.label == "two.png"
+def test_a_file_that_is_no_picture_changes_nothing_and_is_said(panel: Chosen) -> None:
+    panel.image.value = 1
+    panel.upload.value = (file("notes.txt", b"words"),)
+    assert panel.image.value == 1
+    assert len(panel.images) == 3
+    assert "notes.txt" in panel.status.value
+    panel.upload.value = (file("mine.png", png(6, 5)),)
+    assert panel.status.value == "5 rows"
 
 
-def test_a_file_that_is_no_picture_changes_nothing_and_is_said(chooser: ImageChooser) -> None:
-    chooser.choice.value = 1
-    chooser.upload.value = (file("notes.txt", b"words"),)
-    assert chooser.choice.value == 1
-    assert len(chooser.images) == 3
-    assert chooser.upload.description == "not an image"
-    assert "notes.txt" in chooser.upload.tooltip
-    chooser.upload.value = (file("mine.png", png(6, 5)),)
-    assert chooser.upload.description == "your own"
-
-
-def test_without_images_it_has_eight_scenes() -> None:
-    chooser = ImageChooser()
-    assert len(chooser.images) == len(chooser.choice.options) == 8
-    assert chooser.image.dtype == torch.uint8
-
-
-def test_no_images_is_an_error() -> None:
+def test_without_images_it_has_eight_scenes_and_none_are_an_error() -> None:
+    panel = Chosen()
+    assert len(panel.images) == len(panel.image.options) == 8
+    assert panel.chosen.dtype == torch.uint8
     with pytest.raises(ValueError, match="give at least one"):
-        ImageChooser([])
+        Chosen([])
 
 
 def test_ratios_go_from_a_twentieth_to_all() -> None:
@@ -227,7 +228,7 @@ def test_a_large_detector_answers_with_few_proposals() -> None:
         raise RuntimeError
     mimdet.predict(model, image)
     assert counts == [400, 100, 400]
-    assert remark == "heads on the 100 best proposals, not 400"
+    assert remark == " · heads on the 100 best proposals, not 400"
 
 
 def test_a_small_detector_is_left_as_it_is() -> None:

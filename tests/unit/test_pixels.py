@@ -1,12 +1,17 @@
 """Pictures as arrays: sizes, colours and places worked out by hand."""
 
+import math
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib import colormaps
 from PIL import Image
 
-from mimdet.structures import Crops, Detections, Target
+from mimdet.structures import Crops, Detections, Target, paste
 from mimdet.viz import draw
 from mimdet.viz.draw import class_colour
 
@@ -23,15 +28,11 @@ def white(height: int, width: int) -> draw.Pixels:
 
 
 def test_images_become_rows_of_pixels() -> None:
-    image = torch.arange(24, dtype=torch.uint8).reshape(3, 2, 4)
-    picture = draw.to_pixels(image)
+    picture = draw.to_pixels(torch.arange(24, dtype=torch.uint8).reshape(3, 2, 4))
     assert picture.shape == (2, 4, 3)
     assert picture[1, 2].tolist() == [6, 14, 22]
-
-
-def test_floats_are_rounded_and_clipped() -> None:
-    image = torch.tensor([-0.5, 0.5, 7.0]).reshape(3, 1, 1)
-    assert draw.to_pixels(image).tolist() == [[[0, 128, 255]]]
+    floats = torch.tensor([-0.5, 0.5, 7.0]).reshape(3, 1, 1)
+    assert draw.to_pixels(floats).tolist() == [[[0, 128, 255]]]  # rounded and clipped
 
 
 @pytest.mark.parametrize("channels", [3, 4])
@@ -43,11 +44,6 @@ def test_a_data_url_is_the_picture(channels: int) -> None:
     assert channels == 4 or (again[..., 3] == 255).all()
 
 
-def test_png_bytes_are_a_png() -> None:
-    content = draw.png_bytes(Image.new("RGB", (3, 2), "red"))
-    assert content.startswith(b"\x89PNG")
-
-
 def test_enlarging_keeps_proportions_and_sharp_edges() -> None:
     checks = np.array([[0, 255, 0], [255, 0, 255]], np.uint8)[..., None].repeat(3, axis=2)
     sharp = draw.enlarged(checks, 30, smooth=False)
@@ -55,9 +51,6 @@ def test_enlarging_keeps_proportions_and_sharp_edges() -> None:
     assert set(sharp.flat) == {0, 255}
     assert (sharp[:10, 10:20] == 255).all()
     assert len(set(draw.enlarged(checks, 30).flat)) > 2
-
-
-def test_a_very_flat_picture_keeps_a_row() -> None:
     assert draw.enlarged(white(1, 300), 20).shape == (1, 20, 3)
 
 
@@ -87,9 +80,6 @@ def test_unsampled_places_are_grey() -> None:
     assert picture[0].tolist() == [list(draw.UNSAMPLED), colour(0.0), colour(1.0)]
     nothing = draw.heat(torch.full((2, 2), float("nan")))
     assert (nothing == draw.UNSAMPLED).all()
-
-
-def test_equal_values_are_one_colour() -> None:
     assert len({tuple(p) for p in draw.heat(torch.full((2, 2), 7.0)).reshape(-1, 3)}) == 1
 
 
@@ -103,9 +93,6 @@ def test_pictures_beside_each_other() -> None:
     assert (row[:, 3:5] == 255).all()
     assert (row[:2, 5:] == 85).all()
     assert (row[2:, 5:] == 255).all()
-
-
-def test_no_pictures_beside_each_other() -> None:
     with pytest.raises(ValueError, match="at least one picture"):
         draw.beside([])
 
@@ -115,64 +102,153 @@ def test_a_caption_stands_above() -> None:
     assert picture.shape == (32, 60, 3)
     assert (picture[22:] == 0).all()
     assert 0 < (picture[:22] < 128).mean() < 0.5
+    longer = draw.captioned(picture, "a text that is too long for it")
+    assert (longer[:20, -2:] == 255).all()  # written smaller
+
+
+# ------------------------------------------------------------------------------- names
+
+
+def test_names() -> None:
+    assert [draw.score_text(s) for s in (0.871, 0.05, 1.0, 0.999)] == [".87", ".05", "1.00", "1.00"]
+    assert draw.class_name(1, ["cat", "dog"]) == "dog"
+    assert draw.class_name(7, ["cat", "dog"]) == "7"
+    assert draw.class_name(0, ["nucleus"]) == ""
+
+
+def test_names_find_free_places_by_hand() -> None:
+    """Above, then below; a third object in the same place goes to the right of its box."""
+    box = (10, 10, 20, 20)
+    places = draw.place_names([box, box, box], [(10, 4)] * 3, width=100, height=100)
+    assert places == [(10, 6, 20, 10), (10, 20, 20, 24), (20, 10, 30, 14)]
+    assert draw.place_names([(0, 1, 90, 9)], [(10, 4)], 100, 10) == [(90, 1, 100, 5)]
+    assert draw.place_names([(0, 0, 8, 8)], [(10, 4)], 8, 8) == [None]
+
+
+@given(
+    st.lists(st.tuples(*[st.floats(-20, 120)] * 4), max_size=30),
+    st.floats(1, 60),
+)
+def test_names_never_overlap_nor_leave_the_image(
+    boxes: list[tuple[float, float, float, float]], width: float
+) -> None:
+    places = draw.place_names(boxes, [(width, 8.0)] * len(boxes), 100, 80)
+    placed = [p for p in places if p is not None]
+    for i, (x0, y0, x1, y1) in enumerate(placed):
+        assert x0 >= 0 and y0 >= 0 and x1 <= 100 + 1e-9 and y1 <= 80
+        for other in placed[:i]:
+            assert x1 <= other[0] or other[2] <= x0 or y1 <= other[1] or other[3] <= y0
 
 
 # ------------------------------------------------------------------------------- objects
 
 
 def target() -> Target:
-    """A box with the left half of it filled, in an image of 20 x 40 draw."""
+    """A box with the left half of it filled, in an image of 20 x 40 pixels."""
     boxes = torch.tensor([[10.0, 4.0, 30.0, 16.0]])
     half = torch.zeros(1, 12, 20, dtype=torch.uint8)
     half[..., :10] = 1
     return Target(boxes, torch.tensor([2]), Crops(boxes, half))
 
 
+def detections(*scores: float) -> Detections:
+    """Boxes side by side, of classes 0, 1, ..., in an image of 20 x 40 pixels."""
+    boxes = torch.tensor([[1.0 + 20 * i, 1, 9 + 20 * i, 9] for i in range(len(scores))])
+    return Detections(boxes, torch.tensor(scores), torch.arange(len(scores)), (20, 40))
+
+
+def painted(objects: Target | Detections, scale: int = 3, **options: Any) -> draw.Pixels:
+    marks = draw.marks_of(objects, **options)
+    return draw.with_marks(white(20 * scale, 40 * scale), marks, (20, 40))
+
+
 @pytest.mark.parametrize("scale", [3, 10])
 def test_a_box_is_drawn_in_the_pixels_of_the_picture(scale: int) -> None:
-    picture = draw.with_objects(white(20 * scale, 40 * scale), target(), (20, 40))
+    picture = painted(target(), scale)
     assert picture[10 * scale, 10 * scale].tolist() == rgb(2)
     assert picture[10 * scale, 30 * scale].tolist() == rgb(2)
     assert (picture[10 * scale, 35 * scale] == 255).all()
 
 
 def test_a_mask_fills_its_part_of_the_box() -> None:
-    picture = draw.with_objects(white(60, 120), target(), (20, 40))
     mixed = 0.6 * 255 + 0.4 * np.array(rgb(2))
+    picture = painted(target())
     assert picture[45, 42] == pytest.approx(mixed, abs=1)
+    assert picture[30, 59].tolist() == rgb(2)  # its outline
     assert (picture[45, 80] == 255).all()
+    plain = painted(Target(target().boxes, target().labels))
+    assert (plain[45, 42] == 255).all() and plain[30, 30].tolist() == rgb(2)
 
 
-def test_a_target_without_masks_has_boxes_only() -> None:
-    plain = Target(target().boxes, target().labels)
-    picture = draw.with_objects(white(60, 120), plain, (20, 40))
-    assert (picture[45, 42] == 255).all()
-    assert picture[30, 30].tolist() == rgb(2)
-
-
-def test_weak_detections_are_left_out() -> None:
-    found = Detections(
-        torch.tensor([[1.0, 1, 9, 9], [21, 1, 29, 9]]),
-        torch.tensor([0.9, 0.2]),
-        torch.tensor([0, 1]),
-        (20, 40),
+@pytest.mark.parametrize("size", [(40, 100), (1, 1), (3, 900)])
+def test_a_mask_is_painted_where_paste_puts_it(size: tuple[int, int]) -> None:
+    """At any image size, cut off at the image; nothing of a mask outside or without area."""
+    height, width = size
+    scale = 640 / max(size)
+    shape = (math.ceil(height * scale), math.ceil(width * scale))
+    boxes = torch.tensor(
+        [
+            [0.25 * width, 0.25 * height, 0.75 * width, 0.75 * height],
+            [-0.5 * width, 0.5 * height, 0.5 * width, 1.5 * height],
+            [2.0 * width, 0, 3.0 * width, height],  # outside
+            [0.5 * width, 0, 0.5 * width, height],  # no area
+        ]
     )
-    picture = draw.with_objects(white(200, 400), found, (20, 40))
-    assert (picture[:, 200:] == 255).all()
-    both = draw.with_objects(white(200, 400), found, (20, 40), score_threshold=0.1)
-    assert both[50, 210].tolist() == rgb(1)
+    for box in boxes:
+        crops = Crops(box[None], torch.ones(1, 28, 28))
+        layer = Image.new("RGBA", shape[::-1])
+        nowhere = (-99, -99, -98, -98)
+        draw.paint(layer, [draw.Mark(nowhere, "red", mask=crops)], scale)
+        expected = paste(crops.bitmaps, crops.boxes * scale, *shape)[0].numpy()
+        assert ((np.asarray(layer)[..., 3] > 0) == expected).all()
 
 
-def test_the_picture_that_was_given_is_not_changed() -> None:
-    given = white(20, 40)
-    draw.with_objects(given, target(), (20, 40))
-    assert (given == 255).all()
+def test_a_ring_keeps_its_hole() -> None:
+    cells = torch.ones(1, 28, 28)
+    cells[:, 8:20, 8:20] = 0
+    ring = draw.Mark((0, 0, 28, 28), "#FF0000", mask=Crops(torch.tensor([[0.0, 0, 28, 28]]), cells))
+    picture = draw.with_marks(white(280, 280), [ring], (28, 28))
+    assert (picture[140, 140] == 255).all() and (picture[40, 140] != 255).any()
 
 
-def test_a_mask_outside_the_image_is_cut() -> None:
-    boxes = torch.tensor([[-10.0, -10, 5, 5], [60, 60, 90, 90]])
-    masks = Crops(boxes, torch.ones(2, 15, 15, dtype=torch.uint8))
-    outside = Target(boxes, torch.tensor([0, 0]), masks)
-    picture = draw.with_objects(white(200, 400), outside, (20, 40))
-    assert (picture[100:, 200:] == 255).all()
-    assert (picture[40, 10] != 255).any()
+def test_weak_detections_are_left_out_and_the_best_is_on_top() -> None:
+    assert (painted(detections(0.9, 0.2), 10, score_threshold=0.3)[:, 200:] == 255).all()
+    assert painted(detections(0.9, 0.2), 10, score_threshold=0.1)[50, 210].tolist() == rgb(1)
+    same = detections(0.4, 0.9)
+    same.boxes[0] = same.boxes[1]
+    assert [mark.name for mark in draw.marks_of(same, ["cat", "dog"])] == ["dog .90", "cat .40"]
+    assert painted(same, 10)[50, 210].tolist() == rgb(1)
+
+
+def test_a_crowded_picture_is_not_hidden_by_names() -> None:
+    found = detections(*[0.5] * 40)
+    with_names, without = (
+        draw.with_marks(white(200, 8000), draw.marks_of(found[:count], []), (20, 800))
+        for count in (30, 40)
+    )
+    assert (with_names[105:] != 255).any() and (without[105:] == 255).all()
+
+
+def test_weak_marks_are_thin_and_nameless_and_missed_ones_dashed() -> None:
+    grey = np.full((60, 120, 3), 128, np.uint8)
+    box, colour = (20.0, 30.0, 100.0, 50.0), class_colour(2)
+
+    def coloured(**options: Any) -> int:
+        mark = draw.Mark(box, colour, "cat", **options)
+        return int((draw.with_marks(grey, [mark], (60, 120)) == rgb(2)).all(-1).sum())
+
+    assert coloured(strong=False) == 2 * 81 + 2 * 19  # one pixel wide, nothing else
+    assert coloured() > 2 * coloured(strong=False) > 2 * coloured(strong=False, dashed=True) > 150
+    assert (grey == 128).all()  # the picture given is as it was
+
+
+def test_a_figure_lays_the_same_marks_over_its_image() -> None:
+    _, (ax,) = draw.image_panels([(20, 40)], columns=1)
+    draw.draw_image(ax, torch.full((3, 20, 40), 255, dtype=torch.uint8), "title")
+    draw.draw_objects(ax, target(), (20, 40), ["a", "b", "c"])
+    layer = np.asarray(ax.images[1].get_array())
+    assert layer.shape[1] == pytest.approx(2 * ax.bbox.width, abs=1)
+    scale = layer.shape[1] / 40
+    assert layer[round(10 * scale), round(10 * scale)].tolist() == [*rgb(2), 255]
+    assert layer[0, 0, 3] == 0
+    assert ax.get_xlim() == (0, 40) and ax.get_ylim() == (20, 0)

@@ -157,7 +157,7 @@ def test_ratio_sampler_and_seed_draw_anew(lab):
 
 def test_another_image_brings_its_own_grid(lab):
     seq = lab.canvas.seq
-    lab.chooser.choice.value = 1
+    lab.image.value = 1
     assert (lab.canvas.rows, lab.canvas.columns) == (4, 6)
     assert len(kept(lab)) == 6
     assert lab.canvas.size == (300, 200) == lab.painting.size == lab.detections.size
@@ -167,10 +167,8 @@ def test_another_image_brings_its_own_grid(lab):
 def test_an_uploaded_image_is_chosen(lab):
     file = io.BytesIO()
     Image.new("RGB", (32, 64), "red").save(file, "PNG")
-    lab.chooser._uploaded(
-        type("Change", (), {"new": [{"name": "r.png", "content": file.getvalue()}]})
-    )
-    assert lab.chooser.choice.value == 2
+    lab._uploaded(type("Change", (), {"new": [{"name": "r.png", "content": file.getvalue()}]}))
+    assert lab.image.value == 2
     assert (lab.canvas.rows, lab.canvas.columns) == (8, 4)
 
 
@@ -211,7 +209,7 @@ def test_select_says_what_happened_to_a_token_without_asking_the_models(lab, mon
 
 def test_reconstruction_with_and_without_the_seen_patches(lab):
     pasted = lab.painting.picture
-    lab.part.value = "painted everywhere"
+    lab.reconstruction.value = "painted"
     assert lab.painting.picture != pasted
 
 
@@ -236,7 +234,15 @@ def test_status_gives_tokens_cost_and_time(lab):
 
 
 def test_every_control_can_be_found_by_its_class(lab):
-    controls = [*lab.chooser.widgets, lab.ratio, lab.sampler, lab.seed, lab.tool, lab.part]
+    controls = [
+        lab.image,
+        lab.upload,
+        lab.ratio,
+        lab.sampler,
+        lab.seed,
+        lab.tool,
+        lab.reconstruction,
+    ]
     classes = [c._dom_classes for c in (*controls, lab.reset, *lab.canvases)]
     assert all(any(name.startswith("mimdet-token-") for name in own) for own in classes)
     assert len({own[-1] for own in classes}) == len(classes)
@@ -245,10 +251,10 @@ def test_every_control_can_be_found_by_its_class(lab):
 def test_a_saved_notebook_shows_the_pictures_of_the_models_that_are_there(lab, models):
     data, metadata = lab._repr_mimebundle_()
     picture = Image.open(io.BytesIO(data["image/png"]))
-    assert picture.size == (3 * 300 + 2 * 8, 300 + 22)
+    assert picture.size == (3 * 300 + 2 * 8, 300 + 20)
     assert metadata["image/png"]["alt"] == lab.label
     alone = TokenLab(mae=models[1], images=[noise(64, 64)])
-    assert alone.snapshot().size == (2 * 300 + 8, 322)
+    assert alone.snapshot().size == (2 * 300 + 8, 320)
 
 
 def test_it_answers_in_time():

@@ -103,7 +103,7 @@ def test_a_failure_is_shown_with_the_end_of_the_log(tmp_path) -> None:
 
 def test_what_a_button_cannot_do_is_said_in_the_panel(tmp_path) -> None:
     board = TrainingDashboard(short(), tmp_path / "run", processes=5)
-    board.start_button.click()
+    board.buttons["start"].click()
     assert "processes=5 cannot share" in board.log.value and board.state.name == "new"
 
 
@@ -117,7 +117,8 @@ def test_a_picture_that_cannot_be_made_is_said_and_ends_no_watching(tmp_path, mo
     monkeypatch.setattr(board, "draw_detections", lambda: {}["<no>"])
     board._follow()
     assert drawn == [1, 1, 1]
-    assert board.log.value == "the detections cannot be drawn: KeyError: &#x27;&lt;no&gt;&#x27;"
+    assert board.log.value.startswith("the detections cannot be drawn")
+    assert "&lt;no&gt;" in board.log.value
 
 
 def test_an_autoencoder_s_run_has_curves_only(tmp_path) -> None:
@@ -135,7 +136,7 @@ def test_start_stop_take_over_resume_end(tmp_path, monkeypatch, gate) -> None:
     run = tmp_path / "run"
     board = TrainingDashboard(short(), run, sampler=gated)
     empty = board.curves.picture
-    board.start_button.click()
+    board.buttons["start"].click()
     wait_until(lambda: board.progress.value == 3, "three steps are shown")
     assert usable(board) == ["stop"] and len(watchers(run)) == 1
     assert board.progress.max == STEPS and "left" in board.status.value
@@ -144,7 +145,7 @@ def test_start_stop_take_over_resume_end(tmp_path, monkeypatch, gate) -> None:
     second = TrainingDashboard(run, trust_code=True)
     assert second.state.running and usable(second) == ["stop"]
     assert len(watchers(run)) == 1 and second._thread in watchers(run)
-    second.stop_button.click()
+    second.buttons["stop"].click()
     assert usable(second) == []  # asked already
     wait_until(lambda: not watchers(run), "the thread ends with the training")
     assert second.state.name == "stopped" and second.state.step == 3
@@ -155,7 +156,7 @@ def test_start_stop_take_over_resume_end(tmp_path, monkeypatch, gate) -> None:
     assert isinstance(shown, Image.Image) and shown.height > 400
 
     gate.unlink()
-    second.resume_button.click()
+    second.buttons["resume"].click()
     done = second.wait(300)
     assert done.name == "finished" and usable(second) == []
     assert second.progress.value == STEPS and second.progress.bar_style == "success"

@@ -29,14 +29,14 @@ from mimdet.viz.attention import (
 from mimdet.viz.draw import enlarged, to_pixels
 from mimdet.viz.record import Recording, attention_names, record
 from mimdet.viz.widgets.canvas import PatchCanvas
-from mimdet.viz.widgets.panel import STYLE, ImageChooser, Panel, ratio_slider
+from mimdet.viz.widgets.panel import ImagePanel, ratio_slider, seed_slider
 
 WIDTH = 352
 """Pixels of a picture on the screen."""
 MEAN = -1
 
 
-class AttentionExplorer(Panel):
+class AttentionExplorer(ImagePanel):
     """Left the picture, right what the chosen token takes from every other token.
 
     image, your own: another picture. Click a patch of either picture, or move with the arrow keys:
@@ -48,49 +48,42 @@ class AttentionExplorer(Panel):
     runs for every query, and rollout is not to be had.
     """
 
+    name = "attention"
+
     def __init__(self, model: Detector, images: Sequence[Tensor] | None = None) -> None:
         """model: a MIMDet; images: uint8 (3, H, W), by default scenes of ShapesCOCO. Raises
         ValueError for a model with another backbone, whose tokens are not sampled."""
-        super().__init__()
+        super().__init__(images)
         if not isinstance(model.backbone, MIMDetBackbone):
             raise ValueError(
                 f"{type(model.backbone).__name__} has no encoder of sampled tokens and no decoder: "
                 "give a detector with a MIMDet backbone"
             )
         self.model = model
-        self.chooser = ImageChooser(images)
         self.names = {
             part: [n for n in attention_names(model) if n.startswith(f"backbone.{part}.")]
             for part in ("encoder", "decoder")
         }
-        self.part = ipywidgets.Dropdown(
-            options=[part for part, names in self.names.items() if names],
-            description="part",
-            **_narrow(160),
+        self.part = _dropdown("part", 160, [part for part, names in self.names.items() if names])
+        self.block, self.head = _dropdown("block", 110), _dropdown("head", 130)
+        self.rollout = ipywidgets.Checkbox(
+            description="rollout", indent=False, layout={"width": "90px"}
         )
-        self.block = ipywidgets.Dropdown(description="block", **_narrow(110))
-        self.head = ipywidgets.Dropdown(description="head", **_narrow(130))
-        self.rollout = ipywidgets.Checkbox(description="rollout", indent=False, **_narrow(90))
-        self.ratio = ratio_slider(0.25)
-        self.seed = ipywidgets.BoundedIntText(0, 0, 9999, description="seed", **_narrow(120))
+        self.ratio, self.seed = ratio_slider(), seed_slider()
         self.picture = PatchCanvas(tool="select", show_grid=True, size=(WIDTH, WIDTH))
         self.map = PatchCanvas(tool="select", size=(WIDTH, WIDTH))
         self.canvases = [self.picture, self.map]
         self._inputs: Inputs | None = None
         self._shown: Inputs | None = None
         self._offered = ""
-        self._name_controls()
         self._offer_blocks()
-        self.arrange(
-            [*self.chooser.widgets, self.ratio, self.seed],
-            [self.part, self.block, self.head, self.rollout],
-            self.canvases,
-        )
+        of_sample = [self.ratio, self.seed]
+        of_map = [self.part, self.block, self.head, self.rollout]
+        self.arrange([self.image, self.upload, *of_sample], of_map, self.canvases)
         # The middle-most token that the first sample keeps: there is something to see at once.
         self.picture.selected = self._first_query()
         traitlets.link((self.picture, "selected"), (self.map, "selected"))
-        controls = [self.part, self.block, self.head, self.rollout, self.ratio, self.seed]
-        self.watch(self.chooser.choice, *controls)
+        self.watch(*of_sample, *of_map)
         self.watch(self.picture, name="selected")
         self.redraw()
 
@@ -165,19 +158,18 @@ class AttentionExplorer(Panel):
 
     def _prepare(self) -> "Inputs":
         """Image and sample of these controls: the same for every query, block and head."""
-        key = (self.chooser.choice.value, self.ratio.value, self.seed.value)
+        key = (self.image.value, self.ratio.value, self.seed.value)
         if self._inputs is not None and self._inputs.key == key:
             return self._inputs
         backbone: Any = self.model.backbone
         device = device_of(self.model)
-        batch = self.model.prepare(self.chooser.image)
+        batch = self.model.prepare(self.chosen)
         image = batch.images[0]
         with autocast(device, "auto"):
             tokens = backbone.stem(batch.tensors).tokens  # (1, D, h, w)
         grid = (tokens.shape[2], tokens.shape[3])
         flat = tokens.flatten(2).transpose(1, 2)  # (1, L, D)
-        dice = [generator_for(self.seed.value, device)]
-        sampling = Sampling(self.ratio.value, generators=dice)
+        sampling = Sampling(self.ratio.value, generators=[generator_for(self.seed.value, device)])
         sample = backbone.draw(flat, grid, batch.image_sizes, sampling)
         padding = (0, grid[1] * PATCH - image.shape[2], 0, grid[0] * PATCH - image.shape[1])
         padded = F.pad(image, padding, value=255)
@@ -203,8 +195,6 @@ class AttentionExplorer(Panel):
             inputs.seen[part, query] = seen
         return inputs.seen[part, query]
 
-    # --------------------------------------------------------------------------- controls
-
     @torch.inference_mode()
     def _first_query(self) -> int:
         sample = self._prepare().sample
@@ -226,23 +216,6 @@ class AttentionExplorer(Panel):
         self.head.options = [("mean", MEAN), *((str(i), i) for i in range(self._heads()))]
         self.head.value = MEAN
 
-    def _name_controls(self) -> None:
-        """Stable classes, for style sheets and tests in a browser."""
-        controls = {
-            "image": self.chooser.choice,
-            "upload": self.chooser.upload,
-            "part": self.part,
-            "block": self.block,
-            "head": self.head,
-            "rollout": self.rollout,
-            "ratio": self.ratio,
-            "seed": self.seed,
-            "picture": self.picture,
-            "map": self.map,
-        }
-        for name, control in controls.items():
-            control.add_class(f"mimdet-attention-{name}")
-
 
 @dataclass(slots=True)
 class Inputs:
@@ -260,5 +233,6 @@ class Inputs:
     """By part, and by query where all maps would not fit."""
 
 
-def _narrow(width: int) -> dict[str, Any]:
-    return {"style": STYLE, "layout": {"width": f"{width}px"}}
+def _dropdown(description: str, width: int, options: Sequence[str] = ()) -> Any:
+    layout = {"width": f"{width}px"}
+    return ipywidgets.Dropdown(options=options, description=description, layout=layout)

@@ -9,7 +9,7 @@ import numpy as np
 import traitlets
 from PIL import Image, ImageDraw
 
-from mimdet.viz.draw import data_url, from_data_url, png_bytes
+from mimdet.viz.draw import captioned, data_url, from_data_url, png_bytes
 
 HERE = Path(__file__).parent
 ORANGE = (0xD5, 0x5E, 0x00)
@@ -50,8 +50,12 @@ class PatchCanvas(anywidget.AnyWidget):
     seq = traitlets.Int(0).tag(sync=True)
     """Counts Python's answers; the page shows it as `data-seq` once the answer is on the screen."""
 
-    def show(self, pixels: Any, width: int | None = None) -> None:
-        """Replace the picture: uint8 (H, W, 3). width: on the screen; the height follows."""
+    def show(self, pixels: Any, width: int | None = None, title: str = "") -> None:
+        """Replace the picture: uint8 (H, W, 3). width: on the screen; the height follows. title: a
+        line above it, and the `label`."""
+        if title:
+            pixels = captioned(pixels, title)
+            self.label = title
         height_px, width_px = np.asarray(pixels).shape[:2]
         width = width or self.size[0]
         size = (width, max(1, round(width * height_px / width_px)))

@@ -17,9 +17,9 @@ from mimdet.data.shapes import ShapesCOCO
 from mimdet.images import read_image
 from mimdet.models.detector import Detector
 from mimdet.viz.draw import beside
+from mimdet.viz.style import VERMILLION
 from mimdet.viz.widgets.canvas import PatchCanvas, with_picture
 
-STYLE = {"description_width": "initial"}
 MANY_PROPOSALS, FEW_PROPOSALS = 300, 100
 
 
@@ -29,8 +29,11 @@ class Panel:
     A subclass makes its widgets, calls `arrange` with them and `watch` with the controls, and
     writes `draw`. Callbacks may run in a thread beside a running cell, so one lock guards the
     models of all panels and `draw` runs without gradients. What goes wrong is written below the
-    panel.
+    panel. A widget in the attribute `seed` has the class `mimdet-<name>-seed`, by which style
+    sheets and tests in a browser find it.
     """
+
+    name = "panel"
 
     _lock = threading.RLock()  # panels may share a model, and looking inside changes it for a while
 
@@ -48,6 +51,11 @@ class Panel:
 
     def arrange(self, *rows: Any) -> None:
         """Put rows of widgets below each other, the status line last."""
+        for name, widget in vars(self).items():
+            if isinstance(widget, ipywidgets.DOMWidget):
+                widget.add_class(f"mimdet-{self.name}-{name}")
+            if hasattr(getattr(widget, "style", None), "description_width"):
+                widget.style.description_width = "initial"  # else long ones are cut off
         self.box.children = [
             ipywidgets.HBox(row, layout={"flex_flow": "row wrap"}) if isinstance(row, list) else row
             for row in (*rows, self.status)
@@ -71,8 +79,7 @@ class Panel:
                 text = self.draw()
                 self.milliseconds.append(1000 * (time.perf_counter() - start))
             except Exception as error:
-                said = html.escape(str(error), quote=False)
-                text = f"<b style='color:#D55E00'>{type(error).__name__}</b>: {said}"
+                text = in_words(error)
                 raise
             finally:
                 self._drawing_thread = 0
@@ -93,66 +100,73 @@ class Panel:
         return with_picture(bundle, self.snapshot(), self.label)
 
 
-class ImageChooser:
-    """Pictures to choose from and a button for one's own; `.image`: the chosen, uint8 (3, H, W)."""
+class ImagePanel(Panel):
+    """A panel about one picture: `image` lists those to choose from, `upload` takes one's own."""
 
     def __init__(self, images: Sequence[Tensor] | None = None) -> None:
         """images: uint8 (3, H, W); by default eight held-out scenes of ShapesCOCO."""
+        super().__init__()
         if images is None:
             scenes = ShapesCOCO("shapes-v1-medium", length=8, split="val")
             images = [scenes[i].image for i in range(len(scenes))]
         if not len(images):
             raise ValueError("no images to choose from: give at least one")
         self.images = list(images)
-        self.choice = ipywidgets.Dropdown(
+        self.image = ipywidgets.Dropdown(
             options=[(f"image {i + 1}", i) for i in range(len(self.images))],
             description="image",
-            style=STYLE,
             layout={"width": "150px"},
         )
-        self.upload = ipywidgets.FileUpload(
-            accept="image/*", description="your own", layout={"margin": "2px 16px 2px 2px"}
-        )
+        self.upload = ipywidgets.FileUpload(accept="image/*", description="your own")
         self.upload.observe(self._uploaded, "value")
+        self.watch(self.image)
 
     @property
-    def image(self) -> Tensor:
-        return self.images[self.choice.value]
-
-    @property
-    def widgets(self) -> list[Any]:
-        return [self.choice, self.upload]
+    def chosen(self) -> Tensor:
+        """uint8 (3, H, W)."""
+        return self.images[self.image.value]
 
     def add(self, image: Tensor, name: str) -> None:
         """Append a picture to `images` and choose it."""
         self.images.append(image)
         # New options choose the first of them, so this changes `value` once.
-        self.choice.options = [(name, len(self.images) - 1), *self.choice.options]
+        self.image.options = [(name, len(self.images) - 1), *self.image.options]
 
     def _uploaded(self, change: Any) -> None:
         for file in change.new:
             try:
                 image = read_image(bytes(file["content"]), file["name"])
-            except ValueError:  # the page has no other place to say so
-                self._say("not an image", "warning", f"{file['name']} cannot be read as an image")
+            except ValueError as error:
+                self.status.value = in_words(error)
             else:
-                self._say("your own", "", "")
                 self.add(image, file["name"])
 
-    def _say(self, text: str, style: str, tooltip: str) -> None:
-        self.upload.description = text
-        self.upload.button_style = style
-        self.upload.tooltip = tooltip
+
+def in_words(error: Exception) -> str:
+    """A line of a page."""
+    said = html.escape(str(error), quote=False)
+    return f"<b style='color:{VERMILLION}'>{type(error).__name__}</b>: {said}"
 
 
-def ratio_slider(value: float = 0.25, description: str = "ratio kept") -> Any:
+def ratio_slider(value: float = 0.25) -> Any:
     """A slider for the share of tokens kept; it answers when it is let go."""
     return ipywidgets.SelectionSlider(
         options=[(f"{step / 20:.2f}", step / 20) for step in range(1, 21)],
         value=value,
-        description=description,
+        description="ratio kept",
         continuous_update=False,
-        style=STYLE,
+    )
+
+
+def seed_slider() -> Any:
+    """A slider for the seed of what is drawn at random."""
+    return ipywidgets.IntSlider(description="seed", max=99, continuous_update=False)
+
+
+def score_slider(value: float) -> Any:
+    """A slider for the score below which detections are left out."""
+    return ipywidgets.FloatSlider(
+        value, min=0, max=1, step=0.05, description="score ≥", continuous_update=False
     )
 
 
@@ -161,7 +175,7 @@ def few_proposals(model: Detector | None) -> Iterator[str]:
     """Inside, the heads see the 100 best proposals of an image, where it would be more than 300.
 
     A panel must answer at once, and a full-size detector on a CPU spends most of its time on a
-    thousand proposals. Yields a remark for the status line; "" for a model that is left as it is.
+    thousand proposals. Yields a remark to end the status line with; "" where all stays as it is.
     """
     train, most = model.rpn.post_nms if model is not None else (0, 0)
     if model is None or most <= MANY_PROPOSALS:
@@ -169,6 +183,6 @@ def few_proposals(model: Detector | None) -> Iterator[str]:
         return
     model.rpn.post_nms = (train, FEW_PROPOSALS)
     try:
-        yield f"heads on the {FEW_PROPOSALS} best proposals, not {most}"
+        yield f" · heads on the {FEW_PROPOSALS} best proposals, not {most}"
     finally:
         model.rpn.post_nms = (train, most)

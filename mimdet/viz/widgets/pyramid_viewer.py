@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import ipywidgets
 from torch import Tensor
 
 from mimdet.models.detector import Detector
 from mimdet.models.sampling import token_grid
-from mimdet.viz.draw import Pixels, captioned, enlarged, heat, image_size, to_pixels
+from mimdet.viz.draw import Pixels, enlarged, heat, image_size, to_pixels
 from mimdet.viz.features import (
     LEVELS,
     Pyramid,
@@ -22,14 +21,14 @@ from mimdet.viz.features import (
     strongest_channels,
 )
 from mimdet.viz.widgets.canvas import PatchCanvas
-from mimdet.viz.widgets.panel import STYLE, ImageChooser, Panel, ratio_slider
+from mimdet.viz.widgets.panel import ImagePanel, ratio_slider, seed_slider
 
 SIDE = 320  # pixels of a canvas on the screen
 BEFORE_SAMPLING = ("c2", "c3", "tokens")
 ALL = "side by side"
 
 
-class PyramidViewer(Panel):
+class PyramidViewer(ImagePanel):
     """The maps of a detector; with several detectors, side by side.
 
     - *image*, *your own*: what is looked at. The first picture shows it as the network gets it;
@@ -44,6 +43,8 @@ class PyramidViewer(Panel):
       so colours stay when the ratio moves, and the status line says how far the map has moved.
     """
 
+    name = "pyramid"
+
     def __init__(
         self, models: Detector | Mapping[str, Detector], images: Sequence[Tensor] | None = None
     ) -> None:
@@ -51,42 +52,39 @@ class PyramidViewer(Panel):
 
         Raises ValueError when there is no model.
         """
-        super().__init__()
+        super().__init__(images)
         self.models = {"model": models} if isinstance(models, Detector) else dict(models)
         if not self.models:
             raise ValueError("no model to look into: give a detector, or name -> detector")
-        self.chooser = ImageChooser(images)
-        sampled = all(hasattr(model.backbone, "sampler") for model in self.models.values())
+        sampled = all(model.samples for model in self.models.values())
         levels = [level for level in LEVELS if sampled or level != "tokens"]  # others have no stem
-        self.level = ipywidgets.Dropdown(options=levels, description="level")
+        layout = {"width": "170px"}
+        self.level = ipywidgets.Dropdown(options=levels, description="level", layout=layout)
         self.view = ipywidgets.ToggleButtons(
             options=["PCA", "norm", "channel"], style={"button_width": "80px"}
         )
         self.channel = ipywidgets.IntSlider(description="channel", min=0, max=0)
-        self.model = ipywidgets.Dropdown(options=[ALL, *self.models], description="model")
-        self.one_scale = ipywidgets.Checkbox(True, description="one scale for all", indent=False)
-        self.ratio = ratio_slider(1.0)
-        self.seed = ipywidgets.IntSlider(description="seed", max=20, continuous_update=False)
+        self.model = ipywidgets.Dropdown(
+            options=[ALL, *self.models], description="model", layout=layout
+        )
+        self.scale = ipywidgets.Checkbox(True, description="one scale for all", indent=False)
+        self.ratio, self.seed = ratio_slider(1.0), seed_slider()
         self.picture = PatchCanvas(label="the image", size=(SIDE, SIDE))
         self.maps = {name: PatchCanvas(size=(SIDE, SIDE)) for name in self.models}
         self._seen: dict[str, dict[tuple[float, int], Pyramid]] = {}
         self._image: Tensor | None = None
-        self._name_controls()
-        pictures = ipywidgets.HBox(layout={"flex_flow": "row wrap"})
-        pictures.children = [self.picture, *self.maps.values()]
-        several = [self.model, self.one_scale] if len(self.models) > 1 else []
+        controls = [self.level, self.view, self.channel, self.model, self.scale]
         self.arrange(
-            [*self.chooser.widgets, self.ratio, self.seed],
-            [self.level, self.view, self.channel, *several],
-            pictures,
+            [self.image, self.upload, self.ratio, self.seed],
+            controls if len(self.models) > 1 else controls[:3],
+            [self.picture, *self.maps.values()],
         )
-        self.watch(self.chooser.choice, self.level, self.view, self.channel, self.model)
-        self.watch(self.one_scale, self.ratio, self.seed)
+        self.watch(self.ratio, self.seed, *controls)
         self.redraw()
 
     def draw(self) -> str:
-        if self._image is not self.chooser.image:
-            self._image = self.chooser.image
+        if self._image is not self.chosen:
+            self._image = self.chosen
             self._seen = {name: {} for name in self.models}
         shown = list(self.models) if self.model.value == ALL else [self.model.value]
         where = self.ratio.value, self.seed.value
@@ -118,18 +116,18 @@ class PyramidViewer(Panel):
         """What a model makes of the image; kept for the last setting and for ratio 1."""
         seen = self._seen[name]
         model = self.models[name]
-        key = (ratio, seed) if ratio < 1 and hasattr(model.backbone, "sampler") else (1.0, 0)
+        key = (ratio, seed) if ratio < 1 and model.samples else (1.0, 0)
         if key not in seen:
             for old in [other for other in seen if other != (1.0, 0)]:
                 del seen[old]
-            seen[key] = pyramid_of(model, self.chooser.image, sample_ratio=key[0], seed=seed)
+            seen[key] = pyramid_of(model, self.chosen, sample_ratio=key[0], seed=seed)
         return seen[key]
 
     def _pictures(
         self, maps: Sequence[Tensor], references: Sequence[Tensor]
     ) -> list[tuple[Pixels, str]]:
         """Each map as pixels and what they show; scales are those of the references."""
-        one = self.one_scale.value and len({len(reference) for reference in references}) == 1
+        one = self.scale.value and len({len(reference) for reference in references}) == 1
         if self.view.value == "PCA":
             fits = [list(references)] if one else [[reference] for reference in references]
             bases = [fit_basis(*group) for group in fits] * (len(maps) if one else 1)
@@ -158,34 +156,17 @@ class PyramidViewer(Panel):
 
     def _show(self, name: str, found: Pyramid, pixels: Pixels, note: str) -> None:
         level = self.level.value
-        shape = " x ".join(map(str, found.maps[level].shape))
-        title = f"{name}, {level}: {shape}" if len(self.models) > 1 else f"{level}: {shape}"
-        canvas = self.maps[name]
-        canvas.show(captioned(enlarged(pixels, SIDE, smooth=False), title), SIDE)
-        canvas.label = f"{title}, {note}"
+        title = f"{level}: {' x '.join(map(str, found.maps[level].shape))}"
+        if len(self.models) > 1:
+            title = f"{name}, {title}"
+        self.maps[name].show(enlarged(pixels, SIDE, smooth=False), SIDE, title)
+        self.maps[name].label = f"{title}, {note}"
 
     def _show_image(self, found: Pyramid) -> None:
         pixels = enlarged(to_pixels(found.image), SIDE)
         if found.sample is not None:
             pixels = pale_dropped(pixels, found.sample, image_size(found.image))
-        self.picture.show(captioned(pixels, "image"), SIDE)
-
-    def _name_controls(self) -> None:
-        controls: dict[str, Any] = {
-            "image": self.chooser.choice,
-            "upload": self.chooser.upload,
-            "level": self.level,
-            "view": self.view,
-            "channel": self.channel,
-            "model": self.model,
-            "scale": self.one_scale,
-            "ratio": self.ratio,
-            "seed": self.seed,
-        }
-        for name, widget in controls.items():
-            widget.add_class(f"mimdet-pyramid-{name}")
-        for widget in (self.level, self.model):
-            widget.style, widget.layout = STYLE, {"width": "170px"}
+        self.picture.show(pixels, SIDE, "image")
 
 
 def _status(level: str, kept: str, moved: Mapping[str, float], notes: Sequence[str]) -> str:

@@ -6,16 +6,15 @@ from typing import Any
 
 import ipywidgets
 import numpy as np
-import torch
-from PIL import Image
+from torch import Tensor
 
 from mimdet.config import DataConfig
 from mimdet.data.augment import Geometry, apply, draw_geometry, rng_for
 from mimdet.models.sampling import token_grid
-from mimdet.structures import Record
-from mimdet.viz.draw import Pixels, captioned, to_pixels, with_objects
+from mimdet.structures import Record, Target
+from mimdet.viz.draw import Pixels, enlarged, image_size, marks_of, to_pixels, with_marks
 from mimdet.viz.widgets.canvas import PatchCanvas
-from mimdet.viz.widgets.panel import STYLE, Panel
+from mimdet.viz.widgets.panel import Panel, seed_slider
 
 KINDS = ("none", "multiscale", "paper", "lsj")
 BOARD = 400
@@ -34,6 +33,8 @@ class SampleBrowser(Panel):
     is faded in the stored one.
     """
 
+    name = "data"
+
     def __init__(
         self, dataset: Any, data: DataConfig, categories: Sequence[str] | None = None
     ) -> None:
@@ -44,28 +45,22 @@ class SampleBrowser(Panel):
         if not len(dataset):
             raise ValueError("no images to browse: the data set is empty")
         self.dataset, self.data = dataset, data
-        named = getattr(dataset, "categories", ()) if categories is None else categories
-        self.categories = list(named)
+        self.categories = getattr(dataset, "categories", ()) if categories is None else categories
         self.index = ipywidgets.BoundedIntText(
-            value=0, min=0, max=len(dataset) - 1, description="image", layout={"width": "150px"}
+            max=len(dataset) - 1, description="image", layout={"width": "150px"}
         )
         self.kind = ipywidgets.ToggleButtons(
-            options=KINDS, value="paper", description="augmentation", style=STYLE
+            options=KINDS,
+            value="paper",
+            description="augmentation",
+            style={"button_width": "90px"},
         )
-        self.kind.style.button_width = "90px"
-        self.seed = ipywidgets.IntSlider(
-            value=0, min=0, max=99, description="seed", continuous_update=False
-        )
-        for name in ("index", "kind", "seed"):
-            getattr(self, name).add_class(f"mimdet-data-{name}")
-        self.stored, self.shown = PatchCanvas(), PatchCanvas()
-        self.stored.add_class("mimdet-data-stored")
-        self.shown.add_class("mimdet-data-shown")
-        self.canvases = [self.stored, self.shown]
+        self.seed = seed_slider()
+        self.canvases = self.stored, self.shown = [PatchCanvas(), PatchCanvas()]
         self.geometry: Geometry | None = None
         """The transform on show."""
         self._read: tuple[int, Record] | None = None
-        self.arrange([self.index, self.seed], [self.kind], [self.stored, self.shown])
+        self.arrange([self.index, self.seed], [self.kind], self.canvases)
         self.watch(self.index, self.kind, self.seed)
         self.redraw()
 
@@ -78,52 +73,39 @@ class SampleBrowser(Panel):
 
     def draw(self) -> str:
         record, index = self.record(), self.index.value
-        height, width = record.image.shape[1:]
+        height, width = image_size(record.image)
         cfg = dataclasses.replace(self.data, augment=self.kind.value)
         rng = rng_for("geometry", self.seed.value, 0, index)
         self.geometry = geometry = draw_geometry(cfg, height, width, rng, train=True)
         image, target = apply(geometry, record)
         out_height, out_width = geometry.output_size
-        left = _fitted(record.image, record.target, self.categories, geometry.crop)
-        right = _fitted(image, target, self.categories)
-        self.stored.show(captioned(left, f"stored: {width} x {height} px"), BOARD)
-        self.shown.show(captioned(right, f"{cfg.augment}: {out_width} x {out_height} px"), BOARD)
-        self.stored.label = f"image {index} with {_objects(record)} objects"
-        self.shown.label = f"the same image, augmented ({cfg.augment}), {len(target)} objects left"
-        self.label = f"{self.stored.label}, beside {self.shown.label}"
+        left = self._on_board(record.image, record.target, geometry.crop)
+        right = self._on_board(image, target, (0, 0, out_width, out_height))
+        self.stored.show(left, BOARD, f"stored: {width} x {height} px")
+        self.shown.show(right, BOARD, f"{cfg.augment}: {out_width} x {out_height} px")
+        self.label = (
+            f"image {index} with {len(record.target)} objects, {self.stored.label}, beside "
+            f"{self.shown.label} and {len(target)} objects left"
+        )
         rows, columns = token_grid(out_height, out_width)
         return (
-            f"{_words(geometry, (height, width))}. {len(target)} of {_objects(record)} objects "
+            f"{_words(geometry, (height, width))}. {len(target)} of {len(record.target)} objects "
             f"are left, {rows} × {columns} = {rows * columns} tokens"
         )
 
-
-def _objects(record: Record) -> int:
-    return len(record.target)
-
-
-def _fitted(
-    image: torch.Tensor,
-    target: Any,
-    categories: Sequence[str],
-    used: tuple[int, int, int, int] | None = None,
-) -> Pixels:
-    """The image with its objects, as large as fits a grey square of BOARD pixels; used: x1, y1, x2,
-    y2 in its pixels, what lies outside is faded."""
-    height, width = image.shape[1:]
-    scale = BOARD / max(height, width)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    pixels = to_pixels(image)
-    pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
-    pixels = with_objects(pixels, target, (height, width), categories)
-    if used is not None:
-        x1, y1, x2, y2 = (round(value * scale) for value in used)
+    def _on_board(self, image: Tensor, target: Target, used: tuple[int, int, int, int]) -> Pixels:
+        """The image with its objects, as large as fits a grey square of BOARD pixels; used: x1, y1,
+        x2, y2 in its pixels, what lies outside is faded."""
+        scale = BOARD / max(image_size(image))
+        pixels = enlarged(to_pixels(image), max(1, round(image.shape[2] * scale)))
+        pixels = with_marks(pixels, marks_of(target, self.categories), image_size(image))
         faded = (0.25 * pixels + 0.75 * EMPTY).astype(np.uint8)
+        x1, y1, x2, y2 = (round(value * scale) for value in used)
         faded[y1:y2, x1:x2] = pixels[y1:y2, x1:x2]
-        pixels = faded
-    board = np.full((BOARD, BOARD, 3), EMPTY, np.uint8)
-    board[: size[1], : size[0]] = pixels
-    return board
+        board = np.full((BOARD, BOARD, 3), EMPTY, np.uint8)
+        height, width = pixels.shape[:2]
+        board[:height, :width] = faded[:BOARD, :BOARD]
+        return board
 
 
 def _words(geometry: Geometry, stored: tuple[int, int]) -> str:
@@ -132,13 +114,13 @@ def _words(geometry: Geometry, stored: tuple[int, int]) -> str:
     steps = []
     if (y2 - y1, x2 - x1) != stored:
         steps.append(f"a window of {x2 - x1} × {y2 - y1} px is cut out")
+    height, width = geometry.content_size
+    steps.append(f"resized to {width} × {height} px")
     turns = {
         "transposed": geometry.transpose,
         "mirrored left-right": geometry.flip_h,
         "mirrored up-down": geometry.flip_v,
     }
-    height, width = geometry.content_size
-    steps.append(f"resized to {width} × {height} px")
     steps += [name for name, done in turns.items() if done]
     if geometry.canvas is not None and geometry.canvas != geometry.content_size:
         steps.append(f"padded to {geometry.canvas[1]} × {geometry.canvas[0]} px")

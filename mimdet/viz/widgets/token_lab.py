@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ipywidgets
 import numpy as np
@@ -18,23 +18,35 @@ from mimdet.models.detector import Detector
 from mimdet.models.mae import MAE
 from mimdet.models.sampling import SAMPLERS, Sample, Sampler, select, token_grid
 from mimdet.structures import Detections, Target
-from mimdet.viz.draw import Pixels, beside, captioned, enlarged, image_size, to_pixels, with_objects
+from mimdet.viz.draw import (
+    beside,
+    captioned,
+    enlarged,
+    image_size,
+    marks_of,
+    to_pixels,
+    with_marks,
+)
 from mimdet.viz.features import pale_dropped
-from mimdet.viz.reconstruction import Answer, Painted, SameTokens, View
+from mimdet.viz.reconstruction import Answer, Painted, SameTokens, View, timed
 from mimdet.viz.record import record
+from mimdet.viz.style import BLUE, SKY
 from mimdet.viz.widgets.canvas import PatchCanvas
-from mimdet.viz.widgets.panel import STYLE, ImageChooser, Panel, few_proposals, ratio_slider
-
-if TYPE_CHECKING:
-    from mimdet.models.detector import Detector
-
+from mimdet.viz.widgets.panel import (
+    ImagePanel,
+    few_proposals,
+    ratio_slider,
+    score_slider,
+    seed_slider,
+)
 
 WIDTH = 300
 """Pixels of a canvas on the screen."""
 PARTS = {"seen pasted over painted": "pasted", "painted everywhere": "painted"}
+"""What is shown of a `Painted`."""
 
 
-class TokenLab(Panel):
+class TokenLab(ImagePanel):
     """Which tokens are kept, what a masked autoencoder paints from them, what a detector finds.
 
     Both are given the same tokens: one covers the same part of the picture in either model
@@ -47,11 +59,12 @@ class TokenLab(Panel):
     what the models made of it.
     """
 
+    name = "token"
     label = "a picture and its kept tokens"
 
     def __init__(
         self,
-        detector: "Detector | None" = None,
+        detector: Detector | None = None,
         mae: MAE | None = None,
         images: Sequence[Tensor] | None = None,
         *,
@@ -70,7 +83,7 @@ class TokenLab(Panel):
 
         Raises ValueError for a detector that cannot leave tokens out.
         """
-        super().__init__()
+        super().__init__(images)
         if detector is None and mae is None:
             from mimdet.models.weights import load_mae_model
             from mimdet.training.run import load_detector
@@ -89,7 +102,7 @@ class TokenLab(Panel):
         self._views: dict[int, View] = {}
         self._answers: tuple[Any, Answer] | None = None
         self._remark = ""
-        self._build(images, ratio)
+        self._build(ratio)
         self.redraw()
 
     @property
@@ -102,71 +115,39 @@ class TokenLab(Panel):
 
     # --------------------------------------------------------------------------- the widgets
 
-    def _build(self, images: Sequence[Tensor] | None, ratio: float) -> None:
-        self.chooser = ImageChooser(images)
+    def _build(self, ratio: float) -> None:
         self.ratio = ratio_slider(ratio)
         self.sampler = ipywidgets.Dropdown(
-            options=list(self.samplers),
-            description="sampler",
-            style=STYLE,
-            layout={"width": "170px"},
+            options=list(self.samplers), description="sampler", layout={"width": "170px"}
         )
-        self.seed = ipywidgets.BoundedIntText(
-            value=0, min=0, max=9999, description="seed", style=STYLE, layout={"width": "110px"}
-        )
+        self.seed = seed_slider()
         self.tool = ipywidgets.ToggleButtons(
             options=["brush", "select"],
             description="tool",
-            style={"button_width": "64px", **STYLE},
+            style={"button_width": "64px"},
             layout={"width": "max-content"},
         )
-        self.part = ipywidgets.Dropdown(
-            options=list(PARTS), description="reconstruction", style=STYLE
-        )
+        self.reconstruction = ipywidgets.Dropdown(options=PARTS, description="reconstruction")
         self.reset = ipywidgets.Button(description="reset", layout={"width": "70px"})
         self.canvas = PatchCanvas(tool="brush", show_grid=True, size=(WIDTH, WIDTH))
         self.painting = PatchCanvas(size=(WIDTH, WIDTH))
         self.detections = PatchCanvas(size=(WIDTH, WIDTH))
-        self.canvases = [self.canvas]
-        self.titles = ["kept tokens"]
+        self.titled = {"kept tokens": self.canvas}
+        """What stands above each canvas."""
+        hand = [self.tool, self.reset]
         if self.mae is not None:
-            self.canvases.append(self.painting)
-            self.titles.append("painted from these tokens")
+            self.titled["painted from these tokens"] = self.painting
+            hand.insert(1, self.reconstruction)
         if self.detector is not None:
-            self.canvases.append(self.detections)
-            self.titles.append("detected from these tokens")
-        self._name_for_drivers()
-        pictures = [
-            ipywidgets.VBox([ipywidgets.Label(title), canvas])
-            for title, canvas in zip(self.titles, self.canvases, strict=True)
-        ]
-        hand = [self.tool, *([self.part] if self.mae is not None else []), self.reset]
-        self.arrange(
-            [*self.chooser.widgets, self.ratio, self.sampler, self.seed], hand, list(pictures)
-        )
-        self.watch(self.chooser.choice, self.ratio, self.sampler, self.seed, self.part)
+            self.titled["detected from these tokens"] = self.detections
+        self.canvases = [*self.titled.values()]
+        pictures = [ipywidgets.VBox([ipywidgets.Label(t), c]) for t, c in self.titled.items()]
+        self.arrange([self.image, self.upload, self.ratio, self.sampler, self.seed], hand, pictures)
+        self.watch(self.ratio, self.sampler, self.seed, self.reconstruction)
         self.watch(self.canvas, name="dropped")
         self.watch(self.canvas, name="selected")
         ipywidgets.dlink((self.tool, "value"), (self.canvas, "tool"))
         self.reset.on_click(self._reset)
-
-    def _name_for_drivers(self) -> None:
-        """CSS classes by which a browser test finds each control."""
-        named = {
-            "image": self.chooser.choice,
-            "upload": self.chooser.upload,
-            "ratio": self.ratio,
-            "sampler": self.sampler,
-            "seed": self.seed,
-            "tool": self.tool,
-            "reconstruction": self.part,
-            "reset": self.reset,
-            "canvas": self.canvas,
-            "painting": self.painting,
-            "detections": self.detections,
-        }
-        for name, widget in named.items():
-            widget.add_class(f"mimdet-token-{name}")
 
     def _reset(self, _: Any) -> None:
         self._drawn_for = None
@@ -175,8 +156,10 @@ class TokenLab(Panel):
     # --------------------------------------------------------------------------- drawing
 
     def draw(self) -> str:
-        chosen = self.chooser.choice.value
-        view = self._view(chosen)
+        chosen = self.image.value
+        if chosen not in self._views:
+            self._views[chosen] = self.models.view(self.chosen)
+        view = self._views[chosen]
         wanted = (chosen, self.ratio.value, self.sampler.value, self.seed.value)
         if wanted != self._drawn_for:
             self._draw_sample(view)
@@ -192,12 +175,6 @@ class TokenLab(Panel):
         self.painted, self.found = answer.painted, answer.found
         self._show(view, answer)
         return self._status(sample, answer)
-
-    def _view(self, chosen: int) -> View:
-        """A chosen image, resized for both models; kept, as it does not change."""
-        if chosen not in self._views:
-            self._views[chosen] = self.models.view(self.chooser.images[chosen])
-        return self._views[chosen]
 
     def _draw_sample(self, view: View) -> None:
         """Let the sampler choose, and put what it leaves out on the canvas."""
@@ -218,19 +195,17 @@ class TokenLab(Panel):
             self.canvas.dropped = self._drawn = gone.nonzero()[:, 0].tolist()
 
     def _show(self, view: View, answer: Answer) -> None:
-        self.canvas.show(to_pixels(view.whole), WIDTH)
-        kept, total = len(self.sample.keep[0]), view.grid[0] * view.grid[1]
+        whole = to_pixels(view.whole)
+        kept, total = len(self.sample.keep[0]), math.prod(view.grid)
+        self.canvas.show(whole, WIDTH)
         self.canvas.label = f"a picture of {view.grid[0]} x {view.grid[1]} tokens, {kept} kept"
         self.label = f"{self.canvas.label}; beside it what the models make of these {kept}"
         if answer.painted is not None:
-            part: Tensor = getattr(answer.painted, PARTS[self.part.value])
-            self.painting.show(to_pixels(part), WIDTH)
+            self.painting.show(to_pixels(getattr(answer.painted, self.reconstruction.value)), WIDTH)
             self.painting.label = f"the picture painted from {kept} of {total} tokens"
-        if answer.found is not None:
-            size = view.whole.shape[1], view.whole.shape[2]
-            names = self.detector.categories if self.detector is not None else []
-            picture = enlarged(to_pixels(view.whole), WIDTH)
-            drawn = with_objects(picture, answer.found, size, names, self.score_threshold)
+        if answer.found is not None and self.detector is not None:
+            marks = marks_of(answer.found, self.detector.categories, self.score_threshold)
+            drawn = with_marks(enlarged(whole, WIDTH), marks, image_size(view.whole))
             self.detections.show(drawn, WIDTH)
             self.detections.label = f"what is detected from {kept} of {total} tokens"
         for other in self.canvases[1:]:
@@ -251,8 +226,7 @@ class TokenLab(Panel):
             found = int((answer.found.scores >= self.score_threshold).sum())
             lines.append(f"{found} objects of score ≥ {self.score_threshold:g}")
         lines += [f"{name} {took:.0f} ms" for name, took in answer.milliseconds.items()]
-        lines += [self._remark] if self._remark else []
-        return " · ".join(lines) + self._about_selected(sample, answer)
+        return " · ".join(lines) + self._remark + self._about_selected(sample, answer)
 
     def _about_selected(self, sample: Sample, answer: Answer) -> str:
         place = self.canvas.selected
@@ -268,16 +242,15 @@ class TokenLab(Panel):
 
     def snapshot(self) -> Image.Image:
         """The pictures side by side, each under what it is."""
-        pairs = zip(self.titles, self.canvases, strict=True)
-        return Image.fromarray(
-            beside([captioned(np.asarray(canvas.snapshot()), title) for title, canvas in pairs])
-        )
+        titled = self.titled.items()
+        pictures = [captioned(np.asarray(canvas.snapshot()), title) for title, canvas in titled]
+        return Image.fromarray(beside(pictures))
 
 
 SIDE = 400  # pixels of a canvas on the screen
 
 
-class RatioDial(Panel):
+class RatioDial(ImagePanel):
     """Turn the share of kept tokens; see the detections, and how long they took on this machine.
 
     - *image*, *your own*: what is detected in. Beside it stands the truth where targets were given.
@@ -292,6 +265,8 @@ class RatioDial(Panel):
     are worth little: move the dial back and forth until the medians stand still.
     """
 
+    name = "ratio"
+
     def __init__(
         self,
         model: Detector,
@@ -304,21 +279,19 @@ class RatioDial(Panel):
 
         Raises ValueError for a model that keeps every token, and for another number of targets.
         """
-        super().__init__()
-        if not hasattr(model.backbone, "sampler"):
+        super().__init__(images)
+        if not model.samples:
             raise ValueError("this backbone sees every token: a dial needs a MIMDet to turn")
-        self.chooser = ImageChooser(images)
-        if targets is not None and len(targets) != len(self.chooser.images):
-            count = len(self.chooser.images)
-            raise ValueError(f"{len(targets)} targets for {count} images: give one per image")
+        if targets is not None and len(targets) != len(self.images):
+            raise ValueError(
+                f"{len(targets)} targets for {len(self.images)} images: give one per image"
+            )
         self.model = model
         self.targets = None if targets is None else list(targets)
         self.categories = model.categories if categories is None else categories
         self.ratio = ratio_slider(1.0)
-        self.seed = ipywidgets.IntSlider(description="seed", max=20, continuous_update=False)
-        self.score = ipywidgets.FloatSlider(
-            0.3, min=0.05, max=0.95, step=0.05, description="score", style=STYLE
-        )
+        self.seed = seed_slider()
+        self.score = score_slider(0.3)
         self.pale = ipywidgets.Checkbox(True, description="pale tokens", indent=False)
         self.truth = PatchCanvas(size=(SIDE, SIDE))
         self.picture = PatchCanvas(size=(SIDE, SIDE))
@@ -330,88 +303,55 @@ class RatioDial(Panel):
         """Ratio -> (milliseconds of the detector, of its backbone) of every run."""
         self._setting: tuple[Any, ...] = ()
         self._remark = ""
-        self._shown_truth = -1
         self.canvases = [self.picture] if targets is None else [self.truth, self.picture]
-        self._name_controls()
-        self.arrange(
-            [*self.chooser.widgets, self.ratio, self.seed, self.score, self.pale],
-            list(self.canvases),
-            self.table,
-        )
-        self.watch(self.chooser.choice, self.ratio, self.seed, self.score, self.pale)
+        controls = [self.ratio, self.seed, self.score, self.pale]
+        self.arrange([self.image, self.upload, *controls], self.canvases, self.table)
+        self.watch(*controls)
         self.redraw()
 
     def draw(self) -> str:
-        image, ratio = self.chooser.image, self.ratio.value
-        setting = (self.chooser.choice.value, ratio, self.seed.value)
+        image, ratio, index = self.chosen, self.ratio.value, self.image.value
+        setting = (index, ratio, self.seed.value)
         if setting != self._setting:
             self._detect(image)
             self._setting = setting
         assert self.sample is not None
         size = image_size(image)
-        likely = int((self.found.scores >= self.score.value).sum())
-        plain = enlarged(to_pixels(image), SIDE)
-        pixels = plain
+        pixels = enlarged(to_pixels(image), SIDE)
+        if self.targets is not None:
+            known = self.targets[index : index + 1]  # of an uploaded image none
+            marks = [mark for target in known for mark in marks_of(target, self.categories)]
+            title = f"truth: {len(marks)} objects" if known else "no truth is known"
+            self.truth.show(with_marks(pixels, marks, size), SIDE, title)
+        marks = marks_of(self.found, self.categories, self.score.value)
         fed = self.model.resize.size(*size)
         if self.pale.value:
-            pixels = pale_dropped(plain, self.sample, fed)
-        drawn = with_objects(pixels, self.found, size, self.categories, self.score.value)
-        kept, total = len(self.sample.keep[0]), math.prod(token_grid(*fed))
-        title = f"{kept} of {total} tokens: {likely} found"
-        self.picture.show(captioned(drawn, title), SIDE)
-        self.picture.label = f"detections at ratio {ratio:.2f}: {title}"
-        self._show_truth(plain, size)
-        self.label = f"An image, {self.picture.label}."
+            pixels = pale_dropped(pixels, self.sample, fed)
+        kept = f"{len(self.sample.keep[0])} of {math.prod(token_grid(*fed))} tokens"
+        title = f"{kept}: {len(marks)} found"
+        self.picture.show(with_marks(pixels, marks, size), SIDE, title)
+        self.label = f"An image, detections at ratio {ratio:.2f}: {title}."
         self.table.value = _table(self.times)
         whole, backbone = _medians(self.times[ratio])
         return (
-            f"ratio {ratio:.2f}: {kept} of {total} tokens · {likely} detections of score "
-            f"{self.score.value:.2f} or more · {whole:.0f} ms, median of "
-            f"{len(self.times[ratio])} (backbone {backbone:.0f} ms)"
-            + (f" · {self._remark}" if self._remark else "")
+            f"ratio {ratio:.2f}: {kept} · {len(marks)} detections of score {self.score.value:.2f} "
+            f"or more · {whole:.0f} ms, median of {len(self.times[ratio])} "
+            f"(backbone {backbone:.0f} ms){self._remark}"
         )
 
     def _detect(self, image: Tensor) -> None:
         """Run the model at the present setting, and keep what it found and how long it took."""
+        ratio, seed = self.ratio.value, self.seed.value
         with (
             few_proposals(self.model) as self._remark,
             record(self.model, "backbone") as seen,
             stopwatch(self.model.backbone) as backbone,
         ):
-            start = time.perf_counter()
-            self.found = predict(
-                self.model, image, sample_ratio=self.ratio.value, seed=self.seed.value
+            self.found, whole = timed(
+                lambda: predict(self.model, image, sample_ratio=ratio, seed=seed)
             )
-            whole = 1000 * (time.perf_counter() - start)
         self.sample = seen.sample
-        self.times.setdefault(self.ratio.value, []).append((whole, sum(backbone)))
-
-    def _show_truth(self, plain: Pixels, size: tuple[int, int]) -> None:
-        if self.targets is None:
-            return
-        index = self.chooser.choice.value
-        if index == self._shown_truth:
-            return
-        self._shown_truth = index
-        pixels, title = plain, "no truth is known"
-        if index < len(self.targets):  # an uploaded image has none
-            pixels = with_objects(plain, self.targets[index], size, self.categories)
-            title = f"truth: {len(self.targets[index])} objects"
-        self.truth.show(captioned(pixels, title), SIDE)
-        self.truth.label = title
-
-    def _name_controls(self) -> None:
-        controls: dict[str, Any] = {
-            "image": self.chooser.choice,
-            "upload": self.chooser.upload,
-            "ratio": self.ratio,
-            "seed": self.seed,
-            "score": self.score,
-            "pale": self.pale,
-            "times": self.table,
-        }
-        for name, widget in controls.items():
-            widget.add_class(f"mimdet-ratio-{name}")
+        self.times.setdefault(ratio, []).append((whole, sum(backbone)))
 
 
 @contextmanager
@@ -419,14 +359,12 @@ def stopwatch(module: nn.Module) -> Iterator[list[float]]:
     """Milliseconds of every call of a module inside the `with`."""
     starts: list[float] = []
     took: list[float] = []
-
-    def before(*_: Any) -> None:
-        starts.append(time.perf_counter())
-
-    def after(*_: Any) -> None:
-        took.append(1000 * (time.perf_counter() - starts.pop()))
-
-    hooks = [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    hooks = [
+        module.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter())),
+        module.register_forward_hook(
+            lambda *_: took.append(1000 * (time.perf_counter() - starts[-1]))
+        ),
+    ]
     try:
         yield took
     finally:
@@ -444,15 +382,17 @@ def _table(times: dict[float, list[tuple[float, float]]]) -> str:
     longest = max(whole for whole, _ in medians.values())
     rows = []
     for ratio, (whole, backbone) in medians.items():
-        dark, light = (round(240 * part / longest) for part in (backbone, whole - backbone))
-        bars = "".join(
-            f"<span style='display:inline-block;height:9px;width:{width}px;background:{colour}'>"
-            "</span>"
-            for width, colour in ((dark, "#0072B2"), (light, "#56B4E9"))
+        dark = f"{BLUE} {100 * backbone / whole:.0f}%"
+        bar = (
+            f"height:9px;width:{240 * whole / longest:.0f}px;"
+            f"background:linear-gradient(90deg,{dark},{SKY} 0)"
         )
-        rows.append(
-            f"<tr><td>{ratio:.2f}</td><td>{bars}</td><td>{whole:.0f} ms, backbone {backbone:.0f} ms"
-            f"</td><td>{len(times[ratio])} run{'' if len(times[ratio]) == 1 else 's'}</td></tr>"
-        )
-    head = "<tr><th>ratio</th><th>backbone, rest</th><th>median</th><th></th></tr>"
+        cells = [
+            f"{ratio:.2f}",
+            f"<div style='{bar}'></div>",
+            f"{whole:.0f} ms, backbone {backbone:.0f} ms",
+            f"runs: {len(times[ratio])}",
+        ]
+        rows.append(f"<tr><td>{'</td><td>'.join(cells)}</td></tr>")
+    head = "<tr><th>ratio</th><th>backbone, rest</th><th>median</th></tr>"
     return f"<table class='mimdet-times'>{head}{''.join(rows)}</table>"

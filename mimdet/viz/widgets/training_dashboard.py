@@ -11,7 +11,6 @@ import ipywidgets
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from mimdet.config import Config
 from mimdet.data.coco import build_dataset
@@ -22,9 +21,18 @@ from mimdet.training.job import Job, JobState
 from mimdet.training.run import load_detector
 from mimdet.training.train import stored_config
 from mimdet.viz.charts import show_training
-from mimdet.viz.draw import Pixels, beside, captioned, enlarged, to_pixels, with_objects
+from mimdet.viz.draw import (
+    beside,
+    captioned,
+    enlarged,
+    image_size,
+    marks_of,
+    to_pixels,
+    with_few_colours,
+    with_marks,
+)
 from mimdet.viz.widgets.canvas import PatchCanvas
-from mimdet.viz.widgets.panel import Panel
+from mimdet.viz.widgets.panel import Panel, in_words
 
 WIDTH = 860
 """Pixels of both pictures on the screen."""
@@ -56,6 +64,7 @@ class TrainingDashboard(Panel):
     thread of this process draws, and ends with the training or with `close`.
     """
 
+    name = "training"
     label = "the course of a training"
 
     def __init__(
@@ -100,32 +109,21 @@ class TrainingDashboard(Panel):
             self.refresh()
 
     def _build(self) -> None:
-        def button(name: str, text: str, action: Callable[[], Any], style: str) -> Any:
-            made = ipywidgets.Button(description=text, button_style=style, tooltip=text)
-            made.on_click(lambda _: self._answer(action))
-            made.add_class(f"mimdet-training-{name}")
-            return made
-
-        self.start_button = button("start", "Start", self.start, "success")
-        self.stop_button = button("stop", "Stop & save", self.stop, "warning")
-        self.resume_button = button("resume", "Resume", self.start, "success")
         self.buttons = {
-            "start": self.start_button,
-            "stop": self.stop_button,
-            "resume": self.resume_button,
+            "start": ipywidgets.Button(description="Start", button_style="success"),
+            "stop": ipywidgets.Button(description="Stop & save", button_style="warning"),
+            "resume": ipywidgets.Button(description="Resume", button_style="success"),
         }
+        for name, button in self.buttons.items():
+            button.add_class(f"mimdet-training-{name}")
+            action = self.stop if name == "stop" else self.start
+            button.on_click(lambda _, action=action: self._answer(action))
         self.progress = ipywidgets.IntProgress(description="steps", layout={"width": "420px"})
-        self.progress.add_class("mimdet-training-progress")
         self.log = ipywidgets.HTML()
-        self.log.add_class("mimdet-training-log")
         self.curves = PatchCanvas(size=(WIDTH, 300), label="no steps yet")
-        self.curves.add_class("mimdet-training-curves")
         self.detections = PatchCanvas(size=(WIDTH, 2), label="no checkpoint yet")
-        self.detections.add_class("mimdet-training-detections")
         self.canvases = [self.curves, self.detections]
-        self.status.add_class("mimdet-training-state")
-        controls = [self.start_button, self.stop_button, self.resume_button, self.progress]
-        self.arrange(controls, self.log, self.curves, self.detections)
+        self.arrange([*self.buttons.values(), self.progress], self.log, *self.canvases)
 
     # --------------------------------------------------------------------------- the controls
 
@@ -155,7 +153,7 @@ class TrainingDashboard(Panel):
         try:
             action()
         except Exception as error:
-            self.log.value = f"<b>{type(error).__name__}</b>: {html.escape(str(error))}"
+            self.log.value = in_words(error)
             return
         self.look()
 
@@ -189,8 +187,8 @@ class TrainingDashboard(Panel):
         try:
             drawn = draw()
         except Exception as error:
-            drawn, said = True, f"{type(error).__name__}: {error}"
-            self.log.value = f"the {name} cannot be drawn: {html.escape(said)}"
+            drawn = True
+            self.log.value = f"the {name} cannot be drawn: {in_words(error)}"
         if drawn:
             now = time.monotonic()
             self._due[name] = now + max(DRAW_EVERY, (now - start) / SHARE)
@@ -264,12 +262,13 @@ class TrainingDashboard(Panel):
         found = predict(model, [record.image for record in records])
         pictures, count = [], 0
         for record, detections in zip(records, found, strict=True):
-            likely = detections[detections.scores >= 0.5]
+            likely = marks_of(detections, model.categories, score_threshold=0.5)
+            truth = marks_of(record.target, model.categories)
             count += len(likely)
-            pictures += [
-                self._picture(record, record.target, model.categories, "truth"),
-                self._picture(record, likely, model.categories, f"detected at step {step}"),
-            ]
+            size = image_size(record.image)
+            plain = enlarged(to_pixels(record.image), WIDTH // (2 * SHOWN) - 8)
+            for marks, title in ((truth, "truth"), (likely, f"detected at step {step}")):
+                pictures.append(captioned(with_marks(plain, marks, size), title))
         said = f"{len(records)} held-out images, the truth beside {count} detections of step {step}"
         self._show(self.detections, beside(pictures), said)
         return True
@@ -282,11 +281,6 @@ class TrainingDashboard(Panel):
             self.images = [data[i] for i in range(min(SHOWN, len(data)))]
         return self.images
 
-    def _picture(self, record: Record, objects: Any, names: Sequence[str], text: str) -> Pixels:
-        width = WIDTH // (2 * SHOWN) - 8
-        pixels, size = enlarged(to_pixels(record.image), width), _size(record.image)
-        return captioned(with_objects(pixels, objects, size, names), text, 13)
-
     def _show(self, canvas: PatchCanvas, pixels: Any, said: str) -> None:
         with self._lock, torch.inference_mode():
             canvas.label = said
@@ -296,19 +290,8 @@ class TrainingDashboard(Panel):
     def snapshot(self) -> Image.Image:
         """The state in words, the curves and the detections below each other; 256 colours, which
         a notebook stores in half the space."""
-        parts = [np.asarray(c.snapshot().convert("RGB")) for c in self.canvases if c.picture]
         text = self.status.value.split(">", 1)[1].removesuffix("</span>")
-        words = captioned(np.full((1, WIDTH, 3), 255, np.uint8), html.unescape(text), 15)
-        whole = np.concatenate([_of_width(part) for part in (words, *parts)])
-        return Image.fromarray(whole).quantize(256, dither=Image.Dither.NONE)
-
-
-def _of_width(pixels: Pixels) -> Pixels:
-    """White on the right, up to WIDTH."""
-    whole = np.full((pixels.shape[0], WIDTH, 3), 255, np.uint8)
-    whole[:, : pixels.shape[1]] = pixels[:, :WIDTH]
-    return whole
-
-
-def _size(image: Tensor) -> tuple[int, int]:
-    return int(image.shape[1]), int(image.shape[2])
+        white = np.full((1, WIDTH, 3), 255, np.uint8)
+        parts = [np.asarray(canvas.snapshot()) for canvas in self.canvases if canvas.picture]
+        rows = [beside([part, white[:, : WIDTH - part.shape[1]]], gap=0) for part in parts]
+        return with_few_colours(np.concatenate([captioned(white, html.unescape(text)), *rows]))
