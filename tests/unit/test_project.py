@@ -118,5 +118,28 @@ def test_ci_runs_the_readmes_test_command() -> None:
     assert script.stat().st_mode & stat.S_IXUSR
 
 
-def test_changelog_has_this_version() -> None:
+def test_this_version_is_told() -> None:
     assert f"## [{mimdet.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"version: {mimdet.__version__}" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_readme_is_a_page_one_reads() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1600
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/map.md", "docs/measurements.md"]
+)
+def test_links_lead_to_files(page: str) -> None:
+    """And a link into a page to one of its headings."""
+    path = ROOT / page
+    links = re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", path.read_text(encoding="utf-8"))
+    for file, heading in links:
+        if file.startswith("http"):
+            continue
+        target = path.parent / file if file else path
+        assert target.exists(), f"{page} links to {file}"
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = [re.sub(r"[^\w -]", "", t).strip().lower().replace(" ", "-") for t in titles]
+            assert heading in anchors, f"{page} links to {file}#{heading}"
