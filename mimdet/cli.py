@@ -176,7 +176,8 @@ def run_predict(words: list[str]) -> None:
     from mimdet.inference import predict
     from mimdet.training.run import load_detector
     from mimdet.training.trainer import pick_device, use_threads
-    from mimdet.viz.figures import save_figure, show_detections
+    from mimdet.viz.figures import show_detections
+    from mimdet.viz.style import save_figure
 
     device = str(pick_device(command.device))
     model = load_detector(
@@ -229,8 +230,8 @@ def run_errors(words: list[str]) -> None:
     from mimdet.config import load_config
     from mimdet.data.coco import build_dataset
     from mimdet.files import read_json, write_json
-    from mimdet.viz.errors import show_comparison, show_curves, show_errors
-    from mimdet.viz.figures import save_figure
+    from mimdet.viz.errors import show_comparison, show_errors, show_precision_recall
+    from mimdet.viz.style import save_figure
 
     run, out = Path(command.run), Path(command.out or command.run)
     for folder in filter(None, (command.run, command.against)):
@@ -249,7 +250,8 @@ def run_errors(words: list[str]) -> None:
     for name, report in reports.items():
         print(f"{name}\n{report.table()}\n")
     figures = {"errors": show_errors(reports)}
-    figures |= {f"curves_{n}": show_curves(r.curves((0.5, 0.75, 0.9))) for n, r in reports.items()}
+    for name, report in reports.items():
+        figures[f"curves_{name}"] = show_precision_recall(report.curves((0.5, 0.75, 0.9)))
     if command.against:
         other = read_json(Path(command.against) / "predictions.json")
         runs = {command.against: other, command.run: found}

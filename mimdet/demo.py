@@ -88,7 +88,7 @@ def show_shipped(folder: Path) -> None:
     from mimdet.models.checkpoint_files import SHIPPED
     from mimdet.training.run import load_detector
     from mimdet.training.trainer import use_threads
-    from mimdet.viz.figures import save_figure
+    from mimdet.viz.style import save_figure
 
     use_threads(threads())
     model = load_detector(SHIPPED_DETECTOR)
@@ -169,7 +169,8 @@ def draw(path: Path) -> None:
     from mimdet.data.coco import build_dataset
     from mimdet.training.run import Run, load_detector
     from mimdet.training.trainer import use_threads
-    from mimdet.viz.figures import save_figure, show_ratios, show_training
+    from mimdet.viz.charts import show_ratios, show_training
+    from mimdet.viz.style import save_figure
 
     use_threads(threads())
     cfg = load_config(path / "config.json")

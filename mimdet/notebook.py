@@ -272,7 +272,7 @@ def stacked(figures: list[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _pictures(rows: list[dict[str, Any]], figure: Callable[[], Any] | None) -> list[Any]:
-    from mimdet.viz.figures import show_training
+    from mimdet.viz.charts import show_training
 
     losses = show_training(rows)
     return [losses] if figure is None else [losses, figure()]

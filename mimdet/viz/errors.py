@@ -93,7 +93,7 @@ def show_errors(reports: ErrorReport | Mapping[str, ErrorReport]) -> NotebookFig
     return fig
 
 
-def show_curves(
+def show_precision_recall(
     curves: Sequence[Curve], most_classes: int = 15, columns: int = 4
 ) -> NotebookFigure:
     """Precision over recall: a panel for the mean and one for each class, a line per IoU threshold.

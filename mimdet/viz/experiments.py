@@ -135,7 +135,7 @@ def show_arms(
     return fig
 
 
-def show_curves(
+def show_learning_curves(
     result: Experiment, x: str = "epoch", metric: str = "box_ap", training_loss: bool = True
 ) -> NotebookFigure:
     """AP (right) and training loss (left) against epochs, seconds, flops or steps.
@@ -182,11 +182,11 @@ def save_figures(result: Experiment, folder: str | Path) -> list[Path]:
     """Matrix, arms and curves as PNG and SVG; returns the PNG files."""
     figures = {
         "arms": show_arms(result),
-        "curves_epoch": show_curves(result),
-        "curves_seconds": show_curves(result, "seconds"),
+        "curves_epoch": show_learning_curves(result),
+        "curves_seconds": show_learning_curves(result, "seconds"),
     }
     if result.curves["flops"].notna().any():
-        figures["curves_flops"] = show_curves(result, "flops")
+        figures["curves_flops"] = show_learning_curves(result, "flops")
     if len(result.ratios) > 1:
         figures["matrix"] = show_matrix(result)
     return [save_figure(fig, Path(folder) / f"{name}.png")[0] for name, fig in figures.items()]

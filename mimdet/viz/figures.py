@@ -15,7 +15,6 @@ from torch import Tensor
 
 from mimdet.models.sampling import PATCH, Sample, padded_places, token_grid
 from mimdet.structures import Detections, Record, Target, padded_size
-from mimdet.viz.charts import show_ratios, show_training
 from mimdet.viz.draw import (
     draw_image,
     draw_objects,
@@ -31,18 +30,7 @@ from mimdet.viz.style import (
     WIDTH,
     NotebookFigure,
     new_figure,
-    save_figure,
 )
-
-__all__ = [
-    "NotebookFigure",
-    "save_figure",
-    "show_data",
-    "show_detections",
-    "show_ratios",
-    "show_sample",
-    "show_training",
-]
 
 
 def show_detections(

@@ -55,7 +55,7 @@ check("a misspelled field is refused", not misspelled, "else an experiment is no
 # to detect. Truth on the left, what it finds on the right, in scenes it has never seen.
 
 # %%
-from mimdet.viz.figures import show_detections
+from mimdet.viz import show_detections
 
 finished = mimdet.load_detector("tiny")
 unseen = mimdet.ShapesCOCO("shapes-v1-medium", length=200, split="val")
@@ -73,8 +73,8 @@ show_detections(pictures, found, truth, unseen.categories)
 # fragments without a class wear the same ones.
 
 # %%
-from mimdet.data.coco import build_dataset
-from mimdet.viz.figures import show_data
+from mimdet import build_dataset
+from mimdet.viz import show_data
 
 scenes = build_dataset(cfg.data, "val", seed=SEED)  # held out: never trained on
 records = [scenes[i] for i in range(10)]
@@ -123,7 +123,7 @@ for name, map_ in stem._asdict().items():
 
 # %%
 from IPython.display import display
-from mimdet.viz.figures import show_sample
+from mimdet.viz import show_sample
 
 tokens = stem.tokens.flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, L, D), L = h * w
 grid = tuple(stem.tokens.shape[2:])
@@ -231,7 +231,7 @@ rows = evaluate_ratios(model, scenes, (0.25, 0.5, 1.0), draws=2)
 print(ratio_table(rows))  # its last column is time, so this output is not kept in the notebook
 
 # %%
-from mimdet.viz.figures import show_ratios
+from mimdet.viz import show_ratios
 
 show_ratios(rows)
 

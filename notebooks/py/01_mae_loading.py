@@ -25,8 +25,7 @@ PATH = ""  # your own photo, or a folder with annotations.json and images/
 # %%
 import mimdet
 import torch
-from mimdet import check
-from mimdet.models.weights import save_mae
+from mimdet import check, save_mae
 from mimdet.notebook import open_detector, open_mae, open_pictures
 
 pictures = open_pictures(PATH, MODE)
@@ -96,7 +95,7 @@ check("names come back unchanged", all(there_and_back), f"{len(known)} of {len(f
 # nothing at all from a file with other names, and go on.
 
 # %%
-from mimdet.viz.charts import show_loaded
+from mimdet.viz import show_loaded
 
 cfg = mimdet.presets.tiny() if MODE == "quick" else mimdet.presets.mimdet_base()
 cfg.training.seed = SEED
@@ -156,7 +155,7 @@ check("the class token has no place", stored[:, 0].abs().max() == 0)
 # sizes:
 
 # %%
-from mimdet.viz.charts import show_positions
+from mimdet.viz import show_positions
 
 meta = sincos_table(768, 14)
 model_table = torch.cat([meta[:, :1], resize_table(meta, (50, 50))], dim=1)  # on loading
@@ -244,7 +243,7 @@ check("the decoder's blocks are new", len(new_blocks) > 0, f"{len(new_blocks)} t
 # with $P$ numbers a patch (16 · 16 · 3), in pixels normalised by ImageNet's mean and deviation.
 
 # %%
-from mimdet.viz.reconstruction import fit_to_mae, draw_sample, paint, show_reconstruction
+from mimdet.viz import fit_to_mae, draw_sample, paint, show_reconstruction
 
 show_reconstruction(pictures.images[:3], mae, ratio=0.25, seed=SEED)
 
@@ -296,7 +295,7 @@ mae.norm_pix_loss = was
 
 # %%
 from mimdet.models.mae import patch_statistics, patchify, unpatchify
-from mimdet.viz.reconstruction import show_pictures, to_uint8
+from mimdet.viz import show_pictures, to_uint8
 
 truth = patchify(pixels, mae.patch_size)  # (1, L, 768)
 mean, deviation = patch_statistics(truth)
@@ -329,7 +328,7 @@ check("which is a picture", share > 0.2, f"it holds {share:.0%} of the variance 
 # of the detector's input are one patch of the autoencoder.
 
 # %%
-from mimdet.viz.widgets.token_lab import TokenLab
+from mimdet.viz import TokenLab
 
 detector = open_detector(MODE)
 lab = TokenLab(detector, mae, pictures.images[:3][::-1], ratio=0.5)
@@ -374,7 +373,7 @@ check("reset brings the drawn sample back", lab.canvas.dropped == drawn)
 
 # %% tags=["solution"]
 # 1. Count values, not tensors.
-from mimdet.viz.charts import loaded_by_part
+from mimdet.viz import loaded_by_part
 
 counts = loaded_by_part(report, model)
 from_file = sum(old for old, _ in counts.values())

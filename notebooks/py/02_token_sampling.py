@@ -56,7 +56,7 @@ print(f"image {tuple(image.shape)}: {grid[0]} x {grid[1]} tokens of width {token
 
 # %%
 from mimdet.models.sampling import SAMPLERS
-from mimdet.viz.figures import show_sample
+from mimdet.viz import show_sample
 
 dice = torch.Generator().manual_seed(SEED)
 scores = SAMPLERS["random"](tokens[0], grid, dice)  # (L,)
@@ -78,7 +78,7 @@ show_sample(image, sample)
 # a function of the image's tokens, its grid and a generator, which returns a score for each token.
 
 # %%
-from mimdet.viz.figures import show_samples
+from mimdet.viz import show_samples
 
 
 def strongest(tokens, grid, generator):  # (L, D), (h, w) of one image -> (L,)
@@ -122,7 +122,8 @@ check("block keeps whole squares", partly <= 1, "where the count demands it, one
 # (`mimdet/models/sampling.py`). On a 2 × 3 grid, by hand:
 
 # %%
-from mimdet.models.sampling import Sample, gather, scatter
+from mimdet import Sample
+from mimdet.models.sampling import gather, scatter
 
 noise = torch.tensor([0.9, 0.2, 0.7, 0.1, 0.5, 0.4])  # one number a place; the lowest are kept
 order = noise.argsort()  # place of the 1st, 2nd, ... in the shuffled sequence
@@ -254,7 +255,7 @@ by_hand = encoder_cost(4200) - encoder_cost(1050) + embed
 check("what is saved is the encoder", saved == by_hand, "to the last multiply-add")
 
 # %%
-from mimdet.viz.charts import show_stacked
+from mimdet.viz import show_stacked
 
 linear, attention, rest = [], [], []
 for ratio, whole in wholes.items():
@@ -315,7 +316,7 @@ for ratio in (0.25, 0.5, 1.0):
 # own generator, so what is drawn for it does not depend on the others.
 
 # %%
-from mimdet.viz.figures import show_detections
+from mimdet.viz import show_detections
 
 finds = [mimdet.predict(model, picture, sample_ratio=0.25, seed=seed) for seed in (1, 2, 3)]
 finds.append(mimdet.predict(model, picture))  # the model's sample_ratio_eval, 1
@@ -350,7 +351,7 @@ check("a sample can be edited and passed in", changed)
 # the detector finds.
 
 # %%
-from mimdet.viz.widgets.token_lab import TokenLab
+from mimdet.viz import TokenLab
 
 lab = TokenLab(model, open_mae(MODE), pictures.images[:3][::-1], samplers={"strongest": strongest})
 lab

@@ -31,7 +31,7 @@ import mimdet
 import torch
 from mimdet import check
 from mimdet.notebook import open_detector, open_pictures
-from mimdet.viz.features import pyramid_of
+from mimdet.viz import pyramid_of
 
 torch.set_num_threads(1)
 pictures = open_pictures(PATH, MODE, count=16)
@@ -61,7 +61,7 @@ for name, kind in {"ConvStem": "conv", "patchify": "patch"}.items():
 # (`mimdet/viz/features.py`).
 
 # %%
-from mimdet.viz.features import compare_pyramids
+from mimdet.viz import compare_pyramids
 
 STEM = ("c2", "c3", "tokens")
 image = pictures.images[0]
@@ -89,7 +89,7 @@ check("every level halves the one before", halves == sizes[:2], f"grids {sizes}"
 # of each place's feature vector.
 
 # %%
-from mimdet.viz.features import show_pyramid
+from mimdet.viz import show_pyramid
 
 seen = pyramid_of(trained, image)
 show_pyramid(seen.image, seen.only(*STEM))
@@ -100,7 +100,7 @@ show_pyramid(seen.image, seen.only(*STEM))
 # its own scale:
 
 # %%
-from mimdet.viz.features import show_channels
+from mimdet.viz import show_channels
 
 show_channels(seen.maps["c2"], 12)
 
@@ -161,7 +161,7 @@ square = pixels_seen(bare["patchify"], "tokens")
 check("a patchify token sees 16 x 16", (square > 0).sum() == 256, "and shares none of them")
 
 # %%
-from mimdet.viz.features import show_planes
+from mimdet.viz import show_planes
 
 shown = {f"ConvStem, {level}": plane for level, plane in gradients.items()}
 shown["patchify, tokens"] = square
@@ -181,7 +181,7 @@ show_planes({name: plane[96:176, 96:176] for name, plane in shown.items()})  # 8
 # image enter every place, so the exact 31 pixels above are exact only without the norm.
 
 # %%
-from mimdet.viz.features import largest_difference
+from mimdet.viz import largest_difference
 
 batch = trained.batch([seen.image])
 convolution, norm = trained.backbone.stem.stage1[:2]
@@ -342,7 +342,7 @@ check("the hooks are gone", torch.equal(objects_found(trained), found["all maps"
 # Choose *p3*, then *c4*; turn the ratio: c2, c3 and tokens stand still, all else moves.
 
 # %%
-from mimdet.viz.widgets.pyramid_viewer import PyramidViewer
+from mimdet.viz import PyramidViewer
 
 viewer = PyramidViewer(
     {"ConvStem, trained": trained, "patchify, random": fresh["patchify"]}, pictures.images[:8]

@@ -69,7 +69,7 @@ print(len(found[0]), "detections")
 
 # %%
 from mimdet.models.rcnn import IMAGENET_MEAN, IMAGENET_STD
-from mimdet.viz.features import largest_difference
+from mimdet.viz import largest_difference
 
 mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
 height, width = image.shape[1:]
@@ -149,7 +149,7 @@ with_positions = flat + positions
 # Padding is not in the draw: here the canvas has more tokens than the image.
 
 # %%
-from mimdet.viz.figures import show_sample
+from mimdet.viz import show_sample
 
 own_h, own_w = -(-height // 16), -(-width // 16)
 places = (torch.arange(own_h)[:, None] * w + torch.arange(own_w)).flatten()
@@ -248,7 +248,7 @@ for level in sorted(levels):
     check(f"{level} {tuple(levels[level].shape)}", off < 1e-5)
 
 # %%
-from mimdet.viz.features import show_pyramid
+from mimdet.viz import show_pyramid
 
 canvas = F.pad(image, (0, W - width, 0, H - height))
 show_pyramid(canvas, {level: levels[level][0] for level in sorted(levels)})
@@ -271,7 +271,8 @@ show_pyramid(canvas, {level: levels[level][0] for level in sorted(levels)})
 import copy
 import math
 
-from mimdet.models.sampling import Sample, token_grid
+from mimdet import Sample
+from mimdet.models.sampling import token_grid
 
 cfg = copy.deepcopy(model.config)
 cfg.backbone.decoder_fill = "mask_token"
@@ -416,7 +417,7 @@ with torch.device("meta"):
         check(f"   decoder {counted:,}", counted == parts["decoder"] + D * C * K, "with embed")
 
 # %%
-from mimdet.viz.charts import show_costs
+from mimdet.viz import show_costs
 
 show_costs(table, "G multiply-adds, ViT-B, one image of 800 x 1280 pixels", 1e9)
 
@@ -445,7 +446,7 @@ check(
 # ViT-B above suggest.
 
 # %%
-from mimdet.viz.widgets.token_lab import RatioDial
+from mimdet.viz import RatioDial
 
 dial = RatioDial(model, pictures.images, pictures.targets, pictures.categories)
 dial.ratio.value = 0.25

@@ -51,7 +51,7 @@ print(f"preset {model.config.preset}, image of {image.shape[1]} x {image.shape[2
 # modules you name while the model runs. The first block of the decoder, with every token sampled:
 
 # %%
-from mimdet.viz.attention import show_attention
+from mimdet.viz import show_attention
 
 name = "backbone.decoder.blocks.0.attn"
 norm = name.replace("attn", "norm1")  # what goes into the attention
@@ -92,7 +92,7 @@ check("columns do not", seen[name].sum(dim=2).std() > 0.01, "some tokens are ask
 # `fused_attn`), and back again on leaving, also when something fails inside.
 
 # %%
-from mimdet.viz.record import attention_names
+from mimdet.viz import attention_names
 
 caught = []
 hook = block.attn_drop.register_forward_pre_hook(lambda module, given: caught.append(given[0]))
@@ -170,7 +170,7 @@ check("attention is far from even", (most.values * h * w).max() > 3, "some token
 # those kept at 0.5, so one query can be asked at all three ratios.
 
 # %%
-from mimdet.viz.attention import nearest_sampled
+from mimdet.viz import nearest_sampled
 
 looks = {}
 for ratio in (1.0, 0.5, 0.25):
@@ -311,8 +311,7 @@ check("the same numbers", all(rows), "one row needs no other row")
 # $$ R_b = \left(\tfrac12 A_b + \tfrac12 I\right) R_{b-1}, \qquad R_0 = I . $$
 
 # %%
-from mimdet.viz.attention import show_rollout
-from mimdet.viz.record import rollout
+from mimdet.viz import rollout, show_rollout
 
 show_rollout(image, looks[1.0], blocks, place)
 
@@ -334,7 +333,7 @@ check("something of itself stays", stays, f"half of it in each of {len(blocks)} 
 # seed do what the sections above did. Click a grey token in the encoder, then switch to the decoder.
 
 # %%
-from mimdet.viz.widgets.attention_explorer import AttentionExplorer
+from mimdet.viz import AttentionExplorer
 
 explorer = AttentionExplorer(model, [image, *images])
 explorer

@@ -24,8 +24,8 @@ PATH = ""  # your own photo, or a folder with annotations.json and images/
 
 # %%
 import mimdet
-from mimdet import check
-from mimdet.data.shapes import ShapesCOCO, export
+from mimdet import ShapesCOCO, check
+from mimdet.data.shapes import export
 from mimdet.notebook import open_pictures
 
 pictures = open_pictures(PATH, MODE)
@@ -61,7 +61,7 @@ check(
 # `Target` with boxes, labels and masks (`mimdet/structures.py`).
 
 # %%
-from mimdet.viz.figures import show_data
+from mimdet.viz import show_data
 
 most = max(range(len(files.records)), key=lambda i: len(files.targets[i]))
 record = files.records[most]  # of the first images, the one with most objects
@@ -143,7 +143,7 @@ check("still there for evaluation", any(a["iscrowd"] for a in truth))
 # %%
 from mimdet.data.rasters import crops_from_segmentations
 from mimdet.structures import rle_to_bitmap
-from mimdet.viz.figures import show_bitmaps
+from mimdet.viz import show_bitmaps
 from pycocotools import mask as coco_mask
 
 polygon = [[4.5, 3.2, 23.8, 9.6, 8.1, 22.4]]  # x0, y0, x1, y1, x2, y2
@@ -199,7 +199,7 @@ print(f"{len(own)} masks: {cells:,} cells; as bitmaps of the whole image {everyt
 
 # %%
 import datasets
-from mimdet.viz.draw import to_pixels
+from mimdet.viz import to_pixels
 from PIL import Image
 
 datasets.disable_progress_bars()
@@ -319,7 +319,7 @@ show_bitmaps({"crops, moved": moved, "bitmap, moved": reference, "they differ": 
 # most of itself, and is its box still right? How small do objects get under `lsj`?
 
 # %%
-from mimdet.viz.widgets.sample_browser import SampleBrowser
+from mimdet.viz import SampleBrowser
 
 browser = SampleBrowser(pictures.dataset or pictures.records, recipe, pictures.categories)
 browser.index.value, browser.seed.value = 3, 5
@@ -378,7 +378,7 @@ check("another seed, another order", [b.image_ids for b in another] != alone)
 # %%
 import numpy as np
 from mimdet.data.loader import bucket
-from mimdet.viz.figures import padding_factor, show_batches
+from mimdet.viz import padding_factor, show_batches
 
 shapes = [(480, 640), (427, 640), (480, 640), (640, 480)] * 256
 sizes = [

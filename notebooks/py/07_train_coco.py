@@ -45,9 +45,9 @@ cfg = notebook_setup(MODE, seed=SEED, minutes={"quick": 1})
 # would be a ninth one.
 
 # %%
-from mimdet.data.coco import build_dataset
-from mimdet.data.shapes import ShapesCOCO, export
-from mimdet.viz.figures import show_data
+from mimdet import ShapesCOCO, build_dataset
+from mimdet.data.shapes import export
+from mimdet.viz import show_data
 
 eight = copy.deepcopy(cfg)
 data = eight.data
@@ -101,7 +101,7 @@ print(f"{t.steps * t.batch_size * t.accumulate // 8} times")
 # widgets, in a script say, `Job.start(eight, "runs/eight")` gives the same without pictures.
 
 # %% tags=["timing"]
-from mimdet.viz.widgets.training_dashboard import TrainingDashboard
+from mimdet.viz import TrainingDashboard
 
 run = f"runs/eight-{MODE}-{t.steps}-steps-seed-{SEED}"
 board = TrainingDashboard(eight, run, processes=PROCESSES)
@@ -172,7 +172,7 @@ check("nothing else is in it", found <= set(CONTENTS), "so the list above is com
 # ### Did it learn them?
 
 # %%
-from mimdet.viz.figures import show_detections
+from mimdet.viz import show_detections
 
 model = mimdet.load_detector(run)
 records = [images[i] for i in range(4)]
@@ -199,7 +199,7 @@ check("most of it is known by heart", final["box"]["AP"] > 0.3 or STEPS, "and mo
 # follows from the data; the authors count 120,000 images an epoch.
 
 # %%
-from mimdet.viz.charts import group_rates, show_schedule
+from mimdet.viz import group_rates, show_schedule
 
 base = cfg if MODE == "full" else mimdet.presets.mimdet_base()
 base.training.init_from = MAE

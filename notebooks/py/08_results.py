@@ -32,7 +32,7 @@ import torch
 from IPython.display import display
 from mimdet import check
 from mimdet.notebook import open_detector, open_pictures
-from mimdet.viz.figures import show_detections
+from mimdet.viz import show_detections
 
 pictures = open_pictures(PATH, MODE, count=4)
 own_data = bool(PATH) and pictures.dataset is not None
@@ -100,7 +100,7 @@ for name, run in runs.items():
 #   ARm, ARl** are the same by size.
 
 # %%
-from mimdet.analysis.errors import find_errors
+from mimdet import find_errors
 
 truth = scenes.ground_truth()
 options = {"area_scale": getattr(scenes, "area_scale", 1.0)}
@@ -185,7 +185,7 @@ check("the library agrees", abs(library - ap_by_hand) < 1e-12, f"{library:.4f}")
 check("69.75 / 101", abs(library - 69.75 / 101) < 1e-12, "51 + 25 x 0.75, on paper")
 
 # %%
-from mimdet.viz.style import BLUE, FAINT, VERMILLION, new_figure
+from mimdet.viz import BLUE, FAINT, VERMILLION, new_figure
 
 fig = new_figure(5.2, 3.0)
 ax = fig.add_subplot()
@@ -237,9 +237,9 @@ classes.sort_values("AP").head(20)
 # - A wide gap between the three lines: found and named, but not outlined exactly.
 
 # %%
-from mimdet.viz.errors import show_curves, show_errors
+from mimdet.viz import show_precision_recall, show_errors
 
-show_curves(report.curves((0.5, 0.75, 0.9)), most_classes=11)
+show_precision_recall(report.curves((0.5, 0.75, 0.9)), most_classes=11)
 
 # %%
 curves = report.curves((0.5, 0.75))
@@ -315,7 +315,7 @@ for name, mine in reports.items():
 # right all true objects around.
 
 # %%
-from mimdet.viz.errors import show_error_gallery
+from mimdet.viz import show_error_gallery
 
 false_alarms = report.errors("background")[:3] + report.errors("both")[:3]
 if false_alarms:
@@ -360,7 +360,7 @@ if len(confused):
 
 # %%
 from mimdet.analysis.evaluate import evaluate_ratios
-from mimdet.viz.figures import show_ratios
+from mimdet.viz import show_ratios
 
 rows = evaluate_ratios(detectors[first], scenes, (0.1, 0.25, 0.5, 1.0), draws=2)
 for row in rows:
@@ -387,8 +387,8 @@ check("ratio 1 is the number of section 1", same, "nothing is drawn, so nothing 
 # hard for one is hard for the other, and in the difference its difficulty cancels.
 
 # %%
-from mimdet.analysis.verdicts import compare_runs
-from mimdet.viz.errors import show_comparison
+from mimdet import compare_runs
+from mimdet.viz import show_comparison
 
 comparison = compare_runs(truth, {name: run.results for name, run in runs.items()}, "bbox")
 print(comparison.table(count=3))
@@ -426,7 +426,7 @@ check("swapped, gains are losses", swapped["gained"] == comparison.summary()["lo
 # its verdict. `where = only ...` shows what one run gets wrong (or right) and the other does not.
 
 # %%
-from mimdet.viz.widgets.result_browser import ResultBrowser
+from mimdet.viz import ResultBrowser
 
 browser = ResultBrowser(scenes, {name: run.results for name, run in runs.items()}, "bbox")
 browser.verdict.value = "classification" if len(confused) else None

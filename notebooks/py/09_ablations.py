@@ -38,7 +38,7 @@ cfg = notebook_setup(MODE, steps=STEPS if MODE == "quick" else 0, seed=SEED)
 # result (`notebooks/ablations/sample_ratio.py`); `mimdet ablate` on that file makes it again.
 
 # %%
-from mimdet.viz.experiments import show_arms, show_curves, show_matrix
+from mimdet.viz import show_arms, show_learning_curves, show_matrix
 
 stored = StoredExperiment("results/ablations/sample_ratio.json")
 print(stored.command, "|", stored.content["hardware"])
@@ -127,7 +127,7 @@ check("fewer tokens cost less", falls, "but the heads are a floor that sampling 
 from IPython.display import display
 
 for axis in ("epoch", "flops"):
-    display(show_curves(stored, axis, training_loss=False))
+    display(show_learning_curves(stored, axis, training_loss=False))
 
 # %% [markdown]
 # ## 4 · Your own grid

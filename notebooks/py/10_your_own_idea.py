@@ -53,7 +53,8 @@ IDEA = strongest
 
 # %%
 from mimdet import check
-from mimdet.models.sampling import SAMPLERS, select, token_grid
+from mimdet import select
+from mimdet.models.sampling import SAMPLERS, token_grid
 from mimdet.notebook import open_detector, open_pictures
 
 model = open_detector(MODE)
@@ -65,7 +66,7 @@ grid = token_grid(*image.shape[1:])
 tokens = features[:, : grid[0], : grid[1]].flatten(1).T  # (L, D): its own tokens
 
 # %%
-from mimdet.viz.figures import show_samples
+from mimdet.viz import show_samples
 
 samples = {}
 for name, sampler in {**SAMPLERS, IDEA.__name__: IDEA}.items():
@@ -132,7 +133,7 @@ print(result.table[["arm", "seed", "box_ap", "mask_ap"]].round(1).to_string(inde
 check("every run is in the table", len(result.table) == 4 and not result.errors)
 
 # %%
-from mimdet.viz.experiments import show_arms
+from mimdet.viz import show_arms
 
 show_arms(result)
 

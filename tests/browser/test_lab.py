@@ -12,8 +12,7 @@ pytest.importorskip("jupyterlab", reason="jupyterlab is not installed: .[noteboo
 
 PANEL = """\
 import ipywidgets, numpy as np, threading, torch
-from mimdet.viz.widgets.canvas import PatchCanvas
-from mimdet.viz.widgets.panel import Panel
+from mimdet.viz import Panel, PatchCanvas
 class Lamp(Panel):
     def __init__(self):
         super().__init__()

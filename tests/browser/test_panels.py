@@ -108,7 +108,7 @@ def upload(name: str) -> Act:
 
 
 def test_token_lab(open_panel: Callable[[str], Notebook]) -> None:
-    cell = "from mimdet.viz.widgets.token_lab import TokenLab\nTokenLab()"
+    cell = "from mimdet.viz import TokenLab\nTokenLab()"
     notebook = open_panel(cell)
 
     def select(n: Notebook) -> None:
@@ -139,7 +139,7 @@ def test_token_lab(open_panel: Callable[[str], Notebook]) -> None:
 
 
 def test_attention_explorer(open_panel: Callable[[str], Notebook]) -> None:
-    cell = "from mimdet.viz.widgets.attention_explorer import AttentionExplorer\n"
+    cell = "from mimdet.viz import AttentionExplorer\n"
     notebook = open_panel(cell + "AttentionExplorer(model)")
 
     def arrow(n: Notebook) -> None:
@@ -168,7 +168,7 @@ def test_attention_explorer(open_panel: Callable[[str], Notebook]) -> None:
 
 def test_pyramid_viewer(open_panel: Callable[[str], Notebook]) -> None:
     notebook = open_panel(
-        "from mimdet.viz.widgets.pyramid_viewer import PyramidViewer\n"
+        "from mimdet.viz import PyramidViewer\n"
         'PyramidViewer({"trained": model, "scratch": mimdet.load_detector("tiny_scratch")})',
     )
     operate(
@@ -190,7 +190,7 @@ def test_pyramid_viewer(open_panel: Callable[[str], Notebook]) -> None:
 
 def test_ratio_dial(open_panel: Callable[[str], Notebook]) -> None:
     notebook = open_panel(
-        "from mimdet.viz.widgets.token_lab import RatioDial\n"
+        "from mimdet.viz import RatioDial\n"
         "RatioDial(model, pictures.images, pictures.targets, pictures.categories)",
     )
     operate(
@@ -209,7 +209,7 @@ def test_ratio_dial(open_panel: Callable[[str], Notebook]) -> None:
 
 def test_result_browser(open_panel: Callable[[str], Notebook]) -> None:
     notebook = open_panel(
-        "from mimdet.viz.widgets.result_browser import ResultBrowser\n"
+        "from mimdet.viz import ResultBrowser\n"
         'scenes = mimdet.ShapesCOCO("shapes-v1-medium", 128, length=6, split="val")\n'
         "runs = {f'at {r}': mimdet.evaluate(model, scenes, sample_ratio=r).results\n"
         "        for r in (1.0, 0.1)}\n"
@@ -247,8 +247,7 @@ def test_result_browser(open_panel: Callable[[str], Notebook]) -> None:
 
 def test_sample_browser(open_panel: Callable[[str], Notebook]) -> None:
     notebook = open_panel(
-        "from mimdet.viz.widgets.sample_browser import SampleBrowser\n"
-        "SampleBrowser(pictures.dataset, pictures.data)",
+        "from mimdet.viz import SampleBrowser\nSampleBrowser(pictures.dataset, pictures.data)",
     )
     operate(
         notebook,
@@ -263,7 +262,7 @@ def test_sample_browser(open_panel: Callable[[str], Notebook]) -> None:
 
 TRAINING = """\
 from mimdet.notebook import quick_config
-from mimdet.viz.widgets.training_dashboard import TrainingDashboard
+from mimdet.viz import TrainingDashboard
 cfg = quick_config()
 cfg.data.limit_val = cfg.data.shapes_val = 2
 cfg.training.steps = 24

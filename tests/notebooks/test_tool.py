@@ -38,8 +38,7 @@ steps
 
 # %%
 import torch
-from mimdet.viz.widgets.panel import Panel
-from mimdet.viz.widgets.canvas import PatchCanvas
+from mimdet.viz import Panel, PatchCanvas
 class Orange(Panel):
     label = "an orange square"
     def draw(self):

@@ -9,21 +9,11 @@ from torch import Tensor, nn
 import mimdet
 from mimdet.models.sampling import Sample, Sampling
 from mimdet.models.vit import sincos_table
-from mimdet.viz.attention import (
-    LITTLE,
-    MUCH,
-    UNKNOWN,
-    chosen_names,
-    nearest_sampled,
-    overlay,
-    rolled_out,
-    share,
-    show_attention,
-    show_rollout,
-)
-from mimdet.viz.charts import show_positions, similarity
+from mimdet.viz import nearest_sampled, rollout, show_attention, show_positions, show_rollout
+from mimdet.viz.attention import LITTLE, MUCH, UNKNOWN, chosen_names, overlay, rolled_out, share
+from mimdet.viz.charts import similarity
 from mimdet.viz.draw import UNSAMPLED
-from mimdet.viz.record import Recording, record, rollout
+from mimdet.viz.record import Recording, record
 from tests.small import small
 
 SAMPLE = Sample([torch.tensor([9, 2, 14, 5])], (4, 4))

@@ -5,7 +5,8 @@ from matplotlib.patches import Rectangle
 from torch import nn
 
 from mimdet.models.weights import LoadReport
-from mimdet.viz.charts import loaded_by_part, millions, show_loaded, show_stacked
+from mimdet.viz import loaded_by_part, show_loaded, show_stacked
+from mimdet.viz.charts import millions
 
 
 class Small(nn.Module):

@@ -3,7 +3,7 @@
 import pytest
 from matplotlib.patches import Rectangle
 
-from mimdet.viz.charts import show_costs
+from mimdet.viz import show_costs
 
 COSTS = {"quarter": {"encoder": 1e9, "heads": 30e9}, "all": {"encoder": 6e9, "heads": 30e9}}
 

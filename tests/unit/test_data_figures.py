@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from mimdet.models.sampling import Sample
-from mimdet.viz.figures import padding_factor, show_batches, show_bitmaps, show_samples
+from mimdet.viz import padding_factor, show_batches, show_bitmaps, show_samples
 
 
 def test_padding_factor_by_hand():

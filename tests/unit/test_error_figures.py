@@ -16,8 +16,13 @@ from mimdet.analysis.errors import KINDS, ErrorReport, find_errors
 from mimdet.analysis.verdicts import compare_runs
 from mimdet.data.shapes import ShapesCOCO
 from mimdet.structures import bitmap_to_rle
-from mimdet.viz.errors import show_comparison, show_curves, show_error_gallery, show_errors
-from mimdet.viz.style import save_figure
+from mimdet.viz import (
+    save_figure,
+    show_comparison,
+    show_error_gallery,
+    show_errors,
+    show_precision_recall,
+)
 
 SIZE = 64
 
@@ -105,7 +110,7 @@ def test_a_report_without_objects_can_be_drawn() -> None:
     truth = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
     empty = find_errors(truth, [], "bbox")
     assert bars(show_errors(empty).axes[0]) == [0] * 6
-    show_curves(empty.curves()).canvas.draw()
+    show_precision_recall(empty.curves()).canvas.draw()
     comparison = compare_runs(truth, {"a": [], "b": []}, "bbox")
     show_comparison(comparison).canvas.draw()
 
@@ -122,7 +127,7 @@ def test_too_many_reports(report: ErrorReport) -> None:
 
 def test_a_panel_per_class_and_a_line_per_threshold(report: ErrorReport) -> None:
     curves = report.curves((0.75, 0.5))
-    fig = show_curves(curves)
+    fig = show_precision_recall(curves)
     known = [c for c in curves if not math.isnan(c.ap)]
     assert len(fig.axes) == len({c.category for c in known})
     assert fig.axes[0].get_title("left") == "mean"
@@ -140,13 +145,13 @@ def test_a_panel_per_class_and_a_line_per_threshold(report: ErrorReport) -> None
 
 
 def test_only_the_worst_classes_are_drawn(report: ErrorReport) -> None:
-    fig = show_curves(report.curves(), most_classes=2)
+    fig = show_precision_recall(report.curves(), most_classes=2)
     assert len(fig.axes) == 3
     heading = fig.get_suptitle()
-    known = len(show_curves(report.curves(), most_classes=99).axes) - 1
+    known = len(show_precision_recall(report.curves(), most_classes=99).axes) - 1
     assert heading == f"Precision over recall, AP × 100, the 2 classes of the lowest AP of {known}"
     with pytest.raises(ValueError, match="no curves to show"):
-        show_curves([])
+        show_precision_recall([])
 
 
 # ------------------------------------------------------------------------------- gallery

@@ -11,9 +11,9 @@ from torch import Tensor
 import mimdet
 from mimdet.data.shapes import ShapesCOCO
 from mimdet.models.detector import Detector
-from mimdet.viz.features import fit_basis, pca_picture, pyramid_of
-from mimdet.viz.widgets.pyramid_viewer import PyramidViewer
-from mimdet.viz.widgets.token_lab import RatioDial, stopwatch
+from mimdet.viz import PyramidViewer, RatioDial, pyramid_of
+from mimdet.viz.features import fit_basis, pca_picture
+from mimdet.viz.widgets.token_lab import stopwatch
 
 SCENES = ShapesCOCO("shapes-v1-medium", length=3, split="val")
 IMAGES = [SCENES[i].image for i in range(3)]

@@ -8,21 +8,23 @@ from torch import Tensor
 import mimdet
 from mimdet.models.detector import Detector
 from mimdet.models.sampling import Sample
-from mimdet.viz.draw import UNSAMPLED
-from mimdet.viz.features import (
-    LEVELS,
-    channel_map,
+from mimdet.viz import (
     compare_pyramids,
-    fit_basis,
     largest_difference,
-    norm_map,
-    pale_dropped,
-    pca_picture,
-    project,
     pyramid_of,
     show_channels,
     show_planes,
     show_pyramid,
+)
+from mimdet.viz.draw import UNSAMPLED
+from mimdet.viz.features import (
+    LEVELS,
+    channel_map,
+    fit_basis,
+    norm_map,
+    pale_dropped,
+    pca_picture,
+    project,
     strongest_channels,
 )
 

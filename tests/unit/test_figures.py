@@ -14,13 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from mimdet import viz
 from mimdet.data.rasters import crops_from_bitmaps
 from mimdet.models.sampling import Sample
 from mimdet.structures import Crops, Detections, Record, Target, crops_to_bitmaps
-from mimdet.viz import draw
-from mimdet.viz.charts import _running_mean
-from mimdet.viz.draw import Mark, image_panels
-from mimdet.viz.figures import (
+from mimdet.viz import (
+    draw,
     save_figure,
     show_data,
     show_detections,
@@ -28,6 +27,8 @@ from mimdet.viz.figures import (
     show_sample,
     show_training,
 )
+from mimdet.viz.charts import _running_mean
+from mimdet.viz.draw import Mark, image_panels
 
 ROOT = Path(__file__).resolve().parents[2]
 HEIGHT, WIDTH = 48, 64
@@ -359,7 +360,7 @@ def test_no_pyplot_and_no_settings_changed() -> None:
         before = matplotlib.rcParams.copy()
         from mimdet.structures import Detections
         from mimdet.models.sampling import Sample
-        from mimdet.viz import figures as f
+        from mimdet import viz as f
         image = torch.zeros(3, 32, 32, dtype=torch.uint8)
         figs = [
             f.show_detections([image], [Detections.empty((32, 32), True)]),
@@ -382,3 +383,11 @@ def test_no_pyplot_and_no_settings_changed() -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_every_figure_and_panel_is_had_from_viz() -> None:
+    pytest.importorskip("ipywidgets")
+    assert all(callable(getattr(viz, name)) or name.isupper() for name in viz.__all__)
+    assert "show_sample" in dir(viz)
+    with pytest.raises(AttributeError, match=r"no 'show_nothing'; its .*TokenLab"):
+        _ = viz.show_nothing

@@ -181,6 +181,7 @@ def test_right_imports_pass(module: str, source: str) -> None:
     [
         ("import mimdet", {"torch", "numpy"}),
         ("from mimdet import Config, presets", {"torch", "numpy"}),
+        ("import mimdet.viz", {"torch", "numpy"}),
         ("from mimdet import Detections", set()),
     ],
 )

@@ -7,7 +7,7 @@ from torch import nn
 from mimdet import presets
 from mimdet.analysis.cost import kept_bytes
 from mimdet.config import TrainingConfig
-from mimdet.viz.charts import group_rates, show_schedule
+from mimdet.viz import group_rates, show_schedule
 
 
 def test_kept_bytes_by_hand() -> None:

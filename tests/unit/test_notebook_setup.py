@@ -16,7 +16,7 @@ import mimdet
 from mimdet import check, notebook, notebook_setup
 from mimdet.notebook import watch
 from mimdet.training.trainer import Step
-from mimdet.viz.style import new_figure
+from mimdet.viz import new_figure
 
 
 @pytest.fixture(autouse=True)

@@ -14,9 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 import mimdet
-from mimdet.viz.draw import to_pixels
-from mimdet.viz.widgets.canvas import PatchCanvas
-from mimdet.viz.widgets.panel import ImagePanel, Panel, few_proposals, ratio_slider
+from mimdet.viz import Panel, PatchCanvas, to_pixels
+from mimdet.viz.widgets.panel import ImagePanel, few_proposals, ratio_slider
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 

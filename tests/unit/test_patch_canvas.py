@@ -7,8 +7,9 @@ import pytest
 import traitlets
 from PIL import Image
 
+from mimdet.viz import PatchCanvas
 from mimdet.viz.draw import from_data_url
-from mimdet.viz.widgets.canvas import HERE, PatchCanvas
+from mimdet.viz.widgets.canvas import HERE
 
 BLUE = np.full((8, 12, 3), (0, 0, 255), np.uint8)
 RED = (255, 0, 0)

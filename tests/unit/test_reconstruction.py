@@ -6,14 +6,8 @@ import torch
 import mimdet
 from mimdet.models.mae import MAE
 from mimdet.models.sampling import SAMPLERS, Sample
-from mimdet.viz.reconstruction import (
-    draw_sample,
-    fit_to_mae,
-    native_side,
-    paint,
-    show_reconstruction,
-    whole_patches,
-)
+from mimdet.viz import draw_sample, fit_to_mae, paint, show_reconstruction
+from mimdet.viz.reconstruction import native_side, whole_patches
 
 
 @pytest.fixture(scope="module")

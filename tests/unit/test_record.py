@@ -11,8 +11,9 @@ import mimdet
 from mimdet import presets
 from mimdet.models.mae import MAE
 from mimdet.models.sampling import Sample, Sampling
+from mimdet.viz import attention_names, rollout
 from mimdet.viz import record as module
-from mimdet.viz.record import attention_names, record, rollout, spread
+from mimdet.viz.record import record, spread
 from tests.small import small
 
 ENCODER = "backbone.encoder.blocks.0.attn"

@@ -14,8 +14,9 @@ pytest.importorskip("ipywidgets")
 from mimdet.analysis.verdicts import VERDICTS, Verdict
 from mimdet.data.shapes import ShapesCOCO
 from mimdet.structures import Record, Target
+from mimdet.viz import ResultBrowser
 from mimdet.viz.draw import with_few_colours
-from mimdet.viz.widgets.result_browser import LOOKS, ResultBrowser, legend
+from mimdet.viz.widgets.result_browser import LOOKS, legend
 from tests.unit.test_verdicts import BETTER, RESULTS, TRUTH
 
 

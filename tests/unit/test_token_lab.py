@@ -16,7 +16,7 @@ from mimdet.viz.reconstruction import SameTokens
 from tests.small import small
 
 pytest.importorskip("anywidget", reason='panels need pip install "mimdet[notebooks]"')
-from mimdet.viz.widgets.token_lab import TokenLab
+from mimdet.viz import TokenLab
 
 
 def tiny_mae(patch: int = 8) -> MAE:

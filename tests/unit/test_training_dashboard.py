@@ -14,8 +14,8 @@ from mimdet.training.checkpoints import CheckpointStore
 from mimdet.training.job import Job
 from mimdet.training.run import Run
 from mimdet.training.train import resume
+from mimdet.viz import TrainingDashboard
 from mimdet.viz.widgets import training_dashboard
-from mimdet.viz.widgets.training_dashboard import TrainingDashboard
 from tests.small import small
 
 STEPS = 6
