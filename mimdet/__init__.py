@@ -36,7 +36,7 @@ _MODULE_OF = {
     "MAE": "mimdet.models.mae",
     "evaluate": "mimdet.analysis.evaluate",
     "find_errors": "mimdet.analysis.errors",
-    "compare_runs": "mimdet.analysis.verdicts",
+    "compare_runs": "mimdet.analysis.comparison",
     "pretrain": "mimdet.training.pretrain",
     "experiment": "mimdet.experiments.experiment",
     "record": "mimdet.viz.record",

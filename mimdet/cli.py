@@ -224,9 +224,9 @@ def run_export(words: list[str]) -> None:
 
 def run_errors(words: list[str]) -> None:
     command = parse(Errors, words, "errors")
+    from mimdet.analysis.comparison import compare_runs
     from mimdet.analysis.errors import find_errors
     from mimdet.analysis.metrics import IouType
-    from mimdet.analysis.verdicts import compare_runs
     from mimdet.config import load_config
     from mimdet.data.coco import build_dataset
     from mimdet.files import read_json, write_json

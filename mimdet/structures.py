@@ -197,14 +197,22 @@ def bitmap_to_rle(bitmap: Tensor | NDArray[Any]) -> dict[str, Any]:
     return {"size": list(rle["size"]), "counts": rle["counts"].decode()}
 
 
+def as_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
+    """A COCO segmentation (polygons, or run lengths of any form) as compressed run lengths."""
+    from pycocotools import mask as coco_mask
+
+    if isinstance(segmentation, list):
+        return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+    if isinstance(segmentation["counts"], list):
+        return coco_mask.frPyObjects(segmentation, height, width)
+    return segmentation
+
+
 def rle_to_bitmap(rle: dict[str, Any]) -> NDArray[np.bool_]:
     """COCO run lengths, compressed (str, bytes) or a plain list of counts -> (H, W) bool."""
     from pycocotools import mask as coco_mask
 
-    if isinstance(rle["counts"], list):
-        height, width = rle["size"]
-        rle = coco_mask.frPyObjects(rle, height, width)
-    return coco_mask.decode(rle).astype(bool)
+    return coco_mask.decode(as_rle(rle, *rle["size"])).astype(bool)
 
 
 def _bilinear_weights(

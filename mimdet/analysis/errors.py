@@ -18,218 +18,45 @@ This is TIDE (Bolya et al., "TIDE: A General Toolbox for Identifying Object Dete
   level, rounding decides whether it is reached.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from mimdet.analysis.matching import (
-    KINDS,
     Bools,
+    Columns,
     Floats,
     Ints,
-    Kind,
-    Outcome,
+    Objects,
     Overlaps,
-    find_outcome,
     find_overlaps,
     match_at,
 )
-from mimdet.analysis.metrics import IouType, category_names, check_results, image_numbers, percent
+from mimdet.analysis.metrics import (
+    IouType,
+    category_names,
+    check_results,
+    image_numbers,
+    percent,
+    plain,
+    size_ranges,
+)
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-RECALLS = np.linspace(0.0, 1.0, 101)
-"""COCO's recall levels; some are a rounding error above k / 100, and they are kept so, because a
-recall of exactly k / 100 is frequent."""
-
-
-@dataclass(slots=True)
-class Ranking:
-    """Detections that count, best score first, and how many truths each class has."""
-
-    category: Ints
-    """(N,)"""
-    correct: Bools
-    """(N,)"""
-    truths: Ints
-    """(K,)"""
-
-
-def matched_ranking(overlaps: Overlaps, match: Ints, ignored: Bools) -> Ranking:
-    """Detections as they were matched."""
-    counts = ~ignored
-    category = overlaps.detections.category[counts]
-    return Ranking(category, match[counts] >= 0, truth_counts(overlaps))
-
-
-def truth_counts(overlaps: Overlaps) -> Ints:
-    """(K,) truths of each class, crowds left out."""
-    return np.bincount(overlaps.truths.category, minlength=overlaps.categories)
-
-
-def fixed_ranking(
-    overlaps: Overlaps,
-    outcome: Outcome,
-    kinds: Iterable[Kind],
-    only: tuple[Bools, Bools] | None = None,
-) -> Ranking:
-    """What is left once all errors of `kinds` are fixed.
-
-    only: (N,) detections and (M,) missed truths to which the fix is restricted. A detection keeps
-    its place in the order of scores.
-    """
-    numbers = [KINDS.index(kind) for kind in kinds]
-    chosen = np.isin(outcome.kind, numbers)
-    forgiven = outcome.missed & (KINDS.index("missed") in numbers)
-    if only is not None:
-        chosen, forgiven = chosen & only[0], forgiven & only[1]
-    repaired = chosen & (outcome.repair >= 0)
-    counts = (outcome.match >= 0) | repaired | ((outcome.kind >= 0) & ~chosen)
-    correct = (outcome.match >= 0) | repaired
-    category = overlaps.detections.category.copy()
-    category[repaired] = overlaps.truths.category[outcome.repair[repaired]]
-    asked = np.bincount(overlaps.truths.category[~forgiven], minlength=overlaps.categories)
-    return Ranking(category[counts], correct[counts], asked)
-
-
-def without_false_positives(overlaps: Overlaps, outcome: Outcome) -> Ranking:
-    """Only what is correct: perfect precision at the same recall."""
-    correct = outcome.match >= 0
-    category = overlaps.detections.category[correct]
-    return Ranking(category, np.ones(len(category), dtype=bool), truth_counts(overlaps))
-
-
-def without_false_negatives(overlaps: Overlaps, outcome: Outcome) -> Ranking:
-    """Only truths that were found are asked for: perfect recall at the same precision."""
-    counts = (outcome.match >= 0) | (outcome.kind >= 0)
-    found = overlaps.truths.category[outcome.found]
-    asked = np.bincount(found, minlength=overlaps.categories)
-    category = overlaps.detections.category[counts]
-    return Ranking(category, outcome.match[counts] >= 0, asked)
-
-
-def class_precisions(ranking: Ranking) -> Floats:
-    """(K, 101) interpolated precision of each class at RECALLS; AP is the mean of a row.
-
-    A class of which nothing is asked (any more) has precision 1 when nothing is claimed either,
-    else 0. Classes that never had a truth are for the caller to leave out, as COCO does.
-    """
-    order = np.argsort(ranking.category, kind="stable")
-    ends = np.cumsum(np.bincount(ranking.category, minlength=len(ranking.truths)))
-    groups = np.split(ranking.correct[order], ends[:-1])
-    rows = [precision_at_recalls(groups[k], int(n)) for k, n in enumerate(ranking.truths)]
-    return np.array(rows).reshape(-1, len(RECALLS))
-
-
-def class_aps(overlaps: Overlaps, ranking: Ranking) -> Floats:
-    """(K,) AP of each class; NaN for a class that has no truth in `overlaps`."""
-    return np.where(truth_counts(overlaps) > 0, class_precisions(ranking).mean(1), np.nan)
-
-
-def mean_ap(overlaps: Overlaps, ranking: Ranking) -> float:
-    """The mean over classes that have truths; NaN where none has."""
-    aps = class_aps(overlaps, ranking)
-    known = aps[~np.isnan(aps)]
-    return float(known.mean()) if len(known) else float("nan")
-
-
-def precision_at_recalls(correct: Bools, truths: int) -> Floats:
-    """(101,): the best precision at each recall or a higher one; 0 where none is as high.
-
-    correct: (n,) detections of one class, best score first.
-    """
-    if truths == 0:
-        return np.full(len(RECALLS), float(len(correct) == 0))
-    right = np.cumsum(correct)
-    precision = right / np.arange(1, len(correct) + 1)
-    best = np.maximum.accumulate(precision[::-1])[::-1]
-    reached = np.searchsorted(right / truths, RECALLS, side="left")
-    return np.append(best, 0.0)[reached]
-
-
-@dataclass(slots=True)
-class Judged:
-    """Results, their truth, and what became of them."""
-
-    ground_truth: dict[str, Any]
-    results: list[dict[str, Any]]
-    categories: list[str]
-    """Names in the order of their ids."""
-    area_ranges: dict[str, tuple[float, float]]
-    """Square pixels, from and to (left out)."""
-    overlaps: Overlaps
-    outcome: Outcome
-
-    def of_kind(self, kind: Kind) -> Bools:
-        """(N,) the false positives of a type; for "missed", (M,) the missed truths."""
-        return self.outcome.missed if kind == "missed" else self.outcome.kind == KINDS.index(kind)
-
-
-def class_table(judged: Judged) -> "DataFrame":
-    """See `ErrorReport.by_class`."""
-    from pandas import DataFrame
-
-    overlaps, outcome = judged.overlaps, judged.outcome
-    says, real = overlaps.detections.category, overlaps.truths.category
-    ap = class_aps(overlaps, fixed_ranking(overlaps, outcome, ()))
-
-    def count(categories: Ints) -> Ints:
-        return np.bincount(categories, minlength=overlaps.categories)
-
-    columns = {
-        "objects": truth_counts(overlaps),
-        "correct": count(real[outcome.found]),
-        "ap": ap,
-    }
-    for kind in KINDS:
-        classes = real if kind == "missed" else says
-        columns[f"errors_{kind}"] = count(classes[judged.of_kind(kind)])
-    for kind in KINDS:
-        columns[f"dap_{kind}"] = class_aps(overlaps, fixed_ranking(overlaps, outcome, (kind,))) - ap
-    return DataFrame(columns, index=judged.categories)
-
-
-def size_table(judged: Judged) -> "DataFrame":
-    """See `ErrorReport.by_size`."""
-    from pandas import DataFrame
-
-    overlaps, outcome = judged.overlaps, judged.outcome
-    ap = mean_ap(overlaps, fixed_ranking(overlaps, outcome, ()))
-    object_area = overlaps.truths.area
-    aimed = judged.of_kind("localisation") | judged.of_kind("classification")
-    concerned = np.append(object_area, np.nan)[outcome.concerns]
-    error_area = np.where(aimed, concerned, overlaps.detections.area)
-    rows: dict[str, dict[str, Any]] = {}
-    for size, (low, high) in judged.area_ranges.items():
-        errors = (low <= error_area) & (error_area < high)
-        objects = (low <= object_area) & (object_area < high)
-        rows[size] = {"objects": objects.sum(), "correct": (objects & outcome.found).sum()}
-        for kind in KINDS:
-            chosen = judged.of_kind(kind) & (objects if kind == "missed" else errors)
-            rows[size][f"errors_{kind}"] = chosen.sum()
-        for kind in KINDS:
-            fixed = fixed_ranking(overlaps, outcome, (kind,), only=(errors, objects))
-            rows[size][f"dap_{kind}"] = mean_ap(overlaps, fixed) - ap
-    return DataFrame.from_dict(rows, orient="index")
-
-
-def confusion_table(judged: Judged) -> "DataFrame":
-    """See `ErrorReport.confusions`."""
-    from pandas import DataFrame
-
-    chosen = judged.of_kind("classification")
-    names = np.array(judged.categories, dtype=object)
-    said = judged.overlaps.detections.category[chosen]
-    true = judged.overlaps.truths.category[judged.outcome.concerns[chosen]]
-    pairs, counts = np.unique(np.stack([said, true]), axis=1, return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    said, true = pairs[:, order]
-    return DataFrame({"said": names[said], "true": names[true], "errors": counts[order]})
-
+Kind = Literal["classification", "localisation", "both", "duplicate", "background", "missed"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""The types of errors, in the order in which the paper fixes them. All but the last are false
+positives; a missed object is a truth that no other error could turn into a correct detection."""
+Verdict = Literal["correct", Kind]
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+"""Correct, then the six types of errors."""
+Size = Literal["small", "medium", "large"]
+SIZES: tuple[Size, ...] = get_args(Size)
 
 MEANINGS = {
     "classification": "right place, wrong class",
@@ -242,6 +69,245 @@ MEANINGS = {
     "false negatives": "only the objects found are asked for",
 }
 """The six types and the two special oracles, in words."""
+
+RECALLS = np.linspace(0.0, 1.0, 101)
+"""COCO's recall levels; some are a rounding error above k / 100, and they are kept so, because a
+recall of exactly k / 100 is frequent."""
+
+
+def find_errors(
+    ground_truth: dict[str, Any],
+    results: list[dict[str, Any]],
+    iou_type: IouType = "segm",
+    *,
+    iou_threshold: float = 0.5,
+    background_threshold: float = 0.1,
+    area_scale: float = 1.0,
+) -> "ErrorReport":
+    """The errors of COCO `results` against a COCO `ground_truth`: their types, number and price.
+
+    The entries are those of `mimdet.analysis.metrics.coco_metrics`, and so are iou_type, area_scale
+    and the ValueErrors. iou_threshold: of a correct detection; background_threshold: an IoU up to
+    which a detection has nothing to do with an object; both as in the paper.
+    """
+    if not 0 < background_threshold < iou_threshold <= 1:
+        raise ValueError(
+            f"background_threshold={background_threshold}, iou_threshold={iou_threshold}: needed "
+            "is 0 < background_threshold < iou_threshold <= 1"
+        )
+    area_ranges, images = size_ranges(area_scale), image_numbers(ground_truth)
+    check_results(ground_truth, results, (iou_type,), images)
+    overlaps = find_overlaps(ground_truth, results, iou_type)
+    judged = judge(overlaps, iou_threshold, background_threshold)
+    verdicts = with_missed(judged, overlaps.truths)
+
+    def ap_without(*kinds: Kind) -> float:
+        return mean_ap(fixed_aps(overlaps, verdicts, are(verdicts.verdict, *kinds)))
+
+    ap = ap_without()
+    is_right = are(judged.verdict, "correct")
+    right = judged[is_right].said
+    found = np.bincount(right, minlength=overlaps.categories)
+    oracles = {
+        "false positives": class_aps(overlaps, right, is_right[is_right], overlaps.objects),
+        "false negatives": class_aps(overlaps, judged.said, is_right, found),
+    }
+    counts = verdicts.count()
+    return ErrorReport(
+        iou_type=iou_type,
+        iou_threshold=iou_threshold,
+        background_threshold=background_threshold,
+        ap=ap,
+        dap={kind: ap_without(kind) - ap for kind in KINDS},
+        special={name: mean_ap(aps) - ap for name, aps in oracles.items()},
+        progressive={kind: ap_without(*KINDS[: i + 1]) for i, kind in enumerate(KINDS)},
+        counts={kind: counts[kind] for kind in KINDS},
+        correct=counts["correct"],
+        ignored=len(overlaps.detections) - len(judged),
+        left_out=overlaps.left_out,
+        objects=len(overlaps.truths),
+        categories=category_names(ground_truth["categories"]),
+        area_ranges=area_ranges,
+        image_ids=list(images),
+        ground_truth=ground_truth,
+        results=results,
+        _overlaps=overlaps,
+        _verdicts=verdicts,
+    )
+
+
+# --- what became of every detection and object --------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdicts(Columns):
+    """N entries: detections, best score first, then missed objects."""
+
+    verdict: Ints
+    """(N,) index in VERDICTS."""
+    image: Ints
+    """(N,) 0, 1, ... in the order of sorted image ids."""
+    said: Ints
+    """(N,) rank of the category id that the detector gave; -1 for a missed object."""
+    true: Ints
+    """(N,) that of the object it is about; -1 for a background error."""
+    area: Floats
+    """(N,) square pixels, of what decides its size: the object, if it is correct, a classification
+    or localisation error or missed; else the detection. As in `ErrorReport.by_size`."""
+    score: Floats
+    """(N,) NaN for a missed object."""
+    iou: Floats
+    """(N,) of an error, with the object it is about (background: with the nearest one); NaN where
+    correct or missed."""
+    result: Ints
+    """(N,) index in the results; -1 for a missed object."""
+    annotation: Ints
+    """(N,) index in the annotations of the object it is about; -1 for a background error."""
+    truth: Ints
+    """(N,) the same in `Overlaps.truths`."""
+    repairs: Bools
+    """(N,) errors that find their object once class or place is corrected. The other false
+    positives have to go: something else finds that object, or they are of another type."""
+
+    def count(self) -> dict[Verdict, int]:
+        """How many there are of each."""
+        counts = np.bincount(self.verdict, minlength=len(VERDICTS)).tolist()
+        return dict(zip(VERDICTS, counts, strict=True))
+
+
+def are(verdict: Ints, *names: Verdict) -> Bools:
+    """(N,) those of one of these verdicts."""
+    return np.isin(verdict, [VERDICTS.index(name) for name in names])
+
+
+def judge(overlaps: Overlaps, threshold: float, background: float) -> Verdicts:
+    """The verdict on every detection that does not lie in a crowd region.
+
+    It stays the same when detections of lower scores are left out, because matching goes from the
+    best score down.
+    """
+    detections, truths = overlaps.detections, overlaps.truths
+    match, ignored = match_at(overlaps, threshold)
+    own, own_iou = overlaps.same.nearest(len(match))
+    other, other_iou = overlaps.other.nearest(len(match))
+    nearest = np.maximum(own_iou, other_iou)
+    rules: dict[Verdict, Bools] = {  # the first that holds
+        "correct": match >= 0,
+        "localisation": (background <= own_iou) & (own_iou <= threshold),
+        "classification": other_iou >= threshold,
+        "duplicate": own_iou > threshold,  # that truth is taken, or it would have matched
+        "background": nearest <= background,
+        "both": np.full(len(match), True),
+    }
+    verdict = np.select(list(rules.values()), [VERDICTS.index(name) for name in rules])
+
+    about = [
+        are(verdict, "correct"),
+        are(verdict, "localisation", "duplicate"),
+        are(verdict, "classification", "both"),
+    ]
+    truth = np.select(about, [match, own, other], -1)
+    found = np.isin(np.arange(len(truths)), match)
+    could = are(verdict, "localisation", "classification") & ~ignored
+    candidates = np.flatnonzero(could & ~np.append(found, True)[truth])  # -1 reads the last one
+    best = np.unique(truth[candidates], return_index=True)[1]  # one a truth, of the best score
+    repairs = np.zeros(len(match), dtype=bool)
+    repairs[candidates[best]] = True
+
+    is_aimed = are(verdict, "correct", "localisation", "classification")
+    return Verdicts(
+        verdict=verdict,
+        image=detections.image,
+        said=detections.category,
+        true=np.append(truths.category, -1)[truth],
+        area=np.where(is_aimed, np.append(truths.area, np.nan)[truth], detections.area),
+        score=overlaps.score,
+        iou=np.select(about, [np.nan, own_iou, other_iou], nearest),
+        result=detections.source,
+        annotation=np.append(truths.source, -1)[truth],
+        truth=truth,
+        repairs=repairs,
+    )[~ignored]
+
+
+def with_missed(judged: Verdicts, truths: Objects) -> Verdicts:
+    """Judged detections, followed by the truths at which none of them aims."""
+    is_aimed = are(judged.verdict, "correct", "localisation", "classification")
+    lost = np.setdiff1d(np.arange(len(truths)), judged.truth[is_aimed])
+    objects, nothing = truths[lost], np.full(len(lost), -1)
+    missed = Verdicts(
+        verdict=np.full(len(lost), VERDICTS.index("missed")),
+        image=objects.image,
+        said=nothing,
+        true=objects.category,
+        area=objects.area,
+        score=np.full(len(lost), np.nan),
+        iou=np.full(len(lost), np.nan),
+        result=nothing,
+        annotation=objects.source,
+        truth=lost,
+        repairs=np.full(len(lost), False),
+    )
+    pairs = ((getattr(judged, f.name), getattr(missed, f.name)) for f in fields(Verdicts))
+    return Verdicts(*(np.concatenate(pair) for pair in pairs))
+
+
+# --- average precision --------------------------------------------------------------------------
+
+
+def fixed_aps(overlaps: Overlaps, verdicts: Verdicts, fixed: Bools) -> Floats:
+    """(K,) AP of each class once the errors `fixed` (N,) are fixed. A detection keeps its place in
+    the order of scores."""
+    is_missed = are(verdicts.verdict, "missed")
+    repaired = fixed & verdicts.repairs
+    correct = are(verdicts.verdict, "correct") | repaired
+    stays = ~is_missed & (correct | ~fixed)
+    category = np.where(repaired, verdicts.true, verdicts.said)
+    forgiven = np.bincount(verdicts.true[fixed & is_missed], minlength=overlaps.categories)
+    return class_aps(overlaps, category[stays], correct[stays], overlaps.objects - forgiven)
+
+
+def class_aps(overlaps: Overlaps, category: Ints, correct: Bools, asked: Ints) -> Floats:
+    """(K,) AP of each class; NaN for one that has no truth. Arguments: see `class_precisions`."""
+    aps = class_precisions(category, correct, asked).mean(1)
+    return np.where(overlaps.objects > 0, aps, np.nan)
+
+
+def mean_ap(aps: Floats) -> float:
+    """The mean over classes that have truths; NaN where none has."""
+    known = aps[~np.isnan(aps)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def class_precisions(category: Ints, correct: Bools, asked: Ints) -> Floats:
+    """(K, 101) interpolated precision of each class at RECALLS; AP is the mean of a row.
+
+    category, correct: (N,) of detections, best score first; asked: (K,) objects of each class. A
+    class of which nothing is asked (any more) has precision 1 when nothing is claimed either, else
+    0. Classes that never had a truth are for the caller to leave out, as COCO does.
+    """
+    order = np.argsort(category, kind="stable")
+    ends = np.cumsum(np.bincount(category, minlength=len(asked)))
+    groups = np.split(correct[order], ends[:-1])
+    rows = [precision_at_recalls(groups[k], int(n)) for k, n in enumerate(asked)]
+    return np.array(rows).reshape(-1, len(RECALLS))
+
+
+def precision_at_recalls(correct: Bools, objects: int) -> Floats:
+    """(101,): the best precision at each recall or a higher one; 0 where none is as high.
+
+    correct: (n,) detections of one class, best score first.
+    """
+    if objects == 0:
+        return np.full(len(RECALLS), float(len(correct) == 0))
+    right = np.cumsum(correct)
+    precision = right / np.arange(1, len(correct) + 1)
+    best = np.maximum.accumulate(precision[::-1])[::-1]
+    reached = np.searchsorted(right / objects, RECALLS, side="left")
+    return np.append(best, 0.0)[reached]
+
+
+# --- the report ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,17 +369,16 @@ class ErrorReport:
     """Results beyond the best 100 of their image and class, which COCO does not look at."""
     objects: int
     """Objects to find: crowds are none."""
-    _judged: Judged = field(repr=False)
-
-    @property
-    def categories(self) -> list[str]:
-        """Names in the order of the category ids."""
-        return self._judged.categories
-
-    @property
-    def area_ranges(self) -> dict[str, tuple[float, float]]:
-        """Square pixels, from and to (left out), of small, medium and large."""
-        return self._judged.area_ranges
+    categories: list[str] = field(repr=False)
+    """Names in the order of the category ids."""
+    area_ranges: dict[str, tuple[float, float]] = field(repr=False)
+    """Square pixels, from and to (left out), of small, medium and large."""
+    image_ids: list[int | str] = field(repr=False)
+    """In the order of `Verdicts.image`."""
+    ground_truth: dict[str, Any] = field(repr=False)
+    results: list[dict[str, Any]] = field(repr=False)
+    _overlaps: Overlaps = field(repr=False)
+    _verdicts: Verdicts = field(repr=False)
 
     def table(self) -> str:
         """Text, a row per type: dAP x 100, how many errors, what they are."""
@@ -329,19 +394,7 @@ class ErrorReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers for json (NaN as None), without the single errors."""
-        tables = {"dap": self.dap, "special": self.special, "progressive": self.progressive}
-        return {
-            "iou_type": self.iou_type,
-            "iou_threshold": self.iou_threshold,
-            "background_threshold": self.background_threshold,
-            "ap": _json(self.ap),
-            **{name: {k: _json(v) for k, v in table.items()} for name, table in tables.items()},
-            "counts": dict(self.counts),
-            "correct": self.correct,
-            "ignored": self.ignored,
-            "left_out": self.left_out,
-            "objects": self.objects,
-        }
+        return {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.repr}
 
     def errors(
         self, kind: Kind, said: str | None = None, true: str | None = None
@@ -351,17 +404,42 @@ class ErrorReport:
         said, true: only those with this class given by the detector, or of this true class.
         Raises ValueError for an unknown type or class.
         """
-        if kind not in KINDS:
-            raise ValueError(f"kind={kind!r}: use one of {', '.join(KINDS)}")
-        for name in (said, true):
-            if name is not None and name not in self.categories:
-                raise ValueError(f"{name!r} is no class; there are {', '.join(self.categories)}")
-        places = np.flatnonzero(self._judged.of_kind(kind))
+        _index("kind", kind, KINDS)
+        chosen = self._verdicts[are(self._verdicts.verdict, kind)]
+        if said is not None:
+            chosen = chosen[chosen.said == _index("said", said, self.categories)]
+        if true is not None:
+            chosen = chosen[chosen.true == _index("true", true, self.categories)]
         if kind == "missed":
-            area = self._judged.overlaps.truths.area[places]
-            places = places[np.argsort(-area, kind="stable")]
-        found = [self._error(kind, place) for place in places.tolist()]
-        return [e for e in found if said in (None, e.said) and true in (None, e.true)]
+            chosen = chosen[np.argsort(-chosen.area, kind="stable")]
+        return [self._error(kind, chosen, i) for i in range(len(chosen))]
+
+    def verdicts(self, score_threshold: float = 0.0) -> Verdicts:
+        """What became of every detection of this score and more, and the objects then missed.
+
+        Detections in crowd regions are left out.
+        """
+        kept = self._verdicts[self._verdicts.score >= score_threshold]
+        return with_missed(kept, self._overlaps.truths)
+
+    def chosen(
+        self,
+        verdicts: Verdicts,
+        verdict: Verdict | None = None,
+        category: str | None = None,
+        size: Size | None = None,
+    ) -> Bools:
+        """(N,) those of this verdict, that say this class or are about an object of it, and of this
+        size; None = any. Raises ValueError for an unknown name."""
+        chosen = np.full(len(verdicts), True)
+        if verdict is not None:
+            chosen &= verdicts.verdict == _index("verdict", verdict, VERDICTS)
+        if category is not None:
+            rank = _index("category", category, self.categories)
+            chosen &= (verdicts.said == rank) | (verdicts.true == rank)
+        if size is not None:
+            chosen &= self._size_of(verdicts.area) == _index("size", size, SIZES)
+        return chosen
 
     def by_class(self) -> "DataFrame":
         """A row per class: objects, correct, ap, then errors_... and dap_... of each type.
@@ -370,7 +448,19 @@ class ErrorReport:
         what fixing the errors of that type in all classes adds to the AP of this one, so the mean
         of the column is the dAP of the whole. NaN for a class without objects.
         """
-        return class_table(self._judged)
+        from pandas import DataFrame
+
+        overlaps, verdicts = self._overlaps, self._verdicts
+        category = np.where(verdicts.said >= 0, verdicts.said, verdicts.true)
+        counts = _error_counts(verdicts, category, overlaps.categories)
+        none = are(verdicts.verdict)
+        ap = fixed_aps(overlaps, verdicts, none)
+        columns = {"objects": overlaps.objects, "correct": counts.pop("correct"), "ap": ap}
+        columns |= counts
+        for kind in KINDS:
+            fixed = fixed_aps(overlaps, verdicts, are(verdicts.verdict, kind))
+            columns[f"dap_{kind}"] = fixed - ap
+        return DataFrame(columns, index=self.categories)
 
     def by_size(self) -> "DataFrame":
         """A row for small, medium and large: objects, correct, errors_... and dap_... of each type.
@@ -380,106 +470,78 @@ class ErrorReport:
         (classification, localisation, missed), else of the detection; as tidecv's area qualifiers,
         but with COCO's areas, not those of boxes.
         """
-        return size_table(self._judged)
+        from pandas import DataFrame
+
+        overlaps, verdicts = self._overlaps, self._verdicts
+        size = self._size_of(verdicts.area)
+        objects = np.bincount(self._size_of(overlaps.truths.area), minlength=len(SIZES))
+        columns: dict[str, Any] = {"objects": objects}
+        columns |= _error_counts(verdicts, size, len(SIZES))
+        for kind in KINDS:
+            of_kind = are(verdicts.verdict, kind)
+            fixed = [fixed_aps(overlaps, verdicts, of_kind & (size == i)) for i in range(3)]
+            columns[f"dap_{kind}"] = [mean_ap(aps) - self.ap for aps in fixed]
+        return DataFrame(columns, index=list(SIZES))
 
     def confusions(self) -> "DataFrame":
         """The classification errors: class said, true class, errors; the most frequent first."""
-        return confusion_table(self._judged)
+        from pandas import DataFrame
+
+        confused = self._verdicts[are(self._verdicts.verdict, "classification")]
+        pairs = np.stack([confused.said, confused.true])
+        pairs, counts = np.unique(pairs, axis=1, return_counts=True)
+        order = np.argsort(-counts, kind="stable")
+        said, true = np.array(self.categories, dtype=object)[pairs[:, order]]
+        return DataFrame({"said": said, "true": true, "errors": counts[order]})
 
     def curves(self, iou_thresholds: Sequence[float] = (0.5, 0.75, 0.9)) -> list[Curve]:
         """Precision over recall at each threshold: the mean over the classes, then each class.
 
         Raises ValueError for a threshold that is not above the background threshold.
         """
-        overlaps, curves = self._judged.overlaps, []
+        overlaps, curves = self._overlaps, []
+        objects = overlaps.objects
         for threshold in iou_thresholds:
             if not self.background_threshold < threshold <= 1:
                 low = self.background_threshold
                 raise ValueError(f"iou_thresholds: {threshold} is not in ({low}, 1]")
-            ranking = matched_ranking(overlaps, *match_at(overlaps, threshold))
-            rows = class_precisions(ranking)
-            rows[ranking.truths == 0] = np.nan
-            known = rows[ranking.truths > 0]
+            match, ignored = match_at(overlaps, threshold)
+            category, correct = overlaps.detections.category[~ignored], match[~ignored] >= 0
+            rows = class_precisions(category, correct, objects)
+            rows[objects == 0] = np.nan
+            known = rows[objects > 0]
             mean = known.mean(0) if len(known) else np.full(len(RECALLS), np.nan)
             for name, row in zip(["", *self.categories], [mean, *rows], strict=True):
                 curves.append(Curve(name, threshold, RECALLS, row, float(row.mean())))
         return curves
 
-    def _error(self, kind: Kind, place: int) -> DetectionError:
-        """place: of a detection, or of a truth if missed."""
-        judged, overlaps = self._judged, self._judged.overlaps
-        missed = kind == "missed"
-        truth = place if missed else int(judged.outcome.concerns[place])
-        result = None if missed else judged.results[overlaps.detections.source[place]]
-        annotation, score, said, true, iou = None, np.nan, "", "", np.nan
-        if truth >= 0:
-            annotation = judged.ground_truth["annotations"][overlaps.truths.source[truth]]
-            true = self.categories[overlaps.truths.category[truth]]
-        if result is not None:
-            score, said = result["score"], self.categories[overlaps.detections.category[place]]
-            same, other = float(overlaps.same.iou[place]), float(overlaps.other.iou[place])
-            is_same = kind in ("localisation", "duplicate")
-            iou = max(same, other) if kind == "background" else same if is_same else other
-        entry = result or annotation or {}
-        return DetectionError(kind, entry["image_id"], score, said, true, iou, result, annotation)
+    def _size_of(self, area: Floats) -> Ints:
+        """(N,) index in SIZES."""
+        limits = [self.area_ranges[size][1] for size in SIZES[:-1]]
+        return np.searchsorted(limits, area, side="right")
 
-
-def find_errors(
-    ground_truth: dict[str, Any],
-    results: list[dict[str, Any]],
-    iou_type: IouType = "segm",
-    *,
-    iou_threshold: float = 0.5,
-    background_threshold: float = 0.1,
-    area_scale: float = 1.0,
-) -> ErrorReport:
-    """The errors of COCO `results` against a COCO `ground_truth`: their types, number and price.
-
-    The entries are those of `mimdet.analysis.metrics.coco_metrics`, and so are iou_type, area_scale
-    and the ValueErrors. iou_threshold: of a correct detection; background_threshold: an IoU up to
-    which a detection has nothing to do with an object; both as in the paper.
-    """
-    if not 0 < background_threshold < iou_threshold <= 1:
-        raise ValueError(
-            f"background_threshold={background_threshold}, iou_threshold={iou_threshold}: needed "
-            "is 0 < background_threshold < iou_threshold <= 1"
+    def _error(self, kind: Kind, verdicts: Verdicts, i: int) -> DetectionError:
+        result, truth = verdicts.result[i], verdicts.annotation[i]
+        return DetectionError(
+            kind=kind,
+            image_id=self.image_ids[verdicts.image[i]],
+            score=float(verdicts.score[i]),
+            said=self.categories[verdicts.said[i]] if result >= 0 else "",
+            true=self.categories[verdicts.true[i]] if truth >= 0 else "",
+            iou=float(verdicts.iou[i]),
+            result=self.results[result] if result >= 0 else None,
+            truth=self.ground_truth["annotations"][truth] if truth >= 0 else None,
         )
-    if not 0 < area_scale < np.inf:
-        raise ValueError(f"area_scale={area_scale}: must be positive; 1 is COCO's own")
-    check_results(ground_truth, results, (iou_type,), image_numbers(ground_truth))
-    overlaps = find_overlaps(ground_truth, results, iou_type, background_threshold)
-    outcome = find_outcome(overlaps, iou_threshold, background_threshold)
-    small, medium = 32**2 * area_scale, 96**2 * area_scale
-    ranges = {"small": (0.0, small), "medium": (small, medium), "large": (medium, 1e10)}
-    names = category_names(ground_truth["categories"])
-    judged = Judged(ground_truth, results, names, ranges, overlaps, outcome)
-
-    def ap_with(*kinds: Kind) -> float:
-        return mean_ap(overlaps, fixed_ranking(overlaps, outcome, kinds))
-
-    ap = ap_with()
-    special = {
-        "false positives": mean_ap(overlaps, without_false_positives(overlaps, outcome)) - ap,
-        "false negatives": mean_ap(overlaps, without_false_negatives(overlaps, outcome)) - ap,
-    }
-    correct = int(outcome.found.sum())
-    wrong = int((outcome.kind >= 0).sum())
-    return ErrorReport(
-        iou_type=iou_type,
-        iou_threshold=iou_threshold,
-        background_threshold=background_threshold,
-        ap=ap,
-        dap={kind: ap_with(kind) - ap for kind in KINDS},
-        special=special,
-        progressive={kind: ap_with(*KINDS[: i + 1]) for i, kind in enumerate(KINDS)},
-        counts={kind: int(judged.of_kind(kind).sum()) for kind in KINDS},
-        correct=correct,
-        ignored=len(overlaps.detections) - correct - wrong,
-        left_out=overlaps.left_out,
-        objects=len(overlaps.truths),
-        _judged=judged,
-    )
 
 
-def _json(value: float) -> float | None:
-    return None if np.isnan(value) else value
+def _error_counts(verdicts: Verdicts, group: Ints, groups: int) -> dict[str, Ints]:
+    """ "correct" and errors_... of each type: how many there are in each of the groups (N,)."""
+    counts = np.zeros((len(VERDICTS), groups), dtype=np.int64)
+    np.add.at(counts, (verdicts.verdict, group), 1)
+    return dict(zip(["correct", *(f"errors_{kind}" for kind in KINDS)], counts, strict=True))
+
+
+def _index(name: str, value: str, known: Sequence[str]) -> int:
+    if value not in known:
+        raise ValueError(f"{name}={value!r}: use one of {', '.join(known)}")
+    return known.index(value)

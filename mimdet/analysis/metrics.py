@@ -64,10 +64,7 @@ class Metrics:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries for json, NaN as None."""
-        return {
-            name: {key: _plain(value) for key, value in numbers.items()}
-            for name, numbers in asdict(self).items()
-        }
+        return plain(asdict(self))
 
     def table(self) -> str:
         """A text table, a row for boxes and one for masks, numbers x 100; '-' = no such object."""
@@ -96,12 +93,8 @@ def coco_metrics(
 
     Raises ValueError naming the annotation or result, and the field, that cannot be evaluated.
     """
-    if not 0 < area_scale < math.inf:
-        raise ValueError(f"area_scale={area_scale}: must be positive; 1 is COCO's own")
-    images = image_numbers(ground_truth)
+    ranges, images = size_ranges(area_scale), image_numbers(ground_truth)
     check_results(ground_truth, results, iou_types, images)
-    small, medium = 32**2 * area_scale, 96**2 * area_scale
-    ranges = {"small": (0.0, small), "medium": (small, medium), "large": (medium, 1e10)}
     metrics = Metrics(area_ranges=ranges)
     names = category_names(ground_truth["categories"])
     for iou_type in iou_types:
@@ -200,6 +193,14 @@ def _mean(values: Array) -> float:
     return float(defined.mean()) if defined.size else math.nan
 
 
+def size_ranges(area_scale: float) -> dict[str, tuple[float, float]]:
+    """Areas in square pixels, from and to, of small, medium and large objects."""
+    if not 0 < area_scale < math.inf:
+        raise ValueError(f"area_scale={area_scale}: must be positive; 1 is COCO's own")
+    small, medium = 32**2 * area_scale, 96**2 * area_scale
+    return {"small": (0.0, small), "medium": (small, medium), "large": (medium, 1e10)}
+
+
 def image_numbers(ground_truth: dict[str, Any]) -> dict[int | str, int]:
     """1, 2, ... for the image ids in sorted order, which decides between equal scores."""
     ids = {image["id"] for image in ground_truth["images"]}
@@ -259,8 +260,10 @@ def _check_entry(
         )
 
 
-def _plain(value: Any) -> Any:
-    """A json value: NaN becomes None."""
+def plain(value: Any) -> Any:
+    """A json value: NaN becomes None, also inside dictionaries."""
+    if isinstance(value, dict):
+        return {key: plain(one) for key, one in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value
 
 

@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
-from mimdet.analysis.matching import as_rle
 from mimdet.data.rasters import crops_from_segmentations
-from mimdet.structures import Crops, Detections, Target, paste
+from mimdet.structures import Crops, Detections, Target, as_rle, paste
 from mimdet.viz.style import (
     DPI,
     INK,

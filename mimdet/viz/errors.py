@@ -13,8 +13,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
+from mimdet.analysis.comparison import SAME, RunComparison
 from mimdet.analysis.errors import MEANINGS, Curve, DetectionError, ErrorReport
-from mimdet.analysis.verdicts import SAME, RunComparison
 from mimdet.data.loader import Dataset
 from mimdet.structures import Crops, Record, Target
 from mimdet.viz.draw import (

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mimdet.analysis.comparison import RunComparison, compare_runs
 from mimdet.analysis.metrics import IouType, coco_metrics
-from mimdet.analysis.verdicts import RunComparison, compare_runs
 from tests.unit.test_metrics import found, random_case, rectangle, truth_of
 
 A, B = rectangle(10, 10, 50, 50), rectangle(100, 10, 40, 40)

@@ -17,9 +17,8 @@ from pycocotools import mask as coco_mask
 
 from mimdet.analysis import errors
 from mimdet.analysis.errors import KINDS, ErrorReport, find_errors
-from mimdet.analysis.matching import as_rle
 from mimdet.analysis.metrics import IouType, coco_metrics
-from mimdet.structures import bitmap_to_rle
+from mimdet.structures import as_rle, bitmap_to_rle
 from tests.unit.test_metrics import found, random_case, rectangle, truth_of
 
 IOU_TYPES: tuple[IouType, ...] = ("bbox", "segm")
@@ -488,7 +487,7 @@ def test_what_a_report_cannot_answer() -> None:
     report = find_errors(truth_of(A), [found(0.9, A)])
     with pytest.raises(ValueError, match="kind='wrong': use one of classification"):
         report.errors("wrong")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="'cat' is no class; there are kind 1"):
+    with pytest.raises(ValueError, match="true='cat': use one of kind 1"):
         report.errors("missed", true="cat")
     with pytest.raises(ValueError, match=r"iou_thresholds: 0\.1 is not in"):
         report.curves((0.1,))

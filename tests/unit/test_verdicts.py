@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mimdet.analysis.errors import KINDS, find_errors
-from mimdet.analysis.verdicts import VERDICTS, JudgedResults
+from mimdet.analysis.errors import KINDS, VERDICTS, find_errors
 from tests.unit.test_metrics import found, random_case, rectangle, truth_of
 
 # Image 1: A is found, found again, and of B only a part; image 2: A is called otherwise, B is
@@ -37,7 +36,7 @@ BETTER = [found(0.9, A), found(0.9, B), found(0.9, A, image_id=2), found(0.9, A,
 
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
 def test_verdicts_by_hand(iou_type: Any) -> None:
-    verdicts = JudgedResults(TRUTH, RESULTS, iou_type).at(0.3)
+    verdicts = find_errors(TRUTH, RESULTS, iou_type).verdicts(0.3)
     names = [VERDICTS[number] for number in verdicts.verdict]
     assert names == [
         "correct",  # .9
@@ -58,10 +57,10 @@ def test_verdicts_by_hand(iou_type: Any) -> None:
 
 
 def test_a_higher_threshold_makes_objects_missed() -> None:
-    judged = JudgedResults(TRUTH, RESULTS)
-    assert judged.at(0.3).count()["missed"] == 1
-    assert judged.at(0.45).count() == judged.at(0.4).count()  # .45 itself still counts
-    at = judged.at(0.65)  # without the part of B, and without image 3
+    judged = find_errors(TRUTH, RESULTS)
+    assert judged.verdicts(0.3).count()["missed"] == 1
+    assert judged.verdicts(0.45).count() == judged.verdicts(0.4).count()  # .45 itself still counts
+    at = judged.verdicts(0.65)  # without the part of B, and without image 3
     missed = at[at.verdict == VERDICTS.index("missed")]
     assert missed.annotation.tolist() == [1, 3, 4]
 
@@ -75,8 +74,8 @@ def test_counts_are_those_of_the_error_report(iou_type: Any) -> None:
             result["category_id"] = 1 + result["category_id"] % 3
         options: Any = {"iou_threshold": 0.8, "area_scale": 0.3}
         report = find_errors(truth, results, iou_type, **options)
-        judged = JudgedResults(truth, results, iou_type, **options)
-        verdicts = judged.at(0)
+        judged = find_errors(truth, results, iou_type, **options)
+        verdicts = judged.verdicts(0)
         assert verdicts.count() == {"correct": report.correct, **report.counts}
         by_size = report.by_size()
         for size in ("small", "medium", "large"):
@@ -95,14 +94,17 @@ def test_a_threshold_is_the_same_as_leaving_results_out(seed: int) -> None:
     score = statistics.median(result["score"] for result in results)
     fewer = [result for result in results if result["score"] >= score]
     assert 0 < len(fewer) < len(results)
-    expected, got = JudgedResults(truth, fewer).at(0), JudgedResults(truth, results).at(score)
+    expected, got = (
+        find_errors(truth, fewer).verdicts(0),
+        find_errors(truth, results).verdicts(score),
+    )
     for name in ("verdict", "image", "said", "true", "area", "annotation"):
         np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
 
 
 def test_chosen_by_hand() -> None:
-    judged = JudgedResults(TRUTH, RESULTS)
-    verdicts = judged.at(0.3)
+    judged = find_errors(TRUTH, RESULTS)
+    verdicts = judged.verdicts(0.3)
 
     def places(**wanted: Any) -> list[int]:
         return np.flatnonzero(judged.chosen(verdicts, **wanted)).tolist()
@@ -120,4 +122,7 @@ def test_chosen_by_hand() -> None:
 
 def test_crowds_are_neither_right_nor_wrong_nor_missed() -> None:
     truth = truth_of(A | {"iscrowd": 1})
-    assert len(JudgedResults(truth, [found(0.9, A), found(0.8, rectangle(20, 20, 5, 5))]).at()) == 0
+    assert (
+        len(find_errors(truth, [found(0.9, A), found(0.8, rectangle(20, 20, 5, 5))]).verdicts())
+        == 0
+    )

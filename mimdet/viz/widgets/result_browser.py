@@ -8,8 +8,8 @@ import ipywidgets
 import numpy as np
 from PIL import Image, ImageDraw
 
+from mimdet.analysis.errors import SIZES, VERDICTS, ErrorReport, Verdict, Verdicts, find_errors
 from mimdet.analysis.metrics import IouType
-from mimdet.analysis.verdicts import SIZES, VERDICTS, JudgedResults, Verdict, Verdicts
 from mimdet.data.loader import Dataset
 from mimdet.structures import Crops
 from mimdet.viz.draw import (
@@ -106,7 +106,7 @@ class ResultBrowser(Panel):
             "area_scale": getattr(dataset, "area_scale", 1.0),
         }
         self.runs = {
-            name: JudgedResults(truth, mine, iou_type, **options) for name, mine in runs.items()
+            name: find_errors(truth, mine, iou_type, **options) for name, mine in runs.items()
         }
         self.iou_type = iou_type
         first = next(iter(self.runs.values()))
@@ -166,7 +166,7 @@ class ResultBrowser(Panel):
         score = round(self.score.value, 4)
         filters = (self.verdict, self.category, self.size)
         wanted = [control.value or None for control in filters]
-        judged = {name: run.at(score) for name, run in self.runs.items()}
+        judged = {name: run.verdicts(score) for name, run in self.runs.items()}
         chosen = {name: run.chosen(judged[name], *wanted) for name, run in self.runs.items()}
         in_run = {name: set(judged[name].image[chosen[name]].tolist()) for name in self.runs}
         self._go_to_match(sorted(self._images(in_run)), (*wanted, score, self.where.value))
@@ -201,7 +201,7 @@ class ResultBrowser(Panel):
         self.label = f"{self.label}; {at}"
         return self.label
 
-    def _marks(self, run: JudgedResults, verdicts: Verdicts, strong: Any, size: Size) -> list[Mark]:
+    def _marks(self, run: ErrorReport, verdicts: Verdicts, strong: Any, size: Size) -> list[Mark]:
         marks = []
         for i, look in enumerate(LOOKS[VERDICTS[number]] for number in verdicts.verdict):
             missed, is_strong = bool(verdicts.result[i] < 0), bool(strong[i])
