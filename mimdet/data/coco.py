@@ -1,6 +1,7 @@
 """COCO-format data as records, and the one function that opens whatever a config names."""
 
 import json
+import pkgutil
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -119,11 +120,16 @@ class CocoDataset:
 def build_dataset(cfg: DataConfig, split: Literal["train", "val"], seed: int = 0) -> "Dataset":
     """Open the training or evaluation data a config names.
 
+    data.source may be "module:function", which is called with `cfg` and the split.
+
     seed: of the scenes of ShapesCOCO that are trained on; its evaluation scenes are the same for
     every seed, so that runs can be compared. Raises ValueError naming the field that is missing.
     """
     if split not in ("train", "val"):
         raise ValueError(f"split={split!r}: use 'train' or 'val'")
+    if ":" in cfg.source:
+        own: Dataset = pkgutil.resolve_name(cfg.source)(cfg, split)
+        return own
     if cfg.source != "coco":
         files = ("train_json", "train_images", "val_json", "val_images")
         for name in files:
@@ -161,7 +167,7 @@ def build_dataset(cfg: DataConfig, split: Literal["train", "val"], seed: int = 0
             )
         hub_split = cfg.hub_train_split if train else cfg.hub_val_split
         return HubDataset(cfg.hub_name, hub_split, cfg.bbox_format, limit, skip_empty)
-    raise ValueError(f"data.source={cfg.source!r}: use 'shapes', 'coco' or 'hub'")
+    raise ValueError(f"data.source={cfg.source!r}: use 'shapes', 'coco', 'hub' or 'module:function'")
 
 
 def _image_entry(row: dict[str, Any]) -> dict[str, Any]:

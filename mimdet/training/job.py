@@ -286,8 +286,11 @@ class Job:
     def prepare(cls, cfg: Config | PretrainConfig, run: str | Path, **slots: Any) -> "Job":
         """As `start`, without starting anything: the folder is made or checked."""
         path = Path(run)
-        Run(path, _as_stored(cfg, path))
         texts = read_slots(slots)
+        cfg = copy.deepcopy(cfg)
+        if "dataset" in texts:
+            cfg.data.source = texts["dataset"].address
+        Run(path, _as_stored(cfg, path))
         if (path / "environment.json").exists() or (path / "slots" / "slots.json").exists():
             check_slots(path, texts)
         write_slots(path / "slots", texts)

@@ -1,5 +1,6 @@
-"""Parameter groups, learning rates and schedules: pure functions of the configuration."""
+"""Parameter groups, learning rates and the schedule: pure functions of the configuration."""
 
+import math
 from typing import Any
 
 import torch
@@ -98,6 +99,29 @@ def rate_factor(step: int, total: int, warmup: int, cfg: TrainingConfig) -> floa
     return ramp * float(0.5 * (1 + torch.cos(torch.pi * progress)))
 
 
-def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
+class Schedule:
+    """Which step of a training does what; steps are numbered from 1, images are those of an epoch.
+
+    The one place where the number of steps of a run is computed.
+    """
+
+    def __init__(self, cfg: TrainingConfig, images: int) -> None:
+        self.cfg = cfg
+        self.epoch = images / (cfg.batch_size * cfg.accumulate)
+        """In steps."""
+        self.total = cfg.steps or max(1, round(cfg.epochs * self.epoch))
+        self.warmup = cfg.warmup_steps or round(cfg.warmup_epochs * self.epoch)
+        self.evaluate_every = cfg.evaluate_every_steps or round(cfg.evaluate_every * self.epoch)
+        """0: at the end only."""
+        self.checkpoint_every = cfg.checkpoint_every_steps or max(
+            1, min(round(self.epoch), math.ceil(self.total / 10))
+        )
+
+    def factor(self, step: int) -> float:
+        """Share of the base rates that the step uses."""
+        return rate_factor(step - 1, self.total, self.warmup, self.cfg)
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the step ends with an evaluation."""
+        regular = self.evaluate_every > 0 and step > 0 and step % self.evaluate_every == 0
+        return regular or step == self.total

@@ -5,18 +5,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mimdet import processes
 from mimdet.config import MAEConfig, PretrainConfig
-from mimdet.data.pictures import PictureBatch, PictureLoader, build_pictures, held_out_images
-from mimdet.files import write_file, write_json
+from mimdet.data.pictures import (
+    PictureBatch,
+    PictureLoader,
+    Pictures,
+    build_pictures,
+    held_out_images,
+)
+from mimdet.files import write_file
 from mimdet.inference import autocast, generator_for
 from mimdet.models.mae import MAE
 from mimdet.models.rcnn import IMAGENET_MEAN, IMAGENET_STD, pad_and_normalise
 from mimdet.models.weights import load_exactly, load_mae_model, save_mae
+from mimdet.training.optim import Schedule
 from mimdet.training.run import MAE_FILE, Run
-from mimdet.training.trainer import Step, Trainer, seed_all, use_threads
+from mimdet.training.trainer import Step, Trainer, set_up
 
 SHOWN = 6
 """Reconstructions in a picture."""
@@ -43,50 +51,33 @@ def pretrain(cfg: PretrainConfig, run: str | Path) -> Iterator[Step]:
     The run ends with `mae.safetensors`, which `mimdet.load_mae` and `load_mae_model` read, and
     holds a picture of reconstructions of held-out images for every evaluation.
     """
-    processes.join()
-    seed_all(cfg.training.seed)
-    use_threads(cfg.training.threads)
-    train_pictures, held_out = build_pictures(cfg.data, cfg.training.seed)
-    t = cfg.training
-    loader = PictureLoader(
-        train_pictures,
-        cfg.data,
-        cfg.mae.image_size,
-        t.batch_size,
-        t.accumulate,
-        t.seed,
-        processes.rank(),
-        processes.world(),
-    )
+    set_up(cfg.training)
+    pictures, held_out = build_pictures(cfg.data, cfg.training.seed)
     record = processes.in_turn(lambda: Run(run, cfg))
-    images = held_out_images(held_out, cfg.mae.image_size)
-    yield from PreTrainer(
-        cfg, record, build_mae(cfg.mae), loader, train_pictures.version, images
-    ).steps()
+    yield from PreTrainer(cfg, record, pictures, held_out).steps()
 
 
 class PreTrainer(Trainer):
     """What is special to an autoencoder: its loss, and looking at reconstructions."""
 
+    cfg: PretrainConfig
     model: MAE
 
     def __init__(
-        self,
-        cfg: PretrainConfig,
-        run: Run,
-        model: MAE,
-        loader: PictureLoader,
-        data_version: str,
-        held_out: list[Tensor],
+        self, cfg: PretrainConfig, run: Run, pictures: Pictures, held_out: Pictures
     ) -> None:
-        """held_out: (3, side, side) uint8 images, not trained on."""
-        super().__init__(cfg, run, model, loader, loader.length, data_version)
-        self.ratio = cfg.mae.sample_ratio
-        self.held_out = held_out
+        t, side = cfg.training, cfg.mae.image_size
+        rank, world = processes.rank(), processes.world()
+        loader = PictureLoader(
+            pictures, cfg.data, side, t.batch_size, t.accumulate, t.seed, rank, world
+        )
+        schedule, data = Schedule(t, len(pictures)), pictures.version
+        super().__init__(cfg, run, build_mae(cfg.mae), loader, schedule, data, data)
+        self.held_out_images = held_out_images(held_out, side)
 
     def losses(self, batch: PictureBatch) -> dict[str, Tensor]:
-        images = pad_and_normalise(batch.images, self.device).tensors
-        return {"loss_mae": self.model(images.to(dtype_of(self.model)), self.ratio).loss}
+        images = pad_and_normalise(batch.images, self.device).tensors.to(dtype_of(self.model))
+        return {"loss_mae": self.model(images, self.cfg.mae.sample_ratio).loss}
 
     def start(self) -> None:
         """A new run may go on from another autoencoder of the same sizes."""
@@ -105,24 +96,22 @@ class PreTrainer(Trainer):
             )
         load_exactly(self.model, found.state_dict(), source)
 
-    def evaluate(self) -> dict[str, Any]:
+    def measure(self) -> dict[str, Any]:
         """Loss of the held-out images, always with the same patches kept; pictures of a few.
 
         Without held-out images only the weights are written.
         """
-        self.evaluated = self.done
-        metrics: dict[str, Any] = {"held_out": {}}
         if processes.rank() != 0:
-            return metrics
-        if self.held_out:
-            loss, picture = look(self.model, self.held_out, self.ratio, self.device)
-            metrics["held_out"]["loss"] = loss
-            folder = self.run.path / "reconstructions"
-            write_file(folder / f"{self.done:06d}.png", lambda partial: save_png(picture, partial))
+            return {"held_out": {}}
         save_mae(self.model, self.run.path / MAE_FILE)
-        write_json(self.run.path / "eval.json", {"step": self.done, **metrics})
-        self.run.append({"step": self.done, "data": self.data_version, "evaluation": metrics})
-        return metrics
+        if not self.held_out_images:
+            return {"held_out": {}}
+        ratio = self.cfg.mae.sample_ratio
+        loss, picture = look(self.model, self.held_out_images, ratio, self.device)
+        image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+        file = self.run.path / "reconstructions" / f"{self.done:06d}.png"
+        write_file(file, lambda partial: image.save(partial, format="PNG"))
+        return {"held_out": {"loss": loss}}
 
 
 @torch.inference_mode()
@@ -149,7 +138,7 @@ def look(
             shown = model.reconstruct(
                 batch.float(), out._replace(prediction=out.prediction.float())
             )
-            rows = [to_pixels(x[:SHOWN]) for x in (batch, shown.visible, shown.pasted)]
+            rows = [as_uint8(x[:SHOWN]) for x in (batch, shown.visible, shown.pasted)]
     model.train(training)
     picture = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
     return total / len(images), picture
@@ -160,14 +149,8 @@ def dtype_of(model: MAE) -> torch.dtype:
     return model.cls_token.dtype
 
 
-def to_pixels(images: Tensor) -> Tensor:
+def as_uint8(images: Tensor) -> Tensor:
     """Normalised (B, 3, H, W) -> uint8, on the CPU."""
     mean = torch.tensor(IMAGENET_MEAN, device=images.device)[:, None, None]
     std = torch.tensor(IMAGENET_STD, device=images.device)[:, None, None]
     return (images.float() * std + mean).round().clamp(0, 255).to(torch.uint8).cpu()
-
-
-def save_png(picture: Tensor, path: Path) -> None:
-    from PIL import Image
-
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path, format="PNG")

@@ -31,7 +31,7 @@ from mimdet.models.official import (
 from mimdet.models.weights import LoadReport, load_mae
 from mimdet.training.checkpoints import WEIGHTS, CheckpointStore
 from mimdet.training.signals import TrainingStopped
-from mimdet.training.slots import load_slots, save_slots
+from mimdet.training.slots import SlotText, check_trust, load_slots, write_slots
 
 MAE_FILE = "mae.safetensors"
 """What `mimdet pretrain` leaves in its run for others to read."""
@@ -110,10 +110,10 @@ class Run:
         """Versions, machine, seed and data fingerprint."""
         write_json(self.path / "environment.json", environment(self.cfg, data))
 
-    def record_detector(self, model: Detector) -> None:
+    def record_detector(self, categories: list[str], texts: dict[str, SlotText]) -> None:
         """Class names, and the code of parts that were written in a notebook."""
-        write_json(self.path / "categories.json", model.categories)
-        save_slots(self.path / "slots", model.slots)
+        write_json(self.path / "categories.json", categories)
+        write_slots(self.path / "slots", texts)
 
     def append(self, row: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl."""
@@ -367,7 +367,9 @@ def load_detector(
     if cfg is not None:
         raise ValueError(f"{path} is a run and has its own configuration: leave cfg out")
     cfg = load_config(path / "config.json")
+    check_trust(cfg, trust_code)
     slots = load_slots(path / "slots", trust_code)
+    slots.pop("dataset", None)
     model = build_detector(cfg, **slots)
     store = CheckpointStore(path / "checkpoints")
     checkpoint = str(checkpoint)

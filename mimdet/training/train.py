@@ -1,27 +1,24 @@
 """Train a detector: a generator that can be stopped and resumed at any step."""
 
 import copy
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from mimdet import processes
 from mimdet.analysis.evaluate import evaluate, ids_of_labels, ratio_row, save_results
-from mimdet.config import Config, PretrainConfig, difference, load_config, save_config
+from mimdet.config import Config, DataConfig, PretrainConfig, difference, load_config, save_config
 from mimdet.data.coco import build_dataset
 from mimdet.data.loader import Dataset, MicroBatch, TrainLoader
-from mimdet.files import read_json, write_file, write_json
+from mimdet.files import read_json, write_file
 from mimdet.models.detector import Detector, build_detector
 from mimdet.training.checkpoints import CheckpointStore
+from mimdet.training.optim import Schedule
 from mimdet.training.run import Run, initialise, load_detector
-from mimdet.training.slots import check_slots, load_slots, read_slots
-from mimdet.training.trainer import Step, Trainer, seed_all, use_threads
-
-if TYPE_CHECKING:
-    from mimdet.models.detector import Detector
+from mimdet.training.slots import SlotText, check_slots, check_trust, load_slots, read_slots
+from mimdet.training.trainer import Step, Trainer, set_up, show_progress
 
 
 def train(
@@ -31,49 +28,77 @@ def train(
     model: Detector | None = None,
     train_data: Dataset | None = None,
     val_data: Dataset | None = None,
+    dataset: DatasetFunction | None = None,
+    **slots: Any,
 ) -> Iterator[Step]:
     """Train and yield after every step; `for step in train(cfg, "runs/x"): ...`.
 
     A run directory that already holds this configuration is resumed, bit for bit as if it had
     never stopped (on CPU). Ctrl-C and SIGTERM abandon the step in progress, save, and raise
-    TrainingStopped; leaving the loop saves too. A model, for example with a sampler of your own,
-    and data sets may be passed in; else they are built from `cfg`.
+    TrainingStopped; leaving the loop saves too.
+
+    dataset: a function `(cfg.data, split) -> data set`; slots: parts of the detector, as for
+    `build_detector` (sampler=..., stem=...). Both may be written in a cell: their code is kept with
+    the run. A finished model, for example with such parts, and data sets may be passed in as well.
 
     Raises ValueError, before anything is written, for a model of another configuration and for data
-    sets whose classes differ; and where the run holds parts written as other code than the model's.
+    sets whose classes differ; and where the run holds parts written as other code than these.
     """
-    processes.join()
-    seed_all(cfg.training.seed)
-    use_threads(cfg.training.threads)
+    set_up(cfg.training)
+    kept = {"dataset": dataset} if dataset is not None else {}
+    for text in read_slots(kept).values():
+        cfg.data.source = text.address
     data = train_data or build_dataset(cfg.data, "train", cfg.training.seed)
     held_out = val_data or build_dataset(cfg.data, "val", cfg.training.seed)
     ids_of_labels(data.categories, held_out)
     if model is None:
         adapt_to_data(cfg, data)
-        model = build_detector(cfg)
-    check_model(model, cfg)
-    if cfg.detector.num_classes != len(data.categories):
-        raise ValueError(
-            f"the detector has {cfg.detector.num_classes} classes, the data "
-            f"{len(data.categories)}: set detector.num_classes={len(data.categories)}"
-        )
+        model = build_detector(cfg, **slots)
+    elif slots:
+        raise ValueError(f"the model is complete: give {', '.join(slots)} to build_detector")
+    check_model(model, cfg, data.categories)
     model.categories = list(data.categories)
+    texts = read_slots(model.slots | kept)
     if not isinstance(run, Run):
         path = run  # the first process makes the directory, the others then find it
         run = processes.in_turn(lambda: Run(path, cfg))
     if run.begun():
-        check_slots(run.path, read_slots(model.slots))
-    yield from DetectorTrainer(cfg, run, model, data, held_out).steps()
+        check_slots(run.path, texts)
+    yield from DetectorTrainer(cfg, run, model, data, held_out, texts).steps()
 
 
 def fit(cfg: Config, name: str, *, runs: str | Path = "runs", **parts: Any) -> Detector:
     """Train to the end with a progress bar and return the detector, in evaluation mode."""
-    from mimdet.training.trainer import show_progress
-
     path = Path(runs) / name
     for _ in show_progress(train(cfg, path, **parts)):
         pass
     return load_detector(path, trust_code=True)
+
+
+def resume(run: str | Path, *, trust_code: bool = False, locked: bool = False) -> Iterator[Step]:
+    """Train in the folder `run`, or go on with it, to the last step; yields as `mimdet.train`.
+
+    The folder holds config.json, and under slots/ the parts that were written in a notebook; they
+    are executed only with trust_code=True. locked: this process holds the run's lock already.
+    Raises FileNotFoundError for a folder that holds no run.
+    """
+    path = Path(run)
+    cfg = stored_config(path)
+    set_up(cfg.training)  # a stem written in a cell draws its weights when it is loaded
+    if isinstance(cfg, PretrainConfig):
+        from mimdet.training.pretrain import pretrain
+
+        yield from pretrain(cfg, path)
+        return
+    check_trust(cfg, trust_code)
+    slots = load_slots(path / "slots", trust_code)
+    data = build_dataset(cfg.data, "train", cfg.training.seed)
+    adapted = copy.deepcopy(cfg)
+    adapt_to_data(adapted, data)
+    if adapted != cfg and processes.rank() == 0:  # written before the data were opened
+        write_file(path / "config.json", lambda partial: save_config(adapted, partial))
+    record = processes.in_turn(lambda: Run(path, adapted, locked=locked))
+    yield from train(adapted, record, train_data=data, **slots)
 
 
 class DetectorTrainer(Trainer):
@@ -83,32 +108,32 @@ class DetectorTrainer(Trainer):
     model: Detector
 
     def __init__(
-        self, cfg: Config, run: Run, model: Detector, data: Dataset, val_data: Dataset
+        self,
+        cfg: Config,
+        run: Run,
+        model: Detector,
+        data: Dataset,
+        val_data: Dataset,
+        texts: dict[str, SlotText],
     ) -> None:
-        t = cfg.training
+        t, rank, world = cfg.training, processes.rank(), processes.world()
         loader = TrainLoader(
-            data,
-            cfg.data,
-            t.batch_size,
-            t.accumulate,
-            t.seed,
-            processes.rank(),
-            processes.world(),
-            workers=cfg.data.workers,
+            data, cfg.data, t.batch_size, t.accumulate, t.seed, rank, world, cfg.data.workers
         )
-        super().__init__(cfg, run, model, loader, len(data), data.version)
+        schedule = Schedule(t, len(data))
+        super().__init__(cfg, run, model, loader, schedule, data.version, val_data.version)
         self.val_data = val_data
+        self.texts = texts
 
     def start(self) -> None:
         if self.cfg.training.init_from:
             initialise(self.model, self.cfg.training.init_from, self.cfg.training.init_decoder)
-        self.run.record_detector(self.model)
+        self.run.record_detector(self.model.categories, self.texts)
 
     def losses(self, batch: MicroBatch) -> dict[str, Tensor]:
         return self.model(batch.images, batch.targets)
 
-    def evaluate(self) -> dict[str, Any]:
-        start = time.perf_counter()
+    def measure(self) -> dict[str, Any]:
         evaluation = evaluate(
             self.model,
             self.val_data,
@@ -116,20 +141,11 @@ class DetectorTrainer(Trainer):
             workers=self.cfg.data.workers,
             progress=len(self.val_data) >= 1000,
         )
-        metrics = evaluation.metrics.to_dict()
-        self.evaluated = self.done
-        if processes.rank() != 0:
-            return metrics
-        data = self.val_data.version
-        seconds = round(time.perf_counter() - start, 2)
-        save_results(evaluation.results, self.run.path / "predictions.json")
-        write_json(self.run.path / "eval.json", {"step": self.done, "data": data, **metrics})
-        if evaluation.box["AP"] > self.best_so_far():
-            self.run.store.point("best", f"{self.done:06d}")
-        # Last: a run that is killed before this line evaluates again when it is resumed.
-        row: dict[str, Any] = {"step": self.done, "data": data, "evaluation": metrics}
-        self.run.append(row | {"time": {"seconds": seconds}})
-        return metrics
+        if processes.rank() == 0:
+            save_results(evaluation.results, self.run.path / "predictions.json")
+            if evaluation.box["AP"] > self.best_so_far():
+                self.run.store.point("best", f"{self.done:06d}")
+        return evaluation.metrics.to_dict()
 
     def best_so_far(self) -> float:
         """Highest box AP on record; -1 before the first evaluation."""
@@ -156,8 +172,8 @@ def rows_from_training(run: str | Path, data: str) -> list[dict[str, Any]]:
     return [ratio_row(1.0, [last["evaluation"]], last["time"]["seconds"])]
 
 
-def check_model(model: Detector, cfg: Config) -> None:
-    """ValueError with the difference when `model` was not built from what `cfg` says of it."""
+def check_model(model: Detector, cfg: Config, categories: list[str]) -> None:
+    """ValueError where `model` was built from another configuration, or for other data."""
     changed = [
         line
         for line in difference(model.config, cfg)
@@ -168,6 +184,11 @@ def check_model(model: Detector, cfg: Config) -> None:
             "the model was built from another configuration than the one to be trained:\n  "
             + "\n  ".join(changed)
             + "\nBuild it again, with build_detector(cfg), after the last change of cfg."
+        )
+    if cfg.detector.num_classes != len(categories):
+        raise ValueError(
+            f"the detector has {cfg.detector.num_classes} classes, the data {len(categories)}: "
+            f"set detector.num_classes={len(categories)}"
         )
 
 
@@ -180,34 +201,6 @@ def adapt_to_data(cfg: Config, data: Dataset) -> None:
         cfg.detector.masks = False
 
 
-def resume(run: str | Path, *, trust_code: bool = False, locked: bool = False) -> Iterator[Step]:
-    """Train in the folder `run`, or go on with it, to the last step; yields as `mimdet.train`.
-
-    The folder holds config.json, and under slots/ the parts that were written in a notebook; they
-    are executed only with trust_code=True. locked: this process holds the run's lock already.
-    Raises FileNotFoundError for a folder that holds no run.
-    """
-    processes.join()
-    path = Path(run)
-    cfg = stored_config(path)
-    if isinstance(cfg, PretrainConfig):
-        from mimdet.training.pretrain import pretrain
-
-        yield from pretrain(cfg, path)
-        return
-    from mimdet.data.coco import build_dataset
-
-    use_threads(cfg.training.threads)
-    data = build_dataset(cfg.data, "train", cfg.training.seed)
-    adapted = copy.deepcopy(cfg)
-    adapt_to_data(adapted, data)
-    if adapted != cfg and processes.rank() == 0:  # written before the data were opened
-        write_file(path / "config.json", lambda partial: save_config(adapted, partial))
-    model = build_model(path, trust_code, adapted) if (path / "slots").exists() else None
-    record = processes.in_turn(lambda: Run(path, adapted, locked=locked))
-    yield from train(adapted, record, model=model, train_data=data)
-
-
 def stored_config(path: Path) -> Config | PretrainConfig:
     """The configuration of a run, of a detector or of an autoencoder."""
     file = path / "config.json"
@@ -216,14 +209,3 @@ def stored_config(path: Path) -> Config | PretrainConfig:
     kind = Config if "detector" in read_json(file) else PretrainConfig
     found: Config | PretrainConfig = load_config(file, kind)
     return found
-
-
-def build_model(path: Path, trust_code: bool, cfg: Config | None = None) -> "Detector":
-    """The detector of a run with its initial weights, which depend on the seed alone."""
-    from mimdet.models.detector import build_detector
-
-    cfg = cfg or load_config(path / "config.json")
-    seed_all(cfg.training.seed)  # a stem written in a cell draws its weights when it is loaded
-    slots = load_slots(path / "slots", trust_code)
-    seed_all(cfg.training.seed)  # encoder and decoder are those of a model without it
-    return build_detector(cfg, **slots)

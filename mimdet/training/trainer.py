@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from mimdet import processes
-from mimdet.config import Config, PretrainConfig
+from mimdet.config import Config, PretrainConfig, TrainingConfig
+from mimdet.files import write_json
 from mimdet.inference import autocast
 from mimdet.training.checkpoints import Checkpoint
-from mimdet.training.optim import build_optimizer, rate_factor, scaled_rate, set_rates
+from mimdet.training.optim import Schedule, build_optimizer, scaled_rate
 from mimdet.training.run import Run
 from mimdet.training.signals import StepAbandoned, StopSignals, TrainingStopped
 
@@ -53,7 +55,7 @@ class Loader(Protocol):
 class Trainer:
     """Everything of a training between two steps; `steps` is the loop.
 
-    What depends on the task are three methods: `start`, `losses` and `evaluate`.
+    What depends on the task are three methods: `start`, `losses` and `measure`.
     """
 
     def __init__(
@@ -62,34 +64,26 @@ class Trainer:
         run: Run,
         model: nn.Module,
         loader: Loader,
-        epoch_images: int,
-        data_version: str,
+        schedule: Schedule,
+        data: str,
+        held_out: str,
     ) -> None:
-        """epoch_images: how many images are an epoch, from which the schedule follows."""
+        """data, held_out: the versions of what is trained and evaluated on."""
         t = cfg.training
-        self.cfg = cfg
-        self.run = run
+        self.cfg, self.run, self.loader, self.schedule = cfg, run, loader, schedule
+        self.data, self.held_out = data, held_out
         self.device = pick_device(t.device)
-        self.model = model.to(self.device).train()
-        if t.precision == "fp64":
-            self.model.double()
-        self.loader = loader
-        self.data_version = data_version
+        dtype = torch.float64 if t.precision == "fp64" else torch.float32
+        self.model = model.to(self.device, dtype).train()
         self.optimizer = build_optimizer(self.model, t)
         self.parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=t.precision == "fp16")
-        per_epoch = epoch_images / (t.batch_size * t.accumulate)
-        self.total = t.steps or max(1, round(t.epochs * per_epoch))
-        self.warmup = t.warmup_steps or round(t.warmup_epochs * per_epoch)
-        self.evaluate_every = t.evaluate_every_steps or round(t.evaluate_every * per_epoch)
-        self.checkpoint_every = t.checkpoint_every_steps or max(
-            1, min(round(per_epoch), math.ceil(self.total / 10))
-        )
-        self.evaluated = -1
-        self.updating = False
-        self.done = 0
-        self.saved = -1
         self.signals = StopSignals(at_once=processes.world() == 1)
+        self.done = 0
+        """Full steps."""
+        self.saved = self.evaluated = -1
+        """The step that was saved last, and the one that was evaluated last."""
+        self.updating = False
 
     # -------------------------------------------------------------- what the task decides
 
@@ -101,112 +95,72 @@ class Trainer:
         """The losses of one micro-batch, whose sum is minimised."""
         raise NotImplementedError
 
-    def evaluate(self) -> dict[str, Any]:
-        """Measure the model, write the results, record the evaluation of this step."""
+    def measure(self) -> dict[str, Any]:
+        """Metrics of the model, whose files the first process writes into the run."""
         raise NotImplementedError
 
-    # -------------------------------------------------------------- the loop
-
-    def steps(self) -> Iterator[Step]:
-        """Train to the end; RunInUse where another process trains in the same run."""
-        with self.run.in_training(self.total, lambda: self.done):
-            yield from self.steps_alone()
-
-    def steps_alone(self) -> Iterator[Step]:
-        self.resume()
-        if self.done >= self.total and not self.evaluation_due():
-            return
-        with self.signals.handled():
-            try:
-                if self.evaluation_due():  # stopped between a step and its evaluation
-                    with self.signals.interruptible():
-                        self.evaluate()
-                batches = iter(self.loader.batches(self.done, self.total))
-                while self.done < self.total:
-                    yield self.finish(self.one_step(batches))
-                    self.stop_together()
-            except StepAbandoned:
-                self.save()
-                raise TrainingStopped(self.done, self.run.path, self.signals.received) from None
-            except processes.ProcessLost as lost:
-                # First the message: torchrun is about to end the processes that are left.
-                print(f"\n{lost}; run the same command again to resume", file=sys.stderr)
-                self.save()
-                raise TrainingStopped(self.done, self.run.path, signal.SIGTERM) from None
-            finally:
-                self.save()
-
-    def stop_together(self) -> None:
-        """With several processes a signal waits for the end of the step, and stops them all."""
-        if processes.any_process(self.signals.received > 0, self.device):
-            self.signals.received = self.signals.received or signal.SIGTERM
-            raise StepAbandoned
+    # -------------------------------------------------------------- one step
 
     def one_step(self, batches: Iterator[list[Any]]) -> Step:
-        """Accumulate the gradients of the step's micro-batches, then update the weights once.
-
-        The buffers (BatchNorm statistics) change in every forward pass; when the step is abandoned
-        they are put back, so that what is saved is exactly the state after the last full step.
-        """
+        """Accumulate the gradients of the step's micro-batches, then update the weights once."""
         start = time.perf_counter()
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        sums: dict[str, Tensor] = {}
-        totals: list[Tensor] = []
-        try:
-            with self.signals.interruptible():
-                before = time.perf_counter()
-                micro_batches = next(batches)
-                loading = time.perf_counter() - before
-                set_rates(
-                    self.optimizer,
-                    rate_factor(self.done, self.total, self.warmup, self.cfg.training),
-                )
-                self.optimizer.zero_grad(set_to_none=True)
-                for batch in micro_batches:
-                    losses = self.backward(batch)
-                    totals.append(sum(losses.values(), torch.zeros((), device=self.device)))
-                    for name, value in losses.items():
-                        sums[name] = sums.get(name, 0) + value / self.cfg.training.accumulate
-                processes.sum_gradients(self.parameters)
-                processes.sum_in_place(list(sums.values()))
-                values = {name: float(value) for name, value in sums.items()}
-                if not all(math.isfinite(value) for value in values.values()):
-                    found = zip(micro_batches, totals, strict=True)
-                    suspects = [batch for batch, total in found if not total.isfinite()]
-                    raise self.not_finite("loss", str(values), suspects)
-                grad_norm = self.clip(micro_batches)
-        except BaseException:
-            for name, buffer in self.model.named_buffers():
-                buffer.copy_(buffers[name])
-            self.optimizer.zero_grad(set_to_none=True)
-            raise
-        self.update()
+        rate = self.schedule.factor(self.done + 1)
+        with self.whole_or_undone(), self.signals.interruptible():
+            micro_batches = next(batches)
+            loading = time.perf_counter() - start
+            found = []
+            for batch in micro_batches:
+                losses = self.forward(batch)
+                self.backward(losses)
+                found.append({name: value.detach() for name, value in losses.items()})
+            processes.sum_gradients(self.parameters)
+            means = self.mean_losses(micro_batches, found)
+            grad_norm = self.clip(micro_batches)
+        self.update(rate)
         self.done += 1
         seconds = time.perf_counter() - start
-        rate = scaled_rate(self.cfg.training) * rate_factor(
-            self.done - 1, self.total, self.warmup, self.cfg.training
-        )
         return Step(
-            self.done,
-            self.total,
-            values,
-            sum(values.values()),
-            grad_norm,
-            rate,
-            sum(len(batch.images) for batch in micro_batches) * processes.world(),
-            seconds,
-            loading / seconds,
+            number=self.done,
+            total=self.schedule.total,
+            losses=means,
+            loss=sum(means.values()),
+            grad_norm=grad_norm,
+            rate=scaled_rate(self.cfg.training) * rate,
+            images=sum(len(batch.images) for batch in micro_batches) * processes.world(),
+            seconds=seconds,
+            loading=loading / seconds,
         )
 
-    def backward(self, batch: Any) -> dict[str, Tensor]:
-        """Losses of one micro-batch, gradients added. Its random draws depend on nothing else."""
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        """Losses of one micro-batch, whose random draws depend on nothing else."""
         t = self.cfg.training
         seed_all(t.seed, self.done, batch.number)
         with autocast(self.device, t.precision):
-            losses = self.losses(batch)
+            return self.losses(batch)
+
+    def backward(self, losses: dict[str, Tensor]) -> None:
+        """Add the gradients of one micro-batch's share of the loss."""
         loss = sum(losses.values(), torch.zeros((), device=self.device))
-        self.scaler.scale(loss / t.accumulate).backward()
-        return {name: value.detach() for name, value in losses.items()}
+        self.scaler.scale(loss / self.cfg.training.accumulate).backward()
+
+    def mean_losses(
+        self, micro_batches: list[Any], found: list[dict[str, Tensor]]
+    ) -> dict[str, float]:
+        """Over all micro-batches of all processes. FloatingPointError where one is not finite."""
+        sums: dict[str, Tensor] = {}
+        for losses in found:
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value / self.cfg.training.accumulate
+        processes.sum_in_place(list(sums.values()))
+        means = {name: float(value) for name, value in sums.items()}
+        if not all(map(math.isfinite, means.values())):
+            suspects = [
+                batch
+                for batch, losses in zip(micro_batches, found, strict=True)
+                if not all(value.isfinite() for value in losses.values())
+            ]
+            raise self.not_finite("loss", str(means), suspects)
+        return means
 
     def clip(self, micro_batches: list[Any]) -> float:
         """Clip the gradients where the configuration asks for it; returns their norm before."""
@@ -218,12 +172,31 @@ class Trainer:
             raise self.not_finite("gradient", f"norm {norm}", micro_batches)
         return norm
 
-    def update(self) -> None:
-        """One optimiser step."""
+    def update(self, rate: float) -> None:
+        """One optimiser step at this share of the base rates."""
         self.updating = True
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * rate
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
         self.updating = False
+
+    @contextmanager
+    def whole_or_undone(self) -> Iterator[None]:
+        """A step that is left in its middle has not been.
+
+        The buffers (BatchNorm statistics) change in every forward pass; they are put back, so that
+        what is saved is exactly the state after the last full step.
+        """
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        try:
+            yield
+        except BaseException:
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(buffers[name])
+            self.optimizer.zero_grad(set_to_none=True)
+            raise
 
     def not_finite(self, what: str, value: str, batches: list[Any]) -> FloatingPointError:
         """The same error in every process; batches: this one's share of those to blame."""
@@ -235,6 +208,45 @@ class Trainer:
             "lower training.learning_rate, training.clip_norm=1, or training.precision=fp32, in a "
             "new run."
         )
+
+    # -------------------------------------------------------------- the loop
+
+    def steps(self) -> Iterator[Step]:
+        """Train to the end; RunInUse where another process trains in the same run."""
+        total = self.schedule.total
+        with self.run.in_training(total, lambda: self.done):
+            self.resume()
+            if self.done == total and not self.evaluation_due():
+                return
+            with self.signals.handled(), self.saved_on_leaving():
+                if self.evaluation_due():  # stopped between a step and its evaluation
+                    self.evaluate()
+                batches = iter(self.loader.batches(self.done, total))
+                while self.done < total:
+                    yield self.finish(self.one_step(batches))
+                    self.stop_together()
+
+    @contextmanager
+    def saved_on_leaving(self) -> Iterator[None]:
+        """Save, however the training ends; what stopped it becomes one TrainingStopped."""
+        try:
+            yield
+        except StepAbandoned:
+            self.save()
+            raise TrainingStopped(self.done, self.run.path, self.signals.received) from None
+        except processes.ProcessLost as lost:
+            # First the message: torchrun is about to end the processes that are left.
+            print(f"\n{lost}; run the same command again to resume", file=sys.stderr)
+            self.save()
+            raise TrainingStopped(self.done, self.run.path, signal.SIGTERM) from None
+        finally:
+            self.save()
+
+    def stop_together(self) -> None:
+        """With several processes a signal waits for the end of the step, and stops them all."""
+        if processes.any_process(self.signals.received > 0, self.device):
+            self.signals.received = self.signals.received or signal.SIGTERM
+            raise StepAbandoned
 
     def finish(self, step: Step) -> Step:
         """Write the step's metrics; checkpoint and evaluate when it is time."""
@@ -248,19 +260,29 @@ class Trainer:
         }
         if processes.rank() == 0:
             self.run.append(row)
-        if step.number % self.checkpoint_every == 0 or self.evaluation_due():
+        if step.number % self.schedule.checkpoint_every == 0 or self.evaluation_due():
             self.save()
         if self.evaluation_due():
-            with self.signals.interruptible():
-                step.evaluation = self.evaluate()
+            step.evaluation = self.evaluate()
         return step
 
     def evaluation_due(self) -> bool:
-        """True at the end and at every `evaluate_every` steps, until the result is recorded."""
-        regular = self.evaluate_every > 0 and self.done > 0 and self.done % self.evaluate_every == 0
-        if not regular and self.done != self.total:
-            return False
-        return self.done != self.evaluated
+        """True at the steps that ask for one, until the result is recorded."""
+        return self.schedule.evaluates(self.done) and self.done != self.evaluated
+
+    def evaluate(self) -> dict[str, Any]:
+        """Measure the model and record it."""
+        start = time.perf_counter()
+        with self.signals.interruptible():
+            metrics = self.measure()
+            self.evaluated = self.done
+            if processes.rank() == 0:
+                about = {"step": self.done, "data": self.held_out}
+                write_json(self.run.path / "eval.json", about | metrics)
+                seconds = round(time.perf_counter() - start, 2)
+                # Last: a run that is killed before this line evaluates again when it is resumed.
+                self.run.append(about | {"evaluation": metrics, "time": {"seconds": seconds}})
+        return metrics
 
     # -------------------------------------------------------------- checkpoints
 
@@ -282,7 +304,7 @@ class Trainer:
         if last is None:
             if processes.rank() == 0:
                 self.start()
-                self.run.record_environment(self.data_version)
+                self.run.record_environment(self.data)
             processes.copy_first(self.model.state_dict().values())
         else:
             self.model.load_state_dict(last.weights)
@@ -297,9 +319,16 @@ class Trainer:
             )
         if processes.rank() == 0:
             self.run.forget_after(self.done)
-            evaluations = [row["step"] for row in self.run.metrics() if "evaluation" in row]
-            self.evaluated = evaluations[-1] if evaluations else -1
+            rows = [row["step"] for row in self.run.metrics() if "evaluation" in row]
+            self.evaluated = rows[-1] if rows else -1
         self.evaluated = processes.from_first(self.evaluated)
+
+
+def set_up(cfg: TrainingConfig) -> None:
+    """What every training begins with: the other processes, the seed, the CPU threads."""
+    processes.join()
+    seed_all(cfg.seed)
+    use_threads(cfg.threads)
 
 
 def seed_all(*numbers: int) -> None:
@@ -333,8 +362,6 @@ def peak_memory(device: torch.device) -> float:
 
 def show_progress(steps: Iterable[Step], every: float = 1) -> Iterator[Step]:
     """Pass the steps on, drawing one tqdm line on standard output every so many seconds."""
-    import sys
-
     from tqdm import tqdm
 
     bar = None
