@@ -167,7 +167,8 @@ def build_dataset(cfg: DataConfig, split: Literal["train", "val"], seed: int = 0
             )
         hub_split = cfg.hub_train_split if train else cfg.hub_val_split
         return HubDataset(cfg.hub_name, hub_split, cfg.bbox_format, limit, skip_empty)
-    raise ValueError(f"data.source={cfg.source!r}: use 'shapes', 'coco', 'hub' or 'module:function'")
+    known = "'shapes', 'coco', 'hub' or 'module:function'"
+    raise ValueError(f"data.source={cfg.source!r}: use {known}")
 
 
 def _image_entry(row: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -28,7 +28,9 @@ SLOTS = {
     "backbone.sampler": "sampler",
     "backbone.stem": "stem",
     "backbone.kind": "backbone",
+    "backbone.decoder_fill": "fill",
     "detector.neck": "neck",
+    "detector.loss": "loss",
     "data.source": "dataset",
 }
 """Field whose value may be "module:function" -> its slot, which takes the function itself."""
@@ -39,12 +41,13 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from mimdet.models.rcnn import Losses
 from mimdet.models.sampling import Grid
 from mimdet.models.stem import StemFeatures
 
 
 """
-HEADER_NAMES = ("math", "torch", "F", "nn", "Tensor", "Generator", "Grid", "StemFeatures")
+HEADER_NAMES = ("math", "torch", "F", "nn", "Tensor", "Generator", "Losses", "Grid", "StemFeatures")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,8 @@ class SlotText:
     """A part as text, which stays what it is when its cell or file is changed."""
 
     slot: str
-    kind: Literal["function", "class"]
+    kind: str
+    """`function` or `class`."""
     object: str
     """Its name in the text."""
     text: str
@@ -94,7 +98,7 @@ def read_slots(slots: Mapping[str, Any]) -> dict[str, SlotText]:
                 f"the source of the {slot} {part!r} cannot be read, so the run could not be loaded "
                 "again: define it with def or class in a cell or a file"
             ) from error
-        kind: Literal["function", "class"] = "function" if is_function else "class"
+        kind = "function" if is_function else "class"
         texts[slot] = SlotText(slot, kind, definition.__name__, source)
         with torch.random.fork_rng(devices=[]):  # a stem draws its weights
             again = _made(texts[slot], Path(f"{slot}.py"))
@@ -202,8 +206,8 @@ def _made(part: SlotText, path: Path) -> Any:
         inspect.signature(made).bind()
     except TypeError as error:
         raise ValueError(
-            f"the {part.slot} {part.object} cannot be built without arguments ({error}): give every "
-            "constructor argument a default, so that the run can be loaded again"
+            f"the {part.slot} {part.object} cannot be built without arguments ({error}): give "
+            "every constructor argument a default, so that the run can be loaded again"
         ) from None
     return made()
 

@@ -20,6 +20,8 @@ from mimdet.training.run import Run, initialise, load_detector
 from mimdet.training.slots import SlotText, check_slots, check_trust, load_slots, read_slots
 from mimdet.training.trainer import Step, Trainer, set_up, show_progress
 
+DatasetFunction = Callable[[DataConfig, Literal["train", "val"]], Dataset]
+
 
 def train(
     cfg: Config,

@@ -17,7 +17,7 @@ from mimdet.config import TrainingConfig
 from mimdet.models.sampling import Grid
 from mimdet.models.vit import resize_table, sincos_table
 from mimdet.models.weights import LoadReport
-from mimdet.training.optim import rate_factor, scaled_rate
+from mimdet.training.optim import Schedule, scaled_rate
 from mimdet.viz.draw import heat
 from mimdet.viz.style import (
     BLACK,
@@ -511,11 +511,10 @@ def show_schedule(cfg: TrainingConfig, images: int) -> NotebookFigure:
     images: of an epoch. Both axes of rates are logarithmic; the first steps of the warm-up, which
     begins near 0, leave the left one.
     """
-    per_epoch = images / (cfg.batch_size * cfg.accumulate)
-    total = cfg.steps or max(1, round(cfg.epochs * per_epoch))
-    warmup = cfg.warmup_steps or round(cfg.warmup_epochs * per_epoch)
+    schedule = Schedule(cfg, images)
+    total, warmup, per_epoch = schedule.total, schedule.warmup, schedule.epoch
     steps = np.unique(np.r_[0:warmup, np.linspace(0, total - 1, 800).astype(int)])
-    factors = np.array([rate_factor(int(step), total, warmup, cfg) for step in steps])
+    factors = np.array([schedule.factor(int(step) + 1) for step in steps])
     fig = new_figure(WIDTH, 3.4)
     left = axes_of(fig, 1, 2, f"{total:,} steps", "epoch", "learning rate (log scale)")
     rates = group_rates(cfg)

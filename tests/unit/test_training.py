@@ -7,16 +7,22 @@ import time
 
 import pytest
 import torch
-from torch import nn
 
 import mimdet
 from mimdet import presets
 from mimdet.analysis.evaluate import evaluate
+from mimdet.data.coco import build_dataset
 from mimdet.training.checkpoints import Checkpoint, CheckpointStore
-from mimdet.training.optim import build_optimizer, parameter_groups, rate_factor, scaled_rate
+from mimdet.training.optim import (
+    Schedule,
+    build_optimizer,
+    parameter_groups,
+    rate_factor,
+    scaled_rate,
+)
 from mimdet.training.run import Run, load_detector
 from mimdet.training.signals import TrainingStopped
-from mimdet.training.train import DetectorTrainer, fit, resume, train
+from mimdet.training.train import fit, resume, train
 from tests.small import small
 
 # ---------------------------------------------------------------- optimiser
@@ -56,6 +62,12 @@ def test_schedules_by_hand():
     assert rate_factor(0, 100, 0, t) == 1
     assert rate_factor(50, 100, 0, t) == pytest.approx(0.5)
     assert rate_factor(99, 100, 0, t) < 0.001
+    t = small(0).training
+    t.epochs, t.evaluate_every_steps, t.evaluate_every, t.checkpoint_every_steps = 2.0, 0, 1.0, 0
+    schedule = Schedule(t, 10)  # 2 epochs of 10 images, 4 a step
+    assert (schedule.total, schedule.evaluate_every, schedule.checkpoint_every) == (5, 2, 1)
+    assert [schedule.evaluates(step) for step in range(6)] == [0, 0, 1, 0, 1, 1]
+    assert schedule.factor(1) == pytest.approx(0.5)  # of two steps of warm-up
 
 
 def test_optimizer_uses_every_trainable_parameter_once():
@@ -244,21 +256,43 @@ def stem_response_sampler(tokens, grid, generator):
     return tokens.norm(dim=1) + 0.1 * noise
 
 
-def test_sampler_from_a_cell_is_trained_saved_and_reloaded_only_with_consent(tmp_path):
-    cfg = small(5)
-    model = mimdet.build_detector(cfg, sampler=stem_response_sampler)
-    for _ in train(cfg, tmp_path / "own", model=model):
-        pass
-    with pytest.raises(PermissionError, match="trust_code=True"):
-        load_detector(tmp_path / "own")
-    again = load_detector(tmp_path / "own", trust_code=True)
-    scene = mimdet.ShapesCOCO(size=64, length=1, split="val")[0].image
-    ours, theirs = (mimdet.predict(m.eval(), scene, sample_ratio=0.5) for m in (model, again))
-    assert torch.equal(ours.scores, theirs.scores)
-    slot = tmp_path / "own" / "slots" / "sampler.py"
+def easy_scenes(cfg, split):
+    """A data set written in a cell."""
+    from mimdet import ShapesCOCO
+
+    return ShapesCOCO("shapes-v1-easy", cfg.shapes_size, 8 if split == "train" else 3, split)
+
+
+def test_parts_and_data_from_a_cell_are_trained_kept_and_reloaded_only_with_consent(tmp_path):
+    run, cfg = tmp_path / "own", small(5)
+    parts = {"sampler": stem_response_sampler, "dataset": easy_scenes}
+    steps = train(cfg, run, **parts)
+    assert [next(steps).number for _ in range(3)] == [1, 2, 3]
+    steps.close()
+    assert cfg.detector.num_classes == 6 and ":easy_scenes" in cfg.data.source
+    for reader in (load_detector, lambda path: next(resume(path))):
+        with pytest.raises(PermissionError, match="trust_code=True"):
+            reader(run)
+    assert len(list(resume(run, trust_code=True))) == 2
+    model = load_detector(run, trust_code=True)
+    assert model.backbone.sampler.__name__ == "stem_response_sampler"
+    held_out = build_dataset(model.config.data, "val")  # in any process that has read the run
+    recorded = json.loads((run / "eval.json").read_text())
+    assert (held_out.version, len(held_out)) == (recorded["data"], 3)
+    slot = run / "slots" / "sampler.py"
     slot.write_text(slot.read_text() + "# edited\n")
     with pytest.raises(ValueError, match="sha256"):
-        load_detector(tmp_path / "own", trust_code=True)
+        load_detector(run, trust_code=True)
+
+
+def test_a_configuration_from_a_file_runs_no_code_without_consent(tmp_path):
+    cfg = small(1)
+    cfg.backbone.sampler = "mimdet.models.sampling:block_sampler"
+    list(train(cfg, tmp_path / "run"))
+    for reader in (load_detector, lambda path, **trust: next(resume(path, **trust))):
+        with pytest.raises(PermissionError, match=r"backbone\.sampler.*block_sampler"):
+            reader(tmp_path / "run")
+    assert load_detector(tmp_path / "run", trust_code=True)
 
 
 OUTSIDE = 3.0
@@ -326,24 +360,12 @@ def test_a_checkpoint_by_its_number(tmp_path):
 
 
 def test_slot_that_does_not_stand_alone_is_refused(tmp_path):
-    model = mimdet.build_detector(small(1), sampler=leaning_sampler)
     with pytest.raises(ValueError, match="OUTSIDE from outside itself"):
-        next(train(small(1), tmp_path / "x", model=model))
-
-
-class NeedyStem(nn.Module):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.inner = mimdet.models.stem.ConvStem(dim)
-
-    def forward(self, images):
-        return self.inner(images)
-
-
-def test_stem_that_needs_arguments_is_refused_before_training(tmp_path):
-    model = mimdet.build_detector(small(1), stem=NeedyStem(32))
-    with pytest.raises(ValueError, match="every constructor argument a default"):
-        next(train(small(1), tmp_path / "x", model=model))
+        next(train(small(1), tmp_path / "x", sampler=leaning_sampler))
+    model = mimdet.build_detector(small(1))
+    with pytest.raises(ValueError, match="the model is complete: give sampler to build_detector"):
+        next(train(small(1), tmp_path / "x", model=model, sampler=stem_response_sampler))
+    assert not (tmp_path / "x").exists()
 
 
 def test_trainer_needs_as_many_classes_as_the_data(tmp_path):
@@ -351,13 +373,3 @@ def test_trainer_needs_as_many_classes_as_the_data(tmp_path):
     cfg.detector.num_classes = 3
     with pytest.raises(ValueError, match=r"detector\.num_classes=12"):
         next(train(cfg, tmp_path / "x", model=mimdet.build_detector(cfg)))
-
-
-def test_trainer_steps_from_epochs(tmp_path):
-    cfg = small(0)
-    cfg.training.epochs = 2.0
-    data = mimdet.ShapesCOCO(size=64, length=10)
-    held_out = mimdet.ShapesCOCO(size=64, length=2, split="val")
-    run, model = Run(tmp_path / "x", cfg), mimdet.build_detector(cfg)
-    trainer = DetectorTrainer(cfg, run, model, data, held_out)
-    assert trainer.total == 5  # 2 epochs of 10 images, 4 a step
