@@ -52,7 +52,7 @@ check("a misspelled field is refused", not misspelled, "else an experiment is no
 #
 # A few small models come with the package (`mimdet/pretrained/`). This one is the preset `tiny`,
 # which first learnt to paint missing patches and then, for a quarter of an hour on two CPU cores,
-# to detect. Truth on the left, what it finds on the right, in scenes it has never seen.
+# to detect. The truth is on the left, what it finds on the right, in scenes it has never seen.
 
 # %%
 from mimdet.viz import show_detections
@@ -101,9 +101,9 @@ check(
 # Figure 1 of the paper from left to right (`mimdet/models/backbones.py`): a small convolutional
 # **stem** turns the image into a grid of tokens; a **sampler** scores them and the best `ratio` of
 # them are kept; the **encoder**, a plain ViT, works on the kept tokens only; the **decoder** puts
-# them back into the full grid, fills the gaps with the stem's own tokens, and lets all of them talk
-# once more. Its output and the stem's earlier stages are the feature pyramid of an ordinary Mask
-# R-CNN.
+# them back into the full grid, fills the gaps with the stem's own tokens, and lets them all attend
+# to each other once more. Its output and the stem's earlier stages are the feature pyramid of an
+# ordinary Mask R-CNN.
 
 # %%
 torch.manual_seed(SEED)
@@ -129,9 +129,9 @@ tokens = stem.tokens.flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, L, D), L 
 grid = tuple(stem.tokens.shape[2:])
 samples = {}
 for ratio in (0.25, 0.5, 1.0):
-    dice = [torch.Generator().manual_seed(SEED)]  # one per image
+    generators = [torch.Generator().manual_seed(SEED)]  # one per image
     samples[ratio] = model.backbone.draw(
-        tokens, grid, batch.image_sizes, mimdet.Sampling(ratio, generators=dice)
+        tokens, grid, batch.image_sizes, mimdet.Sampling(ratio, generators=generators)
     )
 for ratio in (0.25, 0.5):
     display(show_sample(image, samples[ratio]))
@@ -142,8 +142,9 @@ for ratio, sample in samples.items():
     kept = sample.keep[0]
     check(f"ratio {ratio}: {len(kept)} of {total} tokens", len(kept) == max(1, int(ratio * total)))
     check("no token twice", len(kept.unique()) == len(kept), "a repeated token would count double")
-same_dice = [torch.Generator().manual_seed(SEED)]
-again = model.backbone.draw(tokens, grid, batch.image_sizes, mimdet.Sampling(0.25, generators=same_dice))
+generators = [torch.Generator().manual_seed(SEED)]
+repeat = mimdet.Sampling(0.25, generators=generators)
+again = model.backbone.draw(tokens, grid, batch.image_sizes, repeat)
 same = torch.equal(again.keep[0], samples[0.25].keep[0])
 check("the same seed draws the same sample", same, "so a result can be repeated")
 
@@ -193,11 +194,11 @@ check("it learned where objects are", last < first / 2, "means of 20 steps")
 # Everything about a run is in its directory: configuration, versions, `metrics.jsonl` with a line a
 # step, checkpoints, predictions. Press the stop button (■) while the training cell is running: the
 # step in progress is abandoned, the state before it is saved, and one line says where. Run the cell
-# again and it goes on from there. Run it when all steps are done, and nothing happens. With another
-# configuration, the same directory is refused and the difference is shown.
+# again and it continues from there. Run it when all steps are done, and nothing happens. With
+# another configuration, the same directory is refused and the difference is shown.
 #
-# *Goes on* means: as if it had never stopped. What a step sees is a function of (seed, step), so the
-# images, their augmentation and the samples are the same. Try it with a run of four steps.
+# *Continues* means: as if it had never stopped. What a step sees is a function of (seed, step), so
+# the images, their augmentation and the samples are the same. Try it with a run of four steps.
 
 # %%
 import copy

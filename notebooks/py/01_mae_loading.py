@@ -1,9 +1,9 @@
 # %% [markdown]
 # # 01 · Where the transformer comes from: loading a masked autoencoder
 #
-# MIMDet does not train its transformer from nothing. Encoder *and decoder* come from a **masked
+# MIMDet does not train its transformer from scratch. Encoder *and decoder* come from a **masked
 # autoencoder** (MAE, [He et al., CVPR 2022](https://arxiv.org/abs/2111.06377)) that learnt to paint
-# three quarters of an image from the remaining quarter, without any label. Here you open such a
+# three quarters of an image from the remaining quarter, without any labels. Here you open such a
 # file, see what each tensor is for, load it into a detector, break it in the usual ways, and paint
 # images with it.
 #
@@ -14,8 +14,8 @@
 # | memory | about 1 GB | not measured here |
 # | needs | nothing but the kit; no GPU, no download | `mimdet download mae-base-visualize mimdet-base`, COCO in the folder named by `MIMDET_COCO` |
 #
-# Set `PATH` to a photo of yours and it is painted instead of drawn scenes. Do not expect much in
-# quick mode: `tiny_mae` has seen drawn shapes and nothing else.
+# Set `PATH` to a photo of yours and it is painted in place of the drawn scenes. Do not expect much
+# in quick mode: `tiny_mae` has seen drawn shapes and nothing else.
 
 # %% tags=["parameters"]
 MODE = "quick"  # "full": Meta's autoencoder and COCO
@@ -40,8 +40,8 @@ save_mae(mae, "runs/01/mae.pth")  # the layout of Meta's files: {"model": names 
 # | part | what it is | in MIMDet |
 # |---|---|---|
 # | `patch_embed` | a 16 × 16 convolution with stride 16: patch → token | no: the ConvStem takes its place |
-# | `pos_embed` | encoder's position table, one vector a place; fixed, never trained | yes, resized |
-# | `cls_token` | one extra token without a place | no |
+# | `pos_embed` | the encoder's position table, one vector per place; fixed, never trained | yes, resized |
+# | `cls_token` | one extra token that belongs to no place | no |
 # | `blocks`, `norm` | the encoder: transformer blocks and the last LayerNorm | yes |
 # | `decoder_embed` | a linear layer from the encoder's width to the decoder's | yes |
 # | `mask_token` | the one vector that stands for every patch that was not seen | in version 1 only |
@@ -68,8 +68,8 @@ check("eleven parts, as in the table", len(parts) == 11, "a twelfth would be ano
 # ## 2 · One tensor, three names
 #
 # Meta, the Hugging Face hub and this library name the same tensor differently. A table of prefixes
-# for each (`mimdet/models/official.py`) translates in both directions; nothing guesses. The hub also
-# stores query, key and value apart, Meta stacks them in one matrix.
+# for each (`mimdet/models/official.py`) translates in both directions; nothing guesses. The hub
+# also stores query, key and value apart, Meta stacks them in one matrix.
 
 # %%
 from mimdet.models.weights import HF_RULES, MAE_RULES, translate
@@ -90,7 +90,7 @@ check("names come back unchanged", all(there_and_back), f"{len(known)} of {len(f
 # ## 3 · Into a detector
 #
 # `mimdet.load_mae` starts a detector from the file and says what became of **every** tensor:
-# *loaded*, *new* (ours, keeps its random values), *unused* (theirs, has no place here), *missing*
+# *loaded*, *new* (ours, keeps its random values), *unused* (theirs, not needed here), *missing*
 # (should have been there: always an error). PyTorch's `load_state_dict(strict=False)` would load
 # nothing at all from a file with other names, and go on.
 
@@ -149,10 +149,10 @@ check("the class token has no place", stored[:, 0].abs().max() == 0)
 
 # %% [markdown]
 # A detector's images are larger than an autoencoder's, and of any shape. MIMDet does not make a new
-# table for a larger grid, it *resizes* the stored one, bicubically, as if it were a picture with $D$
-# channels: once when the file is loaded, 14 × 14 → 50 × 50 for a model of 800 pixels, and again in
-# every forward, 50 × 50 → the batch's grid, for example 50 × 84 for 800 × 1344 pixels. With Meta's
-# sizes:
+# table for a larger grid, it *resizes* the stored one, bicubically, as if it were a picture with
+# $D$ channels: once when the file is loaded, 14 × 14 → 50 × 50 for a model of 800 pixels, and again
+# in every forward, 50 × 50 → the batch's grid, for example 50 × 84 for 800 × 1344 pixels. With
+# Meta's sizes:
 
 # %%
 from mimdet.viz import show_positions
@@ -234,9 +234,9 @@ check("the decoder's blocks are new", len(new_blocks) > 0, f"{len(new_blocks)} t
 # %% [markdown]
 # ## 6 · Paint an image from a quarter of it
 #
-# What pre-training was about. The encoder sees $K = \lfloor 0.25\,L \rfloor$ patches; the decoder
-# gets them back at their places, the mask token everywhere else, and predicts pixels. The loss is
-# the mean squared error over the patches that were **not** seen:
+# This is what pre-training was about. The encoder sees $K = \lfloor 0.25\,L \rfloor$ patches; the
+# decoder gets them back at their places, the mask token everywhere else, and predicts pixels. The
+# loss is the mean squared error over the patches that were **not** seen:
 #
 # $$\mathcal{L} = \frac{1}{L-K} \sum_{i\ \text{unseen}} \frac{1}{P} \lVert \hat{x}_i - x_i \rVert^2$$
 #
@@ -321,8 +321,8 @@ check("which is a picture", share > 0.2, f"it holds {share:.0%} of the variance 
 #
 # ## 8 · Brush patches away
 #
-# Left: the kept patches. Drag over them to take some away, or over grey ones to bring them back, and
-# watch what is painted and what the detector finds from exactly these tokens. With the tool
+# Left: the kept patches. Drag over them to take some away, or over grey ones to bring them back,
+# and watch what is painted and what the detector finds from exactly these tokens. With the tool
 # *select*, a click says what happened to one patch. (The controls work when the notebook runs; a
 # saved one shows a picture.) Both models get the same tokens: an image is resized until 16 pixels
 # of the detector's input are one patch of the autoencoder.
@@ -384,7 +384,7 @@ print(f"{used:.0%} of the file finds a place")
 check("parts add up", sum(old + new for old, new in counts.values()) == everything)
 
 # %% tags=["solution"]
-# 2. The mask token is loaded, and the projection of the stem's tokens does not exist.
+# 2. The mask token is loaded, and the projection of the stem's tokens is gone.
 import copy
 
 cfg_1 = copy.deepcopy(cfg)
@@ -395,7 +395,7 @@ check("now it is loaded", "backbone.decoder.fill.token" in report_1.loaded)
 check("no projection", not any("fill" in name for name in report_1.new))
 
 # %% tags=["solution"]
-# 3. In none: the sizes differ, and that is said before anything is loaded.
+# 3. In none: the sizes differ, which is an error before anything is loaded.
 deeper = copy.deepcopy(cfg)
 deeper.backbone.depth += 1
 try:
@@ -422,7 +422,7 @@ check(
 )
 
 # %% tags=["solution"]
-# 5. Little: 50 x 50 places hold more than 14 x 14; what is lost are the fastest waves.
+# 5. Little: 50 x 50 places hold more than 14 x 14; what is lost is the fastest waves.
 there = torch.cat([meta[:, :1], resize_table(meta, (50, 50))], dim=1)
 back = resize_table(there, (14, 14))
 lost = (back - meta[:, 1:]).abs().mean(dim=(0, 1))  # per channel

@@ -58,8 +58,8 @@ print(f"image {tuple(image.shape)}: {grid[0]} x {grid[1]} tokens of width {token
 from mimdet.models.sampling import SAMPLERS
 from mimdet.viz import show_sample
 
-dice = torch.Generator().manual_seed(SEED)
-scores = SAMPLERS["random"](tokens[0], grid, dice)  # (L,)
+generator = torch.Generator().manual_seed(SEED)
+scores = SAMPLERS["random"](tokens[0], grid, generator)  # (L,)
 sample = mimdet.select([scores], [grid], grid, ratio=0.25)
 kept = sample.keep[0]
 check(f"{len(kept)} of {length} tokens", len(kept) == max(1, int(0.25 * length)))
@@ -68,9 +68,9 @@ check("the kept ones have the highest scores", scores[kept].min() >= left_out.ma
 show_sample(image, sample)
 
 # %% [markdown]
-# Grey tokens never enter the encoder. They are not lost, though: the stem has looked at every pixel,
-# its fine maps c2 and c3 go to the detector whole, and the decoder gets the stem's token at every
-# place that was not sampled. *Try:* ratio 0.05 and 0.9.
+# Grey tokens never enter the encoder. They are not lost, though. The stem has looked at every
+# pixel, its fine maps c2 and c3 go to the detector whole, and the decoder gets the stem's token at
+# every place that was not sampled. *Try:* ratio 0.05 and 0.9.
 #
 # ## 2 · Samplers, side by side
 #
@@ -88,8 +88,8 @@ def strongest(tokens, grid, generator):  # (L, D), (h, w) of one image -> (L,)
 samplers = {**SAMPLERS, "strongest": strongest}
 drawn = {}
 for name, sampler in samplers.items():
-    dice = torch.Generator().manual_seed(SEED)
-    drawn[name] = mimdet.select([sampler(tokens[0], grid, dice)], [grid], grid, 0.25)
+    generator = torch.Generator().manual_seed(SEED)
+    drawn[name] = mimdet.select([sampler(tokens[0], grid, generator)], [grid], grid, 0.25)
 show_samples(image, drawn)
 
 # %% [markdown]
@@ -118,7 +118,7 @@ check("block keeps whole squares", partly <= 1, "where the count demands it, one
 # encoder is an ordinary transformer on fewer tokens. Afterwards each goes back to its place. The
 # original code, like MAE's, does it with two sorts: shuffle all places by noise, keep the first K,
 # encode, append what belongs at the other places, and sort back ("un-shuffle"). This library
-# *scatters*: it writes the K tokens to their K places in what is there already
+# *scatters*: it writes the K tokens to their K places in a grid that is filled already
 # (`mimdet/models/sampling.py`). On a 2 × 3 grid, by hand:
 
 # %%
@@ -147,8 +147,8 @@ gone[sample.keep[0]] = False
 check("the other places are untouched", back[0, gone].abs().max() == 0)
 
 # %% [markdown]
-# Attention itself does not know about places: what says *where* a token is are the positions, and
-# they are added **before** gathering. So the order of a sample is of no consequence.
+# Attention itself does not know about places. The positions say *where* a token is, and they are
+# added **before** gathering. So the order of a sample does not matter.
 
 # %%
 other_order = Sample([sample.keep[0].flip(0)], sample.grid)
@@ -163,13 +163,14 @@ check("order does not matter", torch.allclose(one, two.flip(0), atol=1e-4), "up 
 # Images of a batch are padded to one size. Put our image beside one twice as wide: half of its
 # canvas is now empty. Which tokens may be kept?
 #
-# - `keep="valid"`, the default here: $K$ counts the image's **own** tokens. Padding is never encoded,
-#   and what an image keeps does not depend on its neighbours.
-# - `keep="padded"`, the paper's code: $K = \lfloor r \cdot L \rfloor$ with $L$ of the **padded** grid,
-#   the same for every image. Own tokens come first, padding last. Small images keep a larger share
-#   than $r$, and when $K$ exceeds their own tokens, padding is encoded, with no mask.
+# - `keep="valid"`, the default here: $K$ counts the image's **own** tokens. Padding is never
+#   encoded, and what an image keeps does not depend on its neighbours.
+# - `keep="padded"`, the paper's code: $K = \lfloor r \cdot L \rfloor$ with $L$ of the **padded**
+#   grid, the same for every image. Own tokens come first, padding last. Small images keep a larger
+#   share than $r$, and when $K$ exceeds their own tokens, padding is encoded, with no mask.
 #
-# Released weights were trained and scored with the second rule, so `load_detector` sets it for them.
+# Released weights were trained and scored with the second rule, so `load_detector` sets it for
+# them.
 
 # %%
 from mimdet.models.sampling import token_grid
@@ -179,12 +180,12 @@ neighbour = torch.zeros(3, 256, 512, dtype=torch.uint8)
 half = model.batch([square, neighbour])
 wide = (half.tensors.shape[2] // 16, half.tensors.shape[3] // 16)
 grids = [token_grid(*of_image) for of_image in half.image_sizes]
-dice = [torch.rand(h * w, generator=torch.Generator().manual_seed(SEED)) for h, w in grids]
+random_scores = [torch.rand(h * w, generator=torch.Generator().manual_seed(SEED)) for h, w in grids]
 print(f"own grid {grids[0]}, padded grid {wide}\nratio  rule    own  padding")
 counts = {}
 for ratio in (0.25, 0.5, 0.75, 1.0):
     for rule in ("valid", "padded"):
-        places = mimdet.select(dice, grids, wide, ratio, rule).keep[0]
+        places = mimdet.select(random_scores, grids, wide, ratio, rule).keep[0]
         own = int((places % wide[1] < grids[0][1]).sum())
         counts[ratio, rule] = (own, len(places) - own)
         print(f"{ratio:<6} {rule:7} {own:3} {len(places) - own:8}")
@@ -195,7 +196,7 @@ check(
 )
 check("padded at 0.25 keeps half of it", counts[0.25, "padded"] == (128, 0), "twice the ratio")
 check("padded at 1 keeps all padding", counts[1.0, "padded"] == (256, 256))
-show_sample(square, mimdet.select(dice, grids, wide, 0.75, "padded"))
+show_sample(square, mimdet.select(random_scores, grids, wide, 0.75, "padded"))
 
 # %% [markdown]
 # White is padding, grey squares in it are padding tokens that were kept. Does it matter? Run the
@@ -205,9 +206,9 @@ show_sample(square, mimdet.select(dice, grids, wide, 0.75, "padded"))
 maps = {}
 with torch.no_grad():
     for rule in ("valid", "padded"):
-        of_rule = mimdet.select(dice, grids, wide, 1.0, rule)
+        of_rule = mimdet.select(random_scores, grids, wide, 1.0, rule)
         maps[rule] = model.features(half, mimdet.Sampling(sample=of_rule))["c4"][0]
-    everything = mimdet.select(dice[:1], grids[:1], grids[0], 1.0)
+    everything = mimdet.select(random_scores[:1], grids[:1], grids[0], 1.0)
     alone = mimdet.Sampling(sample=everything)
     by_itself = model.features(model.batch([square]), alone)["c4"][0]
 inside = (slice(None), slice(0, grids[0][0]), slice(0, grids[0][1]))
@@ -220,7 +221,7 @@ check("both rules move it", min(moved.values()) > 0.01, "GroupNorm, positions, d
 # So the rule alone does not make an image independent of its batch. The stem's GroupNorm averages
 # over padding, position tables are resized to the padded grid (our image now sits at 0 to 0.5 of
 # its width), and the decoder attends to padding. In quick mode the change is drastic, since `tiny`
-# has been trained on one grid only, 16 × 16; a model trained on many sizes bears it better.
+# has been trained on one grid only, 16 × 16; a model trained on many sizes copes better.
 # Therefore `predict` and `evaluate` never put images of different padded sizes into one batch.
 #
 # ## 5 · What a ratio costs
@@ -267,10 +268,11 @@ parts = {"encoder: linear layers": linear, "encoder: attention": attention, "all
 show_stacked([f"ratio {r}" for r in wholes], parts, "multiply-adds", (1e9, "G"), digits=3)
 
 # %% [markdown]
-# Only the blue parts shrink. Halving the tokens halves the linear layers and quarters the attention;
-# stem, decoder, neck and heads cost the same at every ratio (but for one linear layer). At 0.25 the decoder, which always sees
-# every place, costs more than the encoder. So a quarter of the tokens is far from a quarter of the
-# time, and the gain is larger for ViT-L, whose encoder is three times as large.
+# Only the blue parts shrink. Halving the tokens halves the linear layers and quarters the
+# attention; stem, decoder, neck and heads cost the same at every ratio (but for one linear layer).
+# At 0.25 the decoder, which always sees every place, costs more than the encoder. So a quarter of
+# the tokens is far from a quarter of the time, and the gain is larger for ViT-L, whose encoder is
+# three times as large.
 #
 # The published count is 1.1 T multiply-adds for ViT-B. At 800 × 1280 pixels, 4000 tokens:
 
@@ -337,12 +339,12 @@ check("a sample can be edited and passed in", changed)
 
 # %% [markdown]
 # The three draws on the left are not the same: scores differ, and sometimes objects. On the right,
-# at ratio 1, there is no chance. (In quick mode the right one need not be the best: `tiny` was
-# trained for minutes, at ratio 0.5, and in runs that short AP hardly depends on the ratio; figures
-# are in the README.) Ratio 1 is how the paper evaluates: trained at 0.25 → 49.9 box and 44.7 mask
-# AP, trained at 0.5 → 51.5 and 46.0 (ViT-B, arXiv version 1), **both evaluated at ratio 1**. Train
-# on few tokens, use them all when it counts: `cfg.backbone.sample_ratio` and `sample_ratio_eval`
-# are two numbers for that reason.
+# at ratio 1, nothing is left to chance. (In quick mode the right one need not be the best. `tiny`
+# was trained for minutes, at ratio 0.5, and finds as much when its encoder sees a single token:
+# `docs/measurements.md`.) Ratio 1 is how the paper evaluates: trained at 0.25 → 49.9 box and 44.7
+# mask AP, trained at 0.5 → 51.5 and 46.0 (ViT-B, arXiv version 1), **both evaluated at ratio 1**.
+# Train on few tokens and use them all when it counts: that is why `cfg.backbone.sample_ratio` and
+# `sample_ratio_eval` are two numbers.
 #
 # ## 7 · Your turn
 #
@@ -364,7 +366,7 @@ if not same:
 check("the panel shows what predict finds from this sample", same)
 
 # %% [markdown]
-# *Try:* one single token. How many objects are still found? Which ones, and why these?
+# *Try:* a single token. How many objects are still found? Which ones, and why these?
 #
 # ## Summary
 #
@@ -397,7 +399,7 @@ for name, width in (("ViT-B", 768), ("ViT-L", 1024)):
 # %% tags=["solution"]
 # 2. K = r * 512 tokens, of which 256 are its own: up to 0.5, and there it keeps all of them.
 check("no padding at 0.5", counts[0.5, "padded"] == (256, 0), "its own ratio is 1")
-slightly = mimdet.select(dice, grids, wide, 0.51, "padded").keep[0]
+slightly = mimdet.select(random_scores, grids, wide, 0.51, "padded").keep[0]
 check("some at 0.51", int((slightly % wide[1] >= grids[0][1]).sum()) == int(0.51 * 512) - 256)
 
 
@@ -408,10 +410,10 @@ def checkerboard(tokens, grid, generator):
     return ((rows + torch.arange(grid[1])) % 2).flatten().float()
 
 
-dice_3 = torch.Generator().manual_seed(SEED)
+generator_3 = torch.Generator().manual_seed(SEED)
 square_grid = (16, 16)
 board = set(checkerboard(None, square_grid, None).nonzero()[:, 0].tolist())
-spread = SAMPLERS["grid"](torch.zeros(256, 1), square_grid, dice_3)
+spread = SAMPLERS["grid"](torch.zeros(256, 1), square_grid, generator_3)
 evenly = set(mimdet.select([spread], [square_grid], square_grid, 0.5).keep[0].tolist())
 check("grid at 0.5 is a checkerboard", evenly in (board, set(range(256)) - board))
 
@@ -440,8 +442,9 @@ if 0 < touched.sum() < touched.numel():
 both = torch.cat([tokens, tokens])
 sizes_5 = [batch.image_sizes[0]] * 2
 seeds = [torch.Generator().manual_seed(s) for s in (1, 2)]
-together = model.backbone.draw(both, grid, sizes_5, mimdet.Sampling(0.25, "valid", generators=seeds))
+both_sampled = mimdet.Sampling(0.25, "valid", generators=seeds)
+together = model.backbone.draw(both, grid, sizes_5, both_sampled)
 for index, seed in enumerate((1, 2)):
-    dice_5 = [torch.Generator().manual_seed(seed)]
-    single = model.backbone.draw(tokens, grid, sizes_5[:1], mimdet.Sampling(0.25, "valid", generators=dice_5))
+    alone = mimdet.Sampling(0.25, "valid", generators=[torch.Generator().manual_seed(seed)])
+    single = model.backbone.draw(tokens, grid, sizes_5[:1], alone)
     check(f"image {index + 1}", torch.equal(single.keep[0], together.keep[index]))

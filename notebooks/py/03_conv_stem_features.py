@@ -16,7 +16,7 @@
 #
 # **What this cannot show:** which stem detects better. There is no trained detector with a patchify
 # stem in the package, so a trained ConvStem is only ever compared with itself, and the two stems
-# with each other only as they are born, with random weights. The paper's own ablation of the stem
+# with each other only as they start, with random weights. The paper's own ablation of the stem
 # is not repeated here either; `09_ablations` shows how to run one.
 
 # %% tags=["parameters"]
@@ -51,7 +51,7 @@ for name, kind in {"ConvStem": "conv", "patchify": "patch"}.items():
 #
 # | | width | stride | ConvStem | patchify |
 # |---|---|---|---|---|
-# | c2 | D/4 | 4 | second convolution | won back from the tokens by transposed convolutions |
+# | c2 | D/4 | 4 | second convolution | unfolded from the tokens by transposed convolutions |
 # | c3 | D/2 | 8 | third convolution | the same, one step |
 # | tokens | D | 16 | fourth convolution, then 1 × 1 | one matrix per 16 × 16 square |
 #
@@ -114,8 +114,8 @@ check("tokens may be", seen.maps["tokens"].min() < least, "a 1 x 1 convolution e
 
 # %% [markdown]
 # Try: `image = pictures.images[3]`; `seen.maps["c3"]`; `pyramid_of(fresh["ConvStem"], image)` to
-# see which of the channels training made. Do not read too much into single channels: other seeds
-# give other ones.
+# see what training made of these channels. Do not read too much into single channels: another seed
+# gives others.
 #
 # ## 3 · How far does a place see?
 #
@@ -202,7 +202,7 @@ logs = {name: (plane / plane.max()).clamp(min=1e-5).log10() for name, plane in f
 show_planes({f"{name}, log10": plane[64:192, 64:192] for name, plane in logs.items()}, shared=True)
 
 # %% [markdown]
-# Far pixels count little, but they count. The consequence that bites: *padding* is part of
+# Far pixels count little, but they count. One consequence hurts: *padding* is part of
 # $\mu$ and $\sigma^2$. Put the same image on a larger canvas (zeros on the right) and its own part
 # of c2 changes.
 
@@ -223,14 +223,14 @@ for name, stem in {"with norms": stems["ConvStem"], "without": bare["ConvStem"]}
 # %% [markdown]
 # Without norms nothing moves at all: zeros beside the image are what the convolution pads with
 # anyway. With them, an image's features depend on what it is batched with. The original has this
-# property too. The kit keeps it, for the released weights were trained with it, and
+# property too. The kit keeps it, because the released weights were trained with it, and
 # never mixes padded sizes where results count: `predict` and `evaluate` batch images of
 # equal padded size only (`mimdet/inference.py`).
 #
 # ## 5 · What do the stems cost?
 #
-# By hand, with $D$ tokens' width: a convolution from $a$ to $b$ channels has $9ab$ weights, a norm
-# $2b$, the final 1 × 1 has $D^2 + D$:
+# By hand, with tokens of width $D$: a convolution from $a$ to $b$ channels has $9ab$ weights, a
+# norm $2b$, the final 1 × 1 has $D^2 + D$:
 #
 # $$9\left(3\cdot\tfrac D8 + \tfrac D8\tfrac D4 + \tfrac D4\tfrac D2 + \tfrac D2 D\right)
 # + 2\left(\tfrac D8+\tfrac D4+\tfrac D2+D\right) + D^2 + D$$
@@ -334,12 +334,12 @@ check("the hooks are gone", torch.equal(objects_found(trained), found["all maps"
 # In this detector on these scenes, where nearly all objects are small, the stem's maps carry the
 # answer and the transformer's improve it. Be careful with the conclusion. The detector was trained
 # *with* these maps and falls apart without them; one trained without them from the start would have
-# learnt to live without. The cut says what this detector uses, not what a detector needs.
+# learnt to manage. The cut says what this detector uses, not what a detector needs.
 #
 # ## 7 · Look for yourself
 #
 # Every level, by PCA, norm or channel, of the trained ConvStem and the untrained patchify detector.
-# Choose *p3*, then *c4*; turn the ratio: c2, c3 and tokens stand still, all else moves.
+# Choose *p3*, then *c4*; turn the ratio: c2, c3 and tokens stay the same, everything else moves.
 
 # %%
 from mimdet.viz import PyramidViewer
@@ -365,7 +365,7 @@ check("c4 does", "moved from ratio 1" in viewer.status.value, "the encoder saw o
 # - GroupNorm with one group is a layer norm over the whole map: every place knows every pixel a
 #   little, padding included.
 # - 4.08 against 2.07 million parameters, 34.9 against 11.8 G multiply-adds at ViT-B's width.
-# - The trained tiny detector, with its small objects, lives on c2 and c3.
+# - The trained tiny detector, with its small objects, depends on c2 and c3.
 #
 # ## Exercises
 #
@@ -380,10 +380,10 @@ check("c4 does", "moved from ratio 1" in viewer.status.value, "the encoder saw o
 # 1. The 16 x 16 pixels of its token and no others: c2 has stride 4 but sees one square only.
 plane = pixels_seen(bare["patchify"], "c2")
 rows = (plane > 0).any(dim=1).nonzero()[:, 0]
-check("16 rows", len(rows) == 16 and rows[0] % 16 == 0, "an edge between squares is seen by none")
+check("16 rows", len(rows) == 16 and rows[0] % 16 == 0, "no place sees an edge between squares")
 
 # %% tags=["solution"]
-# 2. Both by 16 pixels, neither by 8: half a stride is a place that does not exist.
+# 2. Both by 16 pixels, neither by 8: half a stride leads to a place that does not exist.
 picture = batch.tensors[:, :, :256, :256]
 for shift in (16, 8):
     for name, stem in bare.items():

@@ -47,8 +47,8 @@ parts = ["stem", *(f"encoder.blocks.{i}" for i in range(len(encoder.blocks))), "
 parts += [*(f"decoder.blocks.{i}" for i in range(len(decoder.blocks))), "decoder"]
 names = [*(f"backbone.{part}" for part in parts), "backbone", "neck"]
 with mimdet.record(model, *names) as seen:
-    dice = torch.Generator().manual_seed(SEED)
-    found = model.detect([image], sampling=mimdet.Sampling(0.5, generators=[dice]))
+    generator = torch.Generator().manual_seed(SEED)
+    found = model.detect([image], sampling=mimdet.Sampling(0.5, generators=[generator]))
 for name in seen:
     value = seen[name]
     value = value._asdict() if name == "backbone.stem" else value
@@ -145,8 +145,9 @@ with_positions = flat + positions
 # %% [markdown]
 # ## 5 · Sample: which half?
 #
-# Every token that the image touches gets a random score; the highest win (`mimdet/models/sampling.py`).
-# Padding is not in the draw: here the canvas has more tokens than the image.
+# Every token that the image touches gets a random score, and the highest are kept
+# (`mimdet/models/sampling.py`). Padding is not in the draw: here the canvas has more tokens than
+# the image.
 
 # %%
 from mimdet.viz import show_sample
@@ -204,7 +205,7 @@ check("encoder output", off < 1e-5, "the last LayerNorm is MAE's")
 # ## 7 · The decoder sees all of them again
 #
 # Encoded tokens go through one matrix to the decoder's width and back to their places (*scatter* is
-# assignment). The other places are filled with the **stem's own tokens**, without positions,
+# assignment). The other places are filled with the **stem's own tokens**, without positions, passed
 # through a second matrix: that is version 2 of the paper. Then the decoder's positions, its blocks
 # (four of MAE's eight in ViT-B), a LayerNorm, and the list is a map again: c4.
 
@@ -226,8 +227,8 @@ for level in ("c4", "c5"):
 # %% [markdown]
 # ## 8 · The neck: five levels of equal width
 #
-# The feature pyramid (`mimdet/models/rcnn.py`) goes from coarse to fine: a 1 × 1 convolution
-# brings each level to a common width, the coarser level is enlarged by repetition and added, a 3 × 3
+# The feature pyramid (`mimdet/models/rcnn.py`) goes from coarse to fine: a 1 × 1 convolution brings
+# each level to a common width, the coarser level is enlarged by repetition and added, a 3 × 3
 # convolution finishes. p6 is every second row and column of p5.
 
 # %%
@@ -264,7 +265,7 @@ show_pyramid(canvas, {level: levels[level][0] for level in sorted(levels)})
 #
 # Version 1 of the paper filled dropped places with MAE's mask token, version 2 with stem tokens. At
 # ratio 1 nothing is dropped, so both must agree *exactly*, whatever the fill's weights. One trap:
-# the kit never samples **padding**, so on a padded canvas the fill still stands there, and the
+# the kit never samples **padding**, so on a padded canvas the fill still stands in for it, and the
 # decoder attends to it. The original's rule, `keep="padded"`, encodes padding as well.
 
 # %%
@@ -305,8 +306,8 @@ for name, (images, ratio, keep) in cases.items():
     check(f"{name}: c4 moves by {100 * moved:.1f} %", equal == must, "bit for bit" * equal)
 
 # %% [markdown]
-# So between versions 1 and 2 nothing that the published evaluation computes differs, except through
-# training. In the paper's repository three things changed together: the fill, the size of
+# So the published evaluation computes the same in versions 1 and 2; they differ through training
+# alone. In the paper's repository three things changed together: the fill, the size of
 # the stored position grid, and for ViT-L the learning rate. The gain of 0.2 AP (51.5 to 51.7 for
 # ViT-B) cannot be pinned on one of them.
 #
@@ -369,9 +370,9 @@ total = sum(by_hand.values())
 check(f"MIMDet ViT-B: {total:,}", total == count(base) == 127_954_768, "published as 127.96 M")
 
 # %% [markdown]
-# Two thirds are the encoder's. The fixed position tables (3.2 M) are in the count although they are
-# never trained. Version 1 has a mask token of 512 numbers in place of a matrix of $768 \cdot 512 +
-# 512$:
+# Two thirds of them are the encoder's. The fixed position tables (3.2 M) are in the count although
+# they are never trained. Version 1 has a mask token of 512 numbers in place of a matrix of $768
+# \cdot 512 + 512$:
 
 # %%
 first_version = total - linear(D, C) + C
@@ -383,9 +384,10 @@ check(f"version 1: {first_version:,}", first_version == v1 == 127_561_552)
 # ## 11 · Multiply-adds, by hand and counted
 #
 # Per block and K tokens: the matrices take $12D^2K$, the attention $2K^2D$ (scores, then the
-# weighted sum). The first grows with the ratio, the second with its square. The decoder does the same
-# on all L tokens, plus its two projections. An image of 800 × 1280 pixels has L = 4000. The numbers
-# expected below were worked out from the shapes of the original code, before this library existed.
+# weighted sum). The first grows with the ratio, the second with its square. The decoder does the
+# same on all L tokens, plus its two projections. An image of 800 × 1280 pixels has L = 4000. The
+# numbers expected below were worked out from the shapes of the original code, before this library
+# existed.
 
 # %%
 from mimdet.analysis.cost import cost_of, multiply_adds
@@ -435,9 +437,10 @@ check(
 )
 
 # %% [markdown]
-# The published figure of 1.1 T for MIMDet ViT-B is therefore one at ratio 1. Look at the right end of
-# the bars: at ratio 0.25 most of the detector is what sampling cannot touch. Counting is not timing: norms, sorting and memory traffic are left out, and the true
-# seconds depend on the machine.
+# The published figure of 1.1 T for MIMDet ViT-B is therefore that of ratio 1. Look at the right end
+# of the bars: at ratio 0.25 most of the detector is what sampling cannot touch. Counting is not
+# timing: norms, sorting and memory traffic are left out, and the true seconds depend on the
+# machine.
 #
 # ## 12 · Now turn the dial
 #

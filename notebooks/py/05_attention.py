@@ -41,8 +41,8 @@ print(f"preset {model.config.preset}, image of {image.shape[1]} x {image.shape[2
 # %% [markdown]
 # ## 1 · One head, by hand
 #
-# A head turns each of N tokens into a query $q_i$, a key $k_i$ and a value $v_i$ of width $d$. Token
-# *i* then becomes a mixture of the values,
+# A head turns each of N tokens into a query $q_i$, a key $k_i$ and a value $v_i$ of width $d$.
+# Token *i* then becomes a mixture of the values,
 #
 # $$ \sum_j A_{ij} v_j, \qquad A_{ij} = \frac{\exp(q_i \cdot k_j / \sqrt d)}
 # {\sum_l \exp(q_i \cdot k_l / \sqrt d)} . $$
@@ -87,8 +87,8 @@ check("columns do not", seen[name].sum(dim=2).std() > 0.01, "some tokens are ask
 # ## 2 · Why a hook alone sees nothing
 #
 # PyTorch's `scaled_dot_product_attention` works through the formula in pieces and never forms $A$;
-# that is what makes it fast. timm uses it by default, so a hook where $A$ should pass by stays
-# silent, without an error. `record` switches the named blocks to the plain formula (their flag
+# that is what makes it fast. timm uses it by default, so a hook where $A$ should pass by never
+# fires, and there is no error. `record` switches the named blocks to the plain formula (their flag
 # `fused_attn`), and back again on leaving, also when something fails inside.
 
 # %%
@@ -125,7 +125,7 @@ show_attention(image, seen, blocks[-1], query, heads=True)
 #
 # - *tokens*: how many tokens are looked at, $\exp(-\sum_j A_{ij} \log A_{ij})$. One token that gets
 #   everything gives 1, equal shares give N.
-# - *distance*: of what is looked at, in tokens.
+# - *distance*: how far away these tokens are, counted in tokens.
 # - *differs*: how much the rows of two queries differ. 0: every query gets the same mixture. 1: no
 #   two share anything.
 
@@ -146,9 +146,9 @@ print(f"equal shares: {h * w} tokens, distance {apart.mean():.1f}")
 # %% [markdown]
 # In quick mode no head of this small model looks mainly at its neighbours: the distances are about
 # those of equal shares. The choice is made by content. Some heads pick two or three tokens, others
-# spread over a hundred. And two hardly care who asks: in the last decoder block, heads 0 and 1 give
-# every query the same few tokens. Such tokens are often called *sinks*. A bright patch says nothing
-# about the query before you have seen that it changes with the query.
+# spread over a hundred. And two hardly depend on the query: in the last decoder block, heads 0 and
+# 1 give every query the same few tokens. Such tokens are often called *sinks*. A bright patch says
+# nothing about the query before you have seen that it changes with the query.
 
 # %%
 shares = seen[decoder_blocks[-1]][0].mean(dim=1)  # (heads, N): what each token gets, of all queries
@@ -164,8 +164,8 @@ check("attention is far from even", (most.values * h * w).max() > 3, "some token
 #
 # ## 4 · On a sample: ratio 1, 0.5, 0.25
 #
-# In training the encoder sees a sample, and the attention is a smaller table: K × K, K the number of
-# kept tokens. `record` knows the sample; `show_attention` puts each number back at its place and
+# In training the encoder sees a sample, and the attention is a smaller table: K × K, K the number
+# of kept tokens. `record` knows the sample; `show_attention` puts each number back at its place and
 # marks what the encoder never saw in light grey. With one seed the tokens kept at 0.25 are among
 # those kept at 0.5, so one query can be asked at all three ratios.
 
@@ -174,16 +174,16 @@ from mimdet.viz import nearest_sampled
 
 looks = {}
 for ratio in (1.0, 0.5, 0.25):
-    dice = [torch.Generator().manual_seed(SEED)]
+    generators = [torch.Generator().manual_seed(SEED)]
     with mimdet.record(model, "backbone.*.attn") as looks[ratio]:
-        model.detect([image], sampling=mimdet.Sampling(ratio, generators=dice))
+        model.detect([image], sampling=mimdet.Sampling(ratio, generators=generators))
 place = nearest_sampled(looks[0.25].sample, query[0] * w + query[1])
 for ratio, look in looks.items():
     display(show_attention(image, look, blocks, place))
 
 # %%
 kept = {ratio: set(look.sample.keep[0].tolist()) for ratio, look in looks.items()}
-check("the samples lie in each other", kept[0.25] < kept[0.5] < kept[1.0], "one seed, one order")
+check("each sample lies in the next", kept[0.25] < kept[0.5] < kept[1.0], "one seed, one order")
 n = {ratio: look[blocks[0]].shape[-1] for ratio, look in looks.items()}
 check("K x K numbers a head", all(n[r] == len(kept[r]) for r in n), f"{list(n.values())} tokens")
 saved = n[0.25] ** 2 / n[1.0] ** 2
@@ -191,13 +191,14 @@ check("a quarter of the tokens", saved < 0.07, f"leaves {saved:.3f} of the compa
 
 # %% [markdown]
 # What would have gone to the missing tokens goes to the rest. Compare a block at the three ratios:
-# where a bright token is still there, it is often bright again; where it is gone, another takes over
-# (exercise 3).
+# where a bright token is still there, it is often bright again; where it is gone, another takes
+# over (exercise 3).
 #
 # ### The decoder sees every place
 #
 # At unsampled places the decoder finds the stem's own tokens (`mimdet/models/vit.py`). So any place
-# may ask there, sampled or not. Does it matter to the decoder which tokens come from the encoder?
+# may be the query there, sampled or not. Does it matter to the decoder which tokens come from the
+# encoder?
 
 # %%
 quarter = looks[0.25]
@@ -223,20 +224,20 @@ check("the encoder has no row for it", refused, "an invented row would be worse 
 check("the decoder has", quarter.row(decoder_blocks[0], unseen).shape[1] == h * w)
 
 # %% [markdown]
-# It does, in quick mode. In the first decoder block, encoded tokens look at each other more than the
-# places in between look at them; head 2 gives them nearly everything. Head 2 of the last block avoids
-# them altogether. So the decoder tells the two kinds apart, which is worth remembering when the ratio
-# of evaluation is not that of training: at ratio 1 there is only one kind. The picture shows a query
-# that was not sampled.
+# It does, in quick mode. In the first decoder block, encoded tokens look at each other more than
+# the places in between look at them; head 2 gives them nearly everything. Head 2 of the last block
+# avoids them altogether. So the decoder tells the two kinds apart, which is worth remembering when
+# the ratio of evaluation is not that of training: at ratio 1 there is only one kind. The picture
+# shows a query that was not sampled.
 #
 # ## 5 · No windows
 #
-# A detector's image has many more tokens than the image of pre-training: at 1024 pixels 4,096, not
-# the 49 that a MAE's encoder sees at 224 (a quarter of 14 × 14). Comparing all with all is expensive,
-# so other detectors on plain ViTs cut the grid into windows and let most blocks look inside their
-# window only. But the weights were pre-trained to look anywhere. MIMDet's answer is to keep the
-# attention global and to have fewer tokens. What each choice costs, in comparisons of one head at
-# 1024 pixels:
+# A detector's image has many more tokens than an image in pre-training: at 1024 pixels 4,096, not
+# the 49 that a MAE's encoder sees at 224 (a quarter of 14 × 14). Comparing all with all is
+# expensive, so other detectors on plain ViTs cut the grid into windows and let most blocks look
+# inside their window only. But the weights were pre-trained to look anywhere. MIMDet's answer is to
+# keep the attention global and to have fewer tokens. What each choice costs, in comparisons of one
+# head at 1024 pixels:
 
 # %%
 length = (1024 // 16) ** 2
@@ -264,9 +265,9 @@ check("shares", bool(((held > 0) & (held < 1)).all()), "0: never looks there, 1:
 check("global heads", held.min() < 0.5, "at least one head looks mostly outside of its window")
 
 # %% [markdown]
-# In quick mode a window would keep 0.12 at most. That is no proof that windows are bad: a model that
-# is trained with them learns to live with them. It says that *these* weights, which learnt to look
-# anywhere, could not simply be used with windows.
+# In quick mode a window would keep 0.12 at most. That is no proof that windows are bad: a model
+# that is trained with them learns to live with them. It says that *these* weights, which learnt to
+# look anywhere, could not simply be used with windows.
 #
 # ## 6 · What the maps cost
 #
@@ -286,13 +287,13 @@ for pixels in (512, 1024):
 check("9 GiB at 1024 pixels", maps == 9 * 1024, "19 times the weights of MIMDet ViT-B")
 
 # %% [markdown]
-# So `record` refuses more than 1 GiB unless you say `whole=True`, and offers `query=`: the row of one
-# query only, N times less.
+# So `record` refuses more than 1 GiB unless you say `whole=True`, and offers `query=`: the row of
+# one query only, N times less.
 
 # %%
 with mimdet.record(model, *blocks, query=place) as row_only:
-    dice = [torch.Generator().manual_seed(SEED)]
-    model.detect([image], sampling=mimdet.Sampling(0.25, generators=dice))
+    generators = [torch.Generator().manual_seed(SEED)]
+    model.detect([image], sampling=mimdet.Sampling(0.25, generators=generators))
 numbers = {"whole": sum(quarter[b].numel() for b in blocks)}
 numbers["row"] = sum(row_only[b].numel() for b in blocks)
 print(numbers)
@@ -304,8 +305,8 @@ check("the same numbers", all(rows), "one row needs no other row")
 # ## 7 · Rollout: through all blocks
 #
 # After the first block a token is already a mixture, so the second block's map says what it takes
-# from *mixtures*. *Rollout* (Abnar and Zuidema, 2020) follows them back to the image: with $A_b$ the
-# mean of the heads of block *b*, and half of every token passed on unchanged by the residual
+# from *mixtures*. *Rollout* (Abnar and Zuidema, 2020) follows them back to the image: with $A_b$
+# the mean of the heads of block *b*, and half of every token passed on unchanged by the residual
 # connection,
 #
 # $$ R_b = \left(\tfrac12 A_b + \tfrac12 I\right) R_{b-1}, \qquad R_0 = I . $$
@@ -329,8 +330,9 @@ check("something of itself stays", stays, f"half of it in each of {len(blocks)} 
 #
 # ## 8 · Explore
 #
-# Click a patch of either picture, or walk with the arrow keys. Part, block, head, rollout, ratio and
-# seed do what the sections above did. Click a grey token in the encoder, then switch to the decoder.
+# Click a patch of either picture, or walk with the arrow keys. Part, block, head, rollout, ratio
+# and seed do what the sections above did. Click a grey token in the encoder, then switch to the
+# decoder.
 
 # %%
 from mimdet.viz import AttentionExplorer
@@ -357,10 +359,10 @@ check("the decoder answers", "Decoder" in explorer.status.value, "it sees every 
 #
 # ## Exercises
 #
-# 1. A ViT-L encoder has 24 blocks of 16 heads. How many GiB are its maps for an image of 1024 × 1024
-#    pixels at ratio 0.5 in float16? Would `record` allow it?
-# 2. The order of `sample.keep` is arbitrary. What happens to the attention when it is reversed? Guess,
-#    then try it.
+# 1. A ViT-L encoder has 24 blocks of 16 heads. How many GiB are its maps for an image of 1024 ×
+#    1024 pixels at ratio 0.5 in float16? Would `record` allow it?
+# 2. The order of `sample.keep` is arbitrary. What happens to the attention when it is reversed?
+#    Guess, then try it.
 # 3. Find the token that gets most of the attention in the encoder's last block. Take it out of the
 #    sample and look again: does another token take over its role?
 # 4. Does the attention of a detector that started from random weights look at as few tokens?
@@ -381,7 +383,7 @@ moved = reversed_[blocks[-1]].flip(2).flip(3)
 check("the same, in another order", (moved - quarter[blocks[-1]]).abs().max() < 1e-4)
 
 # %% tags=["solution"]
-# 3. Usually yes: the share of the new favourite grows.
+# 3. Usually yes: the new favourite's share grows.
 received = quarter[blocks[-1]][0].mean(0).mean(0)  # (K,), of all queries and heads
 favourite = int(received.argmax())
 rest = torch.cat([quarter.sample.keep[0][:favourite], quarter.sample.keep[0][favourite + 1 :]])

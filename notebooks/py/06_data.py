@@ -1,11 +1,11 @@
 # %% [markdown]
 # # 06 · Data: from a file to what the detector sees
 #
-# Most hours of a detection project go into data, and most silent mistakes are made there: a box
-# format mixed up, a mask that is not flipped with its image, an image listed twice. This notebook
-# follows one image from a COCO file, or a Hugging Face table, through the paper's augmentation into
-# a batch, checks every step against another way to compute it, and then breaks a data set on
-# purpose to see what is noticed.
+# Most of the hours in a detection project go into data, and most silent mistakes happen there: a
+# box format mixed up, a mask that is not flipped with its image, an image listed twice. This
+# notebook follows one image from a COCO file, or a Hugging Face table, through the paper's
+# augmentation into a batch, checks every step against another way to compute it, and then breaks a
+# data set on purpose to see what is noticed.
 #
 # | | quick (`MODE = "quick"`) | full (`MODE = "full"`) |
 # |---|---|---|
@@ -74,7 +74,7 @@ show_data([record], dataset.categories, columns=1)
 
 # %% [markdown]
 # **Boxes** are `x, y, width, height` in the file and `x0, y0, x1, y1` inside the library, both in
-# pixels. Four numbers do not tell which they are, so this is the classical silent error; the rule
+# pixels. Four numbers do not tell which they are, so this is the classic silent error; the rule
 # here is that the file's format exists only in the code that reads and writes files.
 #
 # **Labels** are the ranks 0..N-1 of the category ids. The ids themselves may be any numbers: COCO's
@@ -112,7 +112,7 @@ same = torch.equal(renumbered[most].target.labels, record.target.labels)
 check("other ids, the same labels", same, "ids go back into files that COCO's tools read")
 
 # %% [markdown]
-# **Crowds.** `iscrowd: 1` marks a region of many objects nobody wanted to outline one by one. It is
+# **Crowds.** `iscrowd: 1` marks a region of many objects that nobody outlined one by one. It is
 # not trained on, but evaluation needs it: a detection inside a crowd is neither right nor wrong. So
 # a `Record` leaves it out and `ground_truth()`, which evaluation reads, keeps it.
 
@@ -126,7 +126,7 @@ Path("runs/06-data/crowd.json").write_text(json.dumps(crowded))
 with_crowd = mimdet.CocoDataset("runs/06-data/crowd.json", images)
 truth = [a for a in with_crowd.ground_truth()["annotations"] if a["image_id"] == record.image_id]
 print(f"record: {len(with_crowd[most].target)} objects; ground truth: {len(truth)} annotations")
-check("one object less to train on", len(with_crowd[most].target) == len(record.target) - 1)
+check("one object fewer to train on", len(with_crowd[most].target) == len(record.target) - 1)
 check("still there for evaluation", any(a["iscrowd"] for a in truth))
 
 # %% [markdown]
@@ -155,7 +155,7 @@ show_bitmaps({"run lengths: pixels": pixels, "their crop": both[1], "crop of the
 # %%
 overlap = (both[0] & both[1]).sum() / (both[0] | both[1]).sum()
 print(f"{len(runs['counts'])} bytes of run lengths; overlap of the two crops {overlap:.2f}")
-check("the same object", overlap > 0.85, "stairs of one pixel are what differs")
+check("the same object", overlap > 0.85, "they differ by steps of one pixel")
 ring = torch.ones(112, 112, dtype=torch.bool)
 ring[1:-1, 1:-1] = False
 check(
@@ -271,9 +271,9 @@ print(geometries[0])
 show_data([apply(geometry, record) for geometry in geometries[1:5]], dataset.categories)
 
 # %% [markdown]
-# Panels have one width, so a picture with few pixels looks blurred. Now the baselines' recipe,
-# *large-scale jitter*: resize by a factor from 0.1 to 2 of the canvas, then cut or pad to a square
-# of 1024 pixels. Every image costs the same 4096 tokens, grey ones included.
+# All pictures are drawn at one width, so those with few pixels look blurred. Now the baselines'
+# recipe, *large-scale jitter*: resize by a factor from 0.1 to 2 of the canvas, then cut or pad to a
+# square of 1024 pixels. Every image costs the same 4096 tokens, grey ones included.
 
 # %%
 import dataclasses
@@ -286,9 +286,9 @@ drawn = [
 show_data([apply(geometry, record) for geometry in drawn[1:]], dataset.categories)
 
 # %% [markdown]
-# Do masks move with their image? Test it with an independent way: take the bitmaps of the whole
-# image, treat them as a picture, transform that. The crops, whose bitmaps only ever flip, must land
-# on the same pixels.
+# Do masks move with their image? Test it in an independent way: take the bitmaps of the whole
+# image, treat them as a picture, transform that. The crops, whose bitmaps only ever flip, must end
+# up on the same pixels.
 
 # %%
 from mimdet.data.augment import transform_image
@@ -413,7 +413,7 @@ show_batches(every)
 # images of one batch are alike in size, so less mixed than at random. That is why only windows of
 # about a thousand showings are sorted, and batches are shuffled within them.
 #
-# ## 7 · Plant faults, and let them be found
+# ## 7 · Plant faults, and see them found
 #
 # Training on a broken data set often works, only worse. In a terminal, `mimdet check-data
 # annotations.json images/` (`mimdet/data/checks.py`) reads everything and does not stop at the
@@ -454,19 +454,19 @@ check("a file full of corners is recognised", "boxes-look-xyxy" in kinds)
 print(kinds["boxes-look-xyxy"][0].remedy)
 
 # %% [markdown]
-# Some of them entail others: a box moved away no longer fits its mask. Each finding says where and
+# Some bring others with them: a box moved away no longer fits its mask. Each finding says where and
 # what to do.
 #
 # ## Summary
 #
 # - Inside: xyxy pixels, labels 0..N-1, masks of 112 × 112 cells over their own box. xywh, category
 #   ids, polygons and run lengths exist only where files are read and written.
-# - Crowds are evaluated around, not trained on.
+# - Crowds are not trained on, and evaluation ignores what is detected inside them.
 # - An augmentation is drawn before it is applied; boxes and masks move with the image, and a test
 #   compares them with a moved picture.
 # - What a step sees is a function of (seed, step).
 # - Sorting showings by size saves about half of the tokens of a large batch.
-# - `mimdet check-data` before every first training.
+# - Run `mimdet check-data` before the first training on new data.
 #
 # ## Exercises
 #

@@ -1,14 +1,14 @@
 # %% [markdown]
-# # 07 · Train: eight images by heart, then all of COCO
+# # 07 · Train: memorise eight images, then learn all of COCO
 #
 # A training of days is a process, not a cell. Here you start one from a notebook, watch it, stop it
-# and go on with it, first on eight images, which takes half a minute and finds most mistakes, then
+# and continue it, first on eight images, which takes half a minute and finds most mistakes, then
 # with the paper's recipe: learning rates of three groups, schedule, memory, several GPUs, what to
 # expect. The same cells do both; `MODE = "full"` turns drawn scenes into COCO.
 #
 # | | quick (`MODE = "quick"`) | full (`MODE = "full"`) |
 # |---|---|---|
-# | what you see | a small MIMDet learns 8 drawn scenes by heart, is stopped and resumed; the recipe is planned, not run | the same with 8 photographs, then MIMDet ViT-B on COCO |
+# | what you see | a small MIMDet memorises 8 drawn scenes, is stopped and resumed; the recipe is planned, not run | the same with 8 photographs, then MIMDet ViT-B on COCO |
 # | time | about 50 s of one CPU core | days; not measured here. The authors report 3 to 4 days on 8 V100 GPUs |
 # | memory | about 1.5 GB in two processes | not measured here; 8 images a GPU at a time by default |
 # | needs | nothing but the kit | GPUs, COCO 2017 (`MIMDET_COCO`), Meta's autoencoder (`mimdet download mae-base-full`) |
@@ -33,12 +33,13 @@ from mimdet import check, notebook_setup
 cfg = notebook_setup(MODE, seed=SEED, minutes={"quick": 1})
 
 # %% [markdown]
-# ## 1 · Eight images by heart
+# ## 1 · Memorise eight images
 #
-# Before a long training, ask for something a correct program must be able to do: learn eight images
-# by heart, evaluated on the very same eight. Boxes that do not belong to the image as it was
+# Before a long training, ask for something that a correct program must be able to do: memorise
+# eight images, evaluated on the very same eight. Boxes that do not belong to the image as it was
 # resized, labels off by one, a learning rate ten times too high, a part that is never updated: each
-# keeps AP far from 100, and you know within minutes. That a network generalises is *not* asked here.
+# keeps AP far from 100, and you know within minutes. That a network generalises is *not* asked
+# here.
 #
 # In quick mode the images are eight scenes written in COCO's format, so that the code that reads
 # them is the one that reads COCO (`mimdet/data/coco.py`). Nothing is augmented: a flipped image
@@ -95,7 +96,7 @@ print(f"{t.steps * t.batch_size * t.accumulate // 8} times")
 # |---|---|---|
 # | Start | `board.start()` | a process begins; the cell returns at once |
 # | Stop & save | `board.stop()` | the step in progress is abandoned, the state before it saved |
-# | Resume | `board.start()` | it goes on, as if nothing had happened |
+# | Resume | `board.start()` | it continues as if nothing had happened |
 #
 # The panel redraws every two seconds, in a thread that takes at most a tenth of its time. Without
 # widgets, in a script say, `Job.start(eight, "runs/eight")` gives the same without pictures.
@@ -123,8 +124,8 @@ check("and has saved", resumable and (Path(run) / "checkpoints" / f"{stopped.ste
 # %% [markdown]
 # Whatever ends a training, a click, Ctrl-C, a killed process or a power cut, the folder of the run
 # holds a complete checkpoint: after a polite stop that of the last step, otherwise the last one
-# written. A job that *fails* shows the end of its log in the panel, and `board.wait()` raises it, so
-# that Run All does not go on with nothing.
+# written. A job that *fails* shows the end of its log in the panel, and `board.wait()` raises it,
+# so that Run All does not continue without a model.
 #
 # ## 3 · Resume, and nothing has changed
 
@@ -140,7 +141,7 @@ board
 # finds in two of the eight images beside the truth.
 #
 # "As if nothing had happened" is a claim that can be tested. Below, the same training without any
-# stop, in this process, up to a few steps behind the place of the stop. On a CPU every loss must be
+# stop, in this process, to a few steps past the stop. On a CPU every loss must be
 # equal to the last bit, because what a step sees (images, order, samples of tokens) depends on the
 # seed and the step's number alone, and a checkpoint holds the optimiser's state too.
 
@@ -184,7 +185,7 @@ show_detections(
 # %%
 final = json.loads((Path(run) / "eval.json").read_text())
 print(f"box AP {100 * final['box']['AP']:.1f}, mask AP {100 * final['mask']['AP']:.1f}")
-check("most of it is known by heart", final["box"]["AP"] > 0.3 or STEPS, "and more with more steps")
+check("most of it is memorised", final["box"]["AP"] > 0.3 or STEPS, "and more with more steps")
 
 # %% [markdown]
 # Two detections of one object, and masks that are blobs: half a minute is short, and both curves of
@@ -213,11 +214,11 @@ show_schedule(base.training, epoch)
 # other one-dimensional parameters; there is no gradient clipping.
 #
 # **Warm-up and milestones.** The rate rises linearly from 0 in a quarter of an epoch and falls by
-# ten at epochs 27 and 33, where AP usually rises once more: do not judge a run before.
+# ten at epochs 27 and 33, where AP usually rises once more: do not judge a run before that.
 #
 # **Another batch size?** The paper's two configurations, 64 images at 8e-5 and 16 at 4e-5, follow
-# the *square root*, not the line. That is the default here (`learning_rate_exponent=0.5`): with a
-# quarter of the images half the rate, not a quarter of it.
+# the *square root* of the batch size. That is the default here (`learning_rate_exponent=0.5`): with
+# a quarter of the images half the rate, not a quarter of it.
 
 # %%
 import torch
@@ -248,8 +249,8 @@ check("67,500 steps of 64 images", steps == 67_500, "36 epochs of 120,000")
 # A step keeps every layer's intermediate results for the backward pass. Three switches:
 #
 # - **Fewer tokens** (`backbone.sample_ratio`): the encoder keeps half or a quarter.
-# - **Recomputation** (`backbone.checkpointing="on"`, `"auto"` on a small GPU): only the inputs of the
-#   blocks are kept, the rest is computed a second time: slower, with the same result.
+# - **Recomputation** (`backbone.checkpointing="on"`, `"auto"` on a small GPU): only the inputs of
+#   the blocks are kept, the rest is computed a second time: slower, with the same result.
 # - **bf16** (`training.precision="auto"` on CUDA): half the bytes, with the exponent range of fp32,
 #   so no loss scaling is needed. The paper used fp16 with a scaler; users report overflows with it.
 #
@@ -311,11 +312,11 @@ check("eight GPUs can share a step", 8 in shares, "each takes one micro-batch of
 
 # %% [markdown]
 # **Several GPUs.** The job starts torchrun, which starts a process per GPU. The step stays the same
-# 64 images, so a run that began on eight GPUs may go on on four; BatchNorm takes its statistics
+# 64 images, so a run that began on eight GPUs may continue on four; BatchNorm takes its statistics
 # over the images of all processes. With several processes a stop waits for the end of the step.
 #
 # **Without this notebook.** The folder is all that is needed: `mimdet resume RUN` in any terminal
-# goes on; the panel, made from the folder alone, `TrainingDashboard(RUN)`, watches that training
+# continues; the panel, made from the folder alone, `TrainingDashboard(RUN)`, watches that training
 # too. Or everything by hand: `mimdet train mimdet_base RUN --init-from ... --train-json ...`, as in
 # the README. A second process that wants to train in the same folder is refused.
 #
@@ -323,7 +324,8 @@ check("eight GPUs can share a step", 8 in shares, "each takes one micro-batch of
 # days on eight V100 GPUs of 32 GB; at ratio 0.25 with 16 images a step, on 8 GPUs, 2 days and 6
 # hours. The panel's estimate settles after the first evaluation, which it includes.
 #
-# **How good?** 51.7 box and 46.2 mask AP are published for ViT-B on COCO val2017, evaluated at ratio
+# **How good?** 51.7 box and 46.2 mask AP are published for ViT-B on COCO val2017, evaluated at
+# ratio
 # 1. Others who ran the authors' code report 50.0 and 50.8 box AP. So expect a value between 50 and
 # 51.7, and do not take the lower end for a mistake of yours. This kit has not been trained in full
 # yet. Afterwards:
@@ -342,7 +344,7 @@ check("eight GPUs can share a step", 8 in shares, "each takes one micro-batch of
 #
 # ## Summary
 #
-# - Eight images by heart test the whole chain in minutes.
+# - Memorising eight images tests the whole chain in minutes.
 # - A job is a process with a folder; stop, resume, close, attach: the result is the same.
 # - Rates: stem r, encoder r / 2, the rest 2 r; r follows the square root of the images a step.
 # - Fewer tokens and recomputation save memory; `accumulate` keeps the step at 64 images.
@@ -351,7 +353,7 @@ check("eight GPUs can share a step", 8 in shares, "each takes one micro-batch of
 # ## Exercises
 #
 # 1. Your only GPU holds 2 images at a time. Set `batch_size` and `accumulate` for the paper's step
-#    of 64 images. Which rate has the stem? And which one, if you make steps of 16 images instead?
+#    of 64 images. What is the stem's rate? And what is it with steps of 16 images instead?
 # 2. At which step does the rate of `mimdet_base` fall first, by hand and by `rate_factor`?
 # 3. What happens when two trainings use one folder? Take one step of the first, then try.
 # 4. Complete runs: what does `mimdet resume` do with one? Compare its files before and after.

@@ -118,7 +118,7 @@ check("the mean over classes is AP too", abs(mean - runs[first].box["AP"]) < 1e-
 
 # %% [markdown]
 # Reading the row from left to right tells how *exact* the boxes are. A detector that finds
-# everything roughly falls off a cliff after .75. *Try:* `runs[second]`; `"segm"` for masks.
+# everything, but only roughly, falls off a cliff after .75. *Try:* `runs[second]`; `"segm"` for masks.
 #
 # ### IoU, the measure of overlap
 #
@@ -253,7 +253,7 @@ check("the mean curve's mean is AP50", same, "the area under the first panel's p
 #
 # TIDE ([Bolya et al., ECCV 2020](https://arxiv.org/abs/2008.08115)) gives each wrong detection
 # **one** type, and each type a price: **dAP**, what AP50 would gain if an oracle fixed just this
-# type. Two IoUs decide: .5 (a hit) and .1 (has to do with the object at all).
+# type. Two IoUs decide: .5 (a hit) and .1 (it has to do with the object at all).
 #
 # | type | the detection ... | the oracle ... |
 # |---|---|---|
@@ -268,7 +268,7 @@ check("the mean curve's mean is AP50", same, "the area under the first panel's p
 print(report.table())
 wrong = sum(count for kind, count in report.counts.items() if kind != "missed")
 everything = report.correct + wrong + report.ignored + report.left_out
-check("every detection has one place", everything == len(runs[first].results), "right, or one type")
+check("one verdict a detection", everything == len(runs[first].results), "right, or one type")
 
 # %%
 total = sum(report.dap.values())
@@ -288,7 +288,7 @@ check("alone they do not add up", abs(total - (1 - report.ap)) > 1e-6, "see belo
 # lifted, so a fix counts only where it reaches the best value from there on. (3) Many mistakes
 # share an object: a misnamed object is a wrong detection *and* an object not found. Fixing in turn
 # does add up, but then the price depends on the order. Use dAP to compare types within a run, and
-# the same type between runs; never as shares of a cake.
+# the same type between runs; never as slices of a pie.
 #
 # The count beside a bar tells another story than its length: hundreds of background detections with
 # scores near zero cost nearly nothing (section 2), a few confident ones cost much.
@@ -350,7 +350,7 @@ if len(confused):
 
 # %% [markdown]
 # Two questions to ask of the pictures: would *you* have known? And is the truth right? In real data
-# a part of the "errors" are mistakes of the annotation.
+# some of the "errors" are mistakes in the annotation.
 #
 # ## 6 · One model at several ratios
 #
@@ -377,9 +377,9 @@ check("ratio 1 is the number of section 1", same, "nothing is drawn, so nothing 
 # %% [markdown]
 # The bars show the spread over *draws of the tokens* and nothing else: not over images, not over
 # trainings. Two draws also estimate a spread badly. Where the curve of a tiny model is flat, or
-# falls towards 1, that is this model: it was trained at 0.5 for minutes, and it finds objects on the
-# stem's maps, which never lose a token. The paper reports a gain from more tokens, for detectors
-# that were trained to the end.
+# falls towards 1, that is this model: it was trained at 0.5 for minutes, and it finds objects on
+# the stem's maps, which never lose a token. The paper reports a gain from more tokens, for
+# detectors that were trained to the end.
 #
 # ## 7 · Two runs, image by image
 #
@@ -412,9 +412,10 @@ check("swapped, gains are losses", swapped["gained"] == comparison.summary()["lo
 # does not say what *another training* of the same recipe would give. On full COCO five trainings of
 # ViTDet-B differ with a standard deviation of 0.10 box AP (as its authors report), so a gain of 0.2
 # from one run each is no result. Here trainings are short and the noise is far larger: three seeds
-# of the six-minute recipe gave 19.8, 27.7 and 24.5 box AP (`README.md`). `tiny` and `tiny_scratch`
-# are one training each, of different length: whatever the figure above shows, it does not say that
-# pre-training helps or harms. For that, several seeds of each: `mimdet.experiment`, notebook 09.
+# of the six-minute recipe gave 20.5, 23.3 and 24.3 box AP (`docs/measurements.md`). `tiny` and
+# `tiny_scratch` are one training each, of different length: whatever the figure above shows, it
+# does not say that pre-training helps or harms. For that, several seeds of each:
+# `mimdet.experiment`, notebook 09.
 #
 # (The mean AP *of an image* above is not COCO's AP: there all detections of a class over all images
 # are one ranking. The two may even disagree about the winner.)
@@ -508,4 +509,4 @@ for threshold in (0.5, 0.75, 0.9):
     costs[threshold] = strict.dap["localisation"]
     worst = max(strict.dap, key=strict.dap.get)
     print(f"IoU {threshold}: AP {100 * strict.ap:.1f}, most expensive: {worst}")
-check("its price rises", costs[0.9] >= costs[0.5], "exactness is asked for, and it is not there")
+check("its price rises", costs[0.9] >= costs[0.5], "boxes are not as exact as it asks")

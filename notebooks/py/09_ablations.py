@@ -4,7 +4,7 @@
 # Does a detector train on a quarter of the tokens? One training of each kind does not answer that:
 # another seed gives another score, and the difference may be nothing but luck. Here you read a
 # finished experiment, work its error bars out by hand, run a small grid of your own, interrupt it
-# and go on, and see where each of the paper's claims can be measured.
+# and continue, and see where each of the paper's claims can be measured.
 #
 # | | quick (`MODE = "quick"`) | full (`MODE = "full"`) |
 # |---|---|---|
@@ -61,7 +61,7 @@ full = {arm.values["backbone.sample_ratio"]: stored.scores(arm.label, 1.0) for a
 for ratio, scores in full.items():
     print(f"trained at {ratio}: " + ", ".join(f"{score:.1f}" for score in scores.values()))
 same = all(set(scores) == set(stored.seeds) for scores in full.values())
-check("every arm has every seed", same, "else a difference compares apples with pears")
+check("every arm has every seed", same, "else a difference compares apples with oranges")
 cells = len(stored.arms) * len(stored.ratios) * len(stored.seeds)
 check(f"{cells} evaluations", len(stored.table) == cells, "none is missing, none counted twice")
 
@@ -154,9 +154,9 @@ print("\n".join(directories))
 # In quick mode these trainings last seconds and the scores mean nothing. The machinery is what you
 # see: the same call with `STEPS` in the thousands is an experiment.
 #
-# **Stop it, go on, add to it.** Press ■ while it runs: all runs save. Run the cell again and each
-# goes on from its last step; a complete run is skipped. So asking for a third seed later trains only
-# what is new:
+# **Stop it, continue it, add to it.** Press ■ while it runs: all runs save. Run the cell again and
+# each continues from its last step; a complete run is skipped. So asking for a third seed later
+# trains only what is new:
 
 # %%
 from mimdet.experiments.experiment import plan
@@ -209,19 +209,19 @@ same = {row["images"] for row in measured["rows"]}
 check("as many scenes for each", len(same) == 1, "else training time is compared")
 
 # %% [markdown]
-# So early, what separates them is how pixels become tokens: with a convolutional stem or network the
-# score is about twice that with 16 x 16 patches (`tiny_patch_stem`, `tiny_benchmarking_vit`,
+# So early, what separates them is how pixels become tokens: with a convolutional stem or network
+# the score is about twice that with 16 x 16 patches (`tiny_patch_stem`, `tiny_benchmarking_vit`,
 # `tiny_vitdet`); Swin, with patches of 4 x 4, is in between. That is the paper's argument for its
-# stem, without pre-training and in small.
+# stem, without pre-training and at a small scale.
 #
-# One seed each is an anecdote, as section 2 says, and this is not *the paper's order, in small*: the
-# transformers start without pre-training here, a small CNN may well win, and that says nothing
-# about ViT-B on COCO, where the paper reports 51.7 box AP for MIMDet and 49.2 for Swin-B after the
-# same 36 epochs.
+# One seed each is an anecdote, as section 2 says, and this is not *the paper's order at a small
+# scale*: the transformers start without pre-training here, a small CNN may well win, and that says
+# nothing about ViT-B on COCO, where the paper reports 51.7 box AP for MIMDet and 49.2 for Swin-B
+# after the same 36 epochs.
 #
 # ## Summary
 #
-# - A score without seeds is an anecdote; three paired seeds are the least.
+# - A score without seeds is an anecdote; use three paired seeds at least.
 # - An interval across 0 means *not known*, not *equal*.
 # - Count the cost beside the score: heads and decoder are a floor.
 # - A grid is a value: fields, seeds, a name. It is resumed, extended and repeated by the same call.
@@ -234,8 +234,8 @@ check("as many scenes for each", len(same) == 1, "else training time is compared
 # 2. Which cell of the matrix has the highest mean? Is it distinguishable from the best of its
 #    neighbours in the same row?
 # 3. Write the grid of an experiment that compares one, two and four encoder blocks at two sample
-#    ratios. How many runs are that with three seeds? Let `plan` count.
-# 4. A field with a typing error: what does the engine say, and when?
+#    ratios. How many runs is that with three seeds? Let `plan` count.
+# 4. A field with a typo: what is the error, and when does it come?
 
 # %% tags=["solution"]
 # 1. half = t(n - 1) * sd / sqrt(n); t falls to 1.96, so try n = 2, 3, 4, ...

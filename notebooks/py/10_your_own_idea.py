@@ -3,7 +3,7 @@
 #
 # *Which tokens should the encoder see?* The paper draws them at random. You may have a better idea,
 # or a different stem, neck or backbone. This notebook is a template: change one cell, run all, and
-# your idea stands in a table beside the paper's choice, with seeds, paired differences and an
+# your idea appears in a table beside the paper's choice, with seeds, paired differences and an
 # interval. No file of the library is edited, and the code you wrote is kept with every run.
 #
 # | | quick (`MODE = "quick"`) | full (`MODE = "full"`) |
@@ -77,9 +77,9 @@ show_samples(image, samples)
 # %%
 scores = IDEA(tokens, grid, torch.Generator().manual_seed(SEED))
 check("one score per token", tuple(scores.shape) == (len(tokens),), f"{len(tokens)} tokens")
-check("every score is a number", torch.isfinite(scores).all(), "NaN has no place in an order")
+check("every score is a number", torch.isfinite(scores).all(), "NaN cannot be ranked")
 again = IDEA(tokens, grid, torch.Generator().manual_seed(SEED))
-check("the same dice, the same scores", torch.equal(scores, again), "use the generator, or nothing")
+check("same generator, same scores", torch.equal(scores, again), "use the generator, or nothing")
 counts = {name: len(sample.keep[0]) for name, sample in samples.items()}
 check("all keep a quarter", set(counts.values()) == {len(tokens) // 4}, "a fair comparison")
 
@@ -168,7 +168,7 @@ check("two pairs", abs(half[2] - (change.high - change.mean)) < 1e-9, f"t = {t_q
 #   thousands of images; these steps see 40. That favours random.
 # - 30 scenes are few: all runs share them, so the interval does not contain their luck.
 # - This detector hardly needs its encoder's choice: c2 and c3 come from the stem and never lose a
-#   token (notebook 00, exercise 4). A sampler that matters would show at larger models first.
+#   token (notebook 00, exercise 4). A sampler that matters would show with larger models first.
 #
 # What would convince: from scratch or from a MAE, the full length, at least five seeds, two ratios,
 # the 200 held-out scenes; and then COCO. From a file, for the night: `mimdet ablate FILE.py`.
@@ -196,11 +196,11 @@ check("mimdet ablate runs/own_idea.py would train 10 runs", len(planned) == 2 * 
 # `mimdet ablate runs/own_idea.py --dry-run` times a few steps of each arm and says how long it will
 # all take. `notebooks/ablations/` has more files of this kind.
 #
-# ## 5 · Stop it, go on
+# ## 5 · Stop it, continue it
 #
-# The stop button (■), or Ctrl-C, lets every child save and end; the same call goes on where it was,
-# bit for bit on a CPU. Complete runs are not trained again. So the same call after the end costs
-# nothing, and one with a third seed costs two runs. The folder of a run refuses another
+# The stop button (■), or Ctrl-C, lets every child save and end; the same call continues where it
+# was, bit for bit on a CPU. Complete runs are not trained again. So the same call after the end
+# costs nothing, and one with a third seed costs two runs. The folder of a run refuses another
 # configuration.
 
 # %%
@@ -212,8 +212,8 @@ check("nothing was trained again", untouched and again.table.equals(result.table
 # %% [markdown]
 # ## 6 · What is kept
 #
-# The function will be gone from this cell tomorrow; the run must still load. So its source stands
-# in the run's `slots/` with a sha256 (`mimdet/training/slots.py`), and the configuration names
+# The function will be gone from this cell tomorrow; the run must still load. So its source is
+# kept in the run's `slots/` with a sha256 (`mimdet/training/slots.py`), and the configuration names
 # that hash. Loading such a run executes code, therefore only with consent.
 
 # %%
@@ -279,14 +279,15 @@ check("the stem came back", type(back.backbone.stem).__name__ == "PoolStem")
 #
 # ## From an idea to a merged part
 #
-# 1. **See** its sample or its maps on a few images; check shapes and the dice, as in section 2.
+# 1. **See** its sample or its maps on a few images; check shapes and randomness, as in section 2.
 # 2. **Train five steps**, load the run again.
 # 3. **A small experiment**, two seeds: does it run, is anything absurd?
 # 4. **A real one**, from a file: five seeds or more, several ratios, all held-out scenes, next to
 #    the obvious alternatives (`random`, `grid`, `block`) and to its own opposite.
 # 5. **Say what it costs**: time of a step, `mimdet cost`.
 # 6. **Move it** into `mimdet/models/sampling.py` (or `stem.py`, `backbones.py`, `rcnn.py`) and
-#    register it; add it to that part's list of tests, which check contract, dice and padding.
+#    register it; add it to that part's list of tests, which check its contract, randomness and
+#    padding.
 # 7. **Write it down**: a line in `CHANGELOG.md`, the result with its json in `notebooks/results/`.
 #    `CONTRIBUTING.md`, "Add a part", has the details.
 #
@@ -347,9 +348,10 @@ def likelier(tokens, grid, generator):
 one, same, other = (
     likelier(tokens, grid, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
 )
-check("the dice decide", torch.equal(one, same) and not torch.equal(one, other))
+check("the seed decides", torch.equal(one, same) and not torch.equal(one, other))
 draws = [torch.Generator().manual_seed(seed) for seed in range(200)]
-often = torch.stack([likelier(tokens, grid, dice) for dice in draws]).argsort(1, descending=True)
+often = torch.stack([likelier(tokens, grid, generator) for generator in draws])
+often = often.argsort(1, descending=True)
 counts = torch.bincount(often[:, : len(tokens) // 4].flatten(), minlength=len(tokens))
 strong = tokens.norm(dim=1) > tokens.norm(dim=1).median()
 check("strong tokens are kept more often", counts[strong].sum() > counts[~strong].sum())
