@@ -1,31 +1,66 @@
-"""A COCO json -> a Hugging Face `datasets` table, built once and memory-mapped ever after.
+"""A COCO instances file, read by declared types: the one reader of raw annotations.
 
-One row an image, its annotations inside. The table lies in the cache folder under the sha256 of
-the json, so that an edited file is read anew, every process and loader worker maps the same pages,
-and training on 118,000 images neither parses 450 MB of json nor grows in memory.
+`CocoReader` walks over every entry. What is wrong with one goes to its `report`: training refuses
+the file at the first, `mimdet check-data` collects them all.
 """
 
-import hashlib
 import json
-import math
-import os
-import uuid
+import reprlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
+import msgspec
 import numpy as np
 import torch
+from msgspec import Meta, Struct
 
 from mimdet.data.rasters import crops_from_segmentations
 from mimdet.structures import Target
 
-if TYPE_CHECKING:
-    from datasets import Dataset as Table
+Whole = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Id = Whole | Annotated[str, Meta(min_length=1)]
+Side = Annotated[int, Meta(gt=0, lt=2**31)]
+Number = Annotated[float, Meta(gt=-1e9, lt=1e9)]
+"""Beyond a billion there are no pixels."""
+Polygons = list[list[Number]]
 
 
-Box = tuple[float, float, float, float]
+class RunLengths(Struct):
+    size: tuple[Side, Side]
+    """Height, width."""
+    counts: str | list[Annotated[int, Meta(ge=0, lt=2**62)]]
+
+
+Mask = Polygons | RunLengths | None
+
+
+class CategoryEntry(Struct):
+    id: Whole
+    name: str
+
+
+class ImageEntry(Struct):
+    id: Id
+    file_name: Annotated[str, Meta(min_length=1)]
+    height: Side
+    width: Side
+
+
+class AnnotationEntry(Struct):
+    """An annotation as it stands in the file; None where a field is not there."""
+
+    image_id: Id
+    category_id: Whole
+    bbox: tuple[Number, Number, Number, Number]
+    """x, y, width, height in pixels."""
+    id: Id | None = None
+    segmentation: msgspec.Raw = msgspec.Raw(b"null")
+    """Left encoded until the annotation's turn comes: it is most of the file."""
+    area: Number | None = None
+    iscrowd: Literal[0, 1] | bool | None = None
 
 
 class Annotation(TypedDict):
@@ -37,6 +72,7 @@ class Annotation(TypedDict):
     bbox: list[float]
     """x, y, width, height in pixels, as the file has it."""
     area: float
+    """Of the file; where it has none, the pixels of the mask or else of the box."""
     iscrowd: bool
     polygons: list[list[float]] | None
     """Flat lists x0, y0, x1, y1, ...; None where the mask is stored as runs or missing."""
@@ -46,49 +82,274 @@ class Annotation(TypedDict):
     """Trainable: no crowd, a box inside the image, no empty mask."""
 
 
-def parse_annotation(raw: Any, where: str, height: int, width: int) -> Annotation:
-    """Check one COCO annotation of an image of height x width pixels.
+@dataclass(slots=True, frozen=True)
+class Problem:
+    """One finding and its place."""
 
-    where: the file's name. A missing `area` is computed, a missing `iscrowd` is 0; uncompressed run
-    lengths are compressed. A box or mask that is only empty makes the annotation unusable. Raises
-    ValueError naming file and annotation where it cannot be understood.
+    kind: str
+    """A key of `mimdet.data.checks.KINDS`."""
+    message: str
+    """What was found there."""
+    file: str
+    """Path of the annotation file."""
+    entry: str = ""
+    """Place in the annotation file, as `annotations[12]` (counted from 0)."""
+    image_id: int | str | None = None
+    file_name: str | None = None
+    annotation_id: int | str | None = None
+
+    @property
+    def where(self) -> str:
+        """As `annotations[12], annotation 17, image 3 'a.png'`; empty for the file as a whole."""
+        parts = [self.entry] if self.entry else []
+        if self.annotation_id is not None:
+            parts.append(f"annotation {brief(self.annotation_id)}")
+        image = [brief(part) for part in (self.image_id, self.file_name) if part is not None]
+        if image:
+            parts.append(" ".join(["image", *image]))
+        return ", ".join(parts)
+
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel = 2
+_BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = 60
+
+
+def brief(value: Any) -> str:
+    """A value from a file, safe to print: short, on one line, without control characters."""
+    return _BRIEF.repr(value)
+
+
+def refuse(problem: Problem) -> None:
+    place = ": ".join(part for part in (problem.file, problem.where) if part)
+    raise ValueError(
+        f"{place}: {problem.message}; correct it or remove it, `mimdet check-data` lists all "
+        "that is wrong"
+    )
+
+
+class Sections(Struct):
+    """The file with its entries still encoded."""
+
+    images: list[msgspec.Raw]
+    annotations: list[msgspec.Raw]
+    categories: list[msgspec.Raw]
+
+
+class Read(NamedTuple):
+    """An entry and its place in the file."""
+
+    section: str
+    position: int
+    """Counted from 0."""
+    entry: Any
+    """One of the types above; where it is none of them, a dictionary or anything else."""
+
+
+class CocoReader:
+    """A COCO instances file, entry by entry.
+
+    report: is called with each problem. `refuse` raises ValueError; where it returns, the entry is
+    left out, and a file that is none is one without entries.
     """
-    source_id = str(raw.get("id", "without id")) if isinstance(raw, dict) else repr(raw)[:40]
-    try:
-        polygons, runs = _segmentation(raw.get("segmentation"), height, width)
-        bbox = [float(value) for value in raw["bbox"]]
-        if len(bbox) != 4 or not all(math.isfinite(value) for value in bbox):
-            raise ValueError(f"bbox {raw['bbox']} is not four finite numbers x, y, width, height")
-        area = raw.get("area")
-        annotation = Annotation(
-            source_id=source_id,
-            category_id=int(raw["category_id"]),
-            bbox=bbox,
-            area=_area(bbox, polygons, runs, height, width) if area is None else float(area),
-            iscrowd=bool(raw.get("iscrowd", 0)),
-            polygons=polygons,
-            runs=runs,
-            usable=False,
-        )
-    except KeyError as error:
-        raise ValueError(
-            f"{where}: annotation {source_id} has no {error}: not a COCO instances file? "
-            "`mimdet check-data` lists every such annotation"
-        ) from error
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(
-            f"{where}: annotation {source_id}: {error}; correct it or remove it, "
-            "`mimdet check-data` lists every such annotation"
-        ) from error
+
+    def __init__(self, path: Path, report: Callable[[Problem], None] = refuse) -> None:
+        self.path, self.report = path, report
+        self.unsound: dict[str, set[Any]] = {"images": set(), "annotations": set()}
+        """Ids of entries that were left out: what refers to them is not reported again."""
+        self.unsound["categories"] = set()
+        self.images: dict[int | str, Read] = {}
+        self.categories: dict[int, str] = {}
+        """Category id -> name, in the order of the file."""
+        self._sections = self._decoded()
+        for read in self._entries("categories", CategoryEntry):
+            if read.entry.id in self.categories:
+                taken = (
+                    f"id {read.entry.id} is also that of {brief(self.categories[read.entry.id])}"
+                )
+                self.problem("duplicate-category-id", taken, read)
+            self.categories.setdefault(read.entry.id, read.entry.name)
+        for read in self._entries("images", ImageEntry):
+            first = self.images.setdefault(read.entry.id, read)
+            if first is not read:
+                found = f"id {brief(read.entry.id)} is also that of images[{first.position}]"
+                self.problem("duplicate-image-id", found, read)
+
+    def problem(self, kind: str, message: str, read: Read | None = None) -> None:
+        if read is None:
+            self.report(Problem(kind, message, str(self.path)))
+            return
+        entry = read.entry
+        fields = msgspec.structs.asdict(entry) if isinstance(entry, Struct) else entry
+        fields = fields if isinstance(fields, dict) else {}
+        place: dict[str, Any] = {"entry": f"{read.section}[{read.position}]"}
+        if read.section == "images":
+            place |= {"image_id": fields.get("id"), "file_name": fields.get("file_name")}
+        elif read.section == "annotations":
+            place |= {"image_id": fields.get("image_id"), "annotation_id": fields.get("id")}
+            image = self.images.get(_hashable(place["image_id"]))
+            place["file_name"] = image.entry.file_name if image else None
+        place = {name: value for name, value in place.items() if type(value) in (int, str)}
+        self.report(Problem(kind, message, str(self.path), **place))
+
+    def rows(self) -> Iterator[tuple[Read, list[tuple[Read, Annotation]]]]:
+        """Each image with its annotations, as far as they are sound."""
+        of_image = self._by_image()
+        for number, image in self.images.items():
+            pairs = []
+            for read in of_image.pop(number, ()):
+                try:
+                    segmentation = _SEGMENTATION.decode(read.entry.segmentation)
+                    size = image.entry.height, image.entry.width
+                    pairs.append((read, checked(read.entry, segmentation, *size)))
+                except ValueError as error:
+                    self.problem("bad-segmentation", f"segmentation: {error}", read)
+            yield image, pairs
+
+    def _by_image(self) -> dict[int | str, list[Read]]:
+        of_image: dict[int | str, list[Read]] = defaultdict(list)
+        types = {type(number) for number in self.images}
+        for read in self._entries("annotations", AnnotationEntry):
+            image_id, category_id = read.entry.image_id, read.entry.category_id
+            if image_id in self.images:
+                of_image[image_id].append(read)
+            elif image_id not in self.unsound["images"]:
+                hint = "" if type(image_id) in types else " (a number here and text there?)"
+                found = f"image_id {brief(image_id)} is not among the images{hint}"
+                self.problem("unknown-image", found, read)
+            if category_id not in self.categories and category_id not in self.unsound["categories"]:
+                found = f"category_id {category_id} is not among the categories"
+                self.problem("unknown-category", found, read)
+        return of_image
+
+    def _decoded(self) -> Sections:
+        try:
+            data = self.path.read_bytes()
+            try:
+                sections = msgspec.json.decode(data, type=Sections)
+            except msgspec.ValidationError:
+                raise
+            except msgspec.DecodeError:  # NaN is no json, but some tools write it: name the entry
+                content = json.loads(data, parse_constant=str)
+                sections = msgspec.json.decode(json.dumps(content), type=Sections)
+        except msgspec.ValidationError as error:
+            self.problem("not-coco", f"it is not a COCO instances file ({error})")
+        except (OSError, ValueError, RecursionError) as error:
+            self.problem("json-unreadable", f"it is not a json file ({error}); was it cut off?")
+        else:
+            for name in ("images", "categories"):
+                if not getattr(sections, name):
+                    self.problem("empty-section", f"it has no {name}")
+            return sections
+        return Sections([], [], [])
+
+    def _entries(self, section: str, kind: type[Struct]) -> Iterator[Read]:
+        decoder = msgspec.json.Decoder(kind)
+        for index, raw in enumerate(getattr(self._sections, section)):
+            try:
+                yield Read(section, index, decoder.decode(raw))
+            except (ValueError, RecursionError) as error:
+                entry = msgspec.json.decode(raw)
+                if isinstance(entry, dict):
+                    self.unsound[section].add(_hashable(entry.get("id")))
+                self.problem("bad-field", str(error), Read(section, index, entry))
+
+
+def _hashable(value: Any) -> int | str:
+    return value if isinstance(value, (int, str)) else ""
+
+
+_SEGMENTATION = msgspec.json.Decoder(Mask)
+
+
+def checked(entry: AnnotationEntry, mask: Mask, height: int, width: int) -> Annotation:
+    """An annotation of an image of height x width pixels, its mask decoded.
+
+    Uncompressed run lengths are compressed. A box or mask that is only empty makes the annotation
+    unusable; a mask that cannot be understood raises ValueError.
+    """
+    runs = _compressed(mask, height, width) if isinstance(mask, RunLengths) else None
+    polygons = mask if isinstance(mask, list) and mask else None
+    if any(len(flat) % 2 for flat in polygons or []):
+        raise ValueError("a polygon has an odd number of coordinates; write x0, y0, x1, y1, ...")
+    annotation = Annotation(
+        source_id="without id" if entry.id is None else str(entry.id),
+        category_id=entry.category_id,
+        bbox=list(entry.bbox),
+        area=0.0 if entry.area is None else entry.area,
+        iscrowd=bool(entry.iscrowd),
+        polygons=polygons,
+        runs=runs,
+        usable=False,
+    )
+    if entry.area is None:
+        annotation["area"] = mask_area(annotation, height, width)
     annotation["usable"] = _usable(annotation, height, width)
     return annotation
+
+
+def _compressed(mask: RunLengths, height: int, width: int) -> str:
+    """The text of run lengths that are known to fill the image: pycocotools does not look."""
+    if mask.size != (height, width):
+        swapped = " (height comes first)" if mask.size == (width, height) else ""
+        raise ValueError(
+            f"its run lengths are for {mask.size} pixels{swapped}, the image has {(height, width)}"
+        )
+    counts = mask.counts
+    if isinstance(counts, str):
+        from faster_coco_eval.mask_api_new_cpp import toUncompressedRLE
+
+        try:
+            counts = toUncompressedRLE([{"size": mask.size, "counts": counts.encode()}])[0][
+                "counts"
+            ]
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
+    if sum(counts) != height * width or min(counts) < 0:
+        raise ValueError(f"its runs cover {sum(counts)} of {height * width} pixels")
+    if isinstance(mask.counts, str):
+        return mask.counts
+    from pycocotools import mask as coco_mask
+
+    plain = {"size": [height, width], "counts": counts}
+    return coco_mask.frPyObjects(plain, height, width)["counts"].decode("ascii")
+
+
+def mask_area(annotation: Annotation, height: int, width: int) -> float:
+    """Pixels of the mask, or of the box where there is no mask."""
+    from pycocotools import mask as coco_mask
+
+    if annotation["runs"] is not None:
+        return float(coco_mask.area(coco_segmentation(annotation, height, width)))
+    rings = [flat for flat in annotation["polygons"] or [] if len(flat) >= 6]
+    if rings:
+        return float(coco_mask.area(coco_mask.merge(coco_mask.frPyObjects(rings, height, width))))
+    _, _, w, h = annotation["bbox"]
+    return max(w, 0.0) * max(h, 0.0)
+
+
+def _usable(annotation: Annotation, height: int, width: int) -> bool:
+    x1, y1, x2, y2 = clipped_box(annotation["bbox"], height, width)
+    if annotation["iscrowd"] or x2 <= x1 or y2 <= y1:
+        return False
+    if annotation["runs"] is not None:
+        return mask_area(annotation, height, width) > 0
+    if annotation["polygons"] is None:
+        return True
+    rings = [flat for flat in annotation["polygons"] if len(flat) >= 6]
+    if not rings:
+        return False
+    corners = np.concatenate([np.asarray(flat) for flat in rings]).reshape(-1, 2)
+    return bool((corners.max(0) > corners.min(0)).all())
 
 
 def has_mask(annotation: Annotation) -> bool:
     return annotation["polygons"] is not None or annotation["runs"] is not None
 
 
-def clipped_box(bbox: Sequence[float], height: int, width: int) -> Box:
+def clipped_box(
+    bbox: Sequence[float], height: int, width: int
+) -> tuple[float, float, float, float]:
     """x, y, width, height -> x1, y1, x2, y2 inside the image; empty where x2 <= x1 or y2 <= y1."""
     x, y, w, h = bbox
     return max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
@@ -100,7 +361,6 @@ def make_target(
     width: int,
     label_of: dict[int, int],
     masks: bool,
-    where: str,
 ) -> Target:
     """The trainable annotations of one image as tensors.
 
@@ -112,13 +372,7 @@ def make_target(
     crops = None
     if masks:
         shapes = [coco_segmentation(annotation, height, width) for annotation in usable]
-        try:
-            crops = crops_from_segmentations(shapes, height, width)
-        except ValueError as error:
-            ids = ", ".join(annotation["source_id"] for annotation in usable)
-            raise ValueError(
-                f"{where}: one of the annotations {ids}: {error}; run `mimdet check-data`"
-            ) from error
+        crops = crops_from_segmentations(shapes, height, width)
     return Target(
         torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         torch.tensor(labels, dtype=torch.int64),
@@ -133,286 +387,34 @@ def coco_segmentation(annotation: Annotation, height: int, width: int) -> Any:
     return annotation["polygons"]
 
 
-def coco_ground_truth(
-    images: Iterable[tuple[dict[str, Any], Sequence[Annotation]]], categories: list[dict[str, Any]]
-) -> dict[str, Any]:
+def coco_ground_truth(dataset: Any, annotations: Iterable[Sequence[Annotation]]) -> dict[str, Any]:
     """A COCO dictionary for evaluation: crowds included, annotation ids renumbered from 1.
 
-    images: pairs of a COCO image entry (id, height, width, file_name) and its annotations.
-    Ids are renumbered because pycocotools takes a match with annotation 0 for no match. A crowd
-    without a mask gets its box as one: detections there are left out, as they are of boxes.
+    annotations: of each image of the data set. Ids are renumbered because pycocotools takes a match
+    with annotation 0 for no match. A crowd without a mask gets its box as one: detections there are
+    left out, as they are of boxes.
     """
-    entries: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for image, rows in images:
-        entries.append(image)
+    images: list[dict[str, Any]] = []
+    items: list[dict[str, Any]] = []
+    for index, rows in enumerate(annotations):
+        height, width = dataset.image_size(index)
+        images.append({"id": dataset.image_id(index), "height": height, "width": width})
         for row in rows:
             item = {
-                "id": len(annotations) + 1,
-                "image_id": image["id"],
+                "id": len(items) + 1,
+                "image_id": images[-1]["id"],
                 "category_id": row["category_id"],
                 "bbox": list(row["bbox"]),
                 "area": row["area"],
                 "iscrowd": int(row["iscrowd"]),
             }
             if has_mask(row):
-                item["segmentation"] = coco_segmentation(row, image["height"], image["width"])
+                item["segmentation"] = coco_segmentation(row, height, width)
             elif row["iscrowd"]:
                 x, y, w, h = row["bbox"]
                 item["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-            annotations.append(item)
+            items.append(item)
+    pairs = zip(dataset.category_ids, dataset.categories, strict=True)
+    categories = [{"id": number, "name": name} for number, name in pairs]
     head: dict[str, Any] = {"info": {}, "licenses": []}
-    return head | {"images": entries, "annotations": annotations, "categories": categories}
-
-
-def _segmentation(raw: Any, height: int, width: int) -> tuple[list[list[float]] | None, str | None]:
-    """-> (polygons or None, compressed runs or None)."""
-    if not raw:
-        return None, None
-    if not isinstance(raw, dict):
-        polygons = [[float(value) for value in flat] for flat in raw]
-        if any(len(flat) % 2 for flat in polygons):
-            raise ValueError("a polygon has an odd number of coordinates")
-        if not all(math.isfinite(value) for flat in polygons for value in flat):
-            raise ValueError("a polygon has a coordinate that is not a finite number")
-        return polygons, None
-    if list(raw["size"]) != [height, width]:
-        raise ValueError(
-            f"its run lengths are for {list(raw['size'])} pixels, the image has {[height, width]}"
-        )
-    counts = raw["counts"]
-    if isinstance(counts, str):
-        return None, counts
-    if sum(counts) != height * width or min(counts) < 0:
-        raise ValueError(f"its runs cover {sum(counts)} of {height * width} pixels")
-    from pycocotools import mask as coco_mask
-
-    packed = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-    return None, packed["counts"].decode("ascii")
-
-
-def _area(
-    bbox: list[float], polygons: list[list[float]] | None, runs: str | None, height: int, width: int
-) -> float:
-    """Pixels of the mask, or of the box where there is no mask."""
-    from pycocotools import mask as coco_mask
-
-    if runs is not None:
-        return float(coco_mask.area({"size": [height, width], "counts": runs.encode()}))
-    rings = [flat for flat in polygons or [] if len(flat) >= 6]
-    if rings:
-        return float(coco_mask.area(coco_mask.merge(coco_mask.frPyObjects(rings, height, width))))
-    return max(bbox[2], 0.0) * max(bbox[3], 0.0)
-
-
-def _usable(annotation: Annotation, height: int, width: int) -> bool:
-    x1, y1, x2, y2 = clipped_box(annotation["bbox"], height, width)
-    if annotation["iscrowd"] or x2 <= x1 or y2 <= y1:
-        return False
-    if annotation["runs"] is not None:
-        return _area(annotation["bbox"], None, annotation["runs"], height, width) > 0
-    if annotation["polygons"] is None:
-        return True
-    rings = [flat for flat in annotation["polygons"] if len(flat) >= 6]
-    if not rings:
-        return False
-    corners = np.concatenate([np.asarray(flat) for flat in rings]).reshape(-1, 2)
-    return bool((corners.max(0) > corners.min(0)).all())
-
-
-FORMAT = 1
-"""Part of the cache's file name; raised when the columns or the meaning of `usable` change."""
-
-
-class CocoTable(NamedTuple):
-    digest: str
-    """sha256 of the json file."""
-    rows: "Table"
-    """Columns image_id (json text: ids may be numbers or strings), file_name, height, width, usable
-    (number of trainable annotations) and annotations (see `Annotation`)."""
-    categories: list[dict[str, Any]]
-    """id, name, supercategory; sorted by id."""
-    without_mask: list[str]
-    """Ids of non-crowd annotations that have no segmentation (at most 5)."""
-    with_mask: bool
-    """Whether any non-crowd annotation has one."""
-    unusable: list[str]
-    """Ids of non-crowd annotations with an empty box or mask (at most 5)."""
-
-
-def cache_folder() -> Path:
-    """$MIMDET_CACHE, or `.cache/mimdet` in the home folder."""
-    return Path(os.environ.get("MIMDET_CACHE") or Path.home() / ".cache" / "mimdet")
-
-
-def coco_table(json_path: str | Path) -> CocoTable:
-    """Read a COCO instances file through the cache.
-
-    Raises FileNotFoundError, and ValueError naming file, entry and remedy where it is not COCO.
-    """
-    from datasets import Dataset as Table
-
-    path = Path(json_path)
-    if not path.is_file():
-        raise FileNotFoundError(f"annotation file {path} does not exist; check the path")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    cached = cache_folder() / f"coco-{FORMAT}-{digest}.arrow"
-    if not cached.exists():
-        _build(path, cached)
-    rows = Table.from_file(str(cached))
-    return CocoTable(digest, rows, **_stored_head(cached))
-
-
-def _stored_head(cached: Path) -> dict[str, Any]:
-    """What `_build` put into the Arrow schema (`datasets` reads only its own part of it)."""
-    import pyarrow as pa
-
-    with pa.memory_map(str(cached)) as file, pa.ipc.open_stream(file) as reader:
-        return json.loads(reader.schema.metadata[b"mimdet"])
-
-
-def _build(path: Path, cached: Path) -> None:
-    """Write the table beside its place and rename it: there is never a partial one to be found."""
-    import pyarrow as pa
-
-    content = _parse(path)
-    rows = list(_rows(content, path))
-    schema = _schema().with_metadata({"mimdet": json.dumps(_head(content, rows))})
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    partial = cached.with_name(f"{cached.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with partial.open("wb") as file:
-            with pa.ipc.new_stream(file, schema) as writer:
-                for start in range(0, len(rows), 1000):
-                    some = rows[start : start + 1000]
-                    writer.write_batch(pa.RecordBatch.from_pylist(some, schema=schema))
-            file.flush()
-            os.fsync(file.fileno())
-        if not cached.exists():  # another process may have been faster; its content is the same
-            os.replace(partial, cached)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _parse(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:  # not json, or not text at all
-        raise ValueError(f"{path} is not a json file ({error}); was it cut off?") from error
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise ValueError(
-                f"{path} is not a COCO instances file: it has no list {key!r}; it needs "
-                "'images', 'annotations' and 'categories'"
-            )
-    if not content["categories"]:
-        raise ValueError(f"{path} has no categories; list at least one with id and name")
-    return content
-
-
-def _rows(content: dict[str, Any], path: Path) -> Iterator[dict[str, Any]]:
-    known = _category_ids(content, path)
-    by_image: dict[Any, list[Any]] = defaultdict(list)
-    for raw in content["annotations"]:
-        image_id = _field(raw, "image_id", path, "annotation")
-        by_image[image_id if isinstance(image_id, (int, str)) else str(image_id)].append(raw)
-    for image in content["images"]:
-        image_id = _field(image, "id", path, "image")
-        if not isinstance(image_id, (int, str)):
-            raise ValueError(f"{path}: image id {image_id!r} is neither a number nor a string")
-        if image_id in by_image and by_image[image_id] is None:
-            raise ValueError(f"{path}: image id {image_id!r} occurs twice; make image ids unique")
-        size = [_field(image, key, path, "image") for key in ("height", "width")]
-        if not all(isinstance(side, int) and side > 0 for side in size):
-            raise ValueError(
-                f"{path}: image {image_id!r} has height, width {size}; give positive whole pixels"
-            )
-        annotations = [parse_annotation(raw, str(path), *size) for raw in by_image[image_id]]
-        by_image[image_id] = None  # type: ignore[assignment]  # seen
-        for annotation in annotations:
-            if annotation["category_id"] not in known:
-                raise ValueError(
-                    f"{path}: annotation {annotation['source_id']} has category_id "
-                    f"{annotation['category_id']}, which is not among the categories"
-                )
-        yield {
-            "image_id": json.dumps(image_id),
-            "file_name": str(_field(image, "file_name", path, "image")),
-            "height": size[0],
-            "width": size[1],
-            "usable": sum(annotation["usable"] for annotation in annotations),
-            "annotations": annotations,
-        }
-    orphans = [raw for raws in by_image.values() if raws is not None for raw in raws]
-    if orphans:
-        raise ValueError(
-            f"{path}: annotation {orphans[0].get('id')} belongs to image "
-            f"{orphans[0]['image_id']!r}, which is not in the file ({len(orphans)} such "
-            "annotations); remove them, `mimdet check-data` lists all"
-        )
-
-
-def _category_ids(content: dict[str, Any], path: Path) -> set[int]:
-    ids = [_field(category, "id", path, "category") for category in content["categories"]]
-    if not all(isinstance(number, int) for number in ids) or len(set(ids)) < len(ids):
-        raise ValueError(f"{path}: category ids {ids[:20]}; make them whole numbers, each once")
-    return set(ids)
-
-
-def _head(content: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What holds for the whole table; stored in the Arrow schema."""
-    objects: list[Annotation] = [
-        annotation for row in rows for annotation in row["annotations"] if not annotation["iscrowd"]
-    ]
-    categories = [
-        {
-            "id": category["id"],
-            "name": str(category.get("name", category["id"])),
-            "supercategory": str(category.get("supercategory", "")),
-        }
-        for category in content["categories"]
-    ]
-    without = [annotation["source_id"] for annotation in objects if not has_mask(annotation)]
-    unusable = [annotation["source_id"] for annotation in objects if not annotation["usable"]]
-    return {
-        "categories": sorted(categories, key=lambda category: category["id"]),
-        "without_mask": without[:5],
-        "with_mask": len(without) < len(objects),
-        "unusable": unusable[:5],
-    }
-
-
-def _field(entry: Any, key: str, path: Path, kind: str) -> Any:
-    if not isinstance(entry, dict) or key not in entry:
-        raise ValueError(
-            f"{path}: {kind} {str(entry)[:80]} has no {key!r}; a COCO instances file needs it"
-        )
-    return entry[key]
-
-
-def _schema() -> Any:
-    import pyarrow as pa
-
-    annotation = pa.struct(
-        {
-            "source_id": pa.string(),
-            "category_id": pa.int64(),
-            "bbox": pa.list_(pa.float64()),
-            "area": pa.float64(),
-            "iscrowd": pa.bool_(),
-            "polygons": pa.list_(pa.list_(pa.float64())),
-            "runs": pa.string(),
-            "usable": pa.bool_(),
-        }
-    )
-    return pa.schema(
-        {
-            "image_id": pa.string(),
-            "file_name": pa.string(),
-            "height": pa.int32(),
-            "width": pa.int32(),
-            "usable": pa.int32(),
-            "annotations": pa.list_(annotation),
-        }
-    )
+    return head | {"images": images, "annotations": items, "categories": categories}

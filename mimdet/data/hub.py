@@ -7,11 +7,21 @@ boxes differs from table to table and is never guessed: `bbox_format` must be gi
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mimdet.data.coco_file import Annotation, coco_ground_truth, make_target, parse_annotation
+import msgspec
+from torch import Tensor
+
+from mimdet.data.coco_file import (
+    Annotation,
+    AnnotationEntry,
+    Mask,
+    checked,
+    coco_ground_truth,
+    make_target,
+)
 from mimdet.images import image_size, read_image
 from mimdet.structures import Record
 
@@ -47,12 +57,13 @@ class HubDataset:
                 f"{self.name}: data.bbox_format={bbox_format!r}; say how `objects.bbox` is laid "
                 f"out, one of {', '.join(FORMATS)} (it is never guessed)"
             )
-        rows = _open(table, split) if isinstance(table, str) else table
-        self._table, self._key = _check_columns(rows, self.name)
         self.bbox_format = bbox_format
-        names = _class_names(rows.features["objects"], self._key)
+        rows = _open(table, split) if isinstance(table, str) else table
+        self._table, self._key, names = _check_columns(rows, self.name)
         values, kept, self.has_masks, digest = self._scan(skip_empty)  # the classes of all rows
         kept = [index for index in kept if not limit or index < limit]
+        if not kept:
+            raise ValueError(f"{self.name} has no images{' with objects' if skip_empty else ''}")
         self.version = f"{self.name} {split} objects sha256:{digest}"
         if names is not None:
             values = list(range(len(names)))
@@ -62,38 +73,34 @@ class HubDataset:
         self._label_of = {number: label for label, number in enumerate(self.category_ids)}
         self._table = self._table.select(kept)
         self._known_sizes: dict[int, tuple[int, int]] = {}
-        if not kept:
-            raise ValueError(f"{self.name} has no images{' with objects' if skip_empty else ''}")
-        for index in range(min(len(kept), 100)):
-            self._check_extent(index)
+        self._check_extents(range(min(len(kept), 100)))
 
     def __len__(self) -> int:
         return len(self._table)
 
     def __getitem__(self, index: int) -> Record:
-        row = self._table[index]
-        image = read_image(self._source(row["image"], index), f"{self.name}, row {index}, image")
+        annotations = self._annotations(index)
+        target = make_target(annotations, *self.image_size(index), self._label_of, self.has_masks)
+        return Record(self.image(index), target, self.image_id(index))
+
+    def image(self, index: int) -> Tensor:
+        image = read_image(self._source(index), f"{self.name}, row {index}, image")
         height, width = self.image_size(index)
         if tuple(image.shape[1:]) != (height, width):
             raise ValueError(
                 f"{self.name}, row {index}: the image is {image.shape[2]} x {image.shape[1]}, the "
                 f"columns say {width} x {height} pixels; correct or drop these columns"
             )
-        annotations = self._annotations(row["objects"], index)
-        target = make_target(
-            annotations, height, width, self._label_of, self.has_masks, f"{self.name}, row {index}"
-        )
-        return Record(image, target, self.image_id(index))
+        return image
 
     def image_size(self, index: int) -> tuple[int, int]:
         """From the columns `height` and `width`, else from the header of the image."""
         if index not in self._known_sizes:
             row = self._table[index]
             if row.get("height") and row.get("width"):
-                size = int(row["height"]), int(row["width"])
+                self._known_sizes[index] = int(row["height"]), int(row["width"])
             else:
-                size = image_size(self._source(row["image"], index))
-            self._known_sizes[index] = size
+                self._known_sizes[index] = image_size(self._source(index))
         return self._known_sizes[index]
 
     def image_id(self, index: int) -> int | str:
@@ -104,30 +111,31 @@ class HubDataset:
 
     def ground_truth(self) -> dict[str, Any]:
         """COCO dictionary of all rows: crowds included, annotation ids from 1."""
-        pairs = zip(self.category_ids, self.categories, strict=True)
-        categories = [{"id": number, "name": name} for number, name in pairs]
-        return coco_ground_truth(self._coco_images(), categories)
+        return coco_ground_truth(self, map(self._annotations, range(len(self))))
 
-    def _coco_images(self) -> Iterator[tuple[dict[str, Any], list[Annotation]]]:
-        for index in range(len(self)):
-            height, width = self.image_size(index)
-            image_id = self.image_id(index)
-            entry = {"id": image_id, "file_name": "", "height": height, "width": width}
-            yield entry, self._annotations(self._table[index]["objects"], index)
-
-    def _annotations(self, objects: Any, index: int) -> list[Annotation]:
+    def _annotations(self, index: int) -> list[Annotation]:
         height, width = self.image_size(index)
-        found = []
-        for position, item in enumerate(_listed(objects)):
-            raw = {name: item.get(name) for name in ("area", "segmentation")}
-            raw["id"] = item.get("id", position)
-            raw["iscrowd"] = item.get("iscrowd") or 0
-            raw["bbox"] = _to_xywh(item["bbox"], self.bbox_format, height, width)
-            raw["category_id"] = self._value_ids[item[self._key]]
-            if self.bbox_format == "cxcywh_normalised":
-                raw["area"] = None  # of unknown unit: computed anew, in pixels
-            found.append(parse_annotation(raw, f"{self.name}, row {index}", height, width))
-        return found
+        return [
+            self._annotation(item, index, position, height, width)
+            for position, item in enumerate(self._objects(index))
+        ]
+
+    def _annotation(
+        self, item: dict[str, Any], index: int, position: int, height: int, width: int
+    ) -> Annotation:
+        raw: dict[str, Any] = {name: item.get(name) for name in ("id", "area", "iscrowd")}
+        if self.bbox_format == "cxcywh_normalised":
+            raw["area"] = None  # of unknown unit: computed anew, in pixels
+        raw["bbox"] = _to_xywh(item["bbox"], self.bbox_format, height, width)
+        raw |= {"image_id": index, "category_id": self._value_ids[item[self._key]]}
+        try:
+            mask = msgspec.convert(item.get("segmentation"), Mask)
+            return checked(msgspec.convert(raw, AnnotationEntry), mask, height, width)
+        except ValueError as error:
+            raise ValueError(f"{self.name}, row {index}, object {position}: {error}") from error
+
+    def _objects(self, index: int) -> list[dict[str, Any]]:
+        return _listed(self._table[index]["objects"], f"{self.name}, row {index}")
 
     def _scan(self, skip_empty: bool) -> tuple[list[Any], list[int], bool, str]:
         """One pass over the objects.
@@ -138,29 +146,22 @@ class HubDataset:
         values: set[Any] = set()
         kept: list[int] = []
         masks: list[bool] = []
-        largest = 0.0
         for index, row in enumerate(self._table.select_columns(["objects"])):
+            where = f"{self.name}, row {index}"
             content.update(json.dumps(row["objects"], sort_keys=True, default=str).encode())
             trainable = 0
-            for item in _listed(row["objects"]):
-                _check_box(item["bbox"], self.bbox_format, f"{self.name}, row {index}")
-                if item.get(self._key) is None:
+            for item in _listed(row["objects"], where):
+                _check_box(item["bbox"], self.bbox_format, where)
+                if item.get(self._key) in (None, -1):  # -1: unlabelled
                     raise ValueError(
-                        f"{self.name}, row {index}: an object has no {self._key}; add it, or "
-                        "remove the object"
+                        f"{where}: an object has no {self._key}; add it, or remove the object"
                     )
                 values.add(item[self._key])
-                largest = max([largest, *item["bbox"]])
                 if not item.get("iscrowd"):
                     trainable += min(_to_xywh(item["bbox"], self.bbox_format, 1, 1)[2:]) > 0
                     masks.append(bool(item.get("segmentation")))
             if trainable or not skip_empty:
                 kept.append(index)
-        if masks and largest <= 1.5 and self.bbox_format != "cxcywh_normalised":
-            raise ValueError(
-                f"{self.name}: no box reaches beyond 1.5, so these are not pixels; "
-                f"bbox_format={self.bbox_format!r} looks like 'cxcywh_normalised'"
-            )
         if any(masks) and not all(masks):
             raise ValueError(
                 f"{self.name}: {masks.count(False)} of {len(masks)} objects have no segmentation; "
@@ -168,18 +169,28 @@ class HubDataset:
             )
         return sorted(values), kept, any(masks), content.hexdigest()
 
-    def _check_extent(self, index: int) -> None:
-        """Corners read as sizes reach far out of the image: a sign of the wrong format."""
-        height, width = self.image_size(index)
-        for item in _listed(self._table[index]["objects"]):
-            x, y, w, h = _to_xywh(item["bbox"], self.bbox_format, height, width)
-            if x + w > 1.5 * width or y + h > 1.5 * height:
-                raise ValueError(
-                    f"{self.name}, row {index}: box {item['bbox']}, read as {self.bbox_format}, "
-                    f"leaves the image of {width} x {height} pixels; set another data.bbox_format"
-                )
+    def _check_extents(self, rows: Iterable[int]) -> None:
+        """Corners read as sizes reach far out of the image; shares read as pixels cover nothing."""
+        largest = []
+        for index in rows:
+            height, width = self.image_size(index)
+            for item in self._objects(index):
+                x, y, w, h = _to_xywh(item["bbox"], self.bbox_format, height, width)
+                largest.append(max(x + w, y + h))
+                if x + w > 1.5 * width or y + h > 1.5 * height:
+                    raise ValueError(
+                        f"{self.name}, row {index}: box {item['bbox']}, read as "
+                        f"{self.bbox_format}, leaves the image of {width} x {height} pixels; set "
+                        "another data.bbox_format"
+                    )
+        if largest and max(largest) <= 1.5:
+            raise ValueError(
+                f"{self.name}: no box reaches beyond 1.5, so these are not pixels; "
+                f"bbox_format={self.bbox_format!r} looks like 'cxcywh_normalised'"
+            )
 
-    def _source(self, cell: Any, index: int) -> bytes | str:
+    def _source(self, index: int) -> bytes | str:
+        cell = self._table[index]["image"]
         source = (cell["bytes"] or cell["path"]) if isinstance(cell, dict) else None
         if source is None:
             raise ValueError(f"{self.name}, row {index}: the `image` column is empty")
@@ -200,35 +211,27 @@ def _open(name: str, split: str) -> "Table":
     return datasets.load_dataset(name, split=split)
 
 
-def _check_columns(table: "Table", name: str) -> tuple["Table", str]:
-    """-> (the table with images left encoded, the name of the category field)."""
+def _check_columns(table: "Table", name: str) -> tuple["Table", str, list[str] | None]:
+    """-> (the table with images left encoded, the name of the category field, its classes)."""
     import datasets
 
+    if not isinstance(table, datasets.Dataset):
+        raise ValueError(f"{name} is a {type(table).__name__}; give a `datasets.Dataset`")
     if not {"image", "objects"} <= set(table.column_names):
         raise ValueError(
             f"{name} has the columns {table.column_names}; it needs `image` and `objects`"
         )
-    fields = _object_fields(table.features["objects"])
-    key = next((key for key in CATEGORY_NAMES if key in fields), "")
-    if "bbox" not in fields or not key:
+    feature = table.features["objects"]
+    if not isinstance(feature, dict):  # List({name: feature}), else {name: List(feature)}
+        feature = feature.feature
+    key = next((key for key in CATEGORY_NAMES if key in feature), "")
+    if "bbox" not in feature or not key:
         raise ValueError(
-            f"{name}: `objects` has the fields {sorted(fields)}; it needs `bbox` and one of "
+            f"{name}: `objects` has the fields {sorted(feature)}; it needs `bbox` and one of "
             f"{', '.join(CATEGORY_NAMES)}"
         )
-    return table.cast_column("image", datasets.Image(decode=False)), key
-
-
-def _object_fields(feature: Any) -> dict[str, Any]:
-    """Fields of one object, of `{name: List(feature)}` as of `List({name: feature})`."""
-    if isinstance(feature, dict):
-        return {name: getattr(part, "feature", part) for name, part in feature.items()}
-    inner = getattr(feature, "feature", None)
-    return inner if isinstance(inner, dict) else {}
-
-
-def _class_names(feature: Any, key: str) -> list[str] | None:
-    names = getattr(_object_fields(feature)[key], "names", None)
-    return list(names) if names is not None else None
+    names = getattr(getattr(feature[key], "feature", feature[key]), "names", None)
+    return table.cast_column("image", datasets.Image(decode=False)), key, names
 
 
 def _category_ids(values: list[Any]) -> dict[Any, int]:
@@ -238,13 +241,14 @@ def _category_ids(values: list[Any]) -> dict[Any, int]:
     return {value: number for number, value in enumerate(values, start=1)}
 
 
-def _listed(objects: Any) -> list[dict[str, Any]]:
+def _listed(objects: Any, where: str) -> list[dict[str, Any]]:
     """Objects of one image as a list of dictionaries, whichever way the table nests them."""
-    if objects is None:
-        return []
-    if isinstance(objects, list):
-        return objects
+    if objects is None or isinstance(objects, list):
+        return objects or []
     columns = {name: column for name, column in objects.items() if column is not None}
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"{where}: the fields of `objects` differ in length, {lengths}")
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
@@ -260,13 +264,8 @@ def _to_xywh(box: Any, bbox_format: str, height: int, width: int) -> list[float]
 def _check_box(box: Any, bbox_format: str, where: str) -> None:
     if box is None or len(box) != 4:
         raise ValueError(f"{where}: bbox {box} has not four numbers; correct or remove the object")
-    a, b, c, d = box
-    wrong = {
-        "xyxy": c < a or d < b,
-        "xywh": c < 0 or d < 0,
-        "cxcywh_normalised": max(box) > 1.5 or min(box) < -0.5,
-    }
-    if wrong[bbox_format]:
+    _, _, w, h = _to_xywh(box, bbox_format, 1, 1)
+    if w < 0 or h < 0 or (bbox_format == "cxcywh_normalised" and max(box) > 1.5):
         raise ValueError(
             f"{where}: box {list(box)} contradicts bbox_format={bbox_format!r}; set another of "
             f"{', '.join(FORMATS)}, or correct the box"

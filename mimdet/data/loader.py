@@ -9,6 +9,7 @@ import pickle
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -19,11 +20,11 @@ from torch.utils.data import DataLoader
 
 from mimdet.config import DataConfig
 from mimdet.data.augment import apply, draw_geometry, rng_for
-from mimdet.images import Resize, Size
+from mimdet.images import Resize
 from mimdet.structures import PAD_MULTIPLE, Record, Target, padded_size
 
-Packed = tuple[Tensor, list[tuple[torch.dtype, torch.Size]], bytes]
-"""All bytes of all tensors; their types and shapes; everything else, pickled."""
+Packed = tuple[Tensor, list[int], bytes]
+"""All bytes of all tensors in one block; their lengths; everything else, pickled."""
 
 
 def stream(keys: Iterable[Any], task: Callable[[Any], Any], workers: int) -> Iterator[Any]:
@@ -48,51 +49,36 @@ def stream(keys: Iterable[Any], task: Callable[[Any], Any], workers: int) -> Ite
 
 
 def pack(value: Any) -> Packed:
-    """Any picklable object -> its tensors in one (n,) uint8 block, and the rest."""
+    """Any picklable object -> its tensors in one (n,) uint8 block, and the rest.
+
+    Between processes each tensor would take an open file; one block takes one.
+    """
     rest = io.BytesIO()
-    pickler = _Pickler(rest, protocol=pickle.HIGHEST_PROTOCOL)
-    pickler.dump(value)
-    parts = []
-    for tensor in pickler.tensors:
-        flat = tensor.contiguous().flatten().view(torch.uint8)
-        parts += [flat, torch.zeros(-len(flat) % 8, dtype=torch.uint8)]  # keeps 8-byte alignment
-    block = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.uint8)
-    return block, [(tensor.dtype, tensor.shape) for tensor in pickler.tensors], rest.getvalue()
+    buffers: list[pickle.PickleBuffer] = []
+    _Pickler(rest, protocol=5, buffer_callback=buffers.append).dump(value)
+    parts, lengths = [np.zeros(0, np.uint8)], []
+    for buffer in buffers:
+        bytes_of = np.frombuffer(buffer.raw(), np.uint8)
+        parts += [bytes_of, np.zeros(-len(bytes_of) % 8, np.uint8)]  # keeps 8-byte alignment
+        lengths.append(len(bytes_of))
+    return torch.from_numpy(np.concatenate(parts)), lengths, rest.getvalue()
 
 
 def unpack(packed: Packed) -> Any:
     """The object again; its tensors are views of the block."""
-    block, kinds, rest = packed
-    tensors = []
-    start = 0
-    for dtype, shape in kinds:
-        size = shape.numel() * dtype.itemsize
-        tensors.append(block[start : start + size].view(dtype).view(shape))
-        start += size + -size % 8
-    return _Unpickler(io.BytesIO(rest), tensors).load()
+    block, lengths, rest = packed
+    ends = np.cumsum([length + -length % 8 for length in lengths], dtype=int)
+    parts = zip(np.split(block.numpy(), ends), lengths, strict=False)
+    return pickle.loads(rest, buffers=[part[:length] for part, length in parts])
 
 
 class _Pickler(pickle.Pickler):
-    """Sets tensors aside and leaves their number in their place."""
+    """Tensors travel as numpy arrays, whose bytes pickle hands out separately."""
 
-    def __init__(self, file: io.BytesIO, protocol: int) -> None:
-        super().__init__(file, protocol)
-        self.tensors: list[Tensor] = []
-
-    def persistent_id(self, obj: Any) -> int | None:
-        if not isinstance(obj, Tensor):
-            return None
-        self.tensors.append(obj)
-        return len(self.tensors) - 1
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
-        super().__init__(file)
-        self.tensors = tensors
-
-    def persistent_load(self, pid: Any) -> Tensor:
-        return self.tensors[pid]
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, Tensor):
+            return torch.from_numpy, (obj.contiguous().numpy(),)
+        return NotImplemented
 
 
 class _PackedTask:
@@ -125,8 +111,23 @@ class Item(NamedTuple):
     """Position in the data set."""
 
 
+class Order:
+    """The endless sequence of showings: epoch after epoch, each in an order of its own."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length, self.seed = length, seed
+        self._orders: dict[int, NDArray[np.int64]] = {}
+
+    def __getitem__(self, position: int) -> Item:
+        epoch, place = divmod(position, self.length)
+        if epoch not in self._orders:
+            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
+            self._orders[epoch] = rng_for("order", self.seed, epoch).permutation(self.length)
+        return Item(epoch, int(self._orders[epoch][place]))
+
+
 class Plan:
-    """The order of training. dataset: anything with `len` and `image_size(index)`."""
+    """Which images form which micro-batch. dataset: anything with `len` and `image_size(index)`."""
 
     def __init__(
         self, dataset: Any, cfg: DataConfig, batch_size: int, accumulate: int, seed: int
@@ -140,9 +141,9 @@ class Plan:
         self.batch_size, self.accumulate, self.seed = batch_size, accumulate, seed
         self.length = len(dataset)
         self.step_images = batch_size * accumulate
+        self._order = Order(self.length, seed)
         self._window: tuple[int, int] = (0, 0)
         self._batches: list[list[Item]] = []
-        self._orders: dict[int, NDArray[np.int64]] = {}
 
     def micro_batches(self, step: int) -> list[list[Item]]:
         """The `accumulate` micro-batches of a step, of batch_size items each."""
@@ -168,20 +169,13 @@ class Plan:
 
     def _fill(self, start: int, stop: int) -> list[list[Item]]:
         positions = range(start * self.step_images, stop * self.step_images)
-        items = [self._item(position) for position in positions]
+        items = [self._order[position] for position in positions]
         sizes = np.array([self._cells(item) for item in items])  # (n, 2)
         groups = bucket(sizes, self.batch_size)
         order = rng_for("shuffle", self.seed, start).permutation(len(groups))
         return [[items[i] for i in groups[g]] for g in order]
 
-    def _item(self, position: int) -> Item:
-        epoch, place = divmod(position, self.length)
-        if epoch not in self._orders:
-            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = rng_for("order", self.seed, epoch).permutation(self.length)
-        return Item(epoch, int(self._orders[epoch][place]))
-
-    def _cells(self, item: Item) -> Size:
+    def _cells(self, item: Item) -> tuple[int, int]:
         """Output size in units of PAD_MULTIPLE."""
         height, width = self.dataset.image_size(item.image)
         rng = rng_for("geometry", self.seed, *item)
@@ -236,6 +230,10 @@ class Dataset(Protocol):
 
     def __getitem__(self, index: int) -> Record: ...
 
+    def image(self, index: int) -> Tensor:
+        """(3, H, W) uint8: the record's image alone, which is all that evaluation reads."""
+        ...
+
     def image_size(self, index: int) -> tuple[int, int]:
         """(height, width), without decoding the image."""
         ...
@@ -254,6 +252,7 @@ class MicroBatch:
     images: list[Tensor]
     """(3, h, w) uint8, of similar size."""
     targets: list[Target]
+    """None for pre-training."""
     image_ids: list[int | str]
     number: int
     """Position within the global step: 0..accumulate-1, counted over all processes."""
@@ -267,17 +266,49 @@ class EvalBatch:
     """Positions in the data set."""
     images: list[Tensor]
     """(3, h, w) uint8 after the test transform."""
-    original_sizes: list[Size]
+    original_sizes: list[tuple[int, int]]
     """(height, width) of the stored images."""
 
 
-class TrainLoader:
-    """Endless training data, addressed by step.
+class StepLoader:
+    """Endless micro-batches, addressed by step: nothing has to be remembered to resume.
 
-    batch_size: images of a micro-batch; accumulate: micro-batches of a step, over all processes;
-    rank r of `world` processes gets the micro-batches r, r + world, ... of every step.
-    workers: loader processes; 0 loads in this one.
+    plan: `micro_batches(step)` lists the `accumulate` micro-batches of a step, over all processes;
+    rank r of `world` processes gets r, r + world, ... of every step. load: (number, items) ->
+    MicroBatch, picklable. workers: loader processes; 0 loads in this one.
     """
+
+    def __init__(
+        self,
+        plan: Any,
+        load: Callable[[tuple[int, list[Item]]], "MicroBatch"],
+        rank: int,
+        world: int,
+        workers: int,
+    ) -> None:
+        if plan.accumulate % world:
+            raise ValueError(
+                f"accumulate={plan.accumulate} micro-batches cannot be shared by {world} "
+                f"processes; make training.accumulate a multiple of {world} (and batch_size "
+                "smaller in turn)"
+            )
+        self.plan, self.load = plan, load
+        self.rank, self.world, self.workers = rank, world, workers
+
+    def batches(self, start_step: int, stop_step: int) -> Iterator[list[MicroBatch]]:
+        """For each step in [start_step, stop_step): this process's micro-batches, in order."""
+        loaded = stream(self._keys(start_step, stop_step), self.load, self.workers)
+        for _ in range(start_step, stop_step):
+            yield [next(loaded) for _ in range(self.plan.accumulate // self.world)]
+
+    def _keys(self, start_step: int, stop_step: int) -> Iterator[tuple[int, list[Item]]]:
+        for step in range(start_step, stop_step):
+            batches = list(enumerate(self.plan.micro_batches(step)))
+            yield from batches[self.rank :: self.world]
+
+
+class TrainLoader(StepLoader):
+    """Augmented images and their objects, of similar size within a micro-batch."""
 
     def __init__(
         self,
@@ -290,30 +321,30 @@ class TrainLoader:
         world: int = 1,
         workers: int = 0,
     ) -> None:
-        if accumulate % world:
-            raise ValueError(
-                f"accumulate={accumulate} micro-batches cannot be shared by {world} processes; "
-                f"make training.accumulate a multiple of {world} (and batch_size smaller in turn)"
-            )
-        self.plan = Plan(dataset, cfg, batch_size, accumulate, seed)
-        self.rank, self.world, self.workers = rank, world, workers
-        self._load = _TrainTask(dataset, cfg, seed)
+        plan = Plan(dataset, cfg, batch_size, accumulate, seed)
+        super().__init__(plan, partial(_train_batch, dataset, cfg, seed), rank, world, workers)
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps that read the data set once, rounded to a whole number, at least 1."""
         return max(1, round(self.plan.length / self.plan.step_images))
 
-    def batches(self, start_step: int, stop_step: int) -> Iterator[list[MicroBatch]]:
-        """For each step in [start_step, stop_step): this process's micro-batches, in order."""
-        loaded = stream(self._keys(start_step, stop_step), self._load, self.workers)
-        for _ in range(start_step, stop_step):
-            yield [next(loaded) for _ in range(self.plan.accumulate // self.world)]
 
-    def _keys(self, start_step: int, stop_step: int) -> Iterator[tuple[int, list[Item]]]:
-        for step in range(start_step, stop_step):
-            batches = list(enumerate(self.plan.micro_batches(step)))
-            yield from batches[self.rank :: self.world]
+def _train_batch(
+    dataset: Dataset, cfg: DataConfig, seed: int, key: tuple[int, list[Item]]
+) -> MicroBatch:
+    number, items = key
+    batch = MicroBatch([], [], [], number)
+    for item in items:
+        record = dataset[item.image]
+        rng = rng_for("geometry", seed, *item)
+        height, width = record.image.shape[1:]
+        geometry = draw_geometry(cfg, height, width, rng, train=True)
+        image, target = apply(geometry, record)
+        batch.images.append(image)
+        batch.targets.append(target)
+        batch.image_ids.append(record.image_id)
+    return batch
 
 
 class EvalLoader:
@@ -335,7 +366,7 @@ class EvalLoader:
     ) -> None:
         self.order = eval_order(dataset, resize, batch_size)[rank::world]
         self.workers = workers
-        self._load = _EvalTask(dataset, resize)
+        self._load = partial(_eval_batch, dataset, resize)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -346,7 +377,7 @@ class EvalLoader:
 
 def eval_order(dataset: Dataset, resize: Resize, batch_size: int) -> list[list[int]]:
     """Indices in groups of at most batch_size whose test transforms pad to one size."""
-    groups: dict[Size, list[int]] = {}
+    groups: dict[tuple[int, int], list[int]] = {}
     for index in range(len(dataset)):
         size = resize.size(*dataset.image_size(index))
         groups.setdefault(padded_size(*size), []).append(index)
@@ -358,36 +389,10 @@ def eval_order(dataset: Dataset, resize: Resize, batch_size: int) -> list[list[i
     ]
 
 
-class _TrainTask:
-    """(number, items) -> MicroBatch; picklable, so that a worker started afresh can run it."""
-
-    def __init__(self, dataset: Dataset, cfg: DataConfig, seed: int) -> None:
-        self.dataset, self.cfg, self.seed = dataset, cfg, seed
-
-    def __call__(self, key: tuple[int, list[Item]]) -> MicroBatch:
-        number, items = key
-        batch = MicroBatch([], [], [], number)
-        for item in items:
-            record = self.dataset[item.image]
-            rng = rng_for("geometry", self.seed, *item)
-            height, width = record.image.shape[1:]
-            image, target = apply(draw_geometry(self.cfg, height, width, rng, train=True), record)
-            batch.images.append(image)
-            batch.targets.append(target)
-            batch.image_ids.append(record.image_id)
-        return batch
-
-
-class _EvalTask:
-    """Indices -> EvalBatch."""
-
-    def __init__(self, dataset: Dataset, resize: Resize) -> None:
-        self.dataset, self.resize = dataset, resize
-
-    def __call__(self, indices: list[int]) -> EvalBatch:
-        batch = EvalBatch(indices, [], [])
-        for index in indices:
-            image = self.dataset[index].image
-            batch.images.append(self.resize(image))
-            batch.original_sizes.append((image.shape[1], image.shape[2]))
-        return batch
+def _eval_batch(dataset: Dataset, resize: Resize, indices: list[int]) -> EvalBatch:
+    batch = EvalBatch(indices, [], [])
+    for index in indices:
+        image = dataset.image(index)
+        batch.images.append(resize(image))
+        batch.original_sizes.append((image.shape[1], image.shape[2]))
+    return batch

@@ -2,28 +2,27 @@
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mimdet.config import PicturesConfig
 from mimdet.data.augment import Geometry, rng_for, transform_image
-from mimdet.data.loader import stream
+from mimdet.data.loader import Item, MicroBatch, Order, StepLoader
 from mimdet.data.shapes import ShapesCOCO
-from mimdet.images import image_size, pil_to_rgb, read_image, resize_image
+from mimdet.images import pil_to_rgb, read_image, resize_image
 
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 TRIES = 10
 """Draws of a crop before the whole image is taken."""
 
 
-class Pictures(Protocol):
-    """Anything with these four will do."""
+class Images(Protocol):
+    """Anything with these four will do, so any `mimdet.data.loader.Dataset` too."""
 
     @property
     def version(self) -> str:
@@ -32,144 +31,108 @@ class Pictures(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Tensor:
+    def image(self, index: int) -> Tensor:
         """(3, h, w) uint8 RGB."""
         ...
 
-    def name(self, index: int) -> str:
+    def image_id(self, index: int) -> int | str:
         """What to call an image in messages."""
         ...
 
 
-class FolderPictures:
-    """All image files under a folder and its subfolders, in the order of their names."""
+class FolderImages:
+    """Image files: all, or a part, of those under a folder and its subfolders."""
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise ValueError(f"data.folder={str(folder)!r} is not a folder")
-        self.files = sorted(
-            path for path in self.folder.rglob("*") if path.suffix.lower() in IMAGE_FILES
-        )
-        if not self.files:
-            raise ValueError(f"data.folder={str(folder)!r} holds no image files {IMAGE_FILES}")
-        names = "\n".join(str(path.relative_to(self.folder)) for path in self.files)
-        digest = hashlib.sha256(names.encode()).hexdigest()[:16]
-        self.version = f"{self.folder.name}: {len(self.files)} files, names sha256:{digest}"
+    def __init__(self, files: Sequence[Path], version: str) -> None:
+        self.files, self.version = files, version
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def image(self, index: int) -> Tensor:
         return read_image(self.files[index])
 
-    def name(self, index: int) -> str:
+    def image_id(self, index: int) -> str:
         return str(self.files[index])
 
-    def image_size(self, index: int) -> tuple[int, int]:
-        return image_size(self.files[index])
 
+class HubImages:
+    """The image column of a Hugging Face table, or of a part of its rows."""
 
-class HubPictures:
-    """The image column of a Hugging Face table."""
-
-    def __init__(self, name: str, split: str, column: str) -> None:
-        from datasets import load_dataset
-
-        self.table = load_dataset(name, split=split)
-        if column not in self.table.column_names:
-            raise ValueError(
-                f"{name} has no column data.hub_column={column!r}; it has {self.table.column_names}"
-            )
-        self.column = column
-        self.version = f"{name} {split} {self.table._fingerprint}"
+    def __init__(self, table: Any, column: str, version: str) -> None:
+        self.table, self.column, self.version = table, column, version
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def image(self, index: int) -> Tensor:
         return pil_to_rgb(self.table[index][self.column])
 
-    def name(self, index: int) -> str:
+    def image_id(self, index: int) -> str:
         return f"row {index}"
 
 
-class ShapesPictures:
-    """ShapesCOCO scenes without their annotations."""
-
-    def __init__(self, scenes: ShapesCOCO) -> None:
-        self.scenes = scenes
-        self.version = scenes.version
-
-    def __len__(self) -> int:
-        return len(self.scenes)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.from_numpy(self.scenes.scene(index).image).permute(2, 0, 1)
-
-    def name(self, index: int) -> str:
-        return f"scene {index}"
-
-
-class Part:
-    """Some of the pictures, by their indices."""
-
-    def __init__(self, pictures: Pictures, indices: Sequence[int]) -> None:
-        self.pictures, self.indices = pictures, indices
-        self.version = pictures.version
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.pictures[self.indices[index]]
-
-    def name(self, index: int) -> str:
-        return self.pictures.name(self.indices[index])
-
-
-def build_pictures(cfg: PicturesConfig, seed: int) -> tuple[Pictures, Pictures]:
+def build_images(cfg: PicturesConfig, seed: int) -> tuple[Images, Images]:
     """(training images, held-out images). Raises ValueError naming the field that is wrong."""
     if cfg.source == "shapes":
         level, size = cfg.shapes_level, cfg.shapes_size
-        train = ShapesCOCO(level, size, cfg.shapes_train, "train", seed)
-        return ShapesPictures(train), ShapesPictures(ShapesCOCO(level, size, cfg.held_out, "val"))
-    pictures: Pictures
+        scenes = ShapesCOCO(level, size, cfg.shapes_train, "train", seed)
+        return scenes, ShapesCOCO(level, size, cfg.held_out, "val")
     if cfg.source == "folder":
-        pictures = FolderPictures(cfg.folder)
-    elif cfg.source == "hub":
-        pictures = HubPictures(cfg.hub_name, cfg.hub_split, cfg.hub_column)
-    else:
-        raise ValueError(f"data.source={cfg.source!r}: use 'folder', 'hub' or 'shapes'")
-    count = len(pictures) - cfg.held_out
-    if count < 1:
-        raise ValueError(
-            f"data.held_out={cfg.held_out} leaves no image of {len(pictures)} to train on"
-        )
-    return Part(pictures, range(count)), Part(pictures, range(count, len(pictures)))
+        folder = Path(cfg.folder)
+        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_FILES)
+        if not files:
+            raise ValueError(
+                f"data.folder={cfg.folder!r} is no folder with image files {sorted(IMAGE_FILES)}"
+            )
+        count = _training_part(len(files), cfg)
+        names = "\n".join(path.relative_to(folder).as_posix() for path in files)
+        digest = hashlib.sha256(names.encode()).hexdigest()[:16]
+        version = f"{folder.name}: {len(files)} files, names sha256:{digest}"
+        return FolderImages(files[:count], version), FolderImages(files[count:], version)
+    if cfg.source == "hub":
+        from datasets import load_dataset
+
+        table = load_dataset(cfg.hub_name, split=cfg.hub_split)
+        if cfg.hub_column not in table.column_names:
+            raise ValueError(
+                f"{cfg.hub_name} has no column data.hub_column={cfg.hub_column!r}; it has "
+                f"{table.column_names}"
+            )
+        count = _training_part(len(table), cfg)
+        version = f"{cfg.hub_name} {cfg.hub_split} {table._fingerprint}"
+        parts = (table.select(range(count)), table.select(range(count, len(table))))
+        train, held_out = (HubImages(part, cfg.hub_column, version) for part in parts)
+        return train, held_out
+    raise ValueError(f"data.source={cfg.source!r}: use 'folder', 'hub' or 'shapes'")
 
 
-@dataclass(slots=True)
-class PictureBatch:
-    """What one process holds at a time."""
-
-    images: list[Tensor]
-    """(3, side, side) uint8."""
-    image_ids: list[int | str]
-    number: int
-    """Position within the global step: 0..accumulate-1, counted over all processes."""
+def _training_part(count: int, cfg: PicturesConfig) -> int:
+    """How many of the images are trained on: the last are held out."""
+    if count <= cfg.held_out:
+        raise ValueError(f"data.held_out={cfg.held_out} leaves no image of {count} to train on")
+    return count - cfg.held_out
 
 
-class PictureLoader:
-    """Endless batches, addressed by step, of random square crops that are mirrored half the time.
+class ImagePlan:
+    """Which images form which micro-batch: as they come, for all crops are of one size."""
 
-    The same contract as `mimdet.data.loader.TrainLoader`: rank r of `world` gets the micro-batches
-    r, r + world, ... of every step, and nothing has to be remembered to resume.
-    """
+    def __init__(self, length: int, batch_size: int, accumulate: int, seed: int) -> None:
+        self.length, self.batch_size, self.accumulate = length, batch_size, accumulate
+        self._order = Order(length, seed)
+
+    def micro_batches(self, step: int) -> list[list[Item]]:
+        first = step * self.accumulate * self.batch_size
+        starts = range(first, first + self.accumulate * self.batch_size, self.batch_size)
+        return [[self._order[start + i] for i in range(self.batch_size)] for start in starts]
+
+
+class ImageLoader(StepLoader):
+    """Random square crops that are mirrored half the time."""
 
     def __init__(
         self,
-        pictures: Pictures,
+        images: Images,
         cfg: PicturesConfig,
         side: int,
         batch_size: int,
@@ -178,56 +141,24 @@ class PictureLoader:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        if accumulate % world:
-            raise ValueError(
-                f"accumulate={accumulate} micro-batches cannot be shared by {world} processes; "
-                f"make training.accumulate a multiple of {world}"
-            )
-        self.length, self.seed, self.workers = len(pictures), seed, cfg.workers
-        self.batch_size, self.accumulate = batch_size, accumulate
-        self.rank, self.world = rank, world
-        self._task = _CropTask(pictures, cfg, side, seed)
-        self._orders: dict[int, np.ndarray[Any, Any]] = {}
-
-    def batches(self, start_step: int, stop_step: int) -> Iterator[list[PictureBatch]]:
-        """For each step in [start_step, stop_step): this process's micro-batches, in order."""
-        loaded = stream(self._keys(start_step, stop_step), self._task, self.workers)
-        for _ in range(start_step, stop_step):
-            yield [next(loaded) for _ in range(self.accumulate // self.world)]
-
-    def _keys(self, start_step: int, stop_step: int) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-        for step in range(start_step, stop_step):
-            for number in range(self.rank, self.accumulate, self.world):
-                first = (step * self.accumulate + number) * self.batch_size
-                yield number, [self._item(first + i) for i in range(self.batch_size)]
-
-    def _item(self, position: int) -> tuple[int, int]:
-        """(epoch, image) of a position in the endless sequence of epochs."""
-        epoch, place = divmod(position, self.length)
-        if epoch not in self._orders:
-            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = rng_for("order", self.seed, epoch).permutation(self.length)
-        return epoch, int(self._orders[epoch][place])
+        plan = ImagePlan(len(images), batch_size, accumulate, seed)
+        load = partial(_crop_batch, images, cfg, side, seed)
+        super().__init__(plan, load, rank, world, cfg.workers)
 
 
-class _CropTask:
-    """(number, items) -> PictureBatch; picklable."""
-
-    def __init__(self, pictures: Pictures, cfg: PicturesConfig, side: int, seed: int) -> None:
-        self.pictures, self.cfg, self.side, self.seed = pictures, cfg, side, seed
-
-    def __call__(self, key: tuple[int, list[tuple[int, int]]]) -> PictureBatch:
-        number, items = key
-        batch = PictureBatch([], [], number)
-        for epoch, index in items:
-            image = self.pictures[index]
-            rng = rng_for("geometry", self.seed, epoch, index)
-            crop = draw_crop(self.cfg, image.shape[1], image.shape[2], rng)
-            flip = bool(rng.random() < 0.5)
-            geometry = Geometry(crop, (self.side, self.side), flip_h=flip)
-            batch.images.append(transform_image(geometry, image))
-            batch.image_ids.append(self.pictures.name(index))
-        return batch
+def _crop_batch(
+    images: Images, cfg: PicturesConfig, side: int, seed: int, key: tuple[int, list[Item]]
+) -> MicroBatch:
+    number, items = key
+    batch = MicroBatch([], [], [], number)
+    for item in items:
+        image = images.image(item.image)
+        rng = rng_for("geometry", seed, *item)
+        crop = draw_crop(cfg, image.shape[1], image.shape[2], rng)
+        geometry = Geometry(crop, (side, side), flip_h=bool(rng.random() < 0.5))
+        batch.images.append(transform_image(geometry, image))
+        batch.image_ids.append(images.image_id(item.image))
+    return batch
 
 
 def draw_crop(
@@ -252,11 +183,11 @@ def centre_square(height: int, width: int) -> tuple[int, int, int, int]:
     return x, y, x + side, y + side
 
 
-def held_out_images(pictures: Pictures, side: int) -> list[Tensor]:
-    """The middle square of every picture, (3, side, side) uint8."""
-    images = []
-    for index in range(len(pictures)):
-        image = pictures[index]
+def held_out_images(images: Images, side: int) -> list[Tensor]:
+    """The middle square of every image, (3, side, side) uint8."""
+    squares = []
+    for index in range(len(images)):
+        image = images.image(index)
         x1, y1, x2, y2 = centre_square(image.shape[1], image.shape[2])
-        images.append(resize_image(image[:, y1:y2, x1:x2], (side, side)))
-    return images
+        squares.append(resize_image(image[:, y1:y2, x1:x2], (side, side)))
+    return squares

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mimdet.data.rasters import crops_from_bitmaps, extent
 from mimdet.data.scenes import LEVELS, REVISION, Level, Scene, draw_scene
@@ -83,8 +84,10 @@ class ShapesCOCO:
             torch.from_numpy(scene.labels),
             crops_from_bitmaps(scene.masks, boxes),
         )
-        image = torch.from_numpy(np.ascontiguousarray(scene.image.transpose(2, 0, 1)))
-        return Record(image, target, self.image_id(index))
+        return Record(_planes(scene), target, self.image_id(index))
+
+    def image(self, index: int) -> Tensor:
+        return _planes(self.scene(index))
 
     def scene(self, index: int) -> Scene:
         """Everything that is known of a scene. Raises IndexError outside 0..length-1."""
@@ -158,6 +161,11 @@ def export(dataset: ShapesCOCO, folder: str | Path) -> None:
     finally:
         shutil.rmtree(beside, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _planes(scene: Scene) -> Tensor:
+    """(3, H, W) uint8."""
+    return torch.from_numpy(np.ascontiguousarray(scene.image.transpose(2, 0, 1)))
 
 
 def _annotations(scene: Scene, image_id: int) -> list[dict[str, Any]]:

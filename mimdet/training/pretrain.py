@@ -10,13 +10,8 @@ from torch import Tensor
 
 from mimdet import processes
 from mimdet.config import MAEConfig, PretrainConfig
-from mimdet.data.pictures import (
-    PictureBatch,
-    PictureLoader,
-    Pictures,
-    build_pictures,
-    held_out_images,
-)
+from mimdet.data.loader import MicroBatch
+from mimdet.data.pictures import ImageLoader, Images, build_images, held_out_images
 from mimdet.files import write_file
 from mimdet.inference import autocast, generator_for
 from mimdet.models.mae import MAE
@@ -52,9 +47,9 @@ def pretrain(cfg: PretrainConfig, run: str | Path) -> Iterator[Step]:
     holds a picture of reconstructions of held-out images for every evaluation.
     """
     set_up(cfg.training)
-    pictures, held_out = build_pictures(cfg.data, cfg.training.seed)
+    images, held_out = build_images(cfg.data, cfg.training.seed)
     record = processes.in_turn(lambda: Run(run, cfg))
-    yield from PreTrainer(cfg, record, pictures, held_out).steps()
+    yield from PreTrainer(cfg, record, images, held_out).steps()
 
 
 class PreTrainer(Trainer):
@@ -64,18 +59,18 @@ class PreTrainer(Trainer):
     model: MAE
 
     def __init__(
-        self, cfg: PretrainConfig, run: Run, pictures: Pictures, held_out: Pictures
+        self, cfg: PretrainConfig, run: Run, images: Images, held_out: Images
     ) -> None:
         t, side = cfg.training, cfg.mae.image_size
         rank, world = processes.rank(), processes.world()
-        loader = PictureLoader(
-            pictures, cfg.data, side, t.batch_size, t.accumulate, t.seed, rank, world
+        loader = ImageLoader(
+            images, cfg.data, side, t.batch_size, t.accumulate, t.seed, rank, world
         )
-        schedule, data = Schedule(t, len(pictures)), pictures.version
+        schedule, data = Schedule(t, len(images)), images.version
         super().__init__(cfg, run, build_mae(cfg.mae), loader, schedule, data, data)
         self.held_out_images = held_out_images(held_out, side)
 
-    def losses(self, batch: PictureBatch) -> dict[str, Tensor]:
+    def losses(self, batch: MicroBatch) -> dict[str, Tensor]:
         images = pad_and_normalise(batch.images, self.device).tensors.to(dtype_of(self.model))
         return {"loss_mae": self.model(images, self.cfg.mae.sample_ratio).loss}
 

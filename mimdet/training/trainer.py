@@ -45,7 +45,7 @@ class Step:
 
 
 class Loader(Protocol):
-    """`TrainLoader` and `PictureLoader`: micro-batches addressed by step."""
+    """`TrainLoader` and `ImageLoader`: micro-batches addressed by step."""
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[list[Any]]:
         """This process's micro-batches of each step, with `images`, `image_ids` and `number`."""

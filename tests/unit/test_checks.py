@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from mimdet.data.checks import KINDS, Report, check_dataset, decode_counts
+from mimdet.data.checks import KINDS, Report, check_dataset
 
 WIDTH, HEIGHT, IMAGES = 64, 48, 6
 
@@ -50,7 +50,9 @@ def rle_of(box: list[int], compressed: bool) -> dict[str, Any]:
     x, y, w, h = box
     mask[y : y + h, x : x + w] = 1
     text = coco_mask.encode(mask)["counts"].decode()
-    return {"size": [HEIGHT, WIDTH], "counts": text if compressed else decode_counts(text)}
+    plain = [HEIGHT * x + y, *([h, HEIGHT - h] * w)]
+    plain[-1] = HEIGHT * WIDTH - sum(plain[:-1])
+    return {"size": [HEIGHT, WIDTH], "counts": text if compressed else plain}
 
 
 def check(content: Any, folder: Path, **options: Any) -> Report:
@@ -100,45 +102,60 @@ I3 = "images[2], image 13 'scene2.png'"
 
 fault("not-coco", "set.json")(lambda data, folder: data["annotations"])
 fault("not-coco", "set.json", name="a-number")(lambda data, folder: 3)
-fault("missing-section", "set.json", also=("mostly-empty-images", "category-unused"))(
+fault("not-coco", "set.json", name="no-annotations")(
     lambda data, folder: data.pop("annotations") and None
 )
-fault("empty-section", "set.json")(lambda data, folder: data | {"categories": []})
-fault("bad-entry", "annotations[12]")(lambda data, folder: data["annotations"].append("text"))
-fault("bad-entry", "images[6]", name="image")(lambda data, folder: data["images"].append([1]))
-fault("bad-entry", "categories[2]", name="category")(
-    lambda data, folder: data["categories"].append(None)
+fault("empty-section", "set.json", also=("unknown-category",))(
+    lambda data, folder: data | {"categories": []}
 )
-for missing in ("image_id", "category_id", "bbox"):
-    fault("missing-key", "annotations[4], annotation 105", name=missing)(
-        drop_field("annotations", 4, missing)
+for section, junk in {"annotations": "text", "images": [1], "categories": None}.items():
+    count = {"annotations": 12, "images": IMAGES, "categories": 2}[section]
+    fault("bad-field", f"{section}[{count}]", name=f"{section}-entry")(
+        lambda data, folder, section=section, junk=junk: data[section].append(junk)
     )
-fault("missing-key", "annotations[4], image 13 'scene2.png'", name="id")(
+for key in ("image_id", "category_id", "bbox"):
+    fault("bad-field", "annotations[4], annotation 105", name=f"no-{key}")(
+        drop_field("annotations", 4, key)
+    )
+for key, value in {
+    "category_id": "1",
+    "iscrowd": "no",
+    "area": "320",
+    "image_id": [13],
+    "id": 105.5,
+}.items():
+    fault("bad-field", "annotations[4]", name=key)(set_field("annotations", 4, **{key: value}))
+fault("bad-field", "annotations[4]", name="category-1.7")(
+    set_field("annotations", 4, category_id=1.7)
+)
+fault("annotation-id", "annotations[4], image 13 'scene2.png'", name="none")(
     drop_field("annotations", 4, "id")
 )
-fault("missing-key", I3, name="width")(drop_field("images", 2, "width"))
-fault("bad-id", A3, name="category")(set_field("annotations", 4, category_id="1"))
-fault("bad-id", "annotations[4], annotation 105", name="image")(
-    set_field("annotations", 4, image_id=[13])
-)
-fault("bad-id", "annotations[4], image 13 'scene2.png'", name="float")(
-    set_field("annotations", 4, id=105.5)
-)
-fault("bad-id", "categories[1]", also=("unknown-category",), name="of-category")(
-    set_field("categories", 1, id=True)
-)
+for key in ("width", "file_name"):
+    fault("bad-field", "images[2], image 13", name=f"image-without-{key}")(
+        drop_field("images", 2, key)
+    )
+for name, field in {
+    "width": {"width": "64"},
+    "height": {"height": 0},
+    "file-name": {"file_name": ["scene2.png"]},
+}.items():
+    fault("bad-field", "images[2], image 13", name=name)(set_field("images", 2, **field))
+for key, value in {"id": True, "name": 7}.items():
+    fault("bad-field", "categories[1]", also=("unknown-category",) * (key == "id"), name=key)(
+        set_field("categories", 1, **{key: value})
+    )
 fault("duplicate-image-id", "images[2], image 12 'scene2.png'", also=("unknown-image",))(
     set_field("images", 2, id=12)
 )
 fault("duplicate-annotation-id", "annotations[4], annotation 101")(
     set_field("annotations", 4, id=101)
 )
-fault("annotation-id-zero", "annotations[4], annotation 0")(set_field("annotations", 4, id=0))
+fault("annotation-id", "annotations[4], annotation 0")(set_field("annotations", 4, id=0))
 fault("duplicate-category-id", "categories[2]")(
     lambda data, folder: data["categories"].append({"id": 3, "name": "spot"})
 )
-fault("duplicate-category-name", "categories[1]")(set_field("categories", 1, name="cell"))
-fault("bad-category-name", "categories[1]")(set_field("categories", 1, name=7))
+fault("duplicate-category-name", "set.json")(set_field("categories", 1, name="cell"))
 fault("unknown-image", "annotations[4], annotation 105, image 99")(
     set_field("annotations", 4, image_id=99)
 )
@@ -150,7 +167,6 @@ fault("category-unused", "set.json")(
     lambda data, folder: data["categories"].append({"id": 4, "name": "spot"})
 )
 
-fault("bad-file-name", "images[2], image 13")(set_field("images", 2, file_name=["scene2.png"]))
 fault("duplicate-file-name", "images[3], image 14 'scene2.png'")(
     set_field("images", 3, file_name="scene2.png")
 )
@@ -163,10 +179,8 @@ fault("image-missing", "images[2], image 13", name="nul")(
 fault("image-missing", "images[2], image 13", name="long")(
     set_field("images", 2, file_name="a" * 5000)
 )
-fault("bad-image-size", I3)(set_field("images", 2, width="64"))
-fault("bad-image-size", I3, name="zero")(set_field("images", 2, height=0))
 fault("image-size-wrong", I3)(set_field("images", 2, width=WIDTH + 1))
-fault("image-size-swapped", I3)(set_field("images", 2, width=HEIGHT, height=WIDTH))
+fault("image-size-wrong", I3, name="swapped")(set_field("images", 2, width=HEIGHT, height=WIDTH))
 
 
 @fault("file-name-leaves-folder", "images[2], image 13")
@@ -222,7 +236,9 @@ for label, box in {
     "huge": [1, 2, 10**400, 4],
     "none": None,
 }.items():
-    fault("bad-box", A3, name=label)(set_field("annotations", 4, bbox=box))
+    fault("bad-field", "annotations[4], annotation 105", name=f"box-{label}")(
+        set_field("annotations", 4, bbox=box)
+    )
 fault("empty-box", A3, name="zero")(set_field("annotations", 4, bbox=[6, 6, 0, 16]))
 fault("empty-box", A3, name="negative")(set_field("annotations", 4, bbox=[26, 6, -20, 16]))
 fault("box-outside", A3, also=("segmentation-box-mismatch",))(
@@ -237,12 +253,11 @@ fault("duplicate-annotation", "annotations[12], annotation 113, image 13 'scene2
     lambda data, folder: data["annotations"].append(data["annotations"][4] | {"id": 113})
 )
 fault("area-missing", A3)(drop_field("annotations", 4, "area"))
-fault("bad-area", A3)(set_field("annotations", 4, area="320"))
+fault("bad-area", A3)(set_field("annotations", 4, area=0))
 fault("area-mismatch", A3)(set_field("annotations", 4, area=3200))
 fault("area-mismatch", "annotations[3], annotation 104", name="runs")(
     set_field("annotations", 3, area=1)
 )
-fault("bad-iscrowd", A3)(set_field("annotations", 4, iscrowd="no"))
 fault("iscrowd-missing", A3)(drop_field("annotations", 4, "iscrowd"))
 
 
@@ -272,8 +287,10 @@ for label, segmentation in {
     fault("bad-segmentation", A3, name=label)(
         set_field("annotations", 4, segmentation=segmentation)
     )
-fault("polygon-too-short", A3)(set_field("annotations", 4, segmentation=[[6, 6, 26, 22]]))
-fault("polygon-odd-length", A3)(
+fault("polygon-too-short", A3)(
+    set_field("annotations", 4, segmentation=[[6, 6, 26, 22]])
+)
+fault("bad-segmentation", A3, name="odd-length")(
     set_field("annotations", 4, segmentation=[[6, 6, 26, 6, 26, 22, 6]])
 )
 fault("segmentation-empty", A3)(set_field("annotations", 4, segmentation=[[6, 6, 26, 6, 6, 6]]))
@@ -283,7 +300,7 @@ fault("segmentation-empty", A3, name="runs")(
 fault("segmentation-box-mismatch", A3)(
     set_field("annotations", 4, segmentation=[[36, 6, 56, 6, 56, 22, 36, 22]])
 )
-fault("rle-size-wrong", A3)(
+fault("bad-segmentation", A3, name="size")(
     set_field("annotations", 4, segmentation={"size": [WIDTH, HEIGHT], "counts": [0, 3072]})
 )
 for label, counts in {
@@ -294,12 +311,25 @@ for label, counts in {
     "float": [0.5, 3071.5],
     "none": None,
 }.items():
-    fault("rle-undecodable", A3, name=label)(
+    fault("bad-segmentation", A3, name=f"runs-{label}")(
         set_field("annotations", 4, segmentation={"size": [HEIGHT, WIDTH], "counts": counts})
     )
-fault("rle-counts-wrong", A3)(
+fault("bad-segmentation", A3, name="too-few-runs")(
     set_field("annotations", 4, segmentation={"size": [HEIGHT, WIDTH], "counts": [100, 50, 100]})
 )
+fault("bad-segmentation", "annotations[3], annotation 104", name="cut-off")(
+    lambda data, folder: data["annotations"][3]["segmentation"].update(
+        counts=data["annotations"][3]["segmentation"]["counts"][:-3]
+    )
+)
+
+
+@fault("mostly-crowds", "set.json")
+def _(data: dict[str, Any], folder: Path) -> None:
+    for annotation in data["annotations"]:
+        annotation |= {"iscrowd": 1, "segmentation": rle_of(annotation["bbox"], True)}
+
+
 fault("crowd-with-polygon", A3)(set_field("annotations", 4, iscrowd=1))
 
 
@@ -313,8 +343,7 @@ def test_planted_fault_is_found_and_named(planted: Fault, tmp_path: Path) -> Non
     found = groups[planted.kind]
     assert len(found) == len(planted.places)
     for problem, place in zip(found, planted.places, strict=True):
-        assert problem.where.startswith("set.json")
-        assert place in problem.where
+        assert place in f"{problem.file} {problem.where}"
     severities = {KINDS[kind].severity for kind in groups}
     assert report.ok == ("error" not in severities)
     assert f"{planted.kind} ({len(found)})" in report.table()

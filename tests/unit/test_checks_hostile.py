@@ -4,14 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from pycocotools import mask as coco_mask
 
-from mimdet.data.checks import check_dataset, decode_counts, segmentation_findings
+from mimdet.data.checks import check_dataset
 
 WIDTH, HEIGHT = 64, 48
 OBJECT = {"image_id": 1, "category_id": 1, "bbox": [4, 6, 20, 16], "area": 320, "iscrowd": 0}
@@ -45,7 +43,8 @@ SOUND = json.dumps(
 def test_not_json(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "set.json").write_bytes(content)
     report = check_dataset(tmp_path / "set.json", tmp_path)
-    assert [problem.kind for problem in report.problems] == ["json-unreadable"]
+    (problem,) = report.problems
+    assert problem.kind in ("json-unreadable", "not-coco")
     assert not report.ok
 
 
@@ -99,26 +98,6 @@ def test_real_boxes_stored_as_xyxy_are_noticed(
 # ---- properties ----------------------------------------------------------------------------------
 
 
-@given(st.integers(0, 2**32 - 1), st.floats(0.01, 0.99))
-def test_run_lengths_agree_with_pycocotools(seed: int, density: float) -> None:
-    rng = np.random.default_rng(seed)
-    height, width = (int(side) for side in rng.integers(1, 40, 2))
-    mask = np.asfortranarray((rng.random((height, width)) < density).astype(np.uint8))
-    mask[0, 0] = 1
-    runs = coco_mask.encode(mask)
-    text = runs["counts"].decode()
-    findings, shape = segmentation_findings(
-        {"size": [height, width], "counts": text}, (width, height)
-    )
-    assert findings == []
-    assert shape is not None
-    x, y, w, h = coco_mask.toBbox(runs)
-    assert shape.extent == (x, y, x + w, y + h)
-    assert shape.area == coco_mask.area(runs) == mask.sum()
-    again = coco_mask.frPyObjects({"size": [height, width], "counts": decode_counts(text)}, 1, 1)
-    assert again["counts"] == runs["counts"]
-
-
 NASTY: list[Any] = [
     *(None, True, 0, -1, 3, 10**18, 10**400, -(10**400), 0.5, 1e308, -1e308),
     *(float("nan"), float("inf"), "", "3", "\0", "\ud800", "\x1b[31m", "../../x", "a" * 300),
@@ -153,8 +132,8 @@ def survives(content: Any, folder: Path) -> None:
     (folder / "set.json").write_text(json.dumps(content))
     report = check_dataset(folder / "set.json", folder)
     report.table().encode("utf-8")  # what a terminal is given
-    json.loads(json.dumps(report.to_dict()))
-    assert report.ok == (not any(p.severity == "error" for p in report.problems))
+    content = json.loads(json.dumps(report.to_dict()))
+    assert report.ok == all(problem["severity"] == "warning" for problem in content["problems"])
 
 
 @settings(max_examples=150)

@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 
 from mimdet.analysis.metrics import coco_metrics
 from mimdet.config import DataConfig
-from mimdet.data import coco_file
+from mimdet.data import coco
 from mimdet.data.coco import CocoDataset, build_dataset
 from mimdet.data.coco_file import clipped_box
 
@@ -152,22 +152,34 @@ def test_boxes_only(tmp_path, content):
 
 FAULTS = {
     "some have none.*annotations 1": lambda c: c["annotations"][1].pop("segmentation"),
-    "no list 'images'": lambda c: c.pop("images"),
-    "no categories": lambda c: c.update(categories=[]),
-    "category ids.*each once": lambda c: c["categories"].append({"id": 5, "name": "x"}),
-    "annotation 0 has no 'bbox'": lambda c: c["annotations"][0].pop("bbox"),
-    "annotation 1.*four finite numbers": lambda c: c["annotations"][1].update(bbox=[1, 2, 3]),
-    "annotation 2: .*finite": lambda c: c["annotations"][2].update(bbox=[0, 0, float("nan"), 2]),
-    "annotation 0: could not convert": lambda c: c["annotations"][0].update(bbox=list("abcd")),
+    "missing required field `images`": lambda c: c.pop("images"),
+    "has no categories": lambda c: c.update(categories=[]),
+    r"categories.2.*also that of 'cat'": lambda c: c["categories"].append({"id": 5, "name": "x"}),
+    r"categories.0.: .*got `bool` - at `\$.id`": lambda c: c["categories"][0].update(id=True),
+    "annotation 0.*missing required field `bbox`": lambda c: c["annotations"][0].pop("bbox"),
+    "annotation 1.*`array` of length 4": lambda c: c["annotations"][1].update(bbox=[1, 2, 3]),
+    r"annotation 2.*got `str` - at `\$.bbox.2.`": lambda c: c["annotations"][2].update(
+        bbox=[0, 0, float("nan"), 2]
+    ),
+    r"annotation 0.*`float`, got `str` - at `\$.bbox": lambda c: c["annotations"][0].update(
+        bbox=list("abcd")
+    ),
+    r"annotation 0.*at `\$.iscrowd`": lambda c: c["annotations"][0].update(iscrowd="false"),
+    r"annotation 0.*got `float` - at `\$.category_id`": lambda c: c["annotations"][0].update(
+        category_id=1.7
+    ),
     "odd number of coordinates": lambda c: c["annotations"][0].update(segmentation=[[1, 2, 3]]),
     "runs cover 3 of 600": lambda c: set_runs(c, {"size": [20, 30], "counts": [1, 2]}),
-    r"for \[9, 9\] pixels": lambda c: set_runs(c, {"size": [9, 9], "counts": "abc"}),
-    "annotation 0 has category_id 77": lambda c: c["annotations"][0].update(category_id=77),
-    "belongs to image 'gone'": lambda c: c["annotations"][0].update(image_id="gone"),
-    "7 occurs twice": lambda c: c["images"][2].update(id=7),
-    "has no 'file_name'": lambda c: c["images"][0].pop("file_name"),
-    "height, width.*positive": lambda c: c["images"][0].update(height=0),
-    "neither a number nor a string": lambda c: c["images"][0].update(id=[1]),
+    "runs cover 44 of 600": lambda c: set_runs(c, {"size": [20, 30], "counts": "0X14"}),
+    "annotation 1.*malformed": lambda c: set_runs(c, {"size": [20, 30], "counts": "ooo"}),
+    r"for \(9, 9\) pixels": lambda c: set_runs(c, {"size": [9, 9], "counts": "abc"}),
+    r"for \(30, 20\).*height comes first": lambda c: set_runs(c, {"size": [30, 20], "counts": ""}),
+    "annotation 0.*category_id 77 is not": lambda c: c["annotations"][0].update(category_id=77),
+    "annotation 0.*image_id 'gone' is not": lambda c: c["annotations"][0].update(image_id="gone"),
+    r"id 7 is also that of images.1": lambda c: c["images"][2].update(id=7),
+    "missing required field `file_name`": lambda c: c["images"][0].pop("file_name"),
+    r"`int` >= 1 - at `\$.height`": lambda c: c["images"][0].update(height=0),
+    r"images.0., .*`int . str`, got `array` - at `\$.id`": lambda c: c["images"][0].update(id=[1]),
 }
 
 
@@ -192,7 +204,7 @@ def test_files_that_are_not_there_or_not_json(tmp_path, content):
         CocoDataset(tmp_path / "nothing.json", tmp_path)
     path, folder = write(tmp_path, content)
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(ValueError, match=r"instances.json is not a json file"):
+    with pytest.raises(ValueError, match=r"instances.json: it is not a json file"):
         CocoDataset(path, folder)
     path.write_text("[1, 2]")
     with pytest.raises(ValueError, match=r"not a COCO instances file"):
@@ -219,7 +231,7 @@ def test_the_table_is_built_once_and_anew_for_new_content(tmp_path, content, cac
     paths = write(tmp_path, content)
     first = CocoDataset(*paths)
     assert len(list(cache.iterdir())) == 1
-    monkeypatch.setattr(coco_file, "_parse", None)  # a second reading would fail
+    monkeypatch.setattr(coco, "CocoReader", None)  # a second reading would fail
     again = CocoDataset(*paths)
     assert torch.equal(again[0].target.boxes, first[0].target.boxes)
     monkeypatch.undo()
@@ -235,7 +247,7 @@ def test_an_interruption_leaves_no_partial_table(tmp_path, content, cache, monke
         raise KeyboardInterrupt
 
     paths = write(tmp_path, content)
-    monkeypatch.setattr(coco_file.os, "fsync", interrupted)
+    monkeypatch.setattr(coco.os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         CocoDataset(*paths)
     assert not list(cache.iterdir())

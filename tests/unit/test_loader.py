@@ -38,15 +38,18 @@ class Noise:
     def image_id(self, index: int) -> str:
         return str(index)
 
+    def image(self, index: int) -> torch.Tensor:
+        torch_rng = torch.Generator().manual_seed(index)
+        size = (3, *self.image_size(index))
+        return torch.randint(0, 256, size, generator=torch_rng, dtype=torch.uint8)
+
     def __getitem__(self, index: int) -> Record:
         torch_rng = torch.Generator().manual_seed(index)
-        height, width = self.image_size(index)
-        image = torch.randint(0, 256, (3, height, width), generator=torch_rng, dtype=torch.uint8)
         corner = torch.rand(index % 4, 2, generator=torch_rng) * 10
         boxes = torch.cat([corner, corner + 9], 1)
         crops = Crops(boxes, torch.ones(len(boxes), 112, 112, dtype=torch.uint8))
         labels = torch.zeros(len(boxes), dtype=torch.long)
-        return Record(image, Target(boxes, labels, crops), self.image_id(index))
+        return Record(self.image(index), Target(boxes, labels, crops), self.image_id(index))
 
     def ground_truth(self) -> dict:
         return {}

@@ -12,8 +12,8 @@ import mimdet
 from mimdet.config import PicturesConfig, PretrainConfig, save_config
 from mimdet.data.augment import rng_for
 from mimdet.data.pictures import (
-    PictureLoader,
-    build_pictures,
+    ImageLoader,
+    build_images,
     centre_square,
     draw_crop,
     held_out_images,
@@ -124,7 +124,7 @@ def test_float64(undisturbed, tmp_path) -> None:
 
 def test_held_out_loss_depends_on_the_weights_alone() -> None:
     cfg = small_mae()
-    _, held_out = build_pictures(cfg.data, 0)
+    _, held_out = build_images(cfg.data, 0)
     images = held_out_images(held_out, 64)
     model = build_mae(cfg.mae)
     results = [look(model, images, 0.25, torch.device("cpu"), size) for size in (2, 7)]
@@ -174,25 +174,25 @@ def folder(tmp_path):
 
 def test_a_folder_is_split_and_cropped(folder) -> None:
     cfg = PicturesConfig(source="folder", folder=str(folder), held_out=2, workers=0)
-    train, held_out = build_pictures(cfg, 0)
+    train, held_out = build_images(cfg, 0)
     assert (len(train), len(held_out)) == (3, 2)
-    assert {train.name(i) for i in range(3)}.isdisjoint(held_out.name(i) for i in range(2))
+    assert {train.image_id(i) for i in range(3)}.isdisjoint(held_out.image_id(i) for i in range(2))
     assert [tuple(x.shape) for x in held_out_images(held_out, 32)] == [(3, 32, 32)] * 2
-    loader = PictureLoader(train, cfg, 32, batch_size=2, accumulate=3, seed=0)
+    loader = ImageLoader(train, cfg, 32, batch_size=2, accumulate=3, seed=0)
     steps = list(loader.batches(0, 2))
     assert [len(step) for step in steps] == [3, 3]
     assert all(
         x.shape == (3, 32, 32) and x.dtype == torch.uint8 for b in steps[0] for x in b.images
     )
     first_epoch = [name for batch in steps[0] for name in batch.image_ids][:3]
-    assert sorted(first_epoch) == sorted(train.name(i) for i in range(3))
+    assert sorted(first_epoch) == sorted(train.image_id(i) for i in range(3))
 
 
 def test_processes_share_the_steps(folder) -> None:
     cfg = PicturesConfig(source="folder", folder=str(folder), held_out=1, workers=0)
-    train, _ = build_pictures(cfg, 0)
-    alone = PictureLoader(train, cfg, 16, 2, 4, seed=3)
-    shares = [PictureLoader(train, cfg, 16, 2, 4, 3, rank, 2) for rank in (0, 1)]
+    train, _ = build_images(cfg, 0)
+    alone = ImageLoader(train, cfg, 16, 2, 4, seed=3)
+    shares = [ImageLoader(train, cfg, 16, 2, 4, 3, rank, 2) for rank in (0, 1)]
     whole = next(iter(alone.batches(5, 6)))
     parts = [next(iter(share.batches(5, 6))) for share in shares]
     joined = sorted(parts[0] + parts[1], key=lambda batch: batch.number)
@@ -218,7 +218,7 @@ def test_crops_cover_the_shares_asked_for() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("folder", "/nowhere", "is not a folder"),
+        ("folder", "/nowhere", "no folder with image files"),
         ("held_out", 5, "leaves no image of 5"),
         ("source", "video", "use 'folder', 'hub' or 'shapes'"),
     ],
@@ -227,11 +227,11 @@ def test_bad_data_names_the_field(folder, field: str, value, message: str) -> No
     cfg = PicturesConfig(folder=str(folder))
     setattr(cfg, field, value)
     with pytest.raises(ValueError, match=message):
-        build_pictures(cfg, 0)
+        build_images(cfg, 0)
     empty = folder.parent / "empty"
     empty.mkdir()
-    with pytest.raises(ValueError, match="holds no image files"):
-        build_pictures(PicturesConfig(folder=str(empty)), 0)
+    with pytest.raises(ValueError, match="no folder with image files"):
+        build_images(PicturesConfig(folder=str(empty)), 0)
 
 
 def test_a_hub_table(tmp_path) -> None:
@@ -242,9 +242,9 @@ def test_a_hub_table(tmp_path) -> None:
     table = Dataset.from_list(rows).cast_column("image", ImageFeature())
     table.to_parquet(tmp_path / "train.parquet")
     cfg = PicturesConfig(source="hub", hub_name=str(tmp_path), held_out=1)
-    train, held_out = build_pictures(cfg, 0)
+    train, held_out = build_images(cfg, 0)
     assert (len(train), len(held_out)) == (3, 1)
-    assert train[2][0, 0, 0] == 2
+    assert train.image(2)[0, 0, 0] == 2
     cfg.hub_column = "picture"
     with pytest.raises(ValueError, match=r"no column data\.hub_column='picture'"):
-        build_pictures(cfg, 0)
+        build_images(cfg, 0)
