@@ -10,7 +10,7 @@ import os
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 from typing import Any, Literal, NamedTuple
@@ -28,27 +28,21 @@ from mimdet.data.coco_file import (
     mask_area,
 )
 
-Severity = Literal["error", "warning"]
-
 
 class Kind(NamedTuple):
     """One kind of fault: how bad it is and what to do about it."""
 
-    severity: Severity
+    severity: Literal["error", "warning"]
     remedy: str
 
 
 KINDS: dict[str, Kind] = {
     # The file and the layout of all boxes.
     "json-unreadable": Kind("error", "Check the path, or export or copy the file again."),
-    "not-coco": Kind(
-        "error", "Give an instances file: one object with lists images, annotations, categories."
-    ),
+    "not-coco": Kind("error", "Give an object with the lists images, annotations and categories."),
     "empty-section": Kind("error", "Check that the right file was exported, and to its end."),
     "folder-missing": Kind("error", "Check the path of the image folder."),
-    "boxes-look-xyxy": Kind(
-        "error", "COCO boxes are x, y, width, height: subtract x1, y1 from the last two numbers."
-    ),
+    "boxes-look-xyxy": Kind("error", "Write x, y, width, height: subtract x1, y1 from x2, y2."),
     "boxes-look-normalised": Kind(
         "error",
         "COCO boxes are in pixels: multiply x and width by the image's width, y and height by its "
@@ -64,25 +58,16 @@ KINDS: dict[str, Kind] = {
     "duplicate-annotation-id": Kind("error", "Number the annotations from 1."),
     "duplicate-category-id": Kind("error", "Number the categories and adapt category_id."),
     "duplicate-category-name": Kind("warning", "Merge the two, or tell them apart by name."),
-    "unknown-image": Kind(
-        "error", "Correct image_id, add the image to the list, or remove the annotation."
-    ),
-    "unknown-category": Kind(
-        "error", "Correct category_id, add the category to the list, or remove the annotation."
-    ),
+    "unknown-image": Kind("error", "Correct image_id, list the image or remove the annotation."),
+    "unknown-category": Kind("error", "Correct category_id, or list the category."),
     "annotation-id": Kind(
         "warning",
         "Number from 1: COCO's own evaluation needs ids, takes 0 for 'not matched' and counts that "
         "object as missed. mimdet numbers anew before it evaluates.",
     ),
-    "category-unused": Kind(
-        "warning",
-        "Nothing can be learned or measured for it: remove it, or look for lost annotations.",
-    ),
+    "category-unused": Kind("warning", "Nothing can be learned for it: are annotations lost?"),
     # Images.
-    "file-name-leaves-folder": Kind(
-        "warning", "Give it relative to the folder, so that the data set can be moved."
-    ),
+    "file-name-leaves-folder": Kind("warning", "Give it relative to the image folder."),
     "duplicate-file-name": Kind(
         "error", "Merge the entries: in each the objects of the other look like background."
     ),
@@ -104,37 +89,25 @@ KINDS: dict[str, Kind] = {
     ),
     "image-float": Kind("error", "Scale its floating point pixels to 0..255, save with 8 bits."),
     "duplicate-image-content": Kind("warning", "Keep one of the files, with all annotations."),
-    "mostly-empty-images": Kind(
-        "warning",
-        "They are trained on as pure background: check that none of their annotations is lost.",
-    ),
+    "mostly-empty-images": Kind("warning", "They count as pure background: is anything lost?"),
     # Boxes.
     "empty-box": Kind("error", "Redraw or remove it (mimdet leaves it out)."),
     "box-outside": Kind("error", "Check image_id and the units; redraw or remove it."),
     "box-exceeds-image": Kind("warning", "Cut it at the border (1 pixel is tolerated)."),
-    "duplicate-annotation": Kind(
-        "warning",
-        "Remove one: same image, class and box (a detector is then blamed for missing the other).",
-    ),
-    "area-missing": Kind(
-        "warning", "Add it: AP by object size (small, medium, large) is computed from this field."
-    ),
+    "duplicate-annotation": Kind("warning", "Remove one: image, class and box are the same."),
+    "area-missing": Kind("warning", "Add it: AP of small, medium and large objects reads it."),
     "bad-area": Kind("error", "Write the mask's area in pixels."),
     "area-mismatch": Kind(
         "warning", "Write the mask's area, not the box's; without masks, width x height of the box."
     ),
-    "iscrowd-missing": Kind(
-        "warning", "Add it: it counts as 0 here, COCO's own evaluation stops without it."
-    ),
+    "iscrowd-missing": Kind("warning", "Add it: 0 is meant here, COCO's own evaluation stops."),
     "mostly-crowds": Kind(
         "warning",
         "Regions of many objects are left out of training. Some tools mark every object stored as "
         "run lengths: set iscrowd to 0 for single objects.",
     ),
     # Masks.
-    "segmentation-missing": Kind(
-        "error", "Add the missing masks, or remove all of them to train with boxes only."
-    ),
+    "segmentation-missing": Kind("error", "Add the masks, or remove all to train on boxes only."),
     "bad-segmentation": Kind(
         "error",
         "Write [[x0, y0, x1, y1, ...], ...] or {size: [height, width], counts: ...} with runs that "
@@ -142,13 +115,8 @@ KINDS: dict[str, Kind] = {
     ),
     "polygon-too-short": Kind("error", "Give this part at least 3 points, or remove it."),
     "segmentation-empty": Kind("error", "Redraw the mask, or remove the annotation."),
-    "segmentation-box-mismatch": Kind(
-        "error",
-        "Look at it: the box must be the mask's extent (are x and y, or two objects, mixed up?).",
-    ),
-    "crowd-with-polygon": Kind(
-        "warning", "Crowds are run lengths in COCO; set iscrowd to 0 if this is a single object."
-    ),
+    "segmentation-box-mismatch": Kind("error", "The box must be the mask's extent: look at both."),
+    "crowd-with-polygon": Kind("warning", "Set iscrowd to 0 if this is a single object."),
 }
 """Every kind, in the order in which findings are printed (errors first)."""
 
@@ -208,22 +176,16 @@ class Report:
 def _summary_lines(summary: dict[str, Any], classes: int = 10) -> list[str]:
     keys = ("images", "empty_images", "annotations", "crowds", "with_masks", "categories")
     lines = [", ".join(f"{key.replace('_', ' ')} {summary[key]}" for key in keys)]
-    for key in ("instances_per_image", "image_width", "image_height"):
-        if summary[key]:
-            lines.append(f"{key.replace('_', ' ')}: {_pairs(summary[key].items())}")
-    if summary["size_share"]:
-        shares = {size: f"{share:.0%}" for size, share in summary["size_share"].items()}
-        lines.append(f"object size: {_pairs(shares.items())}")
-    histogram = sorted(summary["class_histogram"].items(), key=lambda pair: -pair[1])
-    if histogram:
-        shown = _pairs((brief(name), count) for name, count in histogram[:classes])
-        more = len(histogram) - classes
-        lines.append(f"instances by class: {shown}" + (f", {more} more" if more > 0 else ""))
-    return lines
-
-
-def _pairs(pairs: Iterable[tuple[str, Any]]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in pairs)
+    groups = {key: summary[key] for key in ("instances_per_image", "image_width", "image_height")}
+    groups["object_size"] = {k: f"{share:.0%}" for k, share in summary["size_share"].items()}
+    histogram = Counter(summary["class_histogram"]).most_common(classes)
+    groups["instances_by_class"] = {brief(name): count for name, count in histogram}
+    for title, group in groups.items():
+        if group:
+            pairs = ", ".join(f"{key} {value}" for key, value in group.items())
+            lines.append(f"{title.replace('_', ' ')}: {pairs}")
+    more = len(summary["class_histogram"]) - classes
+    return [*lines, f"    and {more} more classes"] if more > 0 else lines
 
 
 SMALL, MEDIUM = 32**2, 96**2
