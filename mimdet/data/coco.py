@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from mimdet.config import DataConfig
-from mimdet.data.coco_file import Annotation, CocoReader, coco_ground_truth, has_mask, make_target
+from mimdet.data.coco_file import CocoReader, coco_ground_truth, has_mask, make_target
 from mimdet.images import read_image
 from mimdet.structures import Record
 

@@ -58,9 +58,7 @@ class PreTrainer(Trainer):
     cfg: PretrainConfig
     model: MAE
 
-    def __init__(
-        self, cfg: PretrainConfig, run: Run, images: Images, held_out: Images
-    ) -> None:
+    def __init__(self, cfg: PretrainConfig, run: Run, images: Images, held_out: Images) -> None:
         t, side = cfg.training, cfg.mae.image_size
         rank, world = processes.rank(), processes.world()
         loader = ImageLoader(

@@ -287,9 +287,7 @@ for label, segmentation in {
     fault("bad-segmentation", A3, name=label)(
         set_field("annotations", 4, segmentation=segmentation)
     )
-fault("polygon-too-short", A3)(
-    set_field("annotations", 4, segmentation=[[6, 6, 26, 22]])
-)
+fault("polygon-too-short", A3)(set_field("annotations", 4, segmentation=[[6, 6, 26, 22]]))
 fault("bad-segmentation", A3, name="odd-length")(
     set_field("annotations", 4, segmentation=[[6, 6, 26, 6, 26, 22, 6]])
 )
