@@ -1,32 +1,28 @@
 """`mimdet download`: ask, fetch, check, remember. Nothing else in the library calls this.
 
-A fetched file gets an entry in its folder's downloads.json, and later runs compare it with that.
-Files of the Hugging Face hub go to the hub's own cache, where the loaders find them.
+Files of the Hugging Face hub go to the hub's own cache, where the loaders find them. Any other file
+is noted in its folder's downloads.json, and later runs compare it with that.
 """
 
 import hashlib
-import http.client
-import json
-import os
 import shutil
 import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from difflib import get_close_matches
 from email.message import Message
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
-from urllib.error import HTTPError, URLError
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
 from urllib.request import Request, urlopen
 
 from tqdm import tqdm
+from tyro.conf import Positional
 
 from mimdet import __version__
-from mimdet.files import sync, write_json
+from mimdet.files import read_json, sync, write_json
 
 MAE_README = "https://github.com/facebookresearch/mae"
 MAE_DECODERS = "https://github.com/facebookresearch/mae/issues/8"
@@ -37,6 +33,7 @@ MIMDET_V2 = "https://github.com/hustvl/MIMDet"
 V1_FILES = "https://github.com/hustvl/storage/releases/download/v1.0.0/"
 V2_FILES = "https://github.com/hustvl/Storage/releases/download/v1.2.0/"
 COCO_PAGE = "https://cocodataset.org/#download"
+ON_THE_HUB = "/resolve/main/"
 
 META = "CC-BY-NC 4.0"
 # The hub's page says Apache 2.0 of the same weights that Meta's repository puts under CC-BY-NC 4.0.
@@ -60,41 +57,17 @@ class PublicFile:
     """As the page states it."""
     md5_start: str = ""
     """The first digits of the MD5, which is all that MAE's README gives."""
-    hub_file: str = ""
-    """File inside the hub's repository; empty for a plain address."""
-    rename: str = ""
-    """Name on disk where the address's own is taken: the two versions of MIMDet share names."""
+
+    @property
+    def hub_file(self) -> str:
+        """File inside the hub's repository; empty for a plain address."""
+        return self.address.partition(ON_THE_HUB)[2]
 
     @property
     def file_name(self) -> str:
-        return self.rename or self.address.rsplit("/", 1)[1]
-
-
-def find(names: Iterable[str]) -> list[PublicFile]:
-    """Entries by name, file name or group, each once. ValueError for an unknown name."""
-    by_name = {file.name: file for file in CATALOGUE}
-    by_name |= {file.file_name: file for file in CATALOGUE if not file.hub_file}
-    found: dict[PublicFile, None] = {}
-    for word in names:
-        for name in GROUPS.get(word, (word,)):
-            if name not in by_name:
-                close = get_close_matches(name, [*by_name, *GROUPS], n=3, cutoff=0.5)
-                hint = f"; did you mean {', '.join(close)}?" if close else ""
-                raise ValueError(f"there is no public file {name!r} in `mimdet download`{hint}")
-            found[by_name[name]] = None
-    return list(found)
-
-
-def table() -> str:
-    """The whole catalogue, one line an entry."""
-    rows = [("name", "size", "licence", "what it is good for")]
-    rows += [(f.name, f.size or "not stated", f.licence, f.good_for) for f in CATALOGUE]
-    rows += [(name, "", "", f"all of {', '.join(parts)}") for name, parts in GROUPS.items()]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]])
-        for row in rows
-    )
+        """Name on disk. The two versions of MIMDet published files under the same names."""
+        name = self.address.rsplit("/", 1)[1]
+        return name.replace("mimdet_", "mimdet_v1_", 1) if self.page == MIMDET_V1 else name
 
 
 def _mae(name: str, path: str, page: str, good_for: str, md5_start: str = "") -> PublicFile:
@@ -106,12 +79,11 @@ def _hub(
     name: str, file: str, size: str, licence: str, good_for: str, sha256: str = ""
 ) -> PublicFile:
     page = f"https://huggingface.co/{name}"
-    address = f"{page}/resolve/main/{file}"
-    return PublicFile(name, address, page, licence, good_for, size, sha256, hub_file=file)
+    return PublicFile(name, page + ON_THE_HUB + file, page, licence, good_for, size, sha256)
 
 
-def _mimdet(name: str, address: str, page: str, good_for: str, rename: str = "") -> PublicFile:
-    return PublicFile(name, f"{address}.pth", page, MIMDET, good_for, rename=rename)
+def _mimdet(name: str, address: str, page: str, good_for: str) -> PublicFile:
+    return PublicFile(name, f"{address}.pth", page, MIMDET, good_for)
 
 
 def _coco(name: str, path: str, size: str, licence: str, good_for: str) -> PublicFile:
@@ -120,7 +92,6 @@ def _coco(name: str, path: str, size: str, licence: str, good_for: str) -> Publi
 
 
 _BASE = "mimdet_vit_base_mask_rcnn_fpn_sr_{}_800_1333_4xdec_coco_3x"
-_V1_NAME = "mimdet_v1_vit_{}_mask_rcnn_fpn_sr_{}_800_1333_4xdec_coco_3x.pth"
 _LARGE = "mimdet_vit_large_mask_rcnn_fpn_sr_0p5_800_1333_4xdec_coco_3x"
 _PLAIN = V1_FILES + "benchmarking_mask_rcnn_base_FPN_{}ep_LSJ_mae"
 
@@ -176,11 +147,11 @@ CATALOGUE: tuple[PublicFile, ...] = (
     _mimdet("mimdet-large", V2_FILES + _LARGE, MIMDET_V2,
             "mimdet_large, trained at ratio 0.5: 54.3 / 48.2"),
     _mimdet("mimdet-v1-base-0.25", V1_FILES + _BASE.format("0p25"), MIMDET_V1,
-            "mimdet_v1_base, trained at ratio 0.25: 49.9 / 44.7", _V1_NAME.format("base", "0p25")),
+            "mimdet_v1_base, trained at ratio 0.25: 49.9 / 44.7"),
     _mimdet("mimdet-v1-base", V1_FILES + _BASE.format("0p5"), MIMDET_V1,
-            "mimdet_v1_base, trained at ratio 0.5: 51.5 / 46.0", _V1_NAME.format("base", "0p5")),
+            "mimdet_v1_base, trained at ratio 0.5: 51.5 / 46.0"),
     _mimdet("mimdet-v1-large", V1_FILES + _LARGE, MIMDET_V1,
-            "mimdet_v1_large, trained at ratio 0.5: 53.3 / 47.5", _V1_NAME.format("large", "0p5")),
+            "mimdet_v1_large, trained at ratio 0.5: 53.3 / 47.5"),
     _mimdet("benchmarking-base-25", _PLAIN.format(25), MIMDET_V2,
             "plain ViT-B baseline, 25 epochs: 48.0 / 43.0"),
     _mimdet("benchmarking-base-50", _PLAIN.format(50), MIMDET_V2,
@@ -201,7 +172,7 @@ CATALOGUE: tuple[PublicFile, ...] = (
 GROUPS = {"coco": ("coco-train2017", "coco-val2017", "coco-annotations2017")}
 """One word for several files."""
 
-
+RECORD = "downloads.json"
 TRIES = 4
 """Tries in a row that bring nothing new before a download gives up."""
 WAIT = 2.0
@@ -210,231 +181,72 @@ TIMEOUT = 60.0
 """Seconds without a byte after which a connection counts as broken."""
 CHUNK = 1 << 20
 AGENT = {"User-Agent": f"mimdet/{__version__}"}
-BROKEN = (URLError, http.client.HTTPException, ConnectionError, TimeoutError)
-
-
-def receive(address: str, part: Path) -> None:
-    """Complete the file `part`, going on from what is there if the server still has that version.
-
-    Raises ConnectionError when the server refuses or keeps breaking off (what came is kept), and
-    ValueError for a full disk, a web page in place of the file, or more bytes than announced.
-    """
-    tries = 0
-    while True:
-        before = size_of(part)
-        try:
-            return _receive_rest(address, part)
-        except BROKEN as error:
-            tries = 1 if size_of(part) > before else tries + 1
-            refused = isinstance(error, HTTPError) and error.code < 500
-            if refused or tries == TRIES:
-                kept = f"; {part} ({readable(size_of(part))}) is kept" if part.exists() else ""
-                raise ConnectionError(f"{address}: {error}{kept}") from error
-            print(f"{part.stem}: {error}; trying again", file=sys.stderr)
-            time.sleep(WAIT * 2 ** (tries - 1))
-
-
-def _receive_rest(address: str, part: Path) -> None:
-    """One try."""
-    known = read_json(note_of(part)) if part.exists() else {}
-    have = size_of(part) if known.get("address") == address else 0
-    if have and known["bytes"] and have >= known["bytes"]:
-        return _check_length(part, known["bytes"])
-    request = Request(address, headers=AGENT)
-    if have and known["version"]:
-        request.add_header("Range", f"bytes={have}-")
-        request.add_header("If-Range", known["version"])  # any other version is sent whole
-    with urlopen(request, timeout=TIMEOUT) as response:
-        headers: Message = response.headers
-        if headers.get_content_type() == "text/html":
-            raise ValueError(f"{address} answers with a web page instead of the file")
-        version = _version(headers)
-        if response.status != 206:
-            if have:
-                print(f"{part.stem}: its source changed or cannot go on, starting over")
-            have = 0
-        elif version != known["version"] or _first_byte(headers) != have:
-            part.unlink()
-            raise ConnectionError("its source changed")
-        length = headers["Content-Length"]
-        total = have + int(length) if length else None
-        check_space(part.parent, (total or have) - have)
-        write_json(note_of(part), {"address": address, "version": version, "bytes": total})
-        _append(response, part, have, total)
-    _check_length(part, total)
-
-
-def _append(response: BinaryIO, part: Path, have: int, total: int | None) -> None:
-    """Write the body behind the first `have` bytes, with a progress bar."""
-    bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None)
-    with part.open("ab" if have else "wb") as sink, bar:
-        while chunk := response.read(CHUNK):
-            sink.write(chunk)
-            bar.update(len(chunk))
-
-
-def _check_length(part: Path, total: int | None) -> None:
-    if total is not None and size_of(part) < total:
-        raise ConnectionError(f"the connection ended after {size_of(part)} of {total} bytes")
-    if total is not None and size_of(part) > total:
-        raise ValueError(f"{part} is longer than its source ({total} bytes): delete it, run again")
-
-
-def _version(headers: Message) -> str:
-    """What names this version of the remote file; "" if nothing does that If-Range may use."""
-    tag = headers.get("ETag", "")
-    return tag if tag and not tag.startswith("W/") else headers.get("Last-Modified", "")
-
-
-def _first_byte(headers: Message) -> int:
-    """`Content-Range: bytes 600-999/1000` -> 600; -1 for anything else."""
-    first = headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
-    return int(first) if first.isdigit() else -1
-
-
-def announced_size(address: str) -> int | None:
-    """Bytes the server says a file has, None if it does not say; nothing of it is fetched."""
-    request = Request(address, headers=AGENT, method="HEAD")
-    try:
-        with urlopen(request, timeout=TIMEOUT / 4) as response:
-            length = response.headers["Content-Length"]
-    except BROKEN:
-        return None
-    return int(length) if length else None
-
-
-# ------------------------------------------------------------------------------ small helpers
-
-
-def checksum(path: Path, kind: str = "sha256") -> str:
-    """Hexadecimal digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, kind).hexdigest()
-
-
-def check_space(folder: Path, need: int) -> None:
-    if need > free_space(folder):
-        raise ValueError(
-            f"{folder} has {readable(free_space(folder))} free, {readable(need)} are needed: make "
-            "room, or choose another folder with --to"
-        )
-
-
-def free_space(folder: Path) -> int:
-    """Free bytes on the disk of a folder, which need not exist yet."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-def readable(count: int) -> str:
-    """18000000000 -> '18 GB'."""
-    size, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 1000 or unit == "TB":
-            break
-        size /= 1000
-    return f"{size:.3g} {unit}"
-
-
-def note_of(part: Path) -> Path:
-    return part.with_name(part.name + ".json")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A json object; empty if there is no file, ValueError that names a damaged one."""
-    if not path.exists():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}): repair or delete it") from error
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file; 0 if there is none."""
-    return path.stat().st_size if path.exists() else 0
-
-
-def unzip(archive: Path, folder: Path) -> str:
-    """Unpack into `folder`; files that are there with the right size and CRC are left alone.
-
-    Returns how many were written. Raises ValueError, before anything is written, for an entry that
-    would land outside the folder or for a full disk; also for a damaged archive.
-    """
-    try:
-        with zipfile.ZipFile(archive) as content:
-            entries = [entry for entry in content.infolist() if not entry.is_dir()]
-            for entry in entries:
-                _refuse_outside(entry, archive)
-            lacking = [e for e in entries if size_of(folder / e.filename) != e.file_size]
-            folder.mkdir(parents=True, exist_ok=True)
-            check_space(folder, sum(entry.file_size for entry in lacking))
-            written = 0
-            for entry in tqdm(entries, desc=f"unpack {archive.name}", unit="file", disable=None):
-                if not _is_complete(folder / entry.filename, entry):
-                    _unpack_entry(content, entry, folder / entry.filename)
-                    written += 1
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{archive} is damaged ({error}): delete it and download again") from error
-    return f"{folder}: {written} files unpacked, {len(entries) - written} were there"
-
-
-def _refuse_outside(entry: zipfile.ZipInfo, archive: Path) -> None:
-    path = PurePosixPath(entry.filename)
-    is_link = entry.external_attr >> 28 == 0o12
-    strange = path.is_absolute() or ".." in path.parts or set("\\:") & set(entry.filename)
-    if strange or is_link:
-        kind = "is a link" if is_link else "points outside the folder"
-        raise ValueError(f"{archive}: its entry {entry.filename!r} {kind}; do not use this file")
-
-
-def _is_complete(path: Path, entry: zipfile.ZipInfo) -> bool:
-    if size_of(path) != entry.file_size or not path.is_file():
-        return False
-    crc = 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            crc = zlib.crc32(chunk, crc)
-    return crc == entry.CRC
-
-
-def _unpack_entry(content: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> None:
-    """Under another name first; without a flush to disk, as the CRC tells what is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(path.name + ".part")
-    with content.open(entry) as source, half.open("wb") as sink:
-        shutil.copyfileobj(source, sink, CHUNK)
-    os.replace(half, path)
-
-
-RECORD = "downloads.json"
 
 
 def download(
-    names: Iterable[str], to: str | Path, *, yes: bool = False, unpack: bool = False
+    names: Positional[tuple[str, ...]] = (),
+    to: str = "downloads",
+    *,
+    yes: bool = False,
+    unpack: bool = False,
 ) -> list[Path]:
-    """Fetch catalogue entries or groups into the folder `to`; where each lies, [] if refused.
+    """Fetch public weights or COCO; without a name, list what there is.
 
-    yes: do not ask. unpack: unzip COCO to `to`/coco/train2017, val2017 and annotations.
-    Raises ValueError for an unknown name, a file that is not what it should be, a full disk, or
-    when there is no terminal to ask on; ConnectionError when the server refuses or breaks off.
+    Shows address, size, licence and free space, then asks. An interrupted download goes on where it
+    stopped when the same command runs again. What arrived is checked and noted in
+    TO/downloads.json; run again, the command checks that the files are still the same.
+
+    Returns where each file is, [] if the user refused. Raises ValueError for an unknown name, a
+    file that is not what it should be, a full disk, or when there is no terminal to ask on;
+    ConnectionError when the server refuses or breaks off.
+
+    Args:
+        names: Names from the list; `coco` means images and annotations of train2017 and val2017.
+        to: Folder for the files. Those of the Hugging Face hub go to the hub's own cache.
+        yes: Do not ask.
+        unpack: Unzip COCO to TO/coco/train2017, val2017 and annotations; go on with a half unpacked
+            one.
     """
-    files, folder = find(names), Path(to)
+    if not names:
+        print(table())
+        return []
+    files, folder = files_named(*names), Path(to)
     if unpack and not any(file.file_name.endswith(".zip") for file in files):
         raise ValueError("--unpack is for COCO's zip files, and none of them is named")
     absent = [file for file in files if not is_there(file, folder)]
     if absent and not yes and not agreed(absent, folder):
         print("nothing was downloaded")
         return []
-    places = []
+    paths = []
     for file in files:
-        place = fetch_from_hub(file) if file.hub_file else fetch(file, folder)
-        print(f"{file.name}: complete and checked: {place}")
-        if unpack and place.suffix == ".zip":
-            print(unzip(place, folder / "coco"))
-        places.append(place)
-    return places
+        path = fetch_from_hub(file) if file.hub_file else fetch(file, folder)
+        print(f"{file.name}: complete and checked: {path}")
+        if unpack and path.suffix == ".zip":
+            print(unzip(path, folder / "coco"))
+        paths.append(path)
+    return paths
+
+
+def files_named(*names: str) -> list[PublicFile]:
+    """Entries by name or group, each once. ValueError for an unknown name."""
+    by_name = {file.name: file for file in CATALOGUE}
+    words = [word for name in names for word in GROUPS.get(name, (name,))]
+    unknown = [word for word in words if word not in by_name]
+    if unknown:
+        raise ValueError(
+            f"there is no public file {unknown[0]!r}; `mimdet download` lists those there are"
+        )
+    return list(dict.fromkeys(by_name[word] for word in words))
+
+
+def table() -> str:
+    """The whole catalogue, one line an entry."""
+    rows = [("name", "size", "licence", "what it is good for")]
+    rows += [(f.name, f.size or "not stated", f.licence, f.good_for) for f in CATALOGUE]
+    rows += [(name, "", "", f"all of {', '.join(parts)}") for name, parts in GROUPS.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = [[cell.ljust(w) for cell, w in zip(row, widths, strict=True)] for row in rows]
+    return "\n".join("  ".join(row).rstrip() for row in padded)
 
 
 def is_there(file: PublicFile, folder: Path) -> bool:
@@ -449,16 +261,15 @@ def agreed(files: list[PublicFile], folder: Path) -> bool:
     """Show what would be fetched, from where, under which licence and to where; then ask."""
     if sys.stdin is None or not sys.stdin.isatty():
         raise ValueError("there is no terminal to ask on: add --yes to download without asking")
+    from huggingface_hub.constants import HF_HUB_CACHE
+
     for file in files:
-        size = file.size
-        if not size:
-            announced = announced_size(file.address)
-            size = readable(announced) if announced else "neither its page nor its server says"
-        place = _hub_cache() if file.hub_file else folder / file.file_name
+        size = file.size or readable(look_at(file.address)[0])
+        path = Path(HF_HUB_CACHE) if file.hub_file else folder / file.file_name
         print(
             f"{file.name}: {file.good_for}\n  from     {file.address}\n  page     {file.page}\n"
             f"  size     {size}\n  licence  {file.licence}\n"
-            f"  to       {place} ({readable(free_space(place))} free)"
+            f"  to       {path} ({readable(free_space(path))} free)"
         )
     try:
         return input("Download? [y/N] ").strip().lower() in ("y", "yes")
@@ -466,77 +277,197 @@ def agreed(files: list[PublicFile], folder: Path) -> bool:
         return False
 
 
-def fetch(file: PublicFile, folder: Path) -> Path:
-    """A plain address's file in `folder`; one that is there already is checked, not fetched."""
-    place = folder / file.file_name
-    if place.exists():
-        check_existing(file, place)
-        return place
-    folder.mkdir(parents=True, exist_ok=True)
-    part = place.with_name(place.name + ".part")
-    receive(file.address, part)
-    sync(part)
-    remember(file, place, part.stat().st_size, check(file, part))
-    os.replace(part, place)
-    note_of(part).unlink()
-    sync(folder)
-    return place
-
-
 def fetch_from_hub(file: PublicFile) -> Path:
     """The file in the hub's cache, fetched if the hub has a newer one or none is there."""
     from huggingface_hub import hf_hub_download
 
-    place = Path(hf_hub_download(file.name, file.hub_file))
-    check(file, place.resolve())  # the cache links to where the bytes lie
-    return place
+    path = Path(hf_hub_download(file.name, file.hub_file))
+    verify(file, path.resolve())  # the cache links to where the bytes are
+    return path
 
 
-def check(file: PublicFile, path: Path) -> str:
+def fetch(file: PublicFile, folder: Path) -> Path:
+    """A plain address's file in `folder`; one that is there already is checked, not fetched."""
+    path = folder / file.file_name
+    if path.exists():
+        check_existing(file, path)
+        return path
+    size, version = look_at(file.address)
+    folder.mkdir(parents=True, exist_ok=True)
+    # The version in the name: a part is never continued with the bytes of another one.
+    part = folder / f"{path.name}.{hashlib.sha256(version.encode()).hexdigest()[:8]}.part"
+    for other in folder.glob(f"{path.name}.*.part"):
+        if other != part or not version:
+            other.unlink()
+    check_space(folder, size - size_of(part))
+    receive(file.address, part, size, version)
+    sync(part)
+    remember(file, path, size, verify(file, part))
+    part.replace(path)
+    return path
+
+
+# ------------------------------------------------------------------------------ one file
+
+
+def look_at(address: str) -> tuple[int, str]:
+    """Size in bytes and version of a remote file; its contents are not read.
+
+    Raises ConnectionError when the server refuses, ValueError for a web page in its place.
+    """
+    try:  # not HEAD: a signed address, as GitHub's are, may allow GET alone
+        with urlopen(Request(address, headers=AGENT), timeout=TIMEOUT) as response:
+            headers: Message = response.headers
+    except (OSError, HTTPException) as error:
+        raise ConnectionError(f"{address}: {error}") from error
+    if headers.get_content_type() == "text/html" or "Content-Length" not in headers:
+        raise ValueError(f"{address} answers with a web page instead of the file")
+    return int(headers["Content-Length"]), version_of(headers)
+
+
+def version_of(headers: Message) -> str:
+    """What names this version of the remote file; "" if nothing does that If-Range may use."""
+    tag = headers.get("ETag", "")
+    return tag if tag and not tag.startswith("W/") else headers.get("Last-Modified", "")
+
+
+def receive(address: str, part: Path, size: int, version: str) -> None:
+    """Complete the file `part`, going on from what is there.
+
+    Raises ConnectionError when the server keeps breaking off; what came is kept.
+    """
+    failures = 0
+    while (have := size_of(part)) < size:
+        reason = "the connection ended"
+        try:
+            append_rest(address, part, size, version)
+        except (OSError, HTTPException) as error:
+            reason = str(error)
+        failures = 0 if size_of(part) > have else failures + 1
+        if failures == TRIES:
+            raise ConnectionError(
+                f"{address}: {reason} after {size_of(part)} of {size} bytes; {part} is kept"
+            )
+        if size_of(part) < size:
+            print(f"{part.name}: {reason}; trying again", file=sys.stderr)
+            time.sleep(WAIT * 2**failures)
+    if have > size:
+        raise ValueError(f"{part} is longer than its source ({size} bytes): delete it, run again")
+
+
+def append_rest(address: str, part: Path, size: int, version: str) -> None:
+    """One try, with a progress bar; a server that cannot go on is made to start over."""
+    have = size_of(part) if version else 0
+    # If-Range: any other version is sent whole.
+    rest = {"Range": f"bytes={have}-", "If-Range": version} if have else {}
+    with urlopen(Request(address, headers=AGENT | rest), timeout=TIMEOUT) as response:
+        if version_of(response.headers) != version:
+            raise ConnectionError("its source changed")
+        have = have if response.status == 206 else 0
+        bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, disable=None)
+        with part.open("ab" if have else "wb") as sink, bar:
+            while chunk := response.read(CHUNK):
+                sink.write(chunk)
+                bar.update(len(chunk))
+
+
+def verify(file: PublicFile, path: Path) -> str:
     """The file's sha256; ValueError if it, or the MD5, is not what the authors' page says."""
-    found, wrong = checksum(path), ""
-    if file.sha256 and found != file.sha256:
-        wrong = f"sha256 {found} instead of {file.sha256}"
-    if file.md5_start and not checksum(path, "md5").startswith(file.md5_start):
-        wrong = f"an MD5 that does not begin with {file.md5_start}"
-    if wrong:
+    sha256, md5 = digest(path, "sha256"), digest(path, "md5")
+    if not (sha256.startswith(file.sha256) and md5.startswith(file.md5_start)):
         raise ValueError(
-            f"{path} has {wrong}, which {file.page} gives: it was damaged on its way, or its "
-            "authors replaced it. Do not use it; delete it to download it again"
+            f"{path} has the sha256 {sha256} and the MD5 {md5}, but {file.page} gives "
+            f"{file.sha256 or file.md5_start}: it was damaged on its way, or its authors replaced "
+            "it. Do not use it; delete it to download it again"
         )
-    return found
+    return sha256
 
 
-def check_existing(file: PublicFile, place: Path) -> None:
+def digest(path: Path, kind: str) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()
+
+
+def check_existing(file: PublicFile, path: Path) -> None:
     """Compare a file with its entry in downloads.json; one without gets it if its sum is known."""
-    entry = read_json(place.parent / RECORD).get(place.name)
+    entry = recorded(path.parent).get(path.name)
     if entry is None and not file.sha256 and not file.md5_start:
         raise ValueError(
-            f"{place} is there, but {place.parent / RECORD} says nothing of it, so it cannot be "
+            f"{path} is there, but {path.parent / RECORD} says nothing of it, so it cannot be "
             "checked: use it as it is, or move it away to download it"
         )
     if entry is None:
-        remember(file, place, place.stat().st_size, check(file, place))
-    elif checksum(place) != entry["sha256"]:
+        remember(file, path, path.stat().st_size, verify(file, path))
+    elif digest(path, "sha256") != entry["sha256"]:
         raise ValueError(
-            f"{place} is not what was downloaded on {entry['date']}: it was changed or damaged "
+            f"{path} is not what was downloaded on {entry['date']}: it was changed or damaged "
             "since. Move it away to download it again"
         )
 
 
-def remember(file: PublicFile, place: Path, size: int, sha256: str) -> None:
-    record = read_json(place.parent / RECORD)
-    record[place.name] = {
+def recorded(folder: Path) -> dict[str, dict[str, Any]]:
+    """What downloads.json says of a folder's files."""
+    return dict(read_json(folder / RECORD)) if (folder / RECORD).exists() else {}
+
+
+def remember(file: PublicFile, path: Path, size: int, sha256: str) -> None:
+    entry = {
         "address": file.address,
         "bytes": size,
         "sha256": sha256,
         "date": datetime.now(UTC).date().isoformat(),
         "licence": file.licence,
     }
-    write_json(place.parent / RECORD, record)
+    write_json(path.parent / RECORD, recorded(path.parent) | {path.name: entry})
 
 
-def _hub_cache() -> Path:
-    from huggingface_hub.constants import HF_HUB_CACHE
+# ------------------------------------------------------------------------------ disk
 
-    return Path(HF_HUB_CACHE)
+
+def check_space(folder: Path, need: int) -> None:
+    if need > free_space(folder):
+        raise ValueError(
+            f"{folder} has {readable(free_space(folder))} free, {readable(need)} are needed: make "
+            "room, or choose another folder with --to"
+        )
+
+
+def free_space(folder: Path) -> int:
+    """Free bytes on the disk of a folder, which need not exist yet."""
+    folder = folder.resolve()
+    return shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
+
+
+def readable(count: int) -> str:
+    """18000000000 -> '18.0GB'."""
+    return str(tqdm.format_sizeof(count, "B"))
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file; 0 if there is none."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def unzip(archive: Path, folder: Path) -> str:
+    """Unpack into `folder`; files that are there with the right size and CRC are left alone.
+
+    No entry leaves the folder: zipfile drops what would lead out of it. Returns how many files were
+    written. Raises ValueError for a full disk, before anything is written, or a damaged archive.
+    """
+    try:
+        with zipfile.ZipFile(archive) as content:
+            entries = [entry for entry in content.infolist() if not entry.is_dir()]
+            lacking = [e for e in entries if size_of(folder / e.filename) != e.file_size]
+            check_space(folder, sum(entry.file_size for entry in lacking))
+            written = 0
+            for entry in tqdm(entries, desc=f"unpack {archive.name}", unit="file", disable=None):
+                if not is_unpacked(entry, folder / entry.filename):
+                    content.extract(entry, folder)
+                    written += 1
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{archive} is damaged ({error}): delete it and download again") from error
+    return f"{folder}: {written} files unpacked, {len(entries) - written} were there"
+
+
+def is_unpacked(entry: zipfile.ZipInfo, path: Path) -> bool:
+    return size_of(path) == entry.file_size and zlib.crc32(path.read_bytes()) == entry.CRC
