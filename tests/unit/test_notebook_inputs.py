@@ -125,7 +125,7 @@ def test_what_it_tells_to_download_can_be_downloaded() -> None:
     """Under the name that is then looked for."""
     files = {file.name: file for file in CATALOGUE}
     for kind, name in notebook.DOWNLOADS.items():
-        stored = files[name].rename or files[name].address.rsplit("/", 1)[1]
+        stored = files[name].file_name
         assert stored == notebook.FULL_WEIGHTS[kind]
 
 
