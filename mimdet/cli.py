@@ -1,39 +1,37 @@
-"""The `mimdet` command. Every field of the configuration is a flag of the same name.
+"""The `mimdet` command: a function for each subcommand, whose arguments are its options.
 
-What a command does stands in `run_*` below, its options in options.py.
+`train` and `pretrain` start from a preset, and every field of its configuration is an option too.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Union
+
+import tyro
+from tyro.conf import Positional, Suppress, subcommand
 
 from mimdet import __version__
-from mimdet.options import (
-    Ablate,
-    CheckData,
-    CostTable,
-    Demo,
-    Download,
-    Errors,
-    Evaluate,
-    Export,
-    Predict,
-    Pretrain,
-    Resume,
-    Train,
-    parse,
-    parse_preset,
-)
+from mimdet.config import Config, PretrainConfig, load_config
+from mimdet.demo import demo
+from mimdet.downloads import download
+from mimdet.files import read_json, write_json
+from mimdet.presets import PRESETS, PRETRAIN_PRESETS
+
+if TYPE_CHECKING:
+    from mimdet.models.detector import Detector
 
 USAGE = f"""mimdet {__version__}: a ViT detector that trains on a sample of an image's tokens
 
   mimdet demo                        train a small MIMDet on drawn scenes and look at it (minutes)
   mimdet check-data ANNOTATIONS IMAGES        what is wrong with a COCO-format data set, and where
   mimdet download [NAME...]                   list public weights and COCO, or fetch them
-  mimdet train PRESET RUN                     train, or resume; presets: {{presets}}
+  mimdet train PRESET RUN                     train, or resume; presets: {", ".join(PRESETS)}
   mimdet resume RUN                           go on with a run as its folder says
-  mimdet pretrain PRESET RUN                  a masked autoencoder; presets: {{pretrain_presets}}
+  mimdet pretrain PRESET RUN                  a masked autoencoder; presets: \
+{", ".join(PRETRAIN_PRESETS)}
   mimdet evaluate RUN --ratios 0.25 0.5 1     COCO metrics at any sample ratios
   mimdet predict RUN IMAGE...                 detections as json and pictures
   mimdet errors RUN                           why AP is lost, in numbers and pictures
@@ -43,61 +41,99 @@ USAGE = f"""mimdet {__version__}: a ViT detector that trains on a sample of an i
 
 `mimdet COMMAND --help` explains every option."""
 
+Run = Annotated[Positional[str], tyro.conf.arg(metavar="RUN")]
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `mimdet` command."""
     words = sys.argv[1:] if arguments is None else arguments
-    name, rest = (words[0], words[1:]) if words else ("--help", [])
+    name, *rest = words or ["--help"]
     if name in ("-h", "--help", "help"):
-        from mimdet.presets import PRESETS, PRETRAIN_PRESETS
-
-        presets, more = ", ".join(PRESETS), ", ".join(PRETRAIN_PRESETS)
-        print(USAGE.format(presets=presets, pretrain_presets=more))
-        return
-    if name == "--version":
+        print(USAGE)
+    elif name == "--version":
         print(__version__)
-        return
-    if name not in COMMANDS:
+    elif name not in COMMANDS:
         sys.exit(f"mimdet has no command {name!r}; it has {', '.join(COMMANDS)}")
-    from mimdet.processes import ProcessLost
+    else:
+        run_command(name, rest)
 
-    files = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-    mistakes = (ValueError, *files, FloatingPointError, ProcessLost)
+
+def run_command(name: str, words: list[str]) -> None:
+    """Run a command; a user's mistake, a broken file or a lost process ends it with one line."""
+    command = COMMANDS[name]
+    options = from_presets(command, PRESETS_OF[name], words) if name in PRESETS_OF else command
+    about = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0]
+    unprefixed = (tyro.conf.OmitArgPrefixes,)
     try:
-        COMMANDS[name](rest)
-    except mistakes as error:
+        tyro.cli(options, args=words, prog=f"mimdet {name}", description=about, config=unprefixed)
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def run_train(words: list[str]) -> None:
-    from mimdet.presets import PRESETS
+def from_presets(command: Any, presets: dict[str, Callable[[], Any]], words: list[str]) -> Any:
+    """`PRESET RUN --field value`: a subcommand for each preset, whose values are the defaults.
 
-    command = parse_preset(Train, PRESETS, words, "train")
+    tyro takes a tenth of a second to make the options of one, so none but a named one gets them.
+    """
+    named = {name: presets[name] for name in words[:1] if name in presets} or presets
+    choices = []
+    for name, make in named.items():
+        start = partial(command, config=make())
+        about = inspect.getdoc(make)
+        choices += [Annotated[Any, subcommand(name, constructor=start, description=about)]]
+    return Union[(*choices, Annotated[None, Suppress])]
+
+
+# ------------------------------------------------------------------------------- training
+
+
+def train(run: Run, config: Config) -> None:
+    """Train a detector; the same command resumes an interrupted run exactly.
+
+    Ctrl-C or SIGTERM saves and exits. Progress goes to the screen, every number to
+    RUN/metrics.jsonl, weights to RUN/checkpoints.
+
+    Args:
+        run: Directory of the run, for example runs/nuclei.
+    """
     from mimdet.training.train import train
 
-    _follow(train(command.config, command.run))
-    _say(f"done: {command.run}; next: mimdet evaluate {command.run} --ratios 0.25 0.5 1")
+    _follow(train(config, run))
+    _say(f"done: {run}; next: mimdet evaluate {run} --ratios 0.25 0.5 1")
 
 
-def run_pretrain(words: list[str]) -> None:
-    from mimdet.presets import PRETRAIN_PRESETS
+def pretrain(run: Run, config: PretrainConfig) -> None:
+    """Pre-train a masked autoencoder; the same command resumes an interrupted run exactly.
 
-    command = parse_preset(Pretrain, PRETRAIN_PRESETS, words, "pretrain")
+    Writes RUN/metrics.jsonl, a picture of reconstructions at every evaluation and, for
+    `mimdet train PRESET RUN2 --init-from RUN`, RUN/mae.safetensors.
+
+    Args:
+        run: Directory of the run, for example runs/mae.
+    """
     from mimdet.training.pretrain import pretrain
 
-    _follow(pretrain(command.config, command.run))
-    _say(f"done: {command.run}; next: mimdet train PRESET RUN --init-from {command.run}")
+    _follow(pretrain(config, run))
+    _say(f"done: {run}; next: mimdet train PRESET RUN --init-from {run}")
 
 
-def run_resume(words: list[str]) -> None:
-    command = parse(Resume, words, "resume")
+def resume(run: Run, trust_code: bool = False) -> None:
+    """Train in a run's folder, or go on there, with the configuration that stands in it.
+
+    No other option is needed; a run that is complete is left as it is. Runs that were started in a
+    notebook go on in a terminal this way.
+
+    Args:
+        run: Directory of the run, of a detector or of an autoencoder.
+        trust_code: Execute a sampler or stem that a notebook stored in the run.
+    """
     from mimdet.training.train import resume
 
     # A log is read by people: a line of progress now and then.
-    _follow(resume(command.run, trust_code=command.trust_code), 1 if sys.stdout.isatty() else 20)
-    _say(f"done: {command.run}")
+    _follow(resume(run, trust_code=trust_code), 1 if sys.stdout.isatty() else 20)
+    _say(f"done: {run}")
 
 
 def _follow(steps: Iterator[Any], every: float = 1) -> None:
@@ -124,152 +160,263 @@ def _say(text: str) -> None:
         print(text)
 
 
-def run_evaluate(words: list[str]) -> None:
-    command = parse(Evaluate, words, "evaluate")
+# ------------------------------------------------------------------------------- finished models
+
+
+def evaluate(
+    run: Run,
+    ratios: tuple[float, ...] = (1.0,),
+    draws: int = 2,
+    checkpoint: str = "last",
+    limit: int = 0,
+    val_json: str = "",
+    val_images: str = "",
+    out: str = "",
+    reuse: bool = False,
+    batch_size: int = 4,
+    device: str = "auto",
+    trust_code: bool = False,
+) -> None:
+    """COCO box and mask metrics of a trained run, at any list of sample ratios.
+
+    Below ratio 1 the tokens are drawn at random, so the mean and the standard deviation over
+    --draws samplings are given. Writes evaluation.json and, at the last ratio, predictions.json in
+    COCO results format.
+
+    Args:
+        run: Directory of the run, or a released MIMDet file (.pth).
+        ratios: Shares of the tokens the encoder sees, for example 0.25 0.5 1.
+        draws: Samplings per ratio below 1.
+        checkpoint: `last`, `best` or a step number.
+        limit: Evaluate the first N images only; 0 = all.
+        val_json: Another annotation file than the run's own.
+        val_images: Its image folder.
+        out: Folder for the results; default: the run, a folder in it for other data or weights than
+            its own, or for a file a folder of its name beside it.
+        reuse: Take ratio 1 from the training's own last evaluation, if that was of these weights,
+            instead of measuring it again. Predictions are then saved only if the last ratio was
+            measured.
+        batch_size: Images at a time.
+        device: `auto` = cuda, then cpu; or any torch device.
+        trust_code: Execute a sampler or stem that a notebook stored in the run.
+    """
     from mimdet import processes
     from mimdet.analysis.evaluate import evaluate_ratios, ratio_table
     from mimdet.data.coco import build_dataset
-    from mimdet.files import write_json
-    from mimdet.training.run import load_detector
     from mimdet.training.train import rows_from_training
-    from mimdet.training.trainer import pick_device, use_threads
 
     processes.join()
-    device = str(pick_device(command.device))
-    model = load_detector(
-        command.run, checkpoint=command.checkpoint, trust_code=command.trust_code, device=device
-    )
-    use_threads(model.config.training.threads)
+    model = _load(run, checkpoint, device, trust_code)
     data = model.config.data
-    data.limit_val = command.limit or data.limit_val
-    data.val_json = command.val_json or data.val_json
-    data.val_images = command.val_images or data.val_images
-    if command.val_json or command.val_images:
+    data.limit_val = limit or data.limit_val
+    data.val_json = val_json or data.val_json
+    data.val_images = val_images or data.val_images
+    if val_json or val_images:
         data.source = "coco"
-    run = Path(command.run)
-    out = command.folder()
+    special = [f"limit{limit}"] if limit else []
+    special += [Path(val_json).stem] if val_json else []
+    special += ["other-images"] if val_images and not val_json else []
+    special += [checkpoint] if checkpoint != "last" else []
+    folder = Path(out) if out else _results_folder(Path(run), special)
     dataset = build_dataset(data, "val", model.config.training.seed)
-    own_data = not (command.limit or command.val_json or command.val_images)
-    reuse = command.reuse and own_data and out == run and command.checkpoint == "last"
+    reuse = reuse and not special and folder == Path(run)
     rows = evaluate_ratios(
         model,
         dataset,
-        command.ratios,
-        command.draws,
-        batch_size=command.batch_size,
+        ratios,
+        draws,
+        batch_size=batch_size,
         progress=True,
-        save_to=out / "predictions.json",
+        save_to=folder / "predictions.json",
         known=rows_from_training(run, dataset.version) if reuse else (),
     )
     if processes.first_of_torchrun():
         print(ratio_table(rows))
-        if out != run:
-            print(f"in {out}: evaluation.json, predictions.json")
-        write_json(out / "evaluation.json", {"data": dataset.version, "ratios": rows})
+        if folder != Path(run):
+            print(f"in {folder}: evaluation.json, predictions.json")
+        write_json(folder / "evaluation.json", {"data": dataset.version, "ratios": rows})
     processes.leave()
 
 
-def run_predict(words: list[str]) -> None:
-    command = parse(Predict, words, "predict")
+def _load(run: str, checkpoint: str, device: str, trust_code: bool) -> "Detector":
+    from mimdet.training.run import load_detector
+    from mimdet.training.trainer import pick_device, use_threads
+
+    device = str(pick_device(device))
+    model = load_detector(run, checkpoint=checkpoint, trust_code=trust_code, device=device)
+    use_threads(model.config.training.threads)
+    return model
+
+
+def _results_folder(run: Path, special: list[str]) -> Path:
+    """In the run itself only what belongs to all of its data and its last weights."""
+    if not run.is_dir():
+        return run.with_suffix("")
+    return run / "-".join(["evaluation", *special]) if special else run
+
+
+def predict(
+    run: Run,
+    images: Positional[tuple[Path, ...]],
+    out: Path = Path("predictions"),
+    sample_ratio: float = 1.0,
+    score: float = 0.3,
+    checkpoint: str = "last",
+    device: str = "auto",
+    seed: int = 0,
+    trust_code: bool = False,
+) -> None:
+    """Detect objects in image files; writes one json and one picture per image.
+
+    Args:
+        run: Directory of the run, or a released MIMDet file (.pth).
+        images: Image files.
+        out: Folder for the results.
+        sample_ratio: Share of the tokens the encoder sees.
+        score: Draw detections with at least this score (the json holds all).
+        checkpoint: `last`, `best` or a step number.
+        device: `auto` = cuda, then cpu; or any torch device.
+        seed: Of the tokens that are drawn below ratio 1.
+        trust_code: Execute a sampler or stem that a notebook stored in the run.
+    """
     from mimdet.analysis.evaluate import results_for, save_results
     from mimdet.images import read_image
     from mimdet.inference import predict
-    from mimdet.training.run import load_detector
-    from mimdet.training.trainer import pick_device, use_threads
-    from mimdet.viz.figures import show_detections
-    from mimdet.viz.style import save_figure
+    from mimdet.viz.figures import save_figure, show_detections
 
-    device = str(pick_device(command.device))
-    model = load_detector(
-        command.run, checkpoint=command.checkpoint, trust_code=command.trust_code, device=device
-    )
-    use_threads(model.config.training.threads)
+    stems = {image.stem: image for image in images}
+    for image in images:
+        if stems[image.stem] != image:
+            raise ValueError(
+                f"{image} and {stems[image.stem]} would both become {out / image.stem}.json: "
+                "predict them in two calls with another --out"
+            )
+    model = _load(run, checkpoint, device, trust_code)
     names, ids = model.categories, list(range(1, len(model.categories) + 1))
     masks = model.roi_heads.mask_head is not None
-    for path, place in command.places().items():
-        image = read_image(path)
-        found = predict(model, image, sample_ratio=command.sample_ratio, seed=command.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    for stem, path in stems.items():
+        pixels = read_image(path)
+        found = predict(model, pixels, sample_ratio=sample_ratio, seed=seed)
         results = results_for(found, path.name, ids, masks)
         for result in results:
             result["category"] = names[result["category_id"] - 1]
-        place.parent.mkdir(parents=True, exist_ok=True)
-        save_results(results, place.with_name(f"{place.name}.json"))
-        figure = show_detections([image], [found], None, names, command.score, columns=1)
-        save_figure(figure, place.with_name(f"{place.name}.png"))
-        shown = int((found.scores >= command.score).sum())
-        print(f"{path}: {shown} objects with score >= {command.score} -> {place}.json, .png")
+        save_results(results, out / f"{stem}.json")
+        figure = show_detections([pixels], [found], None, names, score, columns=1)
+        save_figure(figure, out / f"{stem}.png")
+        shown = int((found.scores >= score).sum())
+        print(f"{path}: {shown} objects with score >= {score} -> {out / stem}.json, .png")
 
 
-def run_export(words: list[str]) -> None:
-    command = parse(Export, words, "export")
+def errors(run: Run, against: str = "", out: str = "") -> None:
+    """Why a run's AP is what it is: errors by type and what fixing each would bring (TIDE).
+
+    Reads RUN/predictions.json, as `mimdet evaluate` left it. Writes errors.json, the bars, the
+    precision-recall curves and, for --against, what changed image by image.
+
+    Args:
+        run: Directory of the run.
+        against: Another run on the same data, to compare with image by image.
+        out: Folder for the results; default: the run.
+    """
+    from mimdet.analysis.errors import find_errors
+    from mimdet.analysis.verdicts import compare_runs
+    from mimdet.data.coco import build_dataset
+    from mimdet.viz.errors import show_comparison, show_curves, show_errors
+    from mimdet.viz.figures import save_figure
+
+    found = {folder: _predictions(folder) for folder in (run, against) if folder}
+    cfg = load_config(Path(run) / "config.json")
+    dataset = build_dataset(cfg.data, "val", cfg.training.seed)
+    truth = dataset.ground_truth()
+    scale = getattr(dataset, "area_scale", 1.0)
+    reports = {"box": find_errors(truth, found[run], "bbox", area_scale=scale)}
+    if cfg.detector.masks and dataset.has_masks:
+        reports["mask"] = find_errors(truth, found[run], "segm", area_scale=scale)
+    figures = {"errors": show_errors(reports)}
+    for name, report in reports.items():
+        print(f"{name}\n{report.table()}\n")
+        figures[f"curves_{name}"] = show_curves(report.curves((0.5, 0.75, 0.9)))
+    if against:
+        figures["comparison"] = show_comparison(
+            compare_runs(truth, {against: found[against], run: found[run]})
+        )
+    folder = Path(out or run)
+    for name, figure in figures.items():
+        save_figure(figure, folder / f"{name}.png")
+        print(f"figure: {folder / name}.png")
+    write_json(folder / "errors.json", {name: r.to_dict() for name, r in reports.items()})
+
+
+def _predictions(run: str) -> Any:
+    file = Path(run) / "predictions.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{run} has no predictions.json: `mimdet evaluate` makes it")
+    return read_json(file)
+
+
+def export(run: Run, file: Positional[str], half: bool = False, checkpoint: str = "last") -> None:
+    """Write a run's weights into one file.
+
+    A .safetensors file holds configuration and class names too: `mimdet predict FILE IMAGE` works
+    anywhere. A .pth file has the layout of the released MIMDet checkpoints, for the original's own
+    tools.
+
+    Args:
+        run: Directory of the run.
+        file: The .safetensors or .pth to write.
+        half: Store float16 (.safetensors only).
+        checkpoint: `last`, `best` or a step number.
+    """
     from mimdet.models.official import export_detectron2, save_detector
     from mimdet.training.run import load_detector
 
-    suffix = Path(command.file).suffix
+    suffix = Path(file).suffix
     if suffix not in (".safetensors", ".pth", ".pkl"):
         raise ValueError(
-            f"{command.file}: name it .safetensors (one file that describes itself), or .pth or "
-            ".pkl (the original's layout)"
+            f"{file}: name it .safetensors (one file that describes itself), or .pth or .pkl (the "
+            "original's layout)"
         )
-    if command.half and suffix != ".safetensors":
-        raise ValueError(f"{command.file}: --half is for .safetensors files only")
-    model = load_detector(command.run, checkpoint=command.checkpoint)
+    if half and suffix != ".safetensors":
+        raise ValueError(f"{file}: --half is for .safetensors files only")
+    model = load_detector(run, checkpoint=checkpoint)
     if suffix == ".safetensors":
-        save_detector(model, command.file, half=command.half)
-        print(f"{command.file}: for mimdet.load_detector, with configuration and class names")
+        save_detector(model, file, half=half)
+        print(f"{file}: for mimdet.load_detector, with configuration and class names")
     else:
-        export_detectron2(model, command.file)
-        print(f"{command.file}: {len(model.state_dict())} tensors under detectron2's names")
+        export_detectron2(model, file)
+        print(f"{file}: {len(model.state_dict())} tensors under detectron2's names")
 
 
-def run_errors(words: list[str]) -> None:
-    command = parse(Errors, words, "errors")
-    from mimdet.analysis.comparison import compare_runs
-    from mimdet.analysis.errors import find_errors
-    from mimdet.analysis.metrics import IouType
-    from mimdet.config import load_config
-    from mimdet.data.coco import build_dataset
-    from mimdet.files import read_json, write_json
-    from mimdet.viz.errors import show_comparison, show_errors, show_precision_recall
-    from mimdet.viz.style import save_figure
-
-    run, out = Path(command.run), Path(command.out or command.run)
-    for folder in filter(None, (command.run, command.against)):
-        if not (Path(folder) / "predictions.json").exists():
-            raise FileNotFoundError(f"{folder} has no predictions.json: `mimdet evaluate` makes it")
-    cfg = load_config(run / "config.json")
-    dataset = build_dataset(cfg.data, "val", cfg.training.seed)
-    truth, found = dataset.ground_truth(), read_json(run / "predictions.json")
-    scale = getattr(dataset, "area_scale", 1.0)
-    kinds: dict[str, IouType] = {"box": "bbox"}
-    if cfg.detector.masks and dataset.has_masks:
-        kinds["mask"] = "segm"
-    reports = {
-        name: find_errors(truth, found, kind, area_scale=scale) for name, kind in kinds.items()
-    }
-    for name, report in reports.items():
-        print(f"{name}\n{report.table()}\n")
-    figures = {"errors": show_errors(reports)}
-    for name, report in reports.items():
-        figures[f"curves_{name}"] = show_precision_recall(report.curves((0.5, 0.75, 0.9)))
-    if command.against:
-        other = read_json(Path(command.against) / "predictions.json")
-        runs = {command.against: other, command.run: found}
-        figures["comparison"] = show_comparison(compare_runs(truth, runs))
-    for name, figure in figures.items():
-        save_figure(figure, out / f"{name}.png")
-        print(f"figure: {out / name}.png")
-    write_json(out / "errors.json", {name: r.to_dict() for name, r in reports.items()})
+# ------------------------------------------------------------------------------- the rest
 
 
-def run_ablate(words: list[str]) -> None:
-    command = parse(Ablate, words, "ablate")
+def ablate(
+    file: Positional[str],
+    runs: str = "runs",
+    seeds: int = 0,
+    processes: int = 0,
+    dry_run: bool = False,
+    out: str = "",
+) -> None:
+    """Train every arm of a grid with several seeds; print a table with 95 % intervals.
+
+    Complete runs are skipped and interrupted ones resumed, so the same command goes on.
+
+    Args:
+        file: Python file that defines `base` and `grid`; it is executed. Example:
+            notebooks/ablations/sample_ratio.py.
+        runs: Folder under which the experiment's runs are kept.
+        seeds: Another number of seeds than the file's.
+        processes: Runs at a time; 0 = one per GPU, or one per core and thread of a run.
+        dry_run: List the runs; train nothing.
+        out: The json with everything; default RUNS/NAME/result.json.
+    """
     from mimdet.experiments.experiment import ablate
     from mimdet.experiments.runs import ExperimentStopped
 
-    options = vars(command)
     try:
-        result = ablate(options.pop("file"), **options)
+        result = ablate(file, runs=runs, seeds=seeds, processes=processes, dry_run=dry_run, out=out)
     except ExperimentStopped as stopped:
         print(stopped)
         sys.exit(130)
@@ -282,68 +429,69 @@ def run_ablate(words: list[str]) -> None:
             print(f"figure: {path}")
 
 
-def run_cost(words: list[str]) -> None:
-    command = parse(CostTable, words, "cost")
-    from mimdet.analysis.cost import cost_of, cost_table
-    from mimdet.presets import PRESETS
+def cost(
+    presets: Positional[tuple[str, ...]] = (),
+    size: tuple[int, int] = (800, 1344),
+    ratios: tuple[float, ...] = (1.0,),
+) -> None:
+    """Parameters and multiply-adds of presets, as a markdown table. Nothing is computed.
 
-    unknown = [name for name in command.presets if name not in PRESETS]
+    Args:
+        presets: Names of presets; default: all.
+        size: Height and width of the image in pixels.
+        ratios: Shares of the tokens the encoder sees; baselines see them all.
+    """
+    from mimdet.analysis.cost import cost_of, cost_table
+
+    unknown = [name for name in presets if name not in PRESETS]
     if unknown:
         raise ValueError(f"there is no preset {unknown[0]!r}; there are {', '.join(PRESETS)}")
     rows = []
-    for name in command.presets or PRESETS:
+    for name in presets or PRESETS:
         cfg = PRESETS[name]()
-        ratios = command.ratios if cfg.backbone.kind == "mimdet" else (1.0,)
-        rows += [cost_of(cfg, command.size, ratio) for ratio in ratios]
+        seen = ratios if cfg.backbone.kind == "mimdet" else (1.0,)
+        rows += [cost_of(cfg, size, ratio) for ratio in seen]
     print(cost_table(rows))
 
 
-def run_check_data(words: list[str]) -> None:
-    command = parse(CheckData, words, "check-data")
-    from mimdet.data.checks import check_dataset
-    from mimdet.files import write_json
+def check_data(
+    annotations: Positional[str],
+    images: Positional[str],
+    examples: int = 3,
+    quick: bool = False,
+    json: str = "",
+) -> None:
+    """Say what is wrong with a COCO-format data set, and where. Exit code 1 if anything is.
 
-    report = check_dataset(
-        command.annotations, command.images, decode=not command.quick, progress=True
-    )
-    print(report.table(command.examples))
-    if command.json:
-        write_json(command.json, report.to_dict())
+    Args:
+        annotations: The json file.
+        images: The image folder.
+        examples: Examples shown of each kind of problem.
+        quick: Read only the headers of the image files.
+        json: Write the whole report to this file.
+    """
+    from mimdet.data.checks import check_dataset
+
+    report = check_dataset(annotations, images, decode=not quick, progress=True)
+    print(report.table(examples))
+    if json:
+        write_json(json, report.to_dict())
     if not report.ok:
         sys.exit(1)
 
 
-def run_download(words: list[str]) -> None:
-    command = parse(Download, words, "download")
-    from mimdet.downloads import download, table
-
-    if not command.names:
-        print(table())
-        return
-    try:
-        download(command.names, command.to, yes=command.yes, unpack=command.unpack)
-    except OSError as error:  # the network, or a disk that filled up meanwhile
-        sys.exit(f"error: {error}")
-
-
-def run_demo(words: list[str]) -> None:
-    command = parse(Demo, words, "demo")
-    from mimdet.demo import demo
-
-    demo(**vars(command))
-
-
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "demo": run_demo,
-    "train": run_train,
-    "resume": run_resume,
-    "pretrain": run_pretrain,
-    "evaluate": run_evaluate,
-    "predict": run_predict,
-    "errors": run_errors,
-    "ablate": run_ablate,
-    "cost": run_cost,
-    "export": run_export,
-    "check-data": run_check_data,
-    "download": run_download,
+COMMANDS: dict[str, Callable[..., object]] = {
+    "demo": demo,
+    "train": train,
+    "resume": resume,
+    "pretrain": pretrain,
+    "evaluate": evaluate,
+    "predict": predict,
+    "errors": errors,
+    "ablate": ablate,
+    "cost": cost,
+    "export": export,
+    "check-data": check_data,
+    "download": download,
 }
+PRESETS_OF: dict[str, dict[str, Any]] = {"train": PRESETS, "pretrain": PRETRAIN_PRESETS}

@@ -4,7 +4,6 @@ The demo types the commands a user would type: `mimdet train`, `mimdet evaluate`
 threads as there are cores, up to four.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -16,13 +15,10 @@ from typing import Any, Literal
 
 from mimdet.config import Config, load_config
 from mimdet.files import read_json
-from mimdet.models.checkpoint_files import shipped
 from mimdet.presets import tiny
 
 RATIOS = ("0.25", "0.5", "1")
 DRAWS = 2
-SHIPPED_DETECTOR = "tiny"
-"""Weights of a detector that was trained longer; see mimdet/pretrained/README.md."""
 FINISHED_SCENES = 8
 CURVE_POINTS = 2
 """Evaluations while training, for the curve of AP; the last one is also the table's ratio 1."""
@@ -38,12 +34,30 @@ MARGIN = 0.8
 find more objects, so the mask head has more to do."""
 
 
-def demo(minutes: float, run: str, level: str, steps: int, scenes: int, seed: int) -> None:
-    """Train `tiny` on ShapesCOCO for about `minutes`, then evaluate it and draw what it sees."""
+def demo(
+    minutes: float = 6.0,
+    run: str = "",
+    level: str = "shapes-v1-medium",
+    steps: int = 0,
+    scenes: int = 200,
+    seed: int = 0,
+) -> None:
+    """Train a small MIMDet on ShapesCOCO, read its AP at three sample ratios, look at detections.
+
+    Everything is drawn and trained on this machine; nothing is downloaded. Run it again to resume
+    an interrupted demo, or with other --minutes to train longer.
+
+    Args:
+        minutes: Time for everything, from drawing scenes to figures, on an idle machine.
+        run: Directory of the run; default runs/demo-<minutes>min.
+        level: shapes-v1-easy, shapes-v1-medium or shapes-v1-hard.
+        steps: Train exactly this many steps instead of measuring what fits into the time.
+        scenes: Held-out scenes to evaluate on.
+        seed: Of the scenes and of the first weights.
+    """
     start = time.perf_counter()
     path = Path(run or f"runs/demo-{minutes:g}min")
-    if SHIPPED_DETECTOR in shipped():
-        show_shipped(path.with_name(f"{path.name}-shipped"))
+    show_shipped(path.with_name(f"{path.name}-shipped"))
     if (path / "config.json").exists():
         check_same_demo(path, level, steps, scenes, seed)
         print(f"{path} exists: going on with it.")
@@ -56,11 +70,17 @@ def demo(minutes: float, run: str, level: str, steps: int, scenes: int, seed: in
             print("Timing this machine ...", flush=True)
             steps = steps_that_fit(minutes * 60 - (time.perf_counter() - start), scenes, cfg)
         print(f"Training a MIMDet of 2 million parameters on {4 * steps:,} new scenes of {level}.")
-        what = ["--shapes-level", level, "--seed", str(seed), "--shapes-val", str(scenes)]
-        how = ["--threads", str(cfg.training.threads), "--precision", cfg.training.precision]
-        every = max(1, -(-steps // CURVE_POINTS))
-        length = ["--steps", str(steps), "--evaluate-every-steps", str(every)]
-        launch(["train", "tiny", str(path), *what, *how, *length])
+        options = {
+            "shapes-level": level,
+            "shapes-val": scenes,
+            "seed": seed,
+            "threads": cfg.training.threads,
+            "precision": cfg.training.precision,
+            "steps": steps,
+            "evaluate-every-steps": max(1, -(-steps // CURVE_POINTS)),
+        }
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        launch(["train", "tiny", str(path), *words])
     print("\nAP x 100 on held-out scenes, by the share of tokens the encoder sees:")
     launch(["evaluate", str(path), "--ratios", *RATIOS, "--draws", str(DRAWS), "--reuse"])
     draw(path)
@@ -70,14 +90,13 @@ def demo(minutes: float, run: str, level: str, steps: int, scenes: int, seed: in
 def check_same_demo(path: Path, level: str, steps: int, scenes: int, seed: int) -> None:
     """Raises ValueError where the run in `path` is a demo with other settings."""
     cfg = load_config(path / "config.json")
-    asked = {"--level": level, "--seed": seed, "--scenes": scenes, "--steps": steps}
-    found = {
-        "--level": cfg.data.shapes_level,
-        "--seed": cfg.training.seed,
-        "--scenes": cfg.data.shapes_val,
-        "--steps": cfg.training.steps if steps else 0,  # 0: as many as fitted
+    pairs = {
+        "--level": (cfg.data.shapes_level, level),
+        "--seed": (cfg.training.seed, seed),
+        "--scenes": (cfg.data.shapes_val, scenes),
+        "--steps": (cfg.training.steps, steps or cfg.training.steps),  # 0: as many as fitted
     }
-    differ = [f"{name} {found[name]}" for name in asked if asked[name] != found[name]]
+    differ = [f"{name} {found}" for name, (found, asked) in pairs.items() if found != asked]
     if differ:
         raise ValueError(f"{path} holds a demo with {', '.join(differ)}: give another --run")
 
@@ -87,20 +106,17 @@ def show_shipped(folder: Path) -> None:
     from mimdet.data.shapes import ShapesCOCO
     from mimdet.models.checkpoint_files import SHIPPED
     from mimdet.training.run import load_detector
-    from mimdet.training.trainer import use_threads
-    from mimdet.viz.style import save_figure
 
-    use_threads(threads())
-    model = load_detector(SHIPPED_DETECTOR)
-    card = read_json(SHIPPED / "cards.json")[SHIPPED_DETECTOR]
+    model = load_detector("tiny")
+    card = read_json(SHIPPED / "cards.json")["tiny"]
     print(
         f"A finished detector comes with the package: box AP {card['box_ap']:.1f}, mask AP "
         f"{card['mask_ap']:.1f} on 200 held-out scenes of shapes-v1-medium (mimdet/pretrained)."
     )
     data = model.config.data
     scenes = ShapesCOCO(data.shapes_level, data.shapes_size, FINISHED_SCENES, "val")
-    save_figure(detections_beside_truth(model, scenes), folder / "detections.png")
-    print(f"figure: {folder / 'detections.png'}; now yours, from random weights:")
+    save(folder, detections=detections_beside_truth(model, scenes))
+    print("Now yours, from random weights:")
 
 
 def steps_that_fit(seconds: float, scenes: int, cfg: Config) -> int:
@@ -108,6 +124,7 @@ def steps_that_fit(seconds: float, scenes: int, cfg: Config) -> int:
 
     Set aside are the evaluations while training and for the table, and the starts.
     """
+    from mimdet.training.run import Run
     from mimdet.training.signals import TrainingStopped
     from mimdet.training.train import train
 
@@ -116,14 +133,12 @@ def steps_that_fit(seconds: float, scenes: int, cfg: Config) -> int:
     with tempfile.TemporaryDirectory() as folder:
         trial = Path(folder) / "trial"
         try:
-            for _ in train(cfg, trial):
-                pass
+            times = [step.seconds for step in train(cfg, trial)]
         except TrainingStopped:
             sys.exit("stopped before the training began; run the same command again")
-        rows = [json.loads(line) for line in (trial / "metrics.jsonl").read_text().splitlines()]
-    times = [row["time"]["seconds"] for row in rows if "loss" in row]
+        evaluation = Run(trial, cfg).metrics()[-1]
     steady = times[len(times) // 3 :]  # the first ones pay for warming up
-    per_scene = rows[-1]["time"]["seconds"] / TIMED_SCENES
+    per_scene = evaluation["time"]["seconds"] / TIMED_SCENES
     passes = CURVE_POINTS + DRAWS * (len(RATIOS) - 1)
     left = seconds - (time.perf_counter() - begin) - passes * scenes * per_scene - STARTUP_SECONDS
     return max(20, int(MARGIN * left / (sum(steady) / len(steady))))
@@ -148,8 +163,9 @@ def threads() -> int:
     On idle cores one process with two threads makes a step in 0.25 s where two processes that
     synchronise their norms need 0.34 s, and a single thread 0.34 s.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(4, cores or 1)
+    from mimdet.processes import usable_cores
+
+    return min(4, usable_cores())
 
 
 def precision() -> Literal["auto", "bf16"]:
@@ -165,32 +181,35 @@ def precision() -> Literal["auto", "bf16"]:
 
 def draw(path: Path) -> None:
     """Three figures in the run's directory: detections beside the truth, training, ratios."""
-    from mimdet.config import load_config
     from mimdet.data.coco import build_dataset
     from mimdet.training.run import Run, load_detector
-    from mimdet.training.trainer import use_threads
-    from mimdet.viz.charts import show_ratios, show_training
-    from mimdet.viz.style import save_figure
+    from mimdet.viz.figures import show_ratios, show_training
 
-    use_threads(threads())
     cfg = load_config(path / "config.json")
     dataset = build_dataset(cfg.data, "val")
-    ratios = json.loads((path / "evaluation.json").read_text())["ratios"]
-    figures = {
-        "detections": detections_beside_truth(load_detector(path), dataset),
-        "training": show_training(Run(path, cfg).metrics()),
-        "ratios": show_ratios(ratios),
-    }
+    save(
+        path,
+        detections=detections_beside_truth(load_detector(path), dataset),
+        training=show_training(Run(path, cfg).metrics()),
+        ratios=show_ratios(read_json(path / "evaluation.json")["ratios"]),
+    )
+
+
+def save(folder: Path, **figures: Any) -> None:
+    from mimdet.viz.figures import save_figure
+
     for name, figure in figures.items():
-        save_figure(figure, path / f"{name}.png")
-        print(f"figure: {path / name}.png")
+        save_figure(figure, folder / f"{name}.png")
+        print(f"figure: {folder / name}.png")
 
 
 def detections_beside_truth(model: Any, dataset: Any) -> Any:
     """Figure of the first eight images."""
     from mimdet.inference import predict
+    from mimdet.training.trainer import use_threads
     from mimdet.viz.figures import show_detections
 
+    use_threads(threads())
     records = [dataset[i] for i in range(min(8, len(dataset)))]
     images, truth = [r.image for r in records], [r.target for r in records]
     return show_detections(images, predict(model, images), truth, dataset.categories)

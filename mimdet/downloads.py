@@ -196,16 +196,20 @@ def download(
     stopped when the same command runs again. What arrived is checked and noted in
     TO/downloads.json; run again, the command checks that the files are still the same.
 
-    Returns where each file is, [] if the user refused. Raises ValueError for an unknown name, a
-    file that is not what it should be, a full disk, or when there is no terminal to ask on;
-    ConnectionError when the server refuses or breaks off.
-
     Args:
         names: Names from the list; `coco` means images and annotations of train2017 and val2017.
         to: Folder for the files. Those of the Hugging Face hub go to the hub's own cache.
         yes: Do not ask.
         unpack: Unzip COCO to TO/coco/train2017, val2017 and annotations; go on with a half unpacked
             one.
+
+    Returns:
+        Where each file is; [] if the user refused.
+
+    Raises:
+        ValueError: for an unknown name, a file that is not what it should be, a full disk, or when
+            there is no terminal to ask on.
+        ConnectionError: when the server refuses or breaks off.
     """
     if not names:
         print(table())

@@ -21,6 +21,7 @@ from mimdet.data.coco import CocoDataset
 from mimdet.data.shapes import ShapesCOCO
 from mimdet.images import read_image
 from mimdet.presets import mimdet_base, tiny
+from mimdet.processes import usable_cores
 from mimdet.structures import Record, Target
 from mimdet.training.trainer import Step, seed_all
 
@@ -142,13 +143,6 @@ def sensible_threads() -> int:
     cores = usable_cores()
     busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > cores / 2
     return 1 if cores <= 2 or busy else min(4, cores // 2)
-
-
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def device_text(threads: int) -> str:

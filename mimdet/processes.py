@@ -17,7 +17,7 @@ from torch import Tensor, nn
 T = TypeVar("T")
 
 
-class ProcessLost(RuntimeError):
+class ProcessLost(ConnectionError):
     """Another process ended, or cannot be reached, while this one waited for its answer."""
 
 
@@ -159,3 +159,10 @@ def gather_lists(values: list[Any]) -> list[Any]:
     with _answers():
         dist.gather_object(values, parts if rank() == 0 else None, dst=0)
     return [value for part in parts for value in part] if rank() == 0 else []
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -24,6 +24,7 @@ from mimdet.data.loader import Dataset
 from mimdet.experiments.grid import Arm
 from mimdet.files import write_json
 from mimdet.models.backbones import BASELINES
+from mimdet.processes import usable_cores
 from mimdet.training.run import Run, alone_in
 from mimdet.training.slots import write_slots
 from mimdet.training.train import adapt_to_data
@@ -473,13 +474,6 @@ def gpu_names(runs: Sequence[PlannedRun]) -> list[str]:
 
 def most_threads(runs: Sequence[PlannedRun]) -> int:
     return max([1, *(run.cfg.training.threads for run in runs)])
-
-
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 # ------------------------------------------------------------------------------- small parts

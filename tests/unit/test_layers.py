@@ -32,7 +32,7 @@ ORDER = (
     ("training",),
     ("experiments",),
     ("viz",),
-    ("demo", "options"),
+    ("demo",),
     ("cli", "notebook"),
     ("__main__",),
 )
