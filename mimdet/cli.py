@@ -16,7 +16,6 @@ from tyro.conf import Positional, Suppress, subcommand
 from mimdet import __version__
 from mimdet.config import Config, PretrainConfig, load_config
 from mimdet.demo import demo
-from mimdet.downloads import download
 from mimdet.files import read_json, write_json
 from mimdet.presets import PRESETS, PRETRAIN_PRESETS
 
@@ -86,9 +85,6 @@ def from_presets(command: Any, presets: dict[str, Callable[[], Any]], words: lis
     return Union[(*choices, Annotated[None, Suppress])]
 
 
-# ------------------------------------------------------------------------------- training
-
-
 def train(run: Run, config: Config) -> None:
     """Train a detector; the same command resumes an interrupted run exactly.
 
@@ -100,8 +96,7 @@ def train(run: Run, config: Config) -> None:
     """
     from mimdet.training.train import train
 
-    _follow(train(config, run))
-    _say(f"done: {run}; next: mimdet evaluate {run} --ratios 0.25 0.5 1")
+    _follow(train(config, run), f"{run}; next: mimdet evaluate {run} --ratios 0.25 0.5 1")
 
 
 def pretrain(run: Run, config: PretrainConfig) -> None:
@@ -115,8 +110,7 @@ def pretrain(run: Run, config: PretrainConfig) -> None:
     """
     from mimdet.training.pretrain import pretrain
 
-    _follow(pretrain(config, run))
-    _say(f"done: {run}; next: mimdet train PRESET RUN --init-from {run}")
+    _follow(pretrain(config, run), f"{run}; next: mimdet train PRESET RUN --init-from {run}")
 
 
 def resume(run: Run, trust_code: bool = False) -> None:
@@ -132,35 +126,27 @@ def resume(run: Run, trust_code: bool = False) -> None:
     from mimdet.training.train import resume
 
     # A log is read by people: a line of progress now and then.
-    _follow(resume(run, trust_code=trust_code), 1 if sys.stdout.isatty() else 20)
-    _say(f"done: {run}")
+    _follow(resume(run, trust_code=trust_code), run, 1 if sys.stdout.isatty() else 20)
 
 
-def _follow(steps: Iterator[Any], every: float = 1) -> None:
-    """Run a training to its end with a progress bar, in the first process; every: seconds."""
+def _follow(steps: Iterator[Any], done: str, every: float = 1) -> None:
+    """Run a training to its end; the first process has a progress bar, renewed `every` seconds."""
     from mimdet import processes
     from mimdet.training.signals import TrainingStopped
     from mimdet.training.trainer import show_progress
 
+    first = processes.first_of_torchrun()
     try:
-        for _ in show_progress(steps, every) if processes.first_of_torchrun() else steps:
+        for _ in show_progress(steps, every) if first else steps:
             pass
     except TrainingStopped as stopped:
-        _say(str(stopped))
+        if first:
+            print(stopped)
         sys.exit(128 + stopped.signal_number)
     finally:
         processes.leave()
-
-
-def _say(text: str) -> None:
-    """Print, once for all processes."""
-    from mimdet import processes
-
-    if processes.first_of_torchrun():
-        print(text)
-
-
-# ------------------------------------------------------------------------------- finished models
+    if first:
+        print(f"done: {done}")
 
 
 def evaluate(
@@ -325,7 +311,11 @@ def errors(run: Run, against: str = "", out: str = "") -> None:
     from mimdet.viz.errors import show_comparison, show_curves, show_errors
     from mimdet.viz.figures import save_figure
 
-    found = {folder: _predictions(folder) for folder in (run, against) if folder}
+    found = {}
+    for folder in filter(None, (against, run)):
+        if not (Path(folder) / "predictions.json").exists():
+            raise FileNotFoundError(f"{folder} has no predictions.json: `mimdet evaluate` makes it")
+        found[folder] = read_json(Path(folder) / "predictions.json")
     cfg = load_config(Path(run) / "config.json")
     dataset = build_dataset(cfg.data, "val", cfg.training.seed)
     truth = dataset.ground_truth()
@@ -338,21 +328,11 @@ def errors(run: Run, against: str = "", out: str = "") -> None:
         print(f"{name}\n{report.table()}\n")
         figures[f"curves_{name}"] = show_curves(report.curves((0.5, 0.75, 0.9)))
     if against:
-        figures["comparison"] = show_comparison(
-            compare_runs(truth, {against: found[against], run: found[run]})
-        )
-    folder = Path(out or run)
+        figures["comparison"] = show_comparison(compare_runs(truth, found))
     for name, figure in figures.items():
-        save_figure(figure, folder / f"{name}.png")
-        print(f"figure: {folder / name}.png")
-    write_json(folder / "errors.json", {name: r.to_dict() for name, r in reports.items()})
-
-
-def _predictions(run: str) -> Any:
-    file = Path(run) / "predictions.json"
-    if not file.exists():
-        raise FileNotFoundError(f"{run} has no predictions.json: `mimdet evaluate` makes it")
-    return read_json(file)
+        save_figure(figure, Path(out or run, f"{name}.png"))
+        print(f"figure: {Path(out or run, name)}.png")
+    write_json(Path(out or run, "errors.json"), {name: r.to_dict() for name, r in reports.items()})
 
 
 def export(run: Run, file: Positional[str], half: bool = False, checkpoint: str = "last") -> None:
@@ -371,24 +351,19 @@ def export(run: Run, file: Positional[str], half: bool = False, checkpoint: str 
     from mimdet.models.official import export_detectron2, save_detector
     from mimdet.training.run import load_detector
 
-    suffix = Path(file).suffix
-    if suffix not in (".safetensors", ".pth", ".pkl"):
+    ours = file.endswith(".safetensors")
+    if not ours and (half or not file.endswith((".pth", ".pkl"))):
         raise ValueError(
-            f"{file}: name it .safetensors (one file that describes itself), or .pth or .pkl (the "
-            "original's layout)"
+            f"{file}: name it .safetensors (one file that describes itself; --half is for these "
+            "only), or .pth or .pkl (the original's layout)"
         )
-    if half and suffix != ".safetensors":
-        raise ValueError(f"{file}: --half is for .safetensors files only")
     model = load_detector(run, checkpoint=checkpoint)
-    if suffix == ".safetensors":
+    if ours:
         save_detector(model, file, half=half)
         print(f"{file}: for mimdet.load_detector, with configuration and class names")
     else:
         export_detectron2(model, file)
         print(f"{file}: {len(model.state_dict())} tensors under detectron2's names")
-
-
-# ------------------------------------------------------------------------------- the rest
 
 
 def ablate(
@@ -478,6 +453,33 @@ def check_data(
         write_json(json, report.to_dict())
     if not report.ok:
         sys.exit(1)
+
+
+def download(
+    names: Positional[tuple[str, ...]] = (),
+    to: Path = Path("downloads"),
+    yes: bool = False,
+    unpack: bool = False,
+) -> None:
+    """Fetch public weights or COCO; without a name, list what there is.
+
+    Shows address, size, licence and free space, then asks. An interrupted download goes on where it
+    stopped when the same command runs again. What arrived is checked and noted in
+    TO/downloads.json; run again, the command checks that the files are still the same.
+
+    Args:
+        names: Names from the list; `coco` means images and annotations of train2017 and val2017.
+        to: Folder for the files. Those of the Hugging Face hub go to the hub's own cache.
+        yes: Do not ask.
+        unpack: Unzip COCO to TO/coco/train2017, val2017 and annotations; go on with a half unpacked
+            one.
+    """
+    from mimdet.downloads import download, table
+
+    if names:
+        download(names, to, yes=yes, unpack=unpack)
+    else:
+        print(table())
 
 
 COMMANDS: dict[str, Callable[..., object]] = {

@@ -10,6 +10,7 @@ import sys
 import time
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.message import Message
@@ -19,7 +20,6 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 from tqdm import tqdm
-from tyro.conf import Positional
 
 from mimdet import __version__
 from mimdet.files import read_json, sync, write_json
@@ -184,37 +184,15 @@ AGENT = {"User-Agent": f"mimdet/{__version__}"}
 
 
 def download(
-    names: Positional[tuple[str, ...]] = (),
-    to: str = "downloads",
-    *,
-    yes: bool = False,
-    unpack: bool = False,
+    names: Sequence[str], folder: Path, *, yes: bool = False, unpack: bool = False
 ) -> list[Path]:
-    """Fetch public weights or COCO; without a name, list what there is.
+    """Fetch catalogue entries or groups into `folder`; where each file is, [] if the user refused.
 
-    Shows address, size, licence and free space, then asks. An interrupted download goes on where it
-    stopped when the same command runs again. What arrived is checked and noted in
-    TO/downloads.json; run again, the command checks that the files are still the same.
-
-    Args:
-        names: Names from the list; `coco` means images and annotations of train2017 and val2017.
-        to: Folder for the files. Those of the Hugging Face hub go to the hub's own cache.
-        yes: Do not ask.
-        unpack: Unzip COCO to TO/coco/train2017, val2017 and annotations; go on with a half unpacked
-            one.
-
-    Returns:
-        Where each file is; [] if the user refused.
-
-    Raises:
-        ValueError: for an unknown name, a file that is not what it should be, a full disk, or when
-            there is no terminal to ask on.
-        ConnectionError: when the server refuses or breaks off.
+    yes: do not ask. unpack: unzip COCO to `folder`/coco/train2017, val2017 and annotations. Raises
+    ValueError for an unknown name, a file that is not what it should be, a full disk, or when there
+    is no terminal to ask on; ConnectionError when the server refuses or breaks off.
     """
-    if not names:
-        print(table())
-        return []
-    files, folder = files_named(*names), Path(to)
+    files = files_named(*names)
     if unpack and not any(file.file_name.endswith(".zip") for file in files):
         raise ValueError("--unpack is for COCO's zip files, and none of them is named")
     absent = [file for file in files if not is_there(file, folder)]

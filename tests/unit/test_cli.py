@@ -157,7 +157,7 @@ def test_files_that_would_be_ignored_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["x.onnx"], "name it .safetensors"), (["x.pth", "--half"], "--half is for .safetensors")],
+    [(["x.onnx"], "name it .safetensors"), (["x.pth", "--half"], "--half is for these only")],
 )
 def test_export_says_what_it_can_write(run, words, said):
     with pytest.raises(SystemExit, match=said):

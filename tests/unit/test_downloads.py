@@ -342,8 +342,8 @@ from mimdet import downloads
 address = "https://hub.example/resolve/main/weights.safetensors"
 file = downloads.PublicFile("tiny/mae", address, "page", "CC0", "a test", sha256=sys.argv[1])
 downloads.CATALOGUE = (file,)
-print(downloads.is_there(file, "."))
-print(*downloads.download(["tiny/mae"], "unused", yes=True))
+print(downloads.is_there(file, downloads.Path()))
+print(*downloads.download(["tiny/mae"], downloads.Path("unused"), yes=True))
 """
 
 
