@@ -268,7 +268,7 @@ def predict(
     from mimdet.analysis.evaluate import results_for, save_results
     from mimdet.images import read_image
     from mimdet.inference import predict
-    from mimdet.viz.figures import save_figure, show_detections
+    from mimdet.viz import save_figure, show_detections
 
     stems = {image.stem: image for image in images}
     for image in images:
@@ -305,11 +305,10 @@ def errors(run: Run, against: str = "", out: str = "") -> None:
         against: Another run on the same data, to compare with image by image.
         out: Folder for the results; default: the run.
     """
+    from mimdet.analysis.comparison import compare_runs
     from mimdet.analysis.errors import find_errors
-    from mimdet.analysis.verdicts import compare_runs
     from mimdet.data.coco import build_dataset
-    from mimdet.viz.errors import show_comparison, show_curves, show_errors
-    from mimdet.viz.figures import save_figure
+    from mimdet.viz import save_figure, show_comparison, show_errors, show_precision_recall
 
     found = {}
     for folder in filter(None, (against, run)):
@@ -326,7 +325,7 @@ def errors(run: Run, against: str = "", out: str = "") -> None:
     figures = {"errors": show_errors(reports)}
     for name, report in reports.items():
         print(f"{name}\n{report.table()}\n")
-        figures[f"curves_{name}"] = show_curves(report.curves((0.5, 0.75, 0.9)))
+        figures[f"curves_{name}"] = show_precision_recall(report.curves((0.5, 0.75, 0.9)))
     if against:
         figures["comparison"] = show_comparison(compare_runs(truth, found))
     for name, figure in figures.items():

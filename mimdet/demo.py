@@ -183,7 +183,7 @@ def draw(path: Path) -> None:
     """Three figures in the run's directory: detections beside the truth, training, ratios."""
     from mimdet.data.coco import build_dataset
     from mimdet.training.run import Run, load_detector
-    from mimdet.viz.figures import show_ratios, show_training
+    from mimdet.viz import show_ratios, show_training
 
     cfg = load_config(path / "config.json")
     dataset = build_dataset(cfg.data, "val")
@@ -196,7 +196,7 @@ def draw(path: Path) -> None:
 
 
 def save(folder: Path, **figures: Any) -> None:
-    from mimdet.viz.figures import save_figure
+    from mimdet.viz import save_figure
 
     for name, figure in figures.items():
         save_figure(figure, folder / f"{name}.png")
@@ -207,7 +207,7 @@ def detections_beside_truth(model: Any, dataset: Any) -> Any:
     """Figure of the first eight images."""
     from mimdet.inference import predict
     from mimdet.training.trainer import use_threads
-    from mimdet.viz.figures import show_detections
+    from mimdet.viz import show_detections
 
     use_threads(threads())
     records = [dataset[i] for i in range(min(8, len(dataset)))]
