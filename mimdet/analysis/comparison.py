@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mimdet.analysis.errors import precision_at_recalls
-from mimdet.analysis.matching import Floats, Overlaps, find_overlaps, match_at
+from mimdet.analysis.errors import precisions
+from mimdet.analysis.matching import Ints, Overlaps, find_overlaps, match_at
 from mimdet.analysis.metrics import IouType, check_results, image_numbers
 
 if TYPE_CHECKING:
@@ -95,50 +95,34 @@ def compare_runs(
 
     if len(runs) != 2:
         raise ValueError(f"runs has {len(runs)} entries ({', '.join(runs)}): give two, by name")
-    numbers = image_numbers(ground_truth)
-    columns: dict[str, Any] = {"image_id": list(numbers)}
-    for place, results in enumerate(runs.values(), start=1):
-        check_results(ground_truth, results, (iou_type,), numbers)
-        overlaps = find_overlaps(ground_truth, results, iou_type)
-        columns["objects"] = np.bincount(overlaps.truths.image, minlength=len(numbers))
-        of_run = _columns(overlaps, len(numbers))
-        columns |= {f"{name}_{place}": values for name, values in of_run.items()}
     first, second = runs
-    images = DataFrame(columns)
-    images["change"] = images["ap_2"] - images["ap_1"]
-    return RunComparison((first, second), iou_type, images)
+    images = list(image_numbers(ground_truth))
+    columns: dict[str, Any] = {"image_id": images}
+    for number, results in enumerate(runs.values(), start=1):
+        check_results(ground_truth, results, (iou_type,))
+        overlaps = find_overlaps(ground_truth, results, iou_type)
+        objects = np.bincount(overlaps.truths.image, minlength=len(images))
+        columns["objects"] = objects
+        of_run = _columns(overlaps, objects)
+        columns |= {f"{name}_{number}": values for name, values in of_run.items()}
+    table = DataFrame(columns)
+    table["change"] = table["ap_2"] - table["ap_1"]
+    return RunComparison((first, second), iou_type, table)
 
 
-def _columns(overlaps: Overlaps, images: int) -> dict[str, Any]:
-    """The columns of one run, an entry per image."""
-    detections = overlaps.detections
-    match, ignored = match_at(overlaps, 0.5)
-
-    def total(chosen: Any, weights: Any = None) -> Any:
-        return np.bincount(detections.image[chosen], weights, minlength=images)
-
-    correct, wrong = match >= 0, (match < 0) & ~ignored
-    return {
-        "ap": _image_aps(overlaps, images),
-        "found": total(correct),
-        "matched_score": total(correct, overlaps.score[correct]),
-        "wrong_score": total(wrong, overlaps.score[wrong]),
-    }
-
-
-def _image_aps(overlaps: Overlaps, images: int) -> Floats:
-    """(images,) mean AP over THRESHOLDS; NaN without objects."""
-    objects = np.bincount(overlaps.truths.image, minlength=images).tolist()
-    order = np.argsort(overlaps.detections.image, kind="stable")  # by score within an image
-    ends = np.cumsum(np.bincount(overlaps.detections.image, minlength=images)).tolist()
-    total = np.zeros(images)
+def _columns(overlaps: Overlaps, objects: Ints) -> dict[str, Any]:
+    """The columns of one run, an entry per image; objects: (images,)."""
+    image, score = overlaps.detections.image, overlaps.score
+    ap = np.zeros(len(objects))
     for threshold in THRESHOLDS:
         match, ignored = match_at(overlaps, threshold)
-        correct, counts = match[order] >= 0, ~ignored[order]
-        start = 0
-        for image, end in enumerate(ends):
-            if objects[image]:
-                ranked = correct[start:end][counts[start:end]]
-                total[image] += precision_at_recalls(ranked, objects[image]).mean()
-            start = end
-    return np.where(np.array(objects) > 0, total / len(THRESHOLDS), np.nan)
+        ap += precisions(image[~ignored], match[~ignored] >= 0, objects).mean(1)
+
+    match, ignored = match_at(overlaps, 0.5)
+    correct, wrong = match >= 0, (match < 0) & ~ignored
+    return {
+        "ap": np.where(objects > 0, ap / len(THRESHOLDS), np.nan),
+        "found": np.bincount(image[correct], minlength=len(objects)),
+        "matched_score": np.bincount(image[correct], score[correct], len(objects)),
+        "wrong_score": np.bincount(image[wrong], score[wrong], len(objects)),
+    }

@@ -19,16 +19,6 @@ from mimdet.models.roi_heads import BOX_POOL, MASK_POOL
 from mimdet.models.sampling import Sampling
 from mimdet.structures import padded_size
 
-COLUMNS = (
-    "model",
-    "parameters, M",
-    "trainable, M",
-    "image",
-    "ratio",
-    "backbone + neck, G",
-    "detector, G",
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Cost:
@@ -113,22 +103,20 @@ def run_heads(model: Detector, height: int, width: int) -> None:
 
 def cost_table(costs: Sequence[Cost]) -> str:
     """A markdown table, one row a cost. Numbers in millions (M) and 10^9 multiply-adds (G)."""
-    lines = [
-        f"| {' | '.join(COLUMNS)} |",
-        f"|{'---|' * len(COLUMNS)}",
+    rows = [
+        {
+            "model": cost.name,
+            "parameters, M": f"{cost.parameters / 1e6:.2f}",
+            "trainable, M": f"{cost.trainable / 1e6:.2f}",
+            "image": f"{cost.size[0]}x{cost.size[1]}",
+            "ratio": f"{cost.sample_ratio:g}",
+            "backbone + neck, G": _giga(cost.backbone_and_neck),
+            "detector, G": _giga(cost.detector),
+        }
+        for cost in costs
     ]
-    for c in costs:
-        cells = [
-            c.name,
-            f"{c.parameters / 1e6:.2f}",
-            f"{c.trainable / 1e6:.2f}",
-            f"{c.size[0]}x{c.size[1]}",
-            f"{c.sample_ratio:g}",
-            _giga(c.backbone_and_neck),
-            _giga(c.detector),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    lines = [f"| {' | '.join(cells)} |" for cells in (rows[0], *(row.values() for row in rows))]
+    return "\n".join([lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]])
 
 
 def _giga(count: int) -> str:

@@ -25,14 +25,20 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from mimdet.analysis.matching import (
+    KINDS,
+    VERDICTS,
     Bools,
-    Columns,
     Floats,
     Ints,
-    Objects,
+    Kind,
     Overlaps,
+    Verdict,
+    Verdicts,
+    are,
     find_overlaps,
+    judge,
     match_at,
+    with_missed,
 )
 from mimdet.analysis.metrics import (
     IouType,
@@ -48,13 +54,6 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-Kind = Literal["classification", "localisation", "both", "duplicate", "background", "missed"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-"""The types of errors, in the order in which the paper fixes them. All but the last are false
-positives; a missed object is a truth that no other error could turn into a correct detection."""
-Verdict = Literal["correct", Kind]
-VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
-"""Correct, then the six types of errors."""
 Size = Literal["small", "medium", "large"]
 SIZES: tuple[Size, ...] = get_args(Size)
 
@@ -96,7 +95,7 @@ def find_errors(
             "is 0 < background_threshold < iou_threshold <= 1"
         )
     area_ranges, images = size_ranges(area_scale), image_numbers(ground_truth)
-    check_results(ground_truth, results, (iou_type,), images)
+    check_results(ground_truth, results, (iou_type,))
     overlaps = find_overlaps(ground_truth, results, iou_type)
     judged = judge(overlaps, iou_threshold, background_threshold)
     verdicts = with_missed(judged, overlaps.truths)
@@ -136,122 +135,6 @@ def find_errors(
     )
 
 
-# --- what became of every detection and object --------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Verdicts(Columns):
-    """N entries: detections, best score first, then missed objects."""
-
-    verdict: Ints
-    """(N,) index in VERDICTS."""
-    image: Ints
-    """(N,) 0, 1, ... in the order of sorted image ids."""
-    said: Ints
-    """(N,) rank of the category id that the detector gave; -1 for a missed object."""
-    true: Ints
-    """(N,) that of the object it is about; -1 for a background error."""
-    area: Floats
-    """(N,) square pixels, of what decides its size: the object, if it is correct, a classification
-    or localisation error or missed; else the detection. As in `ErrorReport.by_size`."""
-    score: Floats
-    """(N,) NaN for a missed object."""
-    iou: Floats
-    """(N,) of an error, with the object it is about (background: with the nearest one); NaN where
-    correct or missed."""
-    result: Ints
-    """(N,) index in the results; -1 for a missed object."""
-    annotation: Ints
-    """(N,) index in the annotations of the object it is about; -1 for a background error."""
-    truth: Ints
-    """(N,) the same in `Overlaps.truths`."""
-    repairs: Bools
-    """(N,) errors that find their object once class or place is corrected. The other false
-    positives have to go: something else finds that object, or they are of another type."""
-
-    def count(self) -> dict[Verdict, int]:
-        """How many there are of each."""
-        counts = np.bincount(self.verdict, minlength=len(VERDICTS)).tolist()
-        return dict(zip(VERDICTS, counts, strict=True))
-
-
-def are(verdict: Ints, *names: Verdict) -> Bools:
-    """(N,) those of one of these verdicts."""
-    return np.isin(verdict, [VERDICTS.index(name) for name in names])
-
-
-def judge(overlaps: Overlaps, threshold: float, background: float) -> Verdicts:
-    """The verdict on every detection that does not lie in a crowd region.
-
-    It stays the same when detections of lower scores are left out, because matching goes from the
-    best score down.
-    """
-    detections, truths = overlaps.detections, overlaps.truths
-    match, ignored = match_at(overlaps, threshold)
-    own, own_iou = overlaps.same.nearest(len(match))
-    other, other_iou = overlaps.other.nearest(len(match))
-    nearest = np.maximum(own_iou, other_iou)
-    rules: dict[Verdict, Bools] = {  # the first that holds
-        "correct": match >= 0,
-        "localisation": (background <= own_iou) & (own_iou <= threshold),
-        "classification": other_iou >= threshold,
-        "duplicate": own_iou > threshold,  # that truth is taken, or it would have matched
-        "background": nearest <= background,
-        "both": np.full(len(match), True),
-    }
-    verdict = np.select(list(rules.values()), [VERDICTS.index(name) for name in rules])
-
-    about = [
-        are(verdict, "correct"),
-        are(verdict, "localisation", "duplicate"),
-        are(verdict, "classification", "both"),
-    ]
-    truth = np.select(about, [match, own, other], -1)
-    found = np.isin(np.arange(len(truths)), match)
-    could = are(verdict, "localisation", "classification") & ~ignored
-    candidates = np.flatnonzero(could & ~np.append(found, True)[truth])  # -1 reads the last one
-    best = np.unique(truth[candidates], return_index=True)[1]  # one a truth, of the best score
-    repairs = np.zeros(len(match), dtype=bool)
-    repairs[candidates[best]] = True
-
-    is_aimed = are(verdict, "correct", "localisation", "classification")
-    return Verdicts(
-        verdict=verdict,
-        image=detections.image,
-        said=detections.category,
-        true=np.append(truths.category, -1)[truth],
-        area=np.where(is_aimed, np.append(truths.area, np.nan)[truth], detections.area),
-        score=overlaps.score,
-        iou=np.select(about, [np.nan, own_iou, other_iou], nearest),
-        result=detections.source,
-        annotation=np.append(truths.source, -1)[truth],
-        truth=truth,
-        repairs=repairs,
-    )[~ignored]
-
-
-def with_missed(judged: Verdicts, truths: Objects) -> Verdicts:
-    """Judged detections, followed by the truths at which none of them aims."""
-    is_aimed = are(judged.verdict, "correct", "localisation", "classification")
-    lost = np.setdiff1d(np.arange(len(truths)), judged.truth[is_aimed])
-    objects, nothing = truths[lost], np.full(len(lost), -1)
-    missed = Verdicts(
-        verdict=np.full(len(lost), VERDICTS.index("missed")),
-        image=objects.image,
-        said=nothing,
-        true=objects.category,
-        area=objects.area,
-        score=np.full(len(lost), np.nan),
-        iou=np.full(len(lost), np.nan),
-        result=nothing,
-        annotation=objects.source,
-        truth=lost,
-        repairs=np.full(len(lost), False),
-    )
-    pairs = ((getattr(judged, f.name), getattr(missed, f.name)) for f in fields(Verdicts))
-    return Verdicts(*(np.concatenate(pair) for pair in pairs))
-
-
 # --- average precision --------------------------------------------------------------------------
 
 
@@ -268,8 +151,8 @@ def fixed_aps(overlaps: Overlaps, verdicts: Verdicts, fixed: Bools) -> Floats:
 
 
 def class_aps(overlaps: Overlaps, category: Ints, correct: Bools, asked: Ints) -> Floats:
-    """(K,) AP of each class; NaN for one that has no truth. Arguments: see `class_precisions`."""
-    aps = class_precisions(category, correct, asked).mean(1)
+    """(K,) AP of each class; NaN for one that has no truth. Arguments: see `precisions`."""
+    aps = precisions(category, correct, asked).mean(1)
     return np.where(overlaps.objects > 0, aps, np.nan)
 
 
@@ -279,24 +162,24 @@ def mean_ap(aps: Floats) -> float:
     return float(known.mean()) if len(known) else float("nan")
 
 
-def class_precisions(category: Ints, correct: Bools, asked: Ints) -> Floats:
-    """(K, 101) interpolated precision of each class at RECALLS; AP is the mean of a row.
+def precisions(group: Ints, correct: Bools, asked: Ints) -> Floats:
+    """(K, 101) interpolated precision of each group at RECALLS; AP is the mean of a row.
 
-    category, correct: (N,) of detections, best score first; asked: (K,) objects of each class. A
-    class of which nothing is asked (any more) has precision 1 when nothing is claimed either, else
-    0. Classes that never had a truth are for the caller to leave out, as COCO does.
+    group, correct: (N,) of detections, best score first; asked: (K,) objects of each group. One of
+    which nothing is asked (any more) has precision 1 when nothing is claimed either, else 0. Groups
+    that never had a truth are for the caller to leave out, as COCO does.
     """
-    order = np.argsort(category, kind="stable")
-    ends = np.cumsum(np.bincount(category, minlength=len(asked)))
-    groups = np.split(correct[order], ends[:-1])
-    rows = [precision_at_recalls(groups[k], int(n)) for k, n in enumerate(asked)]
+    order = np.argsort(group, kind="stable")
+    ends = np.cumsum(np.bincount(group, minlength=len(asked)))
+    parts = np.split(correct[order], ends[:-1])
+    rows = [_precision(parts[k], objects) for k, objects in enumerate(asked.tolist())]
     return np.array(rows).reshape(-1, len(RECALLS))
 
 
-def precision_at_recalls(correct: Bools, objects: int) -> Floats:
+def _precision(correct: Bools, objects: int) -> Floats:
     """(101,): the best precision at each recall or a higher one; 0 where none is as high.
 
-    correct: (n,) detections of one class, best score first.
+    correct: (n,) detections of one group, best score first.
     """
     if objects == 0:
         return np.full(len(RECALLS), float(len(correct) == 0))
@@ -507,7 +390,7 @@ class ErrorReport:
                 raise ValueError(f"iou_thresholds: {threshold} is not in ({low}, 1]")
             match, ignored = match_at(overlaps, threshold)
             category, correct = overlaps.detections.category[~ignored], match[~ignored] >= 0
-            rows = class_precisions(category, correct, objects)
+            rows = precisions(category, correct, objects)
             rows[objects == 0] = np.nan
             known = rows[objects > 0]
             mean = known.mean(0) if len(known) else np.full(len(RECALLS), np.nan)

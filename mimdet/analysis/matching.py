@@ -5,7 +5,7 @@ falling score, truths in the order of the file, and an overlap only where there 
 """
 
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,14 @@ from mimdet.structures import as_rle
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
+
+Kind = Literal["classification", "localisation", "both", "duplicate", "background", "missed"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""The types of errors, in the order in which the paper fixes them. All but the last are false
+positives; a missed object is a truth that no other error could turn into a correct detection."""
+Verdict = Literal["correct", Kind]
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+"""Correct, then the six types of errors."""
 
 MOST_DETECTIONS = 100
 """The best of an image and category are evaluated, as in COCO's AP."""
@@ -145,6 +153,119 @@ def match_at(overlaps: Overlaps, threshold: float) -> tuple[Ints, Bools]:
     return matched, (matched < 0) & (overlaps.crowd >= least)
 
 
+@dataclass(frozen=True)
+class Verdicts(Columns):
+    """N entries: detections, best score first, then missed objects."""
+
+    verdict: Ints
+    """(N,) index in VERDICTS."""
+    image: Ints
+    """(N,) 0, 1, ... in the order of sorted image ids."""
+    said: Ints
+    """(N,) rank of the category id that the detector gave; -1 for a missed object."""
+    true: Ints
+    """(N,) that of the object it is about; -1 for a background error."""
+    area: Floats
+    """(N,) square pixels, of what decides its size: the object, if it is correct, a classification
+    or localisation error or missed; else the detection. As in `ErrorReport.by_size`."""
+    score: Floats
+    """(N,) NaN for a missed object."""
+    iou: Floats
+    """(N,) of an error, with the object it is about (background: with the nearest one); NaN where
+    correct or missed."""
+    result: Ints
+    """(N,) index in the results; -1 for a missed object."""
+    annotation: Ints
+    """(N,) index in the annotations of the object it is about; -1 for a background error."""
+    truth: Ints
+    """(N,) the same in `Overlaps.truths`."""
+    repairs: Bools
+    """(N,) errors that find their object once class or place is corrected. The other false
+    positives have to go: something else finds that object, or they are of another type."""
+
+    def count(self) -> dict[Verdict, int]:
+        """How many there are of each."""
+        counts = np.bincount(self.verdict, minlength=len(VERDICTS)).tolist()
+        return dict(zip(VERDICTS, counts, strict=True))
+
+
+def are(verdict: Ints, *names: Verdict) -> Bools:
+    """(N,) those of one of these verdicts."""
+    return np.isin(verdict, [VERDICTS.index(name) for name in names])
+
+
+def judge(overlaps: Overlaps, threshold: float, background: float) -> Verdicts:
+    """The verdict on every detection that does not lie in a crowd region.
+
+    It stays the same when detections of lower scores are left out, because matching goes from the
+    best score down.
+    """
+    detections, truths = overlaps.detections, overlaps.truths
+    match, ignored = match_at(overlaps, threshold)
+    own, own_iou = overlaps.same.nearest(len(match))
+    other, other_iou = overlaps.other.nearest(len(match))
+    nearest = np.maximum(own_iou, other_iou)
+    rules: dict[Verdict, Bools] = {  # the first that holds
+        "correct": match >= 0,
+        "localisation": (background <= own_iou) & (own_iou <= threshold),
+        "classification": other_iou >= threshold,
+        "duplicate": own_iou > threshold,  # that truth is taken, or it would have matched
+        "background": nearest <= background,
+        "both": np.full(len(match), True),
+    }
+    verdict = np.select(list(rules.values()), [VERDICTS.index(name) for name in rules])
+
+    about = [
+        are(verdict, "correct"),
+        are(verdict, "localisation", "duplicate"),
+        are(verdict, "classification", "both"),
+    ]
+    truth = np.select(about, [match, own, other], -1)
+    found = np.isin(np.arange(len(truths)), match)
+    could = are(verdict, "localisation", "classification") & ~ignored
+    candidates = np.flatnonzero(could & ~np.append(found, True)[truth])  # -1 reads the last one
+    best = np.unique(truth[candidates], return_index=True)[1]  # one a truth, of the best score
+    repairs = np.zeros(len(match), dtype=bool)
+    repairs[candidates[best]] = True
+
+    is_aimed = are(verdict, "correct", "localisation", "classification")
+    return Verdicts(
+        verdict=verdict,
+        image=detections.image,
+        said=detections.category,
+        true=np.append(truths.category, -1)[truth],
+        area=np.where(is_aimed, np.append(truths.area, np.nan)[truth], detections.area),
+        score=overlaps.score,
+        iou=np.select(about, [np.nan, own_iou, other_iou], nearest),
+        result=detections.source,
+        annotation=np.append(truths.source, -1)[truth],
+        truth=truth,
+        repairs=repairs,
+    )[~ignored]
+
+
+def with_missed(judged: Verdicts, truths: Objects) -> Verdicts:
+    """Judged detections, followed by the truths at which none of them aims."""
+    is_aimed = are(judged.verdict, "correct", "localisation", "classification")
+    lost = np.setdiff1d(np.arange(len(truths)), judged.truth[is_aimed])
+    objects, nothing = truths[lost], np.full(len(lost), -1)
+    missed = Verdicts(
+        verdict=np.full(len(lost), VERDICTS.index("missed")),
+        image=objects.image,
+        said=nothing,
+        true=objects.category,
+        area=objects.area,
+        score=np.full(len(lost), np.nan),
+        iou=np.full(len(lost), np.nan),
+        result=nothing,
+        annotation=objects.source,
+        truth=lost,
+        repairs=np.full(len(lost), False),
+    )
+    pairs = ((getattr(judged, f.name), getattr(missed, f.name)) for f in fields(Verdicts))
+    return Verdicts(*(np.concatenate(pair) for pair in pairs))
+
+
 def _objects(
     ground_truth: dict[str, Any], entries: list[dict[str, Any]], areas: list[float]
 ) -> Objects:
@@ -162,12 +283,9 @@ def _objects(
 
 def _within_limit(detections: Objects) -> Ints:
     """The indices of the best 100 of every image and category, in order."""
-    order = np.lexsort((detections.category, detections.image))  # stable: by score within a group
-    image, category = detections.image[order], detections.category[order]
-    new_group = (np.diff(image, prepend=-1) != 0) | (np.diff(category, prepend=-1) != 0)
-    starts = np.flatnonzero(new_group)
-    sizes = np.diff(starts, append=len(order))
-    rank = np.arange(len(order)) - np.repeat(starts, sizes)
+    group = detections.image * (detections.category.max(initial=0) + 1) + detections.category
+    order = np.argsort(group, kind="stable")  # by score within a group
+    rank = np.arange(len(order)) - np.searchsorted(group[order], group[order])
     return np.sort(order[rank < MOST_DETECTIONS])
 
 

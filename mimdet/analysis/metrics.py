@@ -16,10 +16,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-Array = NDArray[np.float64]
 IouType = Literal["bbox", "segm"]
 
 COLUMNS = {
@@ -94,13 +90,12 @@ def coco_metrics(
     Raises ValueError naming the annotation or result, and the field, that cannot be evaluated.
     """
     ranges, images = size_ranges(area_scale), image_numbers(ground_truth)
-    check_results(ground_truth, results, iou_types, images)
+    check_results(ground_truth, results, iou_types)
     metrics = Metrics(area_ranges=ranges)
     names = category_names(ground_truth["categories"])
     for iou_type in iou_types:
-        precision, recall = _evaluate(ground_truth, results, iou_type, images, ranges)
-        numbers = _twelve(precision, recall)
-        per_class = {name: _mean(precision[:, :, k, 0, -1]) for k, name in enumerate(names)}
+        numbers, aps = _evaluate(ground_truth, results, iou_type, images, ranges)
+        per_class = dict(zip(names, aps, strict=True))
         if iou_type == "bbox":
             metrics.box, metrics.box_per_class = numbers, per_class
         else:
@@ -114,22 +109,18 @@ def _evaluate(
     iou_type: IouType,
     images: dict[int | str, int],
     ranges: dict[str, tuple[float, float]],
-) -> tuple[Array, Array]:
-    """Match and accumulate -> precision (T, R, K, A, M) and recall (T, K, A, M), -1 = undefined.
-
-    T: IoU thresholds .50:.95; R: 101 recalls; K: categories by id; A: all, small, medium, large;
-    M: the best 1, 10 and 100 detections of an image and category.
-    """
+) -> tuple[dict[str, float], list[float]]:
+    """The numbers of `COLUMNS`, and the AP of each category by id; NaN = undefined."""
     from faster_coco_eval import COCO, COCOeval_faster
 
+    categories = ground_truth["categories"]
+    if not images:  # the evaluator fails on none
+        return dict.fromkeys(COLUMNS, math.nan), [math.nan] * len(categories)
     pictures = [
         {"id": images[image["id"]], "height": image.get("height"), "width": image.get("width")}
         for image in ground_truth["images"]
     ]
-    tables = {"images": pictures, "categories": ground_truth["categories"]}
-    if not pictures:  # the evaluator fails on none
-        undefined = np.full((10, 101, len(tables["categories"]), 4, 3), -1.0)
-        return undefined, undefined[:, 0]
+    tables = {"images": pictures, "categories": categories}
     truth = _annotations(ground_truth["annotations"], iou_type, images)
     found = _annotations(results, iou_type, images)
     for annotation, area in zip(found, areas_of(found, iou_type), strict=True):
@@ -139,11 +130,14 @@ def _evaluate(
         COCO(tables | {"annotations": found}),
         iouType=iou_type,
         ranges={name: list(limits) for name, limits in ranges.items()},
-        print_function=_silent,
+        print_function=lambda *_: None,
     )
-    evaluator.evaluate()
-    evaluator.accumulate()
-    return evaluator.eval["precision"], evaluator.eval["recall"]
+    evaluator.run()
+    # (T, R, K): IoU thresholds .50:.95, 101 recalls, categories by id; any size, the best 100
+    precision = evaluator.eval["precision"][..., 0, -1]
+    numbers = [_defined(number) for number in evaluator.stats]
+    aps = [_defined(ap) for ap in precision.mean((0, 1))]
+    return dict(zip(COLUMNS, numbers, strict=True)), aps
 
 
 def _annotations(
@@ -176,21 +170,9 @@ def areas_of(found: list[dict[str, Any]], iou_type: IouType) -> list[float]:
     return [float(area) for area in fast_mask.area([entry["segmentation"] for entry in found])]
 
 
-def _twelve(precision: Array, recall: Array) -> dict[str, float]:
-    """The numbers of `COLUMNS` from the arrays of `_evaluate` (IoU .50 and .75 are T = 0 and 5)."""
-    sizes = ("small", "medium", "large")
-    numbers = {"AP": precision[..., 0, -1], "AP50": precision[0, ..., 0, -1]}
-    numbers["AP75"] = precision[5, ..., 0, -1]
-    numbers |= {f"AP_{name}": precision[..., a, -1] for a, name in enumerate(sizes, start=1)}
-    numbers |= {f"AR{limit}": recall[..., 0, m] for m, limit in enumerate((1, 10, 100))}
-    numbers |= {f"AR_{name}": recall[..., a, -1] for a, name in enumerate(sizes, start=1)}
-    return {name: _mean(values) for name, values in numbers.items()}
-
-
-def _mean(values: Array) -> float:
-    """Mean of the defined entries, NaN when there are none."""
-    defined = values[values > -1]
-    return float(defined.mean()) if defined.size else math.nan
+def _defined(number: float) -> float:
+    """COCO's -1 means that there is no such object."""
+    return math.nan if number < 0 else float(number)
 
 
 def size_ranges(area_scale: float) -> dict[str, tuple[float, float]]:
@@ -219,7 +201,6 @@ def check_results(
     ground_truth: dict[str, Any],
     results: list[dict[str, Any]],
     iou_types: Sequence[IouType],
-    images: dict[int | str, int],
 ) -> None:
     """Raise ValueError for the first entry the evaluator could not read or would leave out."""
     unknown = set(iou_types) - {"bbox", "segm"}
@@ -228,13 +209,16 @@ def check_results(
     for image in ground_truth["images"] if "segm" in iou_types else []:
         if not (image.get("height") and image.get("width")):
             raise ValueError(f"image {image['id']!r} has no height and width; masks need them")
-    categories = {category["id"] for category in ground_truth["categories"]}
+    ids = {
+        "image_id": {image["id"] for image in ground_truth["images"]},
+        "category_id": {category["id"] for category in ground_truth["categories"]},
+    }
     needed = ["bbox"] * ("bbox" in iou_types) + ["segmentation"] * ("segm" in iou_types)
     for entry in ground_truth["annotations"]:
-        _check_entry(entry, f"annotation {entry.get('id')}", images, categories, [*needed, "area"])
+        _check_entry(entry, f"annotation {entry.get('id')}", ids, [*needed, "area"])
     for index, entry in enumerate(results):
         name = f"results[{index}]"
-        _check_entry(entry, name, images, categories, [*needed, "score"])
+        _check_entry(entry, name, ids, [*needed, "score"])
         if not math.isfinite(entry["score"]):
             raise ValueError(f"{name}: score is {entry['score']}; give {NEEDED['score']}")
         if "segm" in iou_types and not isinstance(entry["segmentation"], dict):
@@ -242,21 +226,17 @@ def check_results(
 
 
 def _check_entry(
-    entry: dict[str, Any],
-    name: str,
-    images: dict[int | str, int],
-    categories: set[int],
-    needed: list[str],
+    entry: dict[str, Any], name: str, ids: dict[str, set[Any]], needed: list[str]
 ) -> None:
     for key in needed:
         if entry.get(key) is None:
             raise ValueError(f"{name} has no {key!r}; add it ({NEEDED[key]})")
-    if entry["image_id"] not in images:
+    if entry["image_id"] not in ids["image_id"]:
         raise ValueError(f"{name}: image_id {entry['image_id']!r} is not among the images")
-    if entry["category_id"] not in categories:
+    if entry["category_id"] not in ids["category_id"]:
         raise ValueError(
-            f"{name}: category_id {entry['category_id']} is not in {sorted(categories)}; results "
-            "carry the ids of the annotation file, not labels"
+            f"{name}: category_id {entry['category_id']} is not in {sorted(ids['category_id'])}; "
+            "results carry the ids of the annotation file, not labels"
         )
 
 
@@ -269,7 +249,3 @@ def plain(value: Any) -> Any:
 
 def percent(value: float) -> str:
     return "-" if math.isnan(value) else f"{100 * value:.1f}"
-
-
-def _silent(*_: Any) -> None:
-    """What the evaluator prints with."""

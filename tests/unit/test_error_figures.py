@@ -13,7 +13,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Annotation
 
 from mimdet.analysis.comparison import compare_runs
-from mimdet.analysis.errors import KINDS, ErrorReport, find_errors
+from mimdet.analysis.errors import ErrorReport, find_errors
+from mimdet.analysis.matching import KINDS
 from mimdet.data.shapes import ShapesCOCO
 from mimdet.structures import bitmap_to_rle
 from mimdet.viz import (

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from mimdet.analysis import errors
-from mimdet.analysis.errors import KINDS, ErrorReport, find_errors
+from mimdet.analysis.errors import ErrorReport, find_errors
+from mimdet.analysis.matching import KINDS
 from mimdet.analysis.metrics import IouType, coco_metrics
 from mimdet.structures import as_rle, bitmap_to_rle
 from tests.unit.test_metrics import found, random_case, rectangle, truth_of

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mimdet.analysis.floor import class_hues, connected_components, otsu, threshold_floor
 from mimdet.data.shapes import ShapesCOCO
+from tools.measure_floor import class_hues, connected_components, otsu, threshold_floor
 
 
 def test_components_by_hand():

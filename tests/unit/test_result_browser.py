@@ -11,7 +11,7 @@ from PIL import ImageColor
 
 pytest.importorskip("ipywidgets")
 
-from mimdet.analysis.errors import VERDICTS, Verdict
+from mimdet.analysis.matching import VERDICTS, Verdict
 from mimdet.data.shapes import ShapesCOCO
 from mimdet.structures import Record, Target
 from mimdet.viz import ResultBrowser

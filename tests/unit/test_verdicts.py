@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mimdet.analysis.errors import KINDS, VERDICTS, find_errors
+from mimdet.analysis.errors import find_errors
+from mimdet.analysis.matching import KINDS, VERDICTS
 from tests.unit.test_metrics import found, random_case, rectangle, truth_of
 
 # Image 1: A is found, found again, and of B only a part; image 2: A is called otherwise, B is

@@ -8,7 +8,8 @@ import ipywidgets
 import numpy as np
 from PIL import Image, ImageDraw
 
-from mimdet.analysis.errors import SIZES, VERDICTS, ErrorReport, Verdict, Verdicts, find_errors
+from mimdet.analysis.errors import SIZES, ErrorReport, find_errors
+from mimdet.analysis.matching import VERDICTS, Verdict, Verdicts
 from mimdet.analysis.metrics import IouType
 from mimdet.data.loader import Dataset
 from mimdet.structures import Crops
