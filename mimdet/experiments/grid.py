@@ -121,6 +121,8 @@ def _arm(base: Config, combination: Mapping[str, Any], fields: Sequence[str]) ->
     code: dict[str, SlotText] = {}
     for name, value in combination.items():
         if name in SLOTS and not isinstance(value, str):
+            if getattr(value, "__name__", "") == "<lambda>":
+                raise ValueError(f"{name} is a lambda: write it with def, so that it has a name")
             text = code[SLOTS[name]] = read_slots({SLOTS[name]: value})[SLOTS[name]]
             names[name], value = text.object, text.address
         set_field(cfg, name, value)

@@ -111,7 +111,7 @@ class Experiment:
     @property
     def ratios(self) -> list[float]:
         """Sample ratios of the evaluation."""
-        return sorted(self.table["evaluate_ratio"].unique())
+        return sorted(set(self.table["evaluate_ratio"].tolist()))
 
     # -------------------------------------------------------------- statistics
 
@@ -144,8 +144,8 @@ class Experiment:
         first = self.arms[0].label
         rows = []
         for arm in self.arms:
-            measured = self.table[self.table["arm"] == arm.label]["evaluate_ratio"]
-            for ratio in sorted(measured.unique()) or self.ratios:
+            own_rows = self.table[self.table["arm"] == arm.label]
+            for ratio in sorted(set(own_rows["evaluate_ratio"].tolist())) or self.ratios:
                 own = mean_interval(list(self.scores(arm.label, ratio, metric).values()))
                 change = mean_interval([])
                 if arm.label != first:
@@ -231,7 +231,7 @@ def measured(base: Config, runs: Sequence[PlannedRun], errors: dict[str, str]) -
         label = run.arm.label
         if label not in flops:
             flops[label] = training_flops(run.cfg, run.size)
-        lines = [row for row in MetricsFile(run.path / "metrics.jsonl").read()]
+        lines = MetricsFile(run.path / "metrics.jsonl").read()
         rows += result_rows(run, lines, flops[label])
         curves += curve_rows(run, lines, flops[label])
         environments.append(read_json(run.path / "environment.json"))

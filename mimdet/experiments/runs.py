@@ -165,7 +165,7 @@ def _check_folder(run: PlannedRun) -> None:
 def read_ratios(path: Path, data: str) -> dict[float, dict[str, Any]]:
     """Ratio -> row of a run's RATIOS file; none when there is none, or it is of other data."""
     file = path / RATIOS
-    found = read_json(file) if file.exists() else {"data": data, "rows": []}
+    found: dict[str, Any] = read_json(file) if file.exists() else {"data": data, "rows": []}
     return {row["sample_ratio"]: row for row in found["rows"] if found["data"] == data}
 
 

@@ -79,6 +79,7 @@ class Trainer:
         self.parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=t.precision == "fp16")
         self.signals = StopSignals(at_once=processes.world() == 1)
+        self.cpu = time.process_time()
         self.done = 0
         """Full steps."""
         self.saved = self.evaluated = -1
@@ -257,6 +258,7 @@ class Trainer:
             "images_per_second": round(step.images / step.seconds, 3),
             "loading": round(step.loading, 3),
             "gpu_memory_gb": peak_memory(self.device),
+            "cpu_seconds": self.cpu_seconds(),
         }
         if processes.rank() == 0:
             self.run.append(row)
@@ -265,6 +267,11 @@ class Trainer:
         if self.evaluation_due():
             step.evaluation = self.evaluate()
         return step
+
+    def cpu_seconds(self) -> float:
+        """Of this process since the last line of the metrics; processes of a loader left out."""
+        before, self.cpu = self.cpu, time.process_time()
+        return round(self.cpu - before, 3)
 
     def evaluation_due(self) -> bool:
         """True at the steps that ask for one, until the result is recorded."""
@@ -280,8 +287,9 @@ class Trainer:
                 about = {"step": self.done, "data": self.held_out}
                 write_json(self.run.path / "eval.json", about | metrics)
                 seconds = round(time.perf_counter() - start, 2)
+                spent = {"seconds": seconds, "cpu_seconds": self.cpu_seconds()}
                 # Last: a run that is killed before this line evaluates again when it is resumed.
-                self.run.append(about | {"evaluation": metrics, "time": {"seconds": seconds}})
+                self.run.append(about | {"evaluation": metrics, "time": spent})
         return metrics
 
     # -------------------------------------------------------------- checkpoints
