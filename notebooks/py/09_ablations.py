@@ -21,7 +21,7 @@ SEED = 0  # the first of the seeds
 # %%
 import mimdet
 from mimdet import check, notebook_setup
-from mimdet.experiments.results import StoredExperiment
+from mimdet.experiments.results import Experiment
 
 cfg = notebook_setup(MODE, steps=STEPS if MODE == "quick" else 0, seed=SEED)
 
@@ -40,8 +40,8 @@ cfg = notebook_setup(MODE, steps=STEPS if MODE == "quick" else 0, seed=SEED)
 # %%
 from mimdet.viz import show_arms, show_learning_curves, show_matrix
 
-stored = StoredExperiment("results/ablations/sample_ratio.json")
-print(stored.command, "|", stored.content["hardware"])
+stored = Experiment.from_json("results/ablations/sample_ratio.json")
+print(stored.command, "|", stored.about["hardware"])
 show_matrix(stored)
 
 # %% [markdown]
@@ -147,7 +147,7 @@ summary = result.summary().rename(columns={"backbone.decoder_fill": "decoder_fil
 print(summary[columns].round(1).to_string(index=False))
 seeds = summary["n"].tolist()
 check("two seeds an arm", seeds == [2] * len(seeds), "one number has no error bar")
-directories = sorted(run.path.name for run in result.runs)
+directories = sorted(path.name for path in result.folder.glob("*-s*"))
 print("\n".join(directories))
 
 # %% [markdown]
@@ -159,9 +159,9 @@ print("\n".join(directories))
 # trains only what is new:
 
 # %%
-from mimdet.experiments.experiment import plan
+from mimdet.experiments.runs import plan
 
-_, _, planned = plan(base, grid, 3, name="fill", evaluate_ratios=[0.25, 1.0], draws=1)
+planned = plan(base, grid, 3, name="fill", evaluate_ratios=[0.25, 1.0], draws=1)
 missing = [run for run in planned if not run.complete()]
 print("\n".join(run.name for run in missing))
 check("four of six are there already", len(planned) - len(missing) == 4)
@@ -262,8 +262,8 @@ print("distinguishable" if gap.low > 0 else "not distinguishable with these seed
 # %% tags=["solution"]
 # 3. All combinations: 3 depths x 2 ratios x 3 seeds.
 two = {"backbone.depth": [1, 2, 4], "backbone.sample_ratio": [0.25, 0.5]}
-arms, numbers, runs = plan(base, two, seeds=3, name="depth")
-check("18 runs of 6 arms", (len(runs), len(arms)) == (18, 6))
+runs = plan(base, two, seeds=3, name="depth")
+check("18 runs of 6 arms", (len(runs), len({run.arm.label for run in runs})) == (18, 6))
 
 # %% tags=["solution"]
 # 4. Before anything starts, with the nearest names.

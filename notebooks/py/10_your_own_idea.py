@@ -185,16 +185,16 @@ print(Path("runs/own_idea.py").read_text())
 
 # %%
 from mimdet.experiments.experiment import read_grid
-from mimdet.experiments.experiment import plan
+from mimdet.experiments.runs import plan
 
-_, seeds, planned = plan(**read_grid("runs/own_idea.py"), name="own_idea")
+planned = plan(**read_grid("runs/own_idea.py"), name="own_idea")
 for run in planned[:3]:
     print(f"{run.path}: {run.steps} steps, evaluated at {run.ratios}")
-check("mimdet ablate runs/own_idea.py would train 10 runs", len(planned) == 2 * len(seeds) == 10)
+check("mimdet ablate runs/own_idea.py would train 10 runs", len(planned) == 10)
 
 # %% [markdown]
-# `mimdet ablate runs/own_idea.py --dry-run` times a few steps of each arm and says how long it will
-# all take. `notebooks/ablations/` has more files of this kind.
+# `mimdet ablate runs/own_idea.py --dry-run` lists the same. `notebooks/ablations/` has more files of
+# this kind.
 #
 # ## 5 · Stop it, continue it
 #
@@ -204,9 +204,10 @@ check("mimdet ablate runs/own_idea.py would train 10 runs", len(planned) == 2 * 
 # configuration.
 
 # %%
-marks = {run.path: (run.path / "metrics.jsonl").stat().st_mtime_ns for run in result.runs}
+files = sorted(result.folder.glob("*/metrics.jsonl"))
+marks = [file.stat().st_mtime_ns for file in files]
 again = mimdet.experiment(base, grid_of_runs, seeds=2, name="own-idea", draws=1, processes=2)
-untouched = all((at / "metrics.jsonl").stat().st_mtime_ns == mark for at, mark in marks.items())
+untouched = [file.stat().st_mtime_ns for file in files] == marks
 check("nothing was trained again", untouched and again.table.equals(result.table))
 
 # %% [markdown]
@@ -217,7 +218,7 @@ check("nothing was trained again", untouched and again.table.equals(result.table
 # that hash. Loading such a run executes code, therefore only with consent.
 
 # %%
-place = result.runs[1].path
+place = result.folder / f"{result.arms[1].label}-s{SEED}"
 print("\n".join(str(path.relative_to(place)) for path in sorted((place / "slots").iterdir())))
 print((place / "slots" / "sampler.py").read_text())
 try:

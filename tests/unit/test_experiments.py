@@ -33,7 +33,7 @@ from mimdet.training.checkpoints import CheckpointStore
 from mimdet.training.run import MetricsFile, Run, in_use, load_detector
 from mimdet.training.slots import write_slots
 from mimdet.training.train import resume
-from mimdet.viz.experiments import save_figures, show_arms, show_curves, show_matrix
+from mimdet.viz import save_figures, show_arms, show_learning_curves, show_matrix
 from tests.small import small
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -503,13 +503,13 @@ def test_figures_show_every_arm(tmp_path) -> None:
     assert {text.get_text() for text in left.texts} == {"30.0", "32.0"}
     assert "2.0" in {text.get_text() for text in right.texts}
     assert "100 % of the tokens" in left.get_title("left")
-    curves = show_curves(result, "seconds")
+    curves = show_learning_curves(result, "seconds")
     legend = curves.axes[0].get_legend()
     assert [text.get_text() for text in legend.get_texts()] == ["0.25", "1"]
-    assert "floating point operations" in show_curves(result, "flops").alt_text
+    assert "floating point operations" in show_learning_curves(result, "flops").alt_text
     result.curves["flops"] = math.nan
     with pytest.raises(ValueError, match="no such numbers"):
-        show_curves(result, "flops")
+        show_learning_curves(result, "flops")
     with pytest.raises(ValueError, match=r"evaluated at \[0.5, 1.0\]"):
         show_arms(result, ratio=0.3)
     files = save_figures(result, tmp_path / "figures")
