@@ -18,6 +18,7 @@ from mimdet.data.loader import Dataset
 from mimdet.experiments.grid import Arm, Grid, arms_of, short_names
 from mimdet.files import read_json, write_json
 from mimdet.models.backbones import BASELINES
+from mimdet.processes import usable_cores
 from mimdet.training.job import ERROR, Child
 from mimdet.training.optim import Schedule
 from mimdet.training.run import MetricsFile, Run, alone_in, load_detector
@@ -331,13 +332,6 @@ def places_for(runs: Sequence[PlannedRun], processes: int = 0) -> list[dict[str,
     if gpus:
         return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(count)]
     return [{"OMP_NUM_THREADS": str(threads)} for _ in range(count)]
-
-
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 if __name__ == "__main__":
