@@ -11,19 +11,27 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import mimdet
+from mimdet import presets
 from mimdet.config import BackboneConfig, Config, DetectorConfig
-from mimdet.models.detector import Detector
+from mimdet.models.backbones import MIMDetBackbone
+from mimdet.models.detector import Detector, build_detector
 from mimdet.models.official import detectron2_rules
 from mimdet.models.sampling import Sample
 from mimdet.models.vit import MaskTokenFill
 from mimdet.models.weights import translate
 from mimdet.structures import Target
+from mimdet.training.optim import parameter_groups
 
 RATIOS = {"eval_sr1": 1.0, "eval_sr075": 0.75, "eval_sr05": 0.5, "train_sr05": 0.5}
 
 
-def our_name(official: str) -> str:
-    return translate(official, detectron2_rules())
+def our_name(official: str, kind: str = "mimdet") -> str:
+    return translate(official, detectron2_rules(kind=kind))
+
+
+@cache
+def stored_json(path: Path) -> Any:
+    return json.loads(path.with_suffix(".json").read_text())
 
 
 @cache
@@ -33,7 +41,7 @@ def reference(path: Path) -> dict[str, Tensor]:
 
 def original_config(folder: Path) -> Config:
     """What the reference's config.json describes, as one of ours."""
-    preset = json.loads((folder / "config.json").read_text())["preset"]
+    preset = stored_json(folder / "config")["preset"]
     return Config(
         backbone=BackboneConfig(
             embed_dim=preset["embed_dim"],
@@ -56,9 +64,33 @@ def original_config(folder: Path) -> Config:
     )
 
 
-def load_original(folder: Path) -> Detector:
+def load_original(folder: Path, cfg: Config | None = None) -> Detector:
     """Our detector with the original's weights, through the public loader."""
-    return mimdet.load_detector(folder / "model.safetensors", original_config(folder))
+    return mimdet.load_detector(folder / "model.safetensors", cfg or original_config(folder))
+
+
+def same_number(shape: list[int], kind: str = "torch.float32", number: float = 0.5) -> Tensor:
+    """A tensor of any size in a few bytes, for files of which names and shapes count."""
+    return torch.full((), number, dtype=getattr(torch, kind.split(".")[1])).expand(shape)
+
+
+def optimiser_groups(
+    golden: Path, name: str, preset: str, kind: str = "mimdet"
+) -> tuple[dict[str, tuple[float, float]], dict[str, tuple[float, float]]]:
+    """Learning rate and weight decay of every parameter at batch 64, ours and the original's."""
+    stored = stored_json(golden / f"optimizer_groups_{name}")
+    expected = {
+        our_name(name, kind): (group["lr"], group["weight_decay"])
+        for group in stored
+        for name in group["params"]
+    }
+    cfg = presets.PRESETS[preset]()
+    with torch.device("meta"):
+        model = build_detector(cfg)
+    groups = parameter_groups(model, cfg.training)
+    ours = {name: (g["lr"], g["weight_decay"]) for g in groups for name in g["names"]}
+    assert list(cfg.training.betas) == stored[0]["betas"]
+    return ours, expected
 
 
 def input_images(folder: Path) -> list[Tensor]:
@@ -74,7 +106,10 @@ def original_sample(tensors: dict[str, Tensor], run: str) -> Sample:
 
 
 def forward(
-    model: Detector, images: list[Tensor], sample: Sample, targets: list[Target] | None = None
+    model: Detector,
+    images: list[Tensor],
+    sample: Sample | None = None,
+    targets: list[Target] | None = None,
 ) -> tuple[dict[str, Any], Any]:
     """Everything the reference names, under its names, and what the detector returns."""
     seen: dict[str, Any] = {}
@@ -94,10 +129,6 @@ def forward(
 
     backbone, heads = model.backbone, model.roi_heads
     hooks = {
-        backbone: keep(preprocessed_images=lambda given, out: given[0]),
-        backbone.stem: keep(conv_stem_last_map=lambda given, out: out.tokens),
-        backbone.encoder: keep(encoder_tokens=lambda given, out: torch.stack(out)),
-        backbone.decoder: keep(decoder_map=lambda given, out: out),
         model.neck: lambda module, given, output: seen.update(given[0] | output),
         model.rpn.head: keep_rpn,
         model.rpn: keep(proposals=lambda given, out: out[0]),
@@ -106,8 +137,16 @@ def forward(
         heads.box_head: keep_boxes,
         heads.mask_pool: keep(mask_pooled=lambda given, out: out),
     }
-    if isinstance(backbone.decoder.fill, MaskTokenFill):
-        hooks[backbone.decoder.blocks[0]] = keep(decoder_block0_input=lambda given, out: given[0])
+    if isinstance(backbone, MIMDetBackbone):
+        hooks |= {
+            backbone: keep(preprocessed_images=lambda given, out: given[0]),
+            backbone.stem: keep(conv_stem_last_map=lambda given, out: out.tokens),
+            backbone.encoder: keep(encoder_tokens=lambda given, out: torch.stack(out)),
+            backbone.decoder: keep(decoder_map=lambda given, out: out),
+        }
+        if isinstance(backbone.decoder.fill, MaskTokenFill):
+            first = backbone.decoder.blocks[0]
+            hooks[first] = keep(decoder_block0_input=lambda given, out: given[0])
     handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
     result = model(images, targets, sample=sample)
     for handle in handles:

@@ -135,14 +135,16 @@ def compare_detections(
     return names
 
 
-def compare_final(folder: Path, run: str, found, tensors, where: str, measured) -> set[str]:
+def compare_final(
+    folder: Path, run: str, found, tensors, where: str, measured, on_canvas: bool = False
+) -> set[str]:
     """Detections in the pixels of the files, and their pasted masks; the names compared."""
     bitmaps = np.load(folder / f"{run}_masks.npz")
     names = set()
     for i, raw in enumerate(found):
         expected = bitmaps[f"masks_{i}"]
         height, width = expected.shape[1:]
-        ours = to_original(raw, (height, width))
+        ours = to_original(raw, (height, width), raw.image_size if on_canvas else None)
         assert ours.labels.tolist() == tensors[f"det_classes_{i}"].tolist()
         boxes, scores = tensors[f"det_boxes_{i}"], tensors[f"det_scores_{i}"]
         measured(where, f"final boxes of image {i}, px", largest(ours.boxes, boxes), 1e-3)

@@ -1,6 +1,5 @@
 """Checkpoints in the original's layout: every name, both ways, and the optimiser's groups."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,41 +10,60 @@ from mimdet import presets
 from mimdet.models.detector import build_detector
 from mimdet.models.official import detectron2_rules, export_detectron2, match_preset
 from mimdet.models.weights import load_mae, translate
-from mimdet.training.optim import parameter_groups
-from tests.parity.reference import load_original, our_name, reference
+from tests.parity.reference import (
+    load_original,
+    optimiser_groups,
+    our_name,
+    reference,
+    same_number,
+    stored_json,
+)
 
 FILES = {
     "keys_mimdet_vit_b": "mimdet_base",
     "keys_mimdet_vit_l": "mimdet_large",
     "keys_mimdet_v1_vit_b": "mimdet_v1_base",
     "keys_mimdet_v1_vit_l": "mimdet_v1_large",
+    "keys_benchmarking_vit_b": "benchmarking_vit_base",
 }
 
 
 @pytest.mark.parametrize(("keys", "preset"), FILES.items())
 def test_every_key_maps_to_ours_and_back(golden: Path, measured, keys: str, preset: str) -> None:
-    stored = json.loads((golden / f"{keys}.json").read_text())
+    """Names, shapes, types, what is frozen and every norm's epsilon, at the published sizes."""
+    kind = presets.PRESETS[preset]().backbone.kind
+    stored = stored_json(golden / keys)
     official = {name: tuple(shape) for name, shape, _ in stored["state_dict"]}
-    ours = {our_name(name): shape for name, shape in official.items()}
+    ours = {our_name(name, kind): shape for name, shape in official.items()}
     assert len(ours) == len(official)
-    back = {translate(name, detectron2_rules(), back=True): s for name, s in ours.items()}
-    assert back == official
+    rules = detectron2_rules(kind=kind)
+    assert {translate(name, rules, back=True): s for name, s in ours.items()} == official
 
     cfg = match_preset(keys, {n: torch.empty(s, device="meta") for n, s in ours.items()})
     assert cfg.preset == preset
     with torch.device("meta"):
         model = build_detector(cfg)
-    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    state, parameters = model.state_dict(), dict(model.named_parameters())
+    own = {name: tuple(value.shape) for name, value in state.items()}
     left_over = len(own.items() ^ ours.items())
     measured(keys, f"{len(official)} keys, left over on either side", left_over, 0)
-    assert sum(p.numel() for p in model.parameters()) == stored["total_params"]
+    kinds = {our_name(name, kind): dtype for name, _, dtype in stored["state_dict"]}
+    assert {name: str(value.dtype) for name, value in state.items()} == kinds
+    assert sum(p.numel() for p in parameters.values()) == stored["total_params"]
+    frozen = {our_name(name, kind) for name in stored["frozen_params"]}
+    assert {name for name, p in parameters.items() if not p.requires_grad} == frozen
+    epsilons = {
+        our_name(f"{name}.", kind)[:-1]: eps for name, (_, eps) in stored["module_eps"].items()
+    }
+    modules = dict(model.named_modules())
+    assert len(epsilons) > 40
+    assert {name: modules[name].eps for name in epsilons} == epsilons
 
 
 def full_size_mae(golden: Path, letter: str, path: Path) -> Path:
     """Meta's full file with every tensor one repeated number: all names and shapes, few bytes."""
-    stored = json.loads((golden / f"keys_mae_vit_{letter}_full.json").read_text())
-    value = torch.full((1,), 0.5)
-    tensors = {name: value.expand(shape) for name, shape, _ in stored["state_dict"]}
+    stored = stored_json(golden / f"keys_mae_vit_{letter}_full")["state_dict"]
+    tensors = {name: same_number(shape) for name, shape, _ in stored}
     torch.save({"model": tensors}, path)
     return path
 
@@ -83,27 +101,15 @@ def test_a_large_file_does_not_fit_the_base_model(golden: Path, tmp_path, record
     record_property("refused", ["MAE file: ViT-L into mimdet_base", str(caught.value)])
 
 
-@pytest.mark.parametrize("letter", ["b", "l"])
-def test_optimiser_groups(golden: Path, measured, letter: str) -> None:
+@pytest.mark.parametrize(("letter", "preset"), [("b", "mimdet_base"), ("l", "mimdet_large")])
+def test_optimiser_groups(golden: Path, measured, letter: str, preset: str) -> None:
     """Learning rate and weight decay of every parameter at batch 64."""
-    stored = json.loads((golden / f"optimizer_groups_mimdet_vit_{letter}.json").read_text())
-    expected = {
-        our_name(name): (group["lr"], group["weight_decay"])
-        for group in stored
-        for name in group["params"]
-    }
-    cfg = presets.PRESETS[{"b": "mimdet_base", "l": "mimdet_large"}[letter]]()
-    with torch.device("meta"):
-        model = build_detector(cfg)
-    groups = parameter_groups(model, cfg.training)
-    ours = {name: (g["lr"], g["weight_decay"]) for g in groups for name in g["names"]}
-    assert ours.keys() == expected.keys()
-    assert {name: decay for name, (_, decay) in ours.items()} == {
-        name: decay for name, (_, decay) in expected.items()
+    ours, expected = optimiser_groups(golden, f"mimdet_vit_{letter}", preset)
+    assert {n: decay for n, (_, decay) in ours.items()} == {
+        n: decay for n, (_, decay) in expected.items()
     }
     error = max(abs(ours[name][0] / rate - 1) for name, (rate, _) in expected.items())
     measured(f"optimiser groups vit_{letter}", f"rates of {len(ours)} parameters", error, 1e-12)
-    assert list(cfg.training.betas) == stored[0]["betas"]
 
 
 @pytest.mark.parametrize("model_name", ["mimdet_small", "mimdet_v1_small"])

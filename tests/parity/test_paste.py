@@ -1,26 +1,22 @@
 """Masks pasted into the image, against bitmaps made by the original implementation."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mimdet.structures import paste, probabilities_to_rle, rle_to_bitmap
-
-GOLDEN = os.environ.get("MIMDET_GOLDEN", "")
-pytestmark = pytest.mark.skipif(not GOLDEN, reason="set MIMDET_GOLDEN to the reference tensors")
+from tests.parity.reference import reference
 
 
 @pytest.mark.parametrize("image", [0, 1])
 @pytest.mark.parametrize(
     "outputs", ["mimdet_small/eval_sr1", "mimdet_v1_small/eval_sr1", "benchmarking_small/eval"]
 )
-def test_pasted_masks_are_the_originals(outputs: str, image: int) -> None:
-    tensors = load_file(Path(GOLDEN) / f"{outputs}.safetensors")
-    expected = np.load(Path(GOLDEN) / f"{outputs}_masks.npz")[f"masks_{image}"]
+def test_pasted_masks_are_the_originals(golden: Path, outputs: str, image: int) -> None:
+    tensors = reference(golden / outputs)
+    expected = np.load(golden / f"{outputs}_masks.npz")[f"masks_{image}"]
     probabilities = tensors[f"det_raw_mask_probs_{image}"][:, 0]
     boxes = tensors[f"det_boxes_{image}"]
     height, width = expected.shape[1:]
