@@ -19,8 +19,6 @@ from mimdet.viz.widgets.canvas import HERE  # noqa: E402
 
 STATE: dict[str, Any] = {
     "picture": data_url(np.full((4, 6, 3), (0, 0, 255), np.uint8)),
-    "overlay": "",
-    "alpha": 0.5,
     "rows": 4,
     "columns": 6,
     "size": [240, 160],  # squares of 40 pixels
@@ -242,13 +240,10 @@ def test_it_says_what_it_shows(mount: Any) -> None:
     assert canvas.get_attribute("role") == "img"
 
 
-def test_picture_overlay_and_dropped_tokens_are_drawn(mount: Any) -> None:
-    page = mount(overlay=data_url(np.full((2, 2, 3), RED, np.uint8)), dropped=[23])
-    red, green, blue = page.evaluate(COLOUR, [20, 20])
-    assert (red, green, blue) == pytest.approx((128, 0, 128), abs=1)  # half of each: alpha
-    assert min(page.evaluate(COLOUR, [220, 140])) > 190  # the last token is light grey
-    set_trait(page, "overlay", "")
+def test_picture_and_dropped_tokens_are_drawn(mount: Any) -> None:
+    page = mount(dropped=[23])
     assert page.evaluate(COLOUR, [20, 20]) == BLUE
+    assert min(page.evaluate(COLOUR, [220, 140])) > 190  # the last token is light grey
 
 
 def test_grid_and_selection_are_drawn(mount: Any) -> None:

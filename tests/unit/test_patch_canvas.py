@@ -12,7 +12,6 @@ from mimdet.viz.draw import from_data_url
 from mimdet.viz.widgets.canvas import HERE
 
 BLUE = np.full((8, 12, 3), (0, 0, 255), np.uint8)
-RED = (255, 0, 0)
 
 
 @pytest.fixture
@@ -45,7 +44,7 @@ def test_size_and_picture_are_one_message(canvas: PatchCanvas, monkeypatch) -> N
 def test_everything_the_page_reads_is_sent_and_the_other_way(canvas: PatchCanvas) -> None:
     """A trait that is not synchronised would be undefined in the page, silently."""
     source = (HERE / "patch_canvas.js").read_text()
-    names = "picture overlay alpha rows columns size selected dropped tool show_grid label seq"
+    names = "picture rows columns size selected dropped tool show_grid label seq"
     for name in names.split():
         assert name in source
         assert canvas.traits()[name].metadata.get("sync"), name
@@ -72,23 +71,6 @@ def test_snapshot_shows_the_picture(canvas: PatchCanvas) -> None:
 
 def test_snapshot_before_anything_is_shown() -> None:
     assert shown(PatchCanvas(size=(20, 10)), 5, 5) == (255, 255, 255)
-
-
-def test_snapshot_shows_the_overlay(canvas: PatchCanvas) -> None:
-    canvas.alpha = 0.25
-    canvas.lay_over(np.full((2, 2, 3), RED, np.uint8))
-    assert shown(canvas, 30, 20) == pytest.approx((64, 0, 191), abs=1)
-    canvas.lay_over(None)
-    assert shown(canvas, 30, 20) == (0, 0, 255)
-
-
-def test_an_overlay_may_have_holes(canvas: PatchCanvas) -> None:
-    over = np.zeros((1, 2, 4), np.uint8)
-    over[0, 1] = (*RED, 255)
-    canvas.alpha = 1.0
-    canvas.lay_over(over)
-    assert shown(canvas, 2, 20) == (0, 0, 255)
-    assert shown(canvas, 57, 20) == RED
 
 
 def test_snapshot_shows_dropped_and_selected_tokens(canvas: PatchCanvas) -> None:

@@ -15,7 +15,9 @@ from torch import Tensor
 from mimdet.inference import autocast, device_of, generator_for
 from mimdet.models.backbones import MIMDetBackbone
 from mimdet.models.detector import Detector, evaluating
-from mimdet.models.sampling import PATCH, Sample, Sampling
+from mimdet.models.rcnn import Batch
+from mimdet.models.sampling import Sample, Sampling
+from mimdet.viz import draw
 from mimdet.viz import record as recording
 from mimdet.viz.attention import (
     block_title,
@@ -26,7 +28,6 @@ from mimdet.viz.attention import (
     rolled_out,
     share,
 )
-from mimdet.viz.draw import enlarged, to_pixels
 from mimdet.viz.record import Recording, attention_names, record
 from mimdet.viz.widgets.canvas import PatchCanvas
 from mimdet.viz.widgets.panel import ImagePanel, ratio_slider, seed_slider
@@ -80,8 +81,6 @@ class AttentionExplorer(ImagePanel):
         of_sample = [self.ratio, self.seed]
         of_map = [self.part, self.block, self.head, self.rollout]
         self.arrange([self.image, self.upload, *of_sample], of_map, self.canvases)
-        # The middle-most token that the first sample keeps: there is something to see at once.
-        self.picture.selected = self._first_query()
         traitlets.link((self.picture, "selected"), (self.map, "selected"))
         self.watch(*of_sample, *of_map)
         self.watch(self.picture, name="selected")
@@ -95,12 +94,16 @@ class AttentionExplorer(ImagePanel):
         h, w = inputs.sample.grid
         for canvas in self.canvases:
             canvas.rows, canvas.columns = h, w
-        place = min(max(self.picture.selected, 0), h * w - 1)
-        self.picture.selected = place
+        if not 0 <= self.picture.selected < h * w:  # there is something to see at once
+            self.picture.selected = nearest_sampled(inputs.sample, h // 2 * w + w // 2)
+        place = self.picture.selected
         kept = inputs.sample.keep[0].tolist()
         if inputs is not self._shown:  # the left picture is the same for every query and block
-            self.picture.show(enlarged(to_pixels(inputs.image), WIDTH))
-            self._grey = enlarged(to_pixels(greyed(inputs.image)), WIDTH)
+            image, (height, width) = inputs.batch.images[0], inputs.batch.tensors.shape[2:]
+            padding = (0, width - image.shape[2], 0, height - image.shape[1])
+            padded = F.pad(image, padding, value=255)
+            self.picture.show(draw.enlarged(draw.to_pixels(padded), WIDTH))
+            self._grey = draw.enlarged(draw.to_pixels(greyed(padded)), WIDTH)
             self._shown = inputs
         self.picture.dropped = sorted({*range(h * w)} - {*kept})
         self.picture.label = f"The picture; the encoder sees {len(kept)} tokens, the rest is grey."
@@ -162,19 +165,14 @@ class AttentionExplorer(ImagePanel):
         if self._inputs is not None and self._inputs.key == key:
             return self._inputs
         backbone: Any = self.model.backbone
-        device = device_of(self.model)
-        batch = self.model.prepare(self.chosen)
-        image = batch.images[0]
+        batch, device = self.model.prepare(self.chosen), device_of(self.model)
         with autocast(device, "auto"):
             tokens = backbone.stem(batch.tensors).tokens  # (1, D, h, w)
         grid = (tokens.shape[2], tokens.shape[3])
         flat = tokens.flatten(2).transpose(1, 2)  # (1, L, D)
         sampling = Sampling(self.ratio.value, generators=[generator_for(self.seed.value, device)])
         sample = backbone.draw(flat, grid, batch.image_sizes, sampling)
-        padding = (0, grid[1] * PATCH - image.shape[2], 0, grid[0] * PATCH - image.shape[1])
-        padded = F.pad(image, padding, value=255)
-        on_cpu = sample.to(torch.device("cpu"))
-        self._inputs = Inputs(key, padded, batch.tensors, batch.image_sizes, on_cpu)
+        self._inputs = Inputs(key, batch, sample.to(torch.device("cpu")))
         return self._inputs
 
     def _look(self, inputs: "Inputs", place: int) -> Recording:
@@ -191,15 +189,11 @@ class AttentionExplorer(ImagePanel):
                 record(self.model, *names, query=query) as seen,
                 autocast(device_of(self.model), "auto"),
             ):
-                backbone(inputs.tensors, inputs.sizes, Sampling(sample=inputs.sample))
+                backbone(
+                    inputs.batch.tensors, inputs.batch.image_sizes, Sampling(sample=inputs.sample)
+                )
             inputs.seen[part, query] = seen
         return inputs.seen[part, query]
-
-    @torch.inference_mode()
-    def _first_query(self) -> int:
-        sample = self._prepare().sample
-        h, w = sample.grid
-        return nearest_sampled(sample, h // 2 * w + w // 2)
 
     def _heads(self) -> int:
         attention: Any = self.model.get_submodule(self.names[self.part.value][0])
@@ -223,11 +217,7 @@ class Inputs:
 
     key: tuple[int, float, int]
     """Image, ratio, seed."""
-    image: Tensor
-    """uint8 (3, H, W), padded with white to whole tokens."""
-    tensors: Tensor
-    """(1, 3, H, W), normalised."""
-    sizes: Any
+    batch: Batch
     sample: Sample
     seen: dict[tuple[str, int | None], Recording] = field(default_factory=dict)
     """By part, and by query where all maps would not fit."""

@@ -30,9 +30,6 @@ class PatchCanvas(anywidget.AnyWidget):
 
     picture = traitlets.Unicode("").tag(sync=True)
     """Data URL; set it with `show`."""
-    overlay = traitlets.Unicode("").tag(sync=True)
-    """Data URL of a picture drawn over it at opacity `alpha`; "" = none."""
-    alpha = traitlets.Float(0.6).tag(sync=True)
     rows = traitlets.Int(1).tag(sync=True)
     columns = traitlets.Int(1).tag(sync=True)
     size = traitlets.Tuple(traitlets.Int(), traitlets.Int(), default_value=(384, 384)).tag(
@@ -64,10 +61,6 @@ class PatchCanvas(anywidget.AnyWidget):
             self.size = size
             self.picture = url
 
-    def lay_over(self, pixels: Any | None) -> None:
-        """Replace the overlay: uint8 (H, W, 3) or (H, W, 4); None removes it."""
-        self.overlay = "" if pixels is None else data_url(pixels)
-
     def answered(self) -> None:
         """Tell the page that the last change has been dealt with."""
         self.seq += 1
@@ -77,10 +70,6 @@ class PatchCanvas(anywidget.AnyWidget):
         base = Image.new("RGBA", self.size, "white")
         if self.picture:
             base.paste(from_data_url(self.picture).resize(self.size), (0, 0))
-        if self.overlay:
-            over = from_data_url(self.overlay).resize(self.size)
-            over.putalpha(over.getchannel("A").point([round(self.alpha * a) for a in range(256)]))
-            base.alpha_composite(over)
         marks = Image.new("RGBA", self.size)
         pen = ImageDraw.Draw(marks)
         for place in self.dropped:

@@ -1,7 +1,7 @@
 // A picture under a grid of tokens: click one, brush some away, move with the arrow keys.
 // Python side: canvas.py. Python bumps `seq` after it has answered; `data-seq` follows once the
 // answer is on the screen, which is what tests wait for.
-const STATE = "dropped selected alpha rows columns size seq show_grid tool label".split(" ");
+const STATE = "dropped selected rows columns size seq show_grid tool label".split(" ");
 
 function render({ model, el }) {
   const canvas = document.createElement("canvas");
@@ -9,8 +9,8 @@ function render({ model, el }) {
   canvas.tabIndex = 0;
   el.appendChild(canvas);
   const pen = canvas.getContext("2d");
-  const shown = { picture: null, overlay: null }; // the old one stays until the new one is decoded
-  const loading = new Set();
+  let shown = null; // the old picture stays until the new one is decoded
+  let loading = false;
   let brushing = false;
   let dropping = true;
   let last = -1; // place of the stroke's last event
@@ -31,12 +31,7 @@ function render({ model, el }) {
     const [width, height] = model.get("size");
     canvas.width = width;
     canvas.height = height;
-    if (shown.picture) pen.drawImage(shown.picture, 0, 0, width, height);
-    if (shown.overlay) {
-      pen.globalAlpha = model.get("alpha");
-      pen.drawImage(shown.overlay, 0, 0, width, height);
-      pen.globalAlpha = 1;
-    }
+    if (shown) pen.drawImage(shown, 0, 0, width, height);
     pen.fillStyle = "rgba(225, 225, 225, 0.88)";
     for (const place of model.get("dropped")) pen.fillRect(...square(place));
     if (model.get("show_grid")) drawGrid(width, height);
@@ -74,18 +69,18 @@ function render({ model, el }) {
     canvas.setAttribute("aria-label", model.get("label") + (chosen < 0 ? "" : where));
     canvas.dataset.selected = chosen;
     canvas.dataset.dropped = model.get("dropped").length;
-    if (!loading.size) canvas.dataset.seq = model.get("seq");
+    if (!loading) canvas.dataset.seq = model.get("seq");
   }
 
   // Decoding takes a moment; when pictures come faster than that, only the newest one counts.
-  function load(name) {
-    const url = model.get(name);
+  function load() {
+    const url = model.get("picture");
     const image = new Image();
-    loading.add(name);
+    loading = true;
     const done = (loaded) => {
-      if (model.get(name) !== url) return;
-      shown[name] = loaded;
-      loading.delete(name);
+      if (model.get("picture") !== url) return;
+      shown = loaded;
+      loading = false;
       draw();
     };
     if (!url) return done(null);
@@ -176,10 +171,9 @@ function render({ model, el }) {
   });
 
   const listeners = STATE.map((name) => [`change:${name}`, draw]);
-  listeners.push(["change:picture", () => load("picture")], ["change:overlay", () => load("overlay")]);
+  listeners.push(["change:picture", load]);
   for (const [event, listener] of listeners) model.on(event, listener);
-  load("picture");
-  load("overlay");
+  load();
   return () => {
     for (const [event, listener] of listeners) model.off(event, listener);
     window.removeEventListener("pointerup", finishStroke);
