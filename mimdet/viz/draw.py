@@ -23,16 +23,7 @@ from torch import Tensor
 
 from mimdet.data.rasters import crops_from_segmentations
 from mimdet.structures import Crops, Detections, Target, as_rle, paste
-from mimdet.viz.style import (
-    DPI,
-    INK,
-    NORMAL,
-    PALETTE,
-    SMALL,
-    WIDTH,
-    NotebookFigure,
-    new_figure,
-)
+from mimdet.viz.style import DPI, INK, NORMAL, PALETTE, SMALL, WIDTH, NotebookFigure, new_figure
 
 Pixels = NDArray[np.uint8]
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1; y grows downwards
@@ -59,11 +50,10 @@ def image_size(image: Tensor) -> Size:
     return image.shape[1], image.shape[2]
 
 
-def to_pixels(image: Tensor) -> Pixels:
-    """uint8 (3, H, W), or float (3, H, W) in 0..1 -> uint8 (H, W, 3)."""
-    if image.dtype != torch.uint8:
-        image = (image.clamp(0, 1) * 255).round().to(torch.uint8)
-    return np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())
+def to_pixels(image: Tensor, width: int = 0) -> Pixels:
+    """uint8 (3, H, W) -> uint8 (H, W, 3); width: enlarged to so many pixels."""
+    pixels = np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())
+    return enlarged(pixels, width) if width else pixels
 
 
 def enlarged(pixels: Pixels, width: int, smooth: bool = True) -> Pixels:

@@ -102,8 +102,8 @@ class AttentionExplorer(ImagePanel):
             image, (height, width) = inputs.batch.images[0], inputs.batch.tensors.shape[2:]
             padding = (0, width - image.shape[2], 0, height - image.shape[1])
             padded = F.pad(image, padding, value=255)
-            self.picture.show(draw.enlarged(draw.to_pixels(padded), WIDTH))
-            self._grey = draw.enlarged(draw.to_pixels(greyed(padded)), WIDTH)
+            self.picture.show(draw.to_pixels(padded, WIDTH))
+            self._grey = draw.to_pixels(greyed(padded), WIDTH)
             self._shown = inputs
         self.picture.dropped = sorted({*range(h * w)} - {*kept})
         self.picture.label = f"The picture; the encoder sees {len(kept)} tokens, the rest is grey."

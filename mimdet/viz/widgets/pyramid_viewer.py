@@ -8,7 +8,8 @@ from torch import Tensor
 
 from mimdet.models.detector import Detector
 from mimdet.models.sampling import token_grid
-from mimdet.viz.draw import Pixels, enlarged, heat, image_size, to_pixels
+from mimdet.viz import draw
+from mimdet.viz.draw import Pixels
 from mimdet.viz.features import (
     LEVELS,
     Pyramid,
@@ -140,7 +141,7 @@ class PyramidViewer(ImagePanel):
         if one and self.view.value == "norm":
             ends = [(min(low for low, _ in ends), max(high for _, high in ends))] * len(ends)
         notes = [f"{name} {e[0]:.1f} to {e[1]:.1f}" for name, e in zip(names, ends, strict=True)]
-        pixels = [heat(plane, *e) for plane, e in zip(planes, ends, strict=True)]
+        pixels = [draw.heat(plane, *e) for plane, e in zip(planes, ends, strict=True)]
         return list(zip(pixels, notes, strict=True))
 
     def _planes(
@@ -159,13 +160,13 @@ class PyramidViewer(ImagePanel):
         title = f"{level}: {' x '.join(map(str, found.maps[level].shape))}"
         if len(self.models) > 1:
             title = f"{name}, {title}"
-        self.maps[name].show(enlarged(pixels, SIDE, smooth=False), SIDE, title)
+        self.maps[name].show(draw.enlarged(pixels, SIDE, smooth=False), SIDE, title)
         self.maps[name].label = f"{title}, {note}"
 
     def _show_image(self, found: Pyramid) -> None:
-        pixels = enlarged(to_pixels(found.image), SIDE)
+        pixels = draw.to_pixels(found.image, SIDE)
         if found.sample is not None:
-            pixels = pale_dropped(pixels, found.sample, image_size(found.image))
+            pixels = pale_dropped(pixels, found.sample, draw.image_size(found.image))
         self.picture.show(pixels, SIDE, "image")
 
 

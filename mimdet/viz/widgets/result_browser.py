@@ -13,24 +13,8 @@ from mimdet.analysis.matching import VERDICTS, Verdict, Verdicts
 from mimdet.analysis.metrics import IouType
 from mimdet.data.loader import Dataset
 from mimdet.structures import Crops
-from mimdet.viz.draw import (
-    Mark,
-    Pixels,
-    Size,
-    box_of,
-    captioned,
-    class_name,
-    data_url,
-    enlarged,
-    font,
-    image_size,
-    mask_of,
-    score_text,
-    to_pixels,
-    with_few_colours,
-    with_marks,
-    write_text,
-)
+from mimdet.viz import draw
+from mimdet.viz.draw import Mark, Pixels, Size
 from mimdet.viz.style import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, YELLOW
 from mimdet.viz.widgets.canvas import PatchCanvas
 from mimdet.viz.widgets.panel import Panel, score_slider
@@ -156,7 +140,7 @@ class ResultBrowser(Panel):
         self.arrange(
             [self.verdict, self.category, self.size, *of_runs],
             [self.score, self.previous, self.position, self.next],
-            ipywidgets.HTML(f"<img alt='{words}' src='{data_url(legend(800))}'>"),
+            ipywidgets.HTML(f"<img alt='{words}' src='{draw.data_url(legend(800))}'>"),
             self.canvases,
         )
         self.watch(self.verdict, self.category, self.size, self.where, self.score, self.position)
@@ -183,20 +167,20 @@ class ResultBrowser(Panel):
                 canvas.show(nothing, self._width, "nothing matches")
             return f"{self.label}. Nothing to show: loosen a filter"
         image = self._record(self._image).image
-        picture, size = enlarged(to_pixels(image), self._width), image_size(image)
+        picture, size = draw.to_pixels(image, self._width), draw.image_size(image)
         marks = [
-            Mark(box_of(entry, size), WHITE, self._class(entry), self._mask(entry, size))
+            Mark(draw.box_of(entry, size), WHITE, self._class(entry), self._mask(entry, size))
             for entry in self._truth[self._ids[self._image]]
         ]
         title = f"truth: {_plural(len(marks), 'object')}"
-        self.canvases[0].show(with_marks(picture, marks, size), self._width, title)
+        self.canvases[0].show(draw.with_marks(picture, marks, size), self._width, title)
         for canvas, (name, verdicts) in zip(self.canvases[1:], judged.items(), strict=True):
             here = verdicts.image == self._image
             marks = self._marks(self.runs[name], verdicts[here], chosen[name][here], size)
             counts = verdicts[here].count()
             wrong = len(marks) - counts["correct"] - counts["missed"]
             title = f"{name}: {counts['correct']} correct, {wrong} wrong, {counts['missed']} missed"
-            canvas.show(with_marks(picture, marks, size), self._width, title)
+            canvas.show(draw.with_marks(picture, marks, size), self._width, title)
         place = self.matches.index(self._image) + 1
         at = f"image {place} of {len(self.matches)} (id {self._ids[self._image]})"
         self.label = f"{self.label}; {at}"
@@ -209,17 +193,17 @@ class ResultBrowser(Panel):
             if missed:
                 entry, score = run.ground_truth["annotations"][verdicts.annotation[i]], ""
             else:
-                entry, score = run.results[verdicts.result[i]], score_text(verdicts.score[i])
+                entry, score = run.results[verdicts.result[i]], draw.score_text(verdicts.score[i])
             name = " ".join(filter(None, (look.letter, self._class(entry), score)))
             mask = self._mask(entry, size) if is_strong and not missed else None
-            marks.append(Mark(box_of(entry, size), look.colour, name, mask, is_strong, missed))
+            marks.append(Mark(draw.box_of(entry, size), look.colour, name, mask, is_strong, missed))
         return marks
 
     def _class(self, entry: dict[str, Any]) -> str:
-        return class_name(self._rank[entry["category_id"]], self._categories)
+        return draw.class_name(self._rank[entry["category_id"]], self._categories)
 
     def _mask(self, entry: dict[str, Any], size: Size) -> Crops | None:
-        return mask_of(entry, size) if self.iou_type == "segm" else None
+        return draw.mask_of(entry, size) if self.iou_type == "segm" else None
 
     def snapshot(self) -> Image.Image:
         """The canvases, the legend and what matches, as a saved notebook shows them."""
@@ -229,7 +213,9 @@ class ResultBrowser(Panel):
         controls = (self.verdict, self.category, self.size, self.score)
         chosen = [f"{control.description} {control.value}" for control in controls if control.value]
         text = f"{', '.join(chosen)}: {len(self.matches)} of {_plural(len(self._ids), 'image')}"
-        return with_few_colours(captioned(whole, text), [look.colour for look in LOOKS.values()])
+        return draw.with_few_colours(
+            draw.captioned(whole, text), [look.colour for look in LOOKS.values()]
+        )
 
     # --------------------------------------------------------------------------- which image
 
@@ -269,14 +255,14 @@ def legend(width: int, size: int = 13) -> Pixels:
     picture = Image.new("RGB", (width, len(LOOKS) * line), "white")
     pen = ImageDraw.Draw(picture)
     for look in LOOKS.values():
-        tag = font(size).getlength(look.letter) + 8
-        long = tag + 5 + font(size).getlength(look.words)
+        tag = draw.font(size).getlength(look.letter) + 8
+        long = tag + 5 + draw.font(size).getlength(look.words)
         if left and left + long > width:
             left, top = 0.0, top + line
         middle = top + line / 2
         pen.rectangle((left, top + 1, left + tag, top + line - 2), fill=look.colour)
-        write_text(pen, (left + 4, middle), look.letter, look.colour, size)
-        write_text(pen, (left + tag + 5, middle), look.words, "white", size)
+        draw.write_text(pen, (left + 4, middle), look.letter, look.colour, size)
+        draw.write_text(pen, (left + tag + 5, middle), look.words, "white", size)
         left += long + 14
     return np.asarray(picture.crop((0, 0, width, top + line)))
 

@@ -12,7 +12,8 @@ from mimdet.config import DataConfig
 from mimdet.data.augment import Geometry, apply, draw_geometry, rng_for
 from mimdet.models.sampling import token_grid
 from mimdet.structures import Record, Target
-from mimdet.viz.draw import Pixels, enlarged, image_size, marks_of, to_pixels, with_marks
+from mimdet.viz import draw
+from mimdet.viz.draw import Pixels
 from mimdet.viz.widgets.canvas import PatchCanvas
 from mimdet.viz.widgets.panel import Panel, seed_slider
 
@@ -73,7 +74,7 @@ class SampleBrowser(Panel):
 
     def draw(self) -> str:
         record, index = self.record(), self.index.value
-        height, width = image_size(record.image)
+        height, width = draw.image_size(record.image)
         cfg = dataclasses.replace(self.data, augment=self.kind.value)
         rng = rng_for("geometry", self.seed.value, 0, index)
         self.geometry = geometry = draw_geometry(cfg, height, width, rng, train=True)
@@ -96,9 +97,11 @@ class SampleBrowser(Panel):
     def _on_board(self, image: Tensor, target: Target, used: tuple[int, int, int, int]) -> Pixels:
         """The image with its objects, as large as fits a grey square of BOARD pixels; used: x1, y1,
         x2, y2 in its pixels, what lies outside is faded."""
-        scale = BOARD / max(image_size(image))
-        pixels = enlarged(to_pixels(image), max(1, round(image.shape[2] * scale)))
-        pixels = with_marks(pixels, marks_of(target, self.categories), image_size(image))
+        scale = BOARD / max(draw.image_size(image))
+        pixels = draw.enlarged(draw.to_pixels(image), max(1, round(image.shape[2] * scale)))
+        pixels = draw.with_marks(
+            pixels, draw.marks_of(target, self.categories), draw.image_size(image)
+        )
         faded = (0.25 * pixels + 0.75 * EMPTY).astype(np.uint8)
         x1, y1, x2, y2 = (round(value * scale) for value in used)
         faded[y1:y2, x1:x2] = pixels[y1:y2, x1:x2]

@@ -18,15 +18,7 @@ from mimdet.models.detector import Detector
 from mimdet.models.mae import MAE
 from mimdet.models.sampling import SAMPLERS, Sample, Sampler, select, token_grid
 from mimdet.structures import Detections, Target
-from mimdet.viz.draw import (
-    beside,
-    captioned,
-    enlarged,
-    image_size,
-    marks_of,
-    to_pixels,
-    with_marks,
-)
+from mimdet.viz import draw
 from mimdet.viz.features import pale_dropped
 from mimdet.viz.reconstruction import Answer, Painted, SameTokens, View, timed
 from mimdet.viz.record import record
@@ -195,17 +187,19 @@ class TokenLab(ImagePanel):
             self.canvas.dropped = self._drawn = gone.nonzero()[:, 0].tolist()
 
     def _show(self, view: View, answer: Answer) -> None:
-        whole = to_pixels(view.whole)
+        whole = draw.to_pixels(view.whole, WIDTH)
         kept, total = len(self.sample.keep[0]), math.prod(view.grid)
         self.canvas.show(whole, WIDTH)
         self.canvas.label = f"a picture of {view.grid[0]} x {view.grid[1]} tokens, {kept} kept"
         self.label = f"{self.canvas.label}; beside it what the models make of these {kept}"
         if answer.painted is not None:
-            self.painting.show(to_pixels(getattr(answer.painted, self.reconstruction.value)), WIDTH)
+            self.painting.show(
+                draw.to_pixels(getattr(answer.painted, self.reconstruction.value)), WIDTH
+            )
             self.painting.label = f"the picture painted from {kept} of {total} tokens"
         if answer.found is not None and self.detector is not None:
-            marks = marks_of(answer.found, self.detector.categories, self.score_threshold)
-            drawn = with_marks(enlarged(whole, WIDTH), marks, image_size(view.whole))
+            marks = draw.marks_of(answer.found, self.detector.categories, self.score_threshold)
+            drawn = draw.with_marks(whole, marks, draw.image_size(view.whole))
             self.detections.show(drawn, WIDTH)
             self.detections.label = f"what is detected from {kept} of {total} tokens"
         for other in self.canvases[1:]:
@@ -243,8 +237,10 @@ class TokenLab(ImagePanel):
     def snapshot(self) -> Image.Image:
         """The pictures side by side, each under what it is."""
         titled = self.titled.items()
-        pictures = [captioned(np.asarray(canvas.snapshot()), title) for title, canvas in titled]
-        return Image.fromarray(beside(pictures))
+        pictures = [
+            draw.captioned(np.asarray(canvas.snapshot()), title) for title, canvas in titled
+        ]
+        return Image.fromarray(draw.beside(pictures))
 
 
 SIDE = 400  # pixels of a canvas on the screen
@@ -316,20 +312,20 @@ class RatioDial(ImagePanel):
             self._detect(image)
             self._setting = setting
         assert self.sample is not None
-        size = image_size(image)
-        pixels = enlarged(to_pixels(image), SIDE)
+        size = draw.image_size(image)
+        pixels = draw.to_pixels(image, SIDE)
         if self.targets is not None:
             known = self.targets[index : index + 1]  # of an uploaded image none
-            marks = [mark for target in known for mark in marks_of(target, self.categories)]
+            marks = [mark for target in known for mark in draw.marks_of(target, self.categories)]
             title = f"truth: {len(marks)} objects" if known else "no truth is known"
-            self.truth.show(with_marks(pixels, marks, size), SIDE, title)
-        marks = marks_of(self.found, self.categories, self.score.value)
+            self.truth.show(draw.with_marks(pixels, marks, size), SIDE, title)
+        marks = draw.marks_of(self.found, self.categories, self.score.value)
         fed = self.model.resize.size(*size)
         if self.pale.value:
             pixels = pale_dropped(pixels, self.sample, fed)
         kept = f"{len(self.sample.keep[0])} of {math.prod(token_grid(*fed))} tokens"
         title = f"{kept}: {len(marks)} found"
-        self.picture.show(with_marks(pixels, marks, size), SIDE, title)
+        self.picture.show(draw.with_marks(pixels, marks, size), SIDE, title)
         self.label = f"An image, detections at ratio {ratio:.2f}: {title}."
         self.table.value = _table(self.times)
         whole, backbone = _medians(self.times[ratio])

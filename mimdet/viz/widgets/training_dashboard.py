@@ -20,17 +20,8 @@ from mimdet.training.checkpoints import CheckpointStore
 from mimdet.training.job import Job, JobState
 from mimdet.training.run import load_detector
 from mimdet.training.train import stored_config
+from mimdet.viz import draw
 from mimdet.viz.charts import show_training
-from mimdet.viz.draw import (
-    beside,
-    captioned,
-    enlarged,
-    image_size,
-    marks_of,
-    to_pixels,
-    with_few_colours,
-    with_marks,
-)
 from mimdet.viz.widgets.canvas import PatchCanvas
 from mimdet.viz.widgets.panel import Panel, in_words
 
@@ -175,17 +166,20 @@ class TrainingDashboard(Panel):
         torch.set_num_threads(self._threads)  # a new thread would use every core
         while not self._closed.wait(LOOK_EVERY):
             running = self.look().running
-            for name, draw in (("curves", self.draw_curves), ("detections", self.draw_detections)):
+            for name, action in (
+                ("curves", self.draw_curves),
+                ("detections", self.draw_detections),
+            ):
                 if not running or time.monotonic() >= self._due[name]:
-                    self._draw_in_turn(name, draw)
+                    self._draw_in_turn(name, action)
             if not running:
                 return
 
-    def _draw_in_turn(self, name: str, draw: Callable[[], bool]) -> None:
+    def _draw_in_turn(self, name: str, action: Callable[[], bool]) -> None:
         """What takes long is drawn less often; a picture that cannot be made ends no watching."""
         start = time.monotonic()
         try:
-            drawn = draw()
+            drawn = action()
         except Exception as error:
             drawn = True
             self.log.value = f"the {name} cannot be drawn: {in_words(error)}"
@@ -262,15 +256,15 @@ class TrainingDashboard(Panel):
         found = predict(model, [record.image for record in records])
         pictures, count = [], 0
         for record, detections in zip(records, found, strict=True):
-            likely = marks_of(detections, model.categories, score_threshold=0.5)
-            truth = marks_of(record.target, model.categories)
+            likely = draw.marks_of(detections, model.categories, score_threshold=0.5)
+            truth = draw.marks_of(record.target, model.categories)
             count += len(likely)
-            size = image_size(record.image)
-            plain = enlarged(to_pixels(record.image), WIDTH // (2 * SHOWN) - 8)
+            size = draw.image_size(record.image)
+            plain = draw.to_pixels(record.image, WIDTH // (2 * SHOWN) - 8)
             for marks, title in ((truth, "truth"), (likely, f"detected at step {step}")):
-                pictures.append(captioned(with_marks(plain, marks, size), title))
+                pictures.append(draw.captioned(draw.with_marks(plain, marks, size), title))
         said = f"{len(records)} held-out images, the truth beside {count} detections of step {step}"
-        self._show(self.detections, beside(pictures), said)
+        self._show(self.detections, draw.beside(pictures), said)
         return True
 
     def _records(self) -> list[Record]:
@@ -293,5 +287,7 @@ class TrainingDashboard(Panel):
         text = self.status.value.split(">", 1)[1].removesuffix("</span>")
         white = np.full((1, WIDTH, 3), 255, np.uint8)
         parts = [np.asarray(canvas.snapshot()) for canvas in self.canvases if canvas.picture]
-        rows = [beside([part, white[:, : WIDTH - part.shape[1]]], gap=0) for part in parts]
-        return with_few_colours(np.concatenate([captioned(white, html.unescape(text)), *rows]))
+        rows = [draw.beside([part, white[:, : WIDTH - part.shape[1]]], gap=0) for part in parts]
+        return draw.with_few_colours(
+            np.concatenate([draw.captioned(white, html.unescape(text)), *rows])
+        )
