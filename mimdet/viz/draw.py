@@ -94,6 +94,11 @@ def beside(pictures: Sequence[Pixels], gap: int = 8) -> Pixels:
     return row
 
 
+def below(pictures: Sequence[Pixels], gap: int = 8) -> Pixels:
+    """Pictures in a column on white, left edges aligned."""
+    return beside([picture.swapaxes(0, 1) for picture in pictures], gap).swapaxes(0, 1)
+
+
 def captioned(pixels: Pixels, text: str, size: int = 13) -> Pixels:
     """The picture under a line of text, which is smaller where it would be too long."""
     width = pixels.shape[1]

@@ -328,7 +328,7 @@ browser
 # %%
 index, seed = browser.index.value, browser.seed.value
 rng = rng_for("geometry", seed, 0, index)
-trained_on = draw_geometry(recipe, *browser.record().image.shape[1:], rng, train=True)
+trained_on = draw_geometry(recipe, *browser.record.image.shape[1:], rng, train=True)
 browser.kind.value = "paper"
 check("it shows what a training with this seed sees", browser.geometry == trained_on)
 

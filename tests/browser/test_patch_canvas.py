@@ -26,6 +26,7 @@ STATE: dict[str, Any] = {
     "dropped": [],
     "tool": "select",
     "show_grid": False,
+    "title": "",
     "label": "a blue picture",
     "seq": 7,
 }

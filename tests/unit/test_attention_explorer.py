@@ -74,8 +74,9 @@ def test_it_shows_the_attention_of_the_query(model, images, panel):
 def composed(panel, values: Tensor) -> np.ndarray:
     """What the map must show in the middle of its tokens: the overlay on the grey picture."""
     layer = overlay(values, float(values.nan_to_num(0).max())).astype(float)
-    side = panel._grey.shape[0] // panel.map.rows
-    below = panel._grey[side // 2 :: side, side // 2 :: side]
+    grey = np.asarray(from_data_url(panel.picture.picture).convert("RGB")).mean(2, keepdims=True)
+    side = len(grey) // panel.map.rows
+    below = grey[side // 2 :: side, side // 2 :: side]
     opacity = layer[..., 3:] / 255
     return opacity * layer[..., :3] + (1 - opacity) * below
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import mimdet
 from mimdet.viz import Panel, PatchCanvas, to_pixels
-from mimdet.viz.widgets.panel import ImagePanel, few_proposals, ratio_slider
+from mimdet.viz.widgets.panel import ImagePanel, few_proposals
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -199,12 +199,18 @@ def test_without_images_it_has_eight_scenes_and_none_are_an_error() -> None:
         Chosen([])
 
 
-def test_ratios_go_from_a_twentieth_to_all() -> None:
-    slider = ratio_slider(0.5)
-    values = [value for _, value in slider.options]
+def test_ratios_go_from_a_twentieth_to_all(panel: Chosen) -> None:
+    values = [value for _, value in panel.ratio.options]
     assert values == pytest.approx([0.05 * i for i in range(1, 21)])
-    assert slider.value == 0.5
-    assert slider.continuous_update is False  # an answer may take longer than a step
+    assert panel.ratio.value == 0.25
+    assert panel.ratio.continuous_update is False  # an answer may take longer than a step
+
+
+def test_what_is_made_once_is_made_again_for_another_key(lamp: Lamp) -> None:
+    made = [lamp.once("a", key, lambda: object()) for key in (1, 1, 2, 1)]
+    assert made[0] is made[1] and len(set(made)) == 3
+    lamp.once("b", 2, object)
+    assert lamp.once("a", 1, object) is made[3]
 
 
 def test_a_large_detector_answers_with_few_proposals() -> None:

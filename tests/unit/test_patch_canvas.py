@@ -16,8 +16,8 @@ BLUE = np.full((8, 12, 3), (0, 0, 255), np.uint8)
 
 @pytest.fixture
 def canvas() -> PatchCanvas:
-    canvas = PatchCanvas(rows=2, columns=3, size=(60, 10), label="a blue picture")
-    canvas.show(BLUE)
+    canvas = PatchCanvas(rows=2, columns=3, label="a blue picture")
+    canvas.show(BLUE, width=60)
     return canvas
 
 
@@ -29,8 +29,8 @@ def shown(canvas: PatchCanvas, x: int, y: int) -> tuple[int, ...]:
 
 def test_the_height_follows_from_the_picture(canvas: PatchCanvas) -> None:
     assert canvas.size == (60, 40)
-    canvas.show(BLUE, width=30)
-    assert canvas.size == (30, 20)
+    canvas.show(BLUE)
+    assert canvas.size == (12, 8)
     assert (np.asarray(from_data_url(canvas.picture))[..., :3] == BLUE).all()
 
 
@@ -44,7 +44,7 @@ def test_size_and_picture_are_one_message(canvas: PatchCanvas, monkeypatch) -> N
 def test_everything_the_page_reads_is_sent_and_the_other_way(canvas: PatchCanvas) -> None:
     """A trait that is not synchronised would be undefined in the page, silently."""
     source = (HERE / "patch_canvas.js").read_text()
-    names = "picture rows columns size selected dropped tool show_grid label seq"
+    names = "picture rows columns size selected dropped tool show_grid title label seq"
     for name in names.split():
         assert name in source
         assert canvas.traits()[name].metadata.get("sync"), name
@@ -67,6 +67,12 @@ def test_answers_are_counted(canvas: PatchCanvas) -> None:
 def test_snapshot_shows_the_picture(canvas: PatchCanvas) -> None:
     assert canvas.snapshot().size == (60, 40)
     assert shown(canvas, 30, 20) == (0, 0, 255)
+
+
+def test_a_title_stands_above_and_is_told(canvas: PatchCanvas) -> None:
+    canvas.show(BLUE, width=60, title="blue")
+    assert canvas.snapshot().size == (60, 60) and canvas.label == "blue"
+    assert shown(canvas, 30, 0) == (255, 255, 255) and shown(canvas, 30, 59) == (0, 0, 255)
 
 
 def test_snapshot_before_anything_is_shown() -> None:

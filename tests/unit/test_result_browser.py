@@ -198,7 +198,7 @@ def test_the_stored_picture_has_a_legend() -> None:
     assert data["image/png"][:4] == b"\x89PNG"
     assert "3 of 3 images match" in metadata["image/png"]["alt"]
     row = max(canvas.size[1] for canvas in panel.canvases)
-    assert panel.snapshot().size == (2 * 200 + 8, row + 8 + legend(408).shape[0] + 20)
+    assert panel.snapshot().size == (2 * 200 + 8, row + 20 + 8 + legend(408).shape[0] + 20)
 
 
 def test_wrong_inputs() -> None:

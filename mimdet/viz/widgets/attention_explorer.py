@@ -28,9 +28,10 @@ from mimdet.viz.attention import (
     rolled_out,
     share,
 )
+from mimdet.viz.draw import Pixels
 from mimdet.viz.record import Recording, attention_names, record
 from mimdet.viz.widgets.canvas import PatchCanvas
-from mimdet.viz.widgets.panel import ImagePanel, ratio_slider, seed_slider
+from mimdet.viz.widgets.panel import ImagePanel
 
 WIDTH = 352
 """Pixels of a picture on the screen."""
@@ -70,27 +71,22 @@ class AttentionExplorer(ImagePanel):
         self.rollout = ipywidgets.Checkbox(
             description="rollout", indent=False, layout={"width": "90px"}
         )
-        self.ratio, self.seed = ratio_slider(), seed_slider()
-        self.picture = PatchCanvas(tool="select", show_grid=True, size=(WIDTH, WIDTH))
-        self.map = PatchCanvas(tool="select", size=(WIDTH, WIDTH))
+        self.picture = PatchCanvas(tool="select", show_grid=True)
+        self.map = PatchCanvas(tool="select")
         self.canvases = [self.picture, self.map]
-        self._inputs: Inputs | None = None
-        self._shown: Inputs | None = None
-        self._offered = ""
-        self._offer_blocks()
-        of_sample = [self.ratio, self.seed]
-        of_map = [self.part, self.block, self.head, self.rollout]
-        self.arrange([self.image, self.upload, *of_sample], of_map, self.canvases)
+        controls = [self.part, self.block, self.head, self.rollout]
+        self.arrange(self.inputs, controls, self.canvases)
         traitlets.link((self.picture, "selected"), (self.map, "selected"))
-        self.watch(*of_sample, *of_map)
+        self.watch(*controls)
         self.watch(self.picture, name="selected")
         self.redraw()
 
     # --------------------------------------------------------------------------- what to show
 
     def draw(self) -> str:
-        self._offer_blocks()
-        inputs = self._prepare()
+        self.once("blocks", self.part.value, self._offer_blocks)
+        key = (self.image.value, self.ratio.value, self.seed.value)
+        inputs = self.once("inputs", key, self._prepare)
         h, w = inputs.sample.grid
         for canvas in self.canvases:
             canvas.rows, canvas.columns = h, w
@@ -98,18 +94,11 @@ class AttentionExplorer(ImagePanel):
             self.picture.selected = nearest_sampled(inputs.sample, h // 2 * w + w // 2)
         place = self.picture.selected
         kept = inputs.sample.keep[0].tolist()
-        if inputs is not self._shown:  # the left picture is the same for every query and block
-            image, (height, width) = inputs.batch.images[0], inputs.batch.tensors.shape[2:]
-            padding = (0, width - image.shape[2], 0, height - image.shape[1])
-            padded = F.pad(image, padding, value=255)
-            self.picture.show(draw.to_pixels(padded, WIDTH))
-            self._grey = draw.to_pixels(greyed(padded), WIDTH)
-            self._shown = inputs
         self.picture.dropped = sorted({*range(h * w)} - {*kept})
         self.picture.label = f"The picture; the encoder sees {len(kept)} tokens, the rest is grey."
         where = f"row {place // w}, column {place % w}"
         if self.part.value == "encoder" and place not in kept:
-            self._show_map(torch.full((h, w), torch.nan), 1.0)
+            self._show_map(inputs, torch.full((h, w), torch.nan), 1.0)
             self.map.label = self.label = f"No attention: the encoder never saw {where}."
             return (
                 f"The token in {where} was <b>not sampled</b>: the encoder never saw it, so it "
@@ -117,7 +106,7 @@ class AttentionExplorer(ImagePanel):
                 "or look at the decoder, which sees every place."
             )
         values, high, text = self._attention(inputs, place)
-        self._show_map(values, high)
+        self._show_map(inputs, values, high)
         shares = values.flatten().nan_to_num(-1)
         if self.rollout.value:
             shares[place] = -1  # its own share is in the text
@@ -151,8 +140,8 @@ class AttentionExplorer(ImagePanel):
         text = f"{title}, {'mean of the heads' if mean else f'head {self.head.value}'}"
         return seen.on_grid(name, row), float(row.max()), text.capitalize()
 
-    def _show_map(self, values: Tensor, high: float) -> None:
-        below = Image.fromarray(self._grey).convert("RGBA")
+    def _show_map(self, inputs: "Inputs", values: Tensor, high: float) -> None:
+        below = Image.fromarray(inputs.grey).convert("RGBA")
         above = Image.fromarray(overlay(values, high))
         below.alpha_composite(above.resize(below.size, Image.Resampling.NEAREST))
         self.map.show(np.asarray(below.convert("RGB")))
@@ -161,9 +150,6 @@ class AttentionExplorer(ImagePanel):
 
     def _prepare(self) -> "Inputs":
         """Image and sample of these controls: the same for every query, block and head."""
-        key = (self.image.value, self.ratio.value, self.seed.value)
-        if self._inputs is not None and self._inputs.key == key:
-            return self._inputs
         backbone: Any = self.model.backbone
         batch, device = self.model.prepare(self.chosen), device_of(self.model)
         with autocast(device, "auto"):
@@ -172,8 +158,12 @@ class AttentionExplorer(ImagePanel):
         flat = tokens.flatten(2).transpose(1, 2)  # (1, L, D)
         sampling = Sampling(self.ratio.value, generators=[generator_for(self.seed.value, device)])
         sample = backbone.draw(flat, grid, batch.image_sizes, sampling)
-        self._inputs = Inputs(key, batch, sample.to(torch.device("cpu")))
-        return self._inputs
+        image, (height, width) = batch.images[0], batch.tensors.shape[2:]
+        padding = (0, width - image.shape[2], 0, height - image.shape[1])
+        padded = F.pad(image, padding, value=255)
+        self.picture.show(draw.to_pixels(padded, WIDTH))
+        grey = draw.to_pixels(greyed(padded), WIDTH)
+        return Inputs(batch, grey, sample.to(torch.device("cpu")))
 
     def _look(self, inputs: "Inputs", place: int) -> Recording:
         """The attention of the chosen part: every map, or every row of this place."""
@@ -201,9 +191,6 @@ class AttentionExplorer(ImagePanel):
 
     def _offer_blocks(self) -> None:
         """Blocks and heads of the chosen part; the last block and the mean are chosen first."""
-        if self.part.value == self._offered:
-            return
-        self._offered = self.part.value
         blocks = len(self.names[self.part.value])
         self.block.options = [(str(i), i) for i in range(blocks)]
         self.block.value = blocks - 1
@@ -215,9 +202,9 @@ class AttentionExplorer(ImagePanel):
 class Inputs:
     """One picture under one sample, and what was seen of it so far."""
 
-    key: tuple[int, float, int]
-    """Image, ratio, seed."""
     batch: Batch
+    grey: Pixels
+    """The picture without its colours."""
     sample: Sample
     seen: dict[tuple[str, int | None], Recording] = field(default_factory=dict)
     """By part, and by query where all maps would not fit."""

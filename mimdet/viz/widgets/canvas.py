@@ -42,24 +42,24 @@ class PatchCanvas(anywidget.AnyWidget):
     """Places drawn over in light grey."""
     tool = traitlets.Enum(["select", "brush", "look"], "look").tag(sync=True)
     show_grid = traitlets.Bool(False).tag(sync=True)
+    title = traitlets.Unicode("").tag(sync=True)
+    """A line above the picture."""
     label = traitlets.Unicode("a picture").tag(sync=True)
     """What the picture shows, for people who do not see it."""
     seq = traitlets.Int(0).tag(sync=True)
     """Counts Python's answers; the page shows it as `data-seq` once the answer is on the screen."""
 
     def show(self, pixels: Any, width: int | None = None, title: str = "") -> None:
-        """Replace the picture: uint8 (H, W, 3). width: on the screen; the height follows. title: a
-        line above it, and the `label`."""
-        if title:
-            pixels = captioned(pixels, title)
-            self.label = title
+        """Replace the picture: uint8 (H, W, 3). width: on the screen, by default its own; the
+        height follows. title: above it, and what `label` says."""
         height_px, width_px = np.asarray(pixels).shape[:2]
-        width = width or self.size[0]
-        size = (width, max(1, round(width * height_px / width_px)))
+        width = width or width_px
         url = data_url(pixels)
         with self.hold_sync():
-            self.size = size
+            self.size = (width, max(1, round(width * height_px / width_px)))
             self.picture = url
+            if title:
+                self.title = self.label = title
 
     def answered(self) -> None:
         """Tell the page that the last change has been dealt with."""
@@ -79,7 +79,10 @@ class PatchCanvas(anywidget.AnyWidget):
         if self.selected >= 0:
             pen.rectangle(self._square(self.selected), outline=(*ORANGE, 255), width=3)
         base.alpha_composite(marks)
-        return base.convert("RGB")
+        picture = base.convert("RGB")
+        if self.title:
+            return Image.fromarray(captioned(np.asarray(picture), self.title))
+        return picture
 
     def _draw_grid(self, pen: ImageDraw.ImageDraw) -> None:
         width, height = self.size

@@ -3,9 +3,9 @@
 import html
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import ipywidgets
 import numpy as np
@@ -19,6 +19,8 @@ from mimdet.models.detector import Detector
 from mimdet.viz.draw import beside
 from mimdet.viz.style import VERMILLION
 from mimdet.viz.widgets.canvas import PatchCanvas, with_picture
+
+Result = TypeVar("Result")
 
 MANY_PROPOSALS, FEW_PROPOSALS = 300, 100
 
@@ -47,6 +49,7 @@ class Panel:
         """How long each `draw` took."""
         self.canvases: list[PatchCanvas] = []
         self.box = ipywidgets.VBox()
+        self._made: dict[Any, tuple[Any, Any]] = {}
         self._drawing_thread = 0
 
     def arrange(self, *rows: Any) -> None:
@@ -69,6 +72,13 @@ class Panel:
     def draw(self) -> str:
         """Fill the canvases from the controls; returns the text of the status line."""
         raise NotImplementedError
+
+    def once(self, name: Any, key: Any, make: Callable[[], Result]) -> Result:
+        """What `make` returns; it is called again only when `name` has another key than before."""
+        if name not in self._made or self._made[name][0] != key:
+            self._made[name] = key, make()
+        made: Result = self._made[name][1]
+        return made
 
     def redraw(self) -> None:
         """Answer the controls as they stand now."""
@@ -101,9 +111,13 @@ class Panel:
 
 
 class ImagePanel(Panel):
-    """A panel about one picture: `image` lists those to choose from, `upload` takes one's own."""
+    """A panel about one picture and a sample of its tokens.
 
-    def __init__(self, images: Sequence[Tensor] | None = None) -> None:
+    `image` lists the pictures to choose from, `upload` takes one's own; `ratio` is the share of
+    tokens kept, and `seed` draws others. All of them answer when they are let go.
+    """
+
+    def __init__(self, images: Sequence[Tensor] | None = None, ratio: float = 0.25) -> None:
         """images: uint8 (3, H, W); by default eight held-out scenes of ShapesCOCO."""
         super().__init__()
         if images is None:
@@ -119,7 +133,15 @@ class ImagePanel(Panel):
         )
         self.upload = ipywidgets.FileUpload(accept="image/*", description="your own")
         self.upload.observe(self._uploaded, "value")
-        self.watch(self.image)
+        self.ratio = ipywidgets.SelectionSlider(
+            options=[(f"{step / 20:.2f}", step / 20) for step in range(1, 21)],
+            value=ratio,
+            description="ratio kept",
+            continuous_update=False,
+        )
+        self.seed = seed_slider()
+        self.inputs = [self.image, self.upload, self.ratio, self.seed]
+        self.watch(self.image, self.ratio, self.seed)
 
     @property
     def chosen(self) -> Tensor:
@@ -146,16 +168,6 @@ def in_words(error: Exception) -> str:
     """A line of a page."""
     said = html.escape(str(error), quote=False)
     return f"<b style='color:{VERMILLION}'>{type(error).__name__}</b>: {said}"
-
-
-def ratio_slider(value: float = 0.25) -> Any:
-    """A slider for the share of tokens kept; it answers when it is let go."""
-    return ipywidgets.SelectionSlider(
-        options=[(f"{step / 20:.2f}", step / 20) for step in range(1, 21)],
-        value=value,
-        description="ratio kept",
-        continuous_update=False,
-    )
 
 
 def seed_slider() -> Any:

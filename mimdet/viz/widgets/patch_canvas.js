@@ -1,13 +1,15 @@
 // A picture under a grid of tokens: click one, brush some away, move with the arrow keys.
 // Python side: canvas.py. Python bumps `seq` after it has answered; `data-seq` follows once the
 // answer is on the screen, which is what tests wait for.
-const STATE = "dropped selected rows columns size seq show_grid tool label".split(" ");
+const STATE = "dropped selected rows columns size seq show_grid tool title label".split(" ");
 
 function render({ model, el }) {
   const canvas = document.createElement("canvas");
   canvas.className = "mimdet-canvas";
   canvas.tabIndex = 0;
-  el.appendChild(canvas);
+  const title = document.createElement("div");
+  title.className = "mimdet-title";
+  el.append(title, canvas);
   const pen = canvas.getContext("2d");
   let shown = null; // the old picture stays until the new one is decoded
   let loading = false;
@@ -63,6 +65,7 @@ function render({ model, el }) {
   function describe() {
     const chosen = model.get("selected");
     const where = `: row ${Math.floor(chosen / columns())}, column ${chosen % columns()}`;
+    title.textContent = model.get("title");
     canvas.style.cursor = looking() ? "default" : "crosshair";
     canvas.style.touchAction = looking() ? "auto" : "none"; // a finger scrolls, or draws
     canvas.setAttribute("role", looking() ? "img" : "application");

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import ipywidgets
+import torch
 from torch import Tensor
 
 from mimdet.models.detector import Detector
@@ -22,7 +23,7 @@ from mimdet.viz.features import (
     strongest_channels,
 )
 from mimdet.viz.widgets.canvas import PatchCanvas
-from mimdet.viz.widgets.panel import ImagePanel, ratio_slider, seed_slider
+from mimdet.viz.widgets.panel import ImagePanel
 
 SIDE = 320  # pixels of a canvas on the screen
 BEFORE_SAMPLING = ("c2", "c3", "tokens")
@@ -53,7 +54,7 @@ class PyramidViewer(ImagePanel):
 
         Raises ValueError when there is no model.
         """
-        super().__init__(images)
+        super().__init__(images, ratio=1.0)
         self.models = {"model": models} if isinstance(models, Detector) else dict(models)
         if not self.models:
             raise ValueError("no model to look into: give a detector, or name -> detector")
@@ -69,60 +70,63 @@ class PyramidViewer(ImagePanel):
             options=[ALL, *self.models], description="model", layout=layout
         )
         self.scale = ipywidgets.Checkbox(True, description="one scale for all", indent=False)
-        self.ratio, self.seed = ratio_slider(1.0), seed_slider()
-        self.picture = PatchCanvas(label="the image", size=(SIDE, SIDE))
-        self.maps = {name: PatchCanvas(size=(SIDE, SIDE)) for name in self.models}
-        self._seen: dict[str, dict[tuple[float, int], Pyramid]] = {}
-        self._image: Tensor | None = None
+        self.picture = PatchCanvas()
+        self.maps = {name: PatchCanvas() for name in self.models}
         controls = [self.level, self.view, self.channel, self.model, self.scale]
         self.arrange(
-            [self.image, self.upload, self.ratio, self.seed],
+            self.inputs,
             controls if len(self.models) > 1 else controls[:3],
             [self.picture, *self.maps.values()],
         )
-        self.watch(self.ratio, self.seed, *controls)
+        self.watch(*controls)
         self.redraw()
 
     def draw(self) -> str:
-        if self._image is not self.chosen:
-            self._image = self.chosen
-            self._seen = {name: {} for name in self.models}
         shown = list(self.models) if self.model.value == ALL else [self.model.value]
-        where = self.ratio.value, self.seed.value
-        now = {name: self._pyramid(name, *where) for name in shown}
-        full = {name: self._pyramid(name, 1.0, 0) for name in shown}
-        level = self.level.value
-        most = min(len(found.only(level)[level]) for found in now.values())
-        self.channel.max = most - 1
+        level, ratio, seed = self.level.value, self.ratio.value, self.seed.value
+        now = {name: self._pyramid(name, ratio, seed) for name in shown}
+        full = [self._pyramid(name, 1.0, 0).maps[level] for name in shown]
+        maps = [found.only(level)[level] for found in now.values()]
+        self.channel.max = min(map(len, maps)) - 1
         self.channel.disabled = self.view.value != "channel"
-        pictures = self._pictures(
-            [found.maps[level] for found in now.values()],
-            [found.maps[level] for found in full.values()],
-        )
         for name, canvas in self.maps.items():
             canvas.layout.display = None if name in shown else "none"
-        for name, (pixels, note) in zip(shown, pictures, strict=True):
-            self._show(name, now[name], pixels, note)
+        pictures = self._pictures(maps, full)
+        for name, features, (pixels, note) in zip(shown, maps, pictures, strict=True):
+            title = f"{level}: {' x '.join(map(str, features.shape))}"
+            title = f"{name}, {title}" if len(self.models) > 1 else title
+            self.maps[name].show(draw.enlarged(pixels, SIDE, smooth=False), title=title)
+            self.maps[name].label = f"{title}, {note}"
         first = now[shown[0]]
-        self._show_image(first)
+        image, kept = draw.to_pixels(first.image, SIDE), "this backbone sees every token"
+        if first.sample is not None:
+            image = pale_dropped(image, first.sample, draw.image_size(first.image))
+            total = math.prod(token_grid(*first.size))
+            kept = f"the encoder sees {len(first.sample.keep[0])} of {total} tokens"
+        self.picture.show(image, title="image")
         self.canvases = [self.picture, *(self.maps[name] for name in shown)]
         self.label = (
             f"An image and its map {level} in {', '.join(shown)}: {self.view.value} at ratio "
-            f"{self.ratio.value:.2f}."
+            f"{ratio:.2f}."
         )
-        moved = {name: _moved(now[name].maps[level], full[name].maps[level]) for name in shown}
-        return _status(level, _kept(first), moved, [note for _, note in pictures])
+        moved = "made before tokens are sampled: the ratio does not matter"
+        if level not in BEFORE_SAMPLING:
+            shares = [
+                100 * float((m - f).norm() / f.norm()) for m, f in zip(maps, full, strict=True)
+            ]
+            moved = f"moved from ratio 1 by {' | '.join(f'{share:.1f} %' for share in shares)}"
+        return f"{level} · {kept} · {' | '.join(note for _, note in pictures)} · {moved}"
 
     def _pyramid(self, name: str, ratio: float, seed: int) -> Pyramid:
         """What a model makes of the image; kept for the last setting and for ratio 1."""
-        seen = self._seen[name]
         model = self.models[name]
-        key = (ratio, seed) if ratio < 1 and model.samples else (1.0, 0)
-        if key not in seen:
-            for old in [other for other in seen if other != (1.0, 0)]:
-                del seen[old]
-            seen[key] = pyramid_of(model, self.chosen, sample_ratio=key[0], seed=seed)
-        return seen[key]
+        if ratio == 1 or not model.samples:
+            ratio, seed = 1.0, 0
+        return self.once(
+            (name, ratio == 1),
+            (self.image.value, ratio, seed),
+            lambda: pyramid_of(model, self.chosen, sample_ratio=ratio, seed=seed),
+        )
 
     def _pictures(
         self, maps: Sequence[Tensor], references: Sequence[Tensor]
@@ -130,61 +134,23 @@ class PyramidViewer(ImagePanel):
         """Each map as pixels and what they show; scales are those of the references."""
         one = self.scale.value and len({len(reference) for reference in references}) == 1
         if self.view.value == "PCA":
-            fits = [list(references)] if one else [[reference] for reference in references]
-            bases = [fit_basis(*group) for group in fits] * (len(maps) if one else 1)
-            notes = [f"3 colours carry {100 * float(b.explained.sum()):.0f} %" for b in bases]
-            pixels = [pca_picture(m, basis) for m, basis in zip(maps, bases, strict=True)]
-            return list(zip(pixels, notes, strict=True))
-        planes, names = self._planes(maps, references)
-        scales, _ = self._planes(references, references)
-        ends = [(float(values.min()), float(values.max())) for values in scales]
-        if one and self.view.value == "norm":
-            ends = [(min(low for low, _ in ends), max(high for _, high in ends))] * len(ends)
-        notes = [f"{name} {e[0]:.1f} to {e[1]:.1f}" for name, e in zip(names, ends, strict=True)]
-        pixels = [draw.heat(plane, *e) for plane, e in zip(planes, ends, strict=True)]
-        return list(zip(pixels, notes, strict=True))
-
-    def _planes(
-        self, maps: Sequence[Tensor], references: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[str]]:
-        """(h, w) of every map: its norm, or the channel that varies so much in its reference."""
-        if self.view.value == "norm":
-            return [norm_map(features) for features in maps], ["norm"] * len(maps)
-        rank = self.channel.value
-        chosen = [strongest_channels(reference, rank + 1)[rank] for reference in references]
-        planes = [channel_map(m, channel) for m, channel in zip(maps, chosen, strict=True)]
-        return planes, [f"channel {channel}" for channel in chosen]
-
-    def _show(self, name: str, found: Pyramid, pixels: Pixels, note: str) -> None:
-        level = self.level.value
-        title = f"{level}: {' x '.join(map(str, found.maps[level].shape))}"
-        if len(self.models) > 1:
-            title = f"{name}, {title}"
-        self.maps[name].show(draw.enlarged(pixels, SIDE, smooth=False), SIDE, title)
-        self.maps[name].label = f"{title}, {note}"
-
-    def _show_image(self, found: Pyramid) -> None:
-        pixels = draw.to_pixels(found.image, SIDE)
-        if found.sample is not None:
-            pixels = pale_dropped(pixels, found.sample, draw.image_size(found.image))
-        self.picture.show(pixels, SIDE, "image")
-
-
-def _status(level: str, kept: str, moved: Mapping[str, float], notes: Sequence[str]) -> str:
-    text = f"{level} · {kept} · {' | '.join(notes)}"
-    if level in BEFORE_SAMPLING:
-        return f"{text} · made before tokens are sampled: the ratio does not matter"
-    changes = [f"{100 * change:.1f} %" for change in moved.values()]
-    return f"{text} · moved from ratio 1 by {' | '.join(changes)}"
-
-
-def _kept(found: Pyramid) -> str:
-    if found.sample is None:
-        return "this backbone sees every token"
-    total = math.prod(token_grid(*found.size))
-    return f"the encoder sees {len(found.sample.keep[0])} of {total} tokens"
-
-
-def _moved(now: Tensor, full: Tensor) -> float:
-    """Length of the change over length of the map."""
-    return float((now - full).norm() / full.norm().clamp(min=1e-12))
+            bases = [fit_basis(*references) if one else fit_basis(own) for own in references]
+            return [
+                (pca_picture(m, b), f"3 colours carry {100 * float(b.explained.sum()):.0f} %")
+                for m, b in zip(maps, bases, strict=True)
+            ]
+        planes, scales = list(map(norm_map, maps)), list(map(norm_map, references))
+        names = ["norm"] * len(maps)
+        if self.view.value == "channel":  # that varies so much in its reference
+            rank = self.channel.value
+            chosen = [strongest_channels(reference, rank + 1)[rank] for reference in references]
+            planes = list(map(channel_map, maps, chosen))
+            scales = list(map(channel_map, references, chosen))
+            names = [f"channel {channel}" for channel in chosen]
+        elif one:
+            scales = [torch.cat([scale.flatten() for scale in scales])] * len(scales)
+        ends = [(float(scale.min()), float(scale.max())) for scale in scales]
+        return [
+            (draw.heat(plane, low, high), f"{name} {low:.1f} to {high:.1f}")
+            for plane, name, (low, high) in zip(planes, names, ends, strict=True)
+        ]

@@ -164,7 +164,7 @@ class ResultBrowser(Panel):
         if not self.matches:
             nothing = np.full((self._width, self._width, 3), 225, np.uint8)
             for canvas in self.canvases:
-                canvas.show(nothing, self._width, "nothing matches")
+                canvas.show(nothing, title="nothing matches")
             return f"{self.label}. Nothing to show: loosen a filter"
         image = self._record(self._image).image
         picture, size = draw.to_pixels(image, self._width), draw.image_size(image)
@@ -173,14 +173,14 @@ class ResultBrowser(Panel):
             for entry in self._truth[self._ids[self._image]]
         ]
         title = f"truth: {_plural(len(marks), 'object')}"
-        self.canvases[0].show(draw.with_marks(picture, marks, size), self._width, title)
+        self.canvases[0].show(draw.with_marks(picture, marks, size), title=title)
         for canvas, (name, verdicts) in zip(self.canvases[1:], judged.items(), strict=True):
             here = verdicts.image == self._image
             marks = self._marks(self.runs[name], verdicts[here], chosen[name][here], size)
             counts = verdicts[here].count()
             wrong = len(marks) - counts["correct"] - counts["missed"]
             title = f"{name}: {counts['correct']} correct, {wrong} wrong, {counts['missed']} missed"
-            canvas.show(draw.with_marks(picture, marks, size), self._width, title)
+            canvas.show(draw.with_marks(picture, marks, size), title=title)
         place = self.matches.index(self._image) + 1
         at = f"image {place} of {len(self.matches)} (id {self._ids[self._image]})"
         self.label = f"{self.label}; {at}"
@@ -208,8 +208,7 @@ class ResultBrowser(Panel):
     def snapshot(self) -> Image.Image:
         """The canvases, the legend and what matches, as a saved notebook shows them."""
         row = np.asarray(super().snapshot())
-        space = np.full((8, *row.shape[1:]), 255, np.uint8)
-        whole = np.concatenate([row, space, legend(row.shape[1])])
+        whole = draw.below([row, legend(row.shape[1])])
         controls = (self.verdict, self.category, self.size, self.score)
         chosen = [f"{control.description} {control.value}" for control in controls if control.value]
         text = f"{', '.join(chosen)}: {len(self.matches)} of {_plural(len(self._ids), 'image')}"

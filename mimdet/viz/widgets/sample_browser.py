@@ -60,20 +60,15 @@ class SampleBrowser(Panel):
         self.canvases = self.stored, self.shown = [PatchCanvas(), PatchCanvas()]
         self.geometry: Geometry | None = None
         """The transform on show."""
-        self._read: tuple[int, Record] | None = None
         self.arrange([self.index, self.seed], [self.kind], self.canvases)
         self.watch(self.index, self.kind, self.seed)
         self.redraw()
 
-    def record(self) -> Record:
-        """The chosen image; read once, however often its augmentation changes."""
-        index = self.index.value
-        if self._read is None or self._read[0] != index:
-            self._read = index, self.dataset[index]
-        return self._read[1]
-
     def draw(self) -> str:
-        record, index = self.record(), self.index.value
+        index = self.index.value
+        # Read once, however often its augmentation changes.
+        self.record: Record = self.once("record", index, lambda: self.dataset[index])
+        record = self.record
         height, width = draw.image_size(record.image)
         cfg = dataclasses.replace(self.data, augment=self.kind.value)
         rng = rng_for("geometry", self.seed.value, 0, index)
@@ -82,8 +77,8 @@ class SampleBrowser(Panel):
         out_height, out_width = geometry.output_size
         left = self._on_board(record.image, record.target, geometry.crop)
         right = self._on_board(image, target, (0, 0, out_width, out_height))
-        self.stored.show(left, BOARD, f"stored: {width} x {height} px")
-        self.shown.show(right, BOARD, f"{cfg.augment}: {out_width} x {out_height} px")
+        self.stored.show(left, title=f"stored: {width} x {height} px")
+        self.shown.show(right, title=f"{cfg.augment}: {out_width} x {out_height} px")
         self.label = (
             f"image {index} with {len(record.target)} objects, {self.stored.label}, beside "
             f"{self.shown.label} and {len(target)} objects left"
@@ -98,10 +93,9 @@ class SampleBrowser(Panel):
         """The image with its objects, as large as fits a grey square of BOARD pixels; used: x1, y1,
         x2, y2 in its pixels, what lies outside is faded."""
         scale = BOARD / max(draw.image_size(image))
-        pixels = draw.enlarged(draw.to_pixels(image), max(1, round(image.shape[2] * scale)))
-        pixels = draw.with_marks(
-            pixels, draw.marks_of(target, self.categories), draw.image_size(image)
-        )
+        pixels = draw.to_pixels(image, max(1, round(image.shape[2] * scale)))
+        marks = draw.marks_of(target, self.categories)
+        pixels = draw.with_marks(pixels, marks, draw.image_size(image))
         faded = (0.25 * pixels + 0.75 * EMPTY).astype(np.uint8)
         x1, y1, x2, y2 = (round(value * scale) for value in used)
         faded[y1:y2, x1:x2] = pixels[y1:y2, x1:x2]

@@ -1,7 +1,6 @@
 """TokenLab: choose the tokens, see what an autoencoder and a detector make of exactly these."""
 
 import math
-import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +9,6 @@ from typing import Any
 import ipywidgets
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from mimdet.inference import generator_for, predict
@@ -24,13 +22,7 @@ from mimdet.viz.reconstruction import Answer, Painted, SameTokens, View, timed
 from mimdet.viz.record import record
 from mimdet.viz.style import BLUE, SKY
 from mimdet.viz.widgets.canvas import PatchCanvas
-from mimdet.viz.widgets.panel import (
-    ImagePanel,
-    few_proposals,
-    ratio_slider,
-    score_slider,
-    seed_slider,
-)
+from mimdet.viz.widgets.panel import ImagePanel, few_proposals, score_slider
 
 WIDTH = 300
 """Pixels of a canvas on the screen."""
@@ -75,7 +67,7 @@ class TokenLab(ImagePanel):
 
         Raises ValueError for a detector that cannot leave tokens out.
         """
-        super().__init__(images)
+        super().__init__(images, ratio)
         if detector is None and mae is None:
             from mimdet.models.weights import load_mae_model
             from mimdet.training.run import load_detector
@@ -91,10 +83,8 @@ class TokenLab(ImagePanel):
         """In the pixels of the resized image."""
         self._drawn_for: Any = None
         self._drawn: list[int] = []
-        self._views: dict[int, View] = {}
-        self._answers: tuple[Any, Answer] | None = None
         self._remark = ""
-        self._build(ratio)
+        self._build()
         self.redraw()
 
     @property
@@ -107,12 +97,10 @@ class TokenLab(ImagePanel):
 
     # --------------------------------------------------------------------------- the widgets
 
-    def _build(self, ratio: float) -> None:
-        self.ratio = ratio_slider(ratio)
+    def _build(self) -> None:
         self.sampler = ipywidgets.Dropdown(
             options=list(self.samplers), description="sampler", layout={"width": "170px"}
         )
-        self.seed = seed_slider()
         self.tool = ipywidgets.ToggleButtons(
             options=["brush", "select"],
             description="tool",
@@ -121,21 +109,17 @@ class TokenLab(ImagePanel):
         )
         self.reconstruction = ipywidgets.Dropdown(options=PARTS, description="reconstruction")
         self.reset = ipywidgets.Button(description="reset", layout={"width": "70px"})
-        self.canvas = PatchCanvas(tool="brush", show_grid=True, size=(WIDTH, WIDTH))
-        self.painting = PatchCanvas(size=(WIDTH, WIDTH))
-        self.detections = PatchCanvas(size=(WIDTH, WIDTH))
-        self.titled = {"kept tokens": self.canvas}
-        """What stands above each canvas."""
-        hand = [self.tool, self.reset]
+        self.canvas = PatchCanvas(tool="brush", show_grid=True, title="kept tokens")
+        self.painting = PatchCanvas(title="painted from these tokens")
+        self.detections = PatchCanvas(title="detected from these tokens")
+        self.canvases, hand = [self.canvas], [self.tool, self.reset]
         if self.mae is not None:
-            self.titled["painted from these tokens"] = self.painting
+            self.canvases.append(self.painting)
             hand.insert(1, self.reconstruction)
         if self.detector is not None:
-            self.titled["detected from these tokens"] = self.detections
-        self.canvases = [*self.titled.values()]
-        pictures = [ipywidgets.VBox([ipywidgets.Label(t), c]) for t, c in self.titled.items()]
-        self.arrange([self.image, self.upload, self.ratio, self.sampler, self.seed], hand, pictures)
-        self.watch(self.ratio, self.sampler, self.seed, self.reconstruction)
+            self.canvases.append(self.detections)
+        self.arrange([*self.inputs, self.sampler], hand, self.canvases)
+        self.watch(self.sampler, self.reconstruction)
         self.watch(self.canvas, name="dropped")
         self.watch(self.canvas, name="selected")
         ipywidgets.dlink((self.tool, "value"), (self.canvas, "tool"))
@@ -149,24 +133,22 @@ class TokenLab(ImagePanel):
 
     def draw(self) -> str:
         chosen = self.image.value
-        if chosen not in self._views:
-            self._views[chosen] = self.models.view(self.chosen)
-        view = self._views[chosen]
+        view = self.once("view", chosen, lambda: self.models.view(self.chosen))
         wanted = (chosen, self.ratio.value, self.sampler.value, self.seed.value)
         if wanted != self._drawn_for:
             self._draw_sample(view)
             self._drawn_for = wanted
-        sample = self.sample
-        if not len(sample.keep[0]):
+        if not len(self.sample.keep[0]):
             return "<b>Nothing is kept: bring at least one token back, or press reset.</b>"
-        key = (chosen, tuple(self.canvas.dropped))
-        if self._answers is None or self._answers[0] != key:
-            with few_proposals(self.detector) as self._remark:
-                self._answers = key, self.models.ask(view, sample)
-        answer = self._answers[1]
+        dropped = tuple(self.canvas.dropped)
+        answer = self.once("answer", (chosen, dropped), lambda: self._ask(view))
         self.painted, self.found = answer.painted, answer.found
         self._show(view, answer)
-        return self._status(sample, answer)
+        return self._status(answer)
+
+    def _ask(self, view: View) -> Answer:
+        with few_proposals(self.detector) as self._remark:
+            return self.models.ask(view, self.sample)
 
     def _draw_sample(self, view: View) -> None:
         """Let the sampler choose, and put what it leaves out on the canvas."""
@@ -188,59 +170,42 @@ class TokenLab(ImagePanel):
 
     def _show(self, view: View, answer: Answer) -> None:
         whole = draw.to_pixels(view.whole, WIDTH)
-        kept, total = len(self.sample.keep[0]), math.prod(view.grid)
-        self.canvas.show(whole, WIDTH)
-        self.canvas.label = f"a picture of {view.grid[0]} x {view.grid[1]} tokens, {kept} kept"
-        self.label = f"{self.canvas.label}; beside it what the models make of these {kept}"
+        kept = f"{len(self.sample.keep[0])} of {math.prod(view.grid)} tokens"
+        self.canvas.show(whole)
+        self.canvas.label = f"a picture of {view.grid[0]} x {view.grid[1]} tokens, kept are {kept}"
+        self.label = f"{self.canvas.label}; beside it what the models make of these"
         if answer.painted is not None:
-            self.painting.show(
-                draw.to_pixels(getattr(answer.painted, self.reconstruction.value)), WIDTH
-            )
-            self.painting.label = f"the picture painted from {kept} of {total} tokens"
+            part: Tensor = getattr(answer.painted, self.reconstruction.value)
+            self.painting.show(draw.to_pixels(part, WIDTH))
+            self.painting.label = f"the picture painted from {kept}"
         if answer.found is not None and self.detector is not None:
             marks = draw.marks_of(answer.found, self.detector.categories, self.score_threshold)
-            drawn = draw.with_marks(whole, marks, draw.image_size(view.whole))
-            self.detections.show(drawn, WIDTH)
-            self.detections.label = f"what is detected from {kept} of {total} tokens"
+            self.detections.show(draw.with_marks(whole, marks, draw.image_size(view.whole)))
+            self.detections.label = f"what is detected from {kept}"
         for other in self.canvases[1:]:
             other.rows, other.columns = view.grid
             other.selected = self.canvas.selected
 
-    def _status(self, sample: Sample, answer: Answer) -> str:
-        kept, total = len(sample.keep[0]), sample.grid[0] * sample.grid[1]
+    def _status(self, answer: Answer) -> str:
+        kept, (rows, columns) = len(self.sample.keep[0]), self.sample.grid
+        total, place = rows * columns, self.canvas.selected
         hand = "" if self.canvas.dropped == self._drawn else ", by hand"
-        lines = [f"kept <b>{kept} of {total}</b> tokens ({kept / total:.2f}{hand})"]
         now, whole = (self.models.encoder_cost(number) for number in (kept, total))
-        lines.append(
-            f"encoder {now / 1e9:.3g} of {whole / 1e9:.3g} G multiply-adds ({now / whole:.2f})"
-        )
+        parts = [
+            f"kept <b>{kept} of {total}</b> tokens ({kept / total:.2f}{hand})",
+            f"encoder {now / 1e9:.3g} of {whole / 1e9:.3g} G multiply-adds ({now / whole:.2f})",
+        ]
+        fate = "left out" if place in self.canvas.dropped else "kept"
+        about = f"<br>token in row {place // columns}, column {place % columns}: {fate}"
         if answer.painted is not None:
-            lines.append(f"painting error {answer.painted.loss:.3f}")
+            parts.append(f"painting error {answer.painted.loss:.3f}")
+            off = float(answer.painted.errors.flatten()[place])
+            about += f"; painted {off:.0f} of 255 grey levels off, on average"
         if answer.found is not None:
             found = int((answer.found.scores >= self.score_threshold).sum())
-            lines.append(f"{found} objects of score ≥ {self.score_threshold:g}")
-        lines += [f"{name} {took:.0f} ms" for name, took in answer.milliseconds.items()]
-        return " · ".join(lines) + self._remark + self._about_selected(sample, answer)
-
-    def _about_selected(self, sample: Sample, answer: Answer) -> str:
-        place = self.canvas.selected
-        if place < 0:
-            return ""
-        row, column = place // sample.grid[1], place % sample.grid[1]
-        fate = "left out" if place in self.canvas.dropped else "kept"
-        text = f"<br>token in row {row}, column {column}: {fate}"
-        if answer.painted is not None:
-            off = float(answer.painted.errors[row, column])
-            text += f"; painted {off:.0f} of 255 grey levels off, on average"
-        return text
-
-    def snapshot(self) -> Image.Image:
-        """The pictures side by side, each under what it is."""
-        titled = self.titled.items()
-        pictures = [
-            draw.captioned(np.asarray(canvas.snapshot()), title) for title, canvas in titled
-        ]
-        return Image.fromarray(draw.beside(pictures))
+            parts.append(f"{found} objects of score ≥ {self.score_threshold:g}")
+        parts += [f"{name} {took:.0f} ms" for name, took in answer.milliseconds.items()]
+        return " · ".join(parts) + self._remark + (about if place >= 0 else "")
 
 
 SIDE = 400  # pixels of a canvas on the screen
@@ -275,7 +240,7 @@ class RatioDial(ImagePanel):
 
         Raises ValueError for a model that keeps every token, and for another number of targets.
         """
-        super().__init__(images)
+        super().__init__(images, ratio=1.0)
         if not model.samples:
             raise ValueError("this backbone sees every token: a dial needs a MIMDet to turn")
         if targets is not None and len(targets) != len(self.images):
@@ -285,69 +250,57 @@ class RatioDial(ImagePanel):
         self.model = model
         self.targets = None if targets is None else list(targets)
         self.categories = model.categories if categories is None else categories
-        self.ratio = ratio_slider(1.0)
-        self.seed = seed_slider()
         self.score = score_slider(0.3)
         self.pale = ipywidgets.Checkbox(True, description="pale tokens", indent=False)
-        self.truth = PatchCanvas(size=(SIDE, SIDE))
-        self.picture = PatchCanvas(size=(SIDE, SIDE))
-        self.table = ipywidgets.HTML()
-        self.found: Detections = Detections.empty((1, 1), masks=False)
-        """What the model found at the present setting, all scores, in the image's own pixels."""
-        self.sample: Sample | None = None
+        self.truth, self.picture, self.table = PatchCanvas(), PatchCanvas(), ipywidgets.HTML()
         self.times: dict[float, list[tuple[float, float]]] = {}
         """Ratio -> (milliseconds of the detector, of its backbone) of every run."""
-        self._setting: tuple[Any, ...] = ()
         self._remark = ""
         self.canvases = [self.picture] if targets is None else [self.truth, self.picture]
-        controls = [self.ratio, self.seed, self.score, self.pale]
-        self.arrange([self.image, self.upload, *controls], self.canvases, self.table)
-        self.watch(*controls)
+        self.arrange([*self.inputs, self.score, self.pale], self.canvases, self.table)
+        self.watch(self.score, self.pale)
         self.redraw()
 
     def draw(self) -> str:
-        image, ratio, index = self.chosen, self.ratio.value, self.image.value
-        setting = (index, ratio, self.seed.value)
-        if setting != self._setting:
-            self._detect(image)
-            self._setting = setting
-        assert self.sample is not None
-        size = draw.image_size(image)
-        pixels = draw.to_pixels(image, SIDE)
+        ratio, index, size = self.ratio.value, self.image.value, draw.image_size(self.chosen)
+        self.found, sample = self.once("found", (index, ratio, self.seed.value), self._detect)
+        pixels = draw.to_pixels(self.chosen, SIDE)
         if self.targets is not None:
             known = self.targets[index : index + 1]  # of an uploaded image none
             marks = [mark for target in known for mark in draw.marks_of(target, self.categories)]
             title = f"truth: {len(marks)} objects" if known else "no truth is known"
-            self.truth.show(draw.with_marks(pixels, marks, size), SIDE, title)
+            self.truth.show(draw.with_marks(pixels, marks, size), title=title)
         marks = draw.marks_of(self.found, self.categories, self.score.value)
         fed = self.model.resize.size(*size)
         if self.pale.value:
-            pixels = pale_dropped(pixels, self.sample, fed)
-        kept = f"{len(self.sample.keep[0])} of {math.prod(token_grid(*fed))} tokens"
+            pixels = pale_dropped(pixels, sample, fed)
+        kept = f"{len(sample.keep[0])} of {math.prod(token_grid(*fed))} tokens"
         title = f"{kept}: {len(marks)} found"
-        self.picture.show(draw.with_marks(pixels, marks, size), SIDE, title)
+        self.picture.show(draw.with_marks(pixels, marks, size), title=title)
         self.label = f"An image, detections at ratio {ratio:.2f}: {title}."
         self.table.value = _table(self.times)
-        whole, backbone = _medians(self.times[ratio])
+        whole, backbone = np.median(self.times[ratio], axis=0)
         return (
             f"ratio {ratio:.2f}: {kept} · {len(marks)} detections of score {self.score.value:.2f} "
             f"or more · {whole:.0f} ms, median of {len(self.times[ratio])} "
             f"(backbone {backbone:.0f} ms){self._remark}"
         )
 
-    def _detect(self, image: Tensor) -> None:
-        """Run the model at the present setting, and keep what it found and how long it took."""
+    def _detect(self) -> tuple[Detections, Sample]:
+        """Run the model at the present setting; what it found, all scores, in the image's own
+        pixels."""
         ratio, seed = self.ratio.value, self.seed.value
         with (
             few_proposals(self.model) as self._remark,
             record(self.model, "backbone") as seen,
             stopwatch(self.model.backbone) as backbone,
         ):
-            self.found, whole = timed(
-                lambda: predict(self.model, image, sample_ratio=ratio, seed=seed)
+            found, whole = timed(
+                lambda: predict(self.model, self.chosen, sample_ratio=ratio, seed=seed)
             )
-        self.sample = seen.sample
+        assert seen.sample is not None
         self.times.setdefault(ratio, []).append((whole, sum(backbone)))
+        return found, seen.sample
 
 
 @contextmanager
@@ -368,27 +321,16 @@ def stopwatch(module: nn.Module) -> Iterator[list[float]]:
             hook.remove()
 
 
-def _medians(runs: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    return (statistics.median(run[0] for run in runs), statistics.median(run[1] for run in runs))
-
-
 def _table(times: dict[float, list[tuple[float, float]]]) -> str:
     """Medians as bars: the backbone dark, the rest of the detector light."""
-    medians = {ratio: _medians(runs) for ratio, runs in sorted(times.items())}
+    medians = {ratio: np.median(runs, axis=0) for ratio, runs in sorted(times.items())}
     longest = max(whole for whole, _ in medians.values())
-    rows = []
+    rows = ["<tr><th>ratio</th><th>backbone, rest</th><th>median</th></tr>"]
     for ratio, (whole, backbone) in medians.items():
-        dark = f"{BLUE} {100 * backbone / whole:.0f}%"
-        bar = (
-            f"height:9px;width:{240 * whole / longest:.0f}px;"
-            f"background:linear-gradient(90deg,{dark},{SKY} 0)"
+        colours = f"{BLUE} {100 * backbone / whole:.0f}%,{SKY} 0"
+        rows.append(
+            f"<tr><td>{ratio:.2f}</td><td><div style='height:9px;width:{240 * whole / longest:.0f}"
+            f"px;background:linear-gradient(90deg,{colours})'></div></td><td>{whole:.0f} ms, "
+            f"backbone {backbone:.0f} ms</td><td>runs: {len(times[ratio])}</td></tr>"
         )
-        cells = [
-            f"{ratio:.2f}",
-            f"<div style='{bar}'></div>",
-            f"{whole:.0f} ms, backbone {backbone:.0f} ms",
-            f"runs: {len(times[ratio])}",
-        ]
-        rows.append(f"<tr><td>{'</td><td>'.join(cells)}</td></tr>")
-    head = "<tr><th>ratio</th><th>backbone, rest</th><th>median</th></tr>"
-    return f"<table class='mimdet-times'>{head}{''.join(rows)}</table>"
+    return f"<table class='mimdet-times'>{''.join(rows)}</table>"

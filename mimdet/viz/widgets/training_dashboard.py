@@ -25,7 +25,7 @@ from mimdet.viz.charts import show_training
 from mimdet.viz.widgets.canvas import PatchCanvas
 from mimdet.viz.widgets.panel import Panel, in_words
 
-WIDTH = 860
+WIDTH = 960
 """Pixels of both pictures on the screen."""
 LOOK_EVERY = 0.5
 DRAW_EVERY = 2.0
@@ -36,6 +36,7 @@ POINTS = 1500
 """Steps in the curves; of a longer training every n-th is drawn."""
 SHOWN = 2
 """Held-out images with detections."""
+BAR_STYLES = {"finished": "success", "failed": "danger"}
 BEGINNINGS = {"new": "start", "stopped": "resume", "failed": "resume"}
 
 _watched: "dict[Path, TrainingDashboard]" = {}
@@ -85,7 +86,6 @@ class TrainingDashboard(Panel):
         self.processes = processes
         self.path = self.job.path
         self.images = list(images) if images is not None else None
-        self.state = JobState("new")
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         self._drawing_lock = threading.Lock()
@@ -143,10 +143,9 @@ class TrainingDashboard(Panel):
     def _answer(self, action: Callable[[], Any]) -> None:
         try:
             action()
+            self.look()
         except Exception as error:
             self.log.value = in_words(error)
-            return
-        self.look()
 
     # --------------------------------------------------------------------------- watching
 
@@ -166,20 +165,18 @@ class TrainingDashboard(Panel):
         torch.set_num_threads(self._threads)  # a new thread would use every core
         while not self._closed.wait(LOOK_EVERY):
             running = self.look().running
-            for name, action in (
-                ("curves", self.draw_curves),
-                ("detections", self.draw_detections),
-            ):
+            for name in self._due:
                 if not running or time.monotonic() >= self._due[name]:
-                    self._draw_in_turn(name, action)
+                    self._draw_in_turn(name)
             if not running:
                 return
 
-    def _draw_in_turn(self, name: str, action: Callable[[], bool]) -> None:
+    def _draw_in_turn(self, name: str) -> None:
         """What takes long is drawn less often; a picture that cannot be made ends no watching."""
         start = time.monotonic()
         try:
-            drawn = action()
+            with self._drawing_lock:
+                drawn = getattr(self, f"draw_{name}")()
         except Exception as error:
             drawn = True
             self.log.value = f"the {name} cannot be drawn: {in_words(error)}"
@@ -190,8 +187,9 @@ class TrainingDashboard(Panel):
     def refresh(self) -> None:
         """Show the run as it is now, pictures included."""
         self.look()
-        self.draw_curves()
-        self.draw_detections()
+        with self._drawing_lock:
+            self.draw_curves()
+            self.draw_detections()
 
     def look(self) -> JobState:
         """Read the run's files; set buttons, bar and texts, no pictures. Milliseconds."""
@@ -202,26 +200,21 @@ class TrainingDashboard(Panel):
                 button.disabled = name != enabled or state.name == "stopping"
             self.progress.max = max(state.total, state.step, 1)
             self.progress.value = state.step
-            self.progress.bar_style = {"finished": "success", "failed": "danger"}.get(
-                state.name, "info"
-            )
+            self.progress.bar_style = BAR_STYLES.get(state.name, "info")
             self.status.value = (
                 f"<span role='status' data-state='{state.name}' data-step='{state.step}'>"
                 f"{html.escape(str(state))}</span>"
             )
-            tail = "\n".join(self.job.log(12)) if state.name == "failed" else ""
-            said = "the end of the log" if tail else ""
-            self.log.value = f"{said}<pre role='alert'>{html.escape(tail)}</pre>" if tail else ""
+            self.log.value = ""
+            if state.name == "failed":
+                tail = html.escape("\n".join(self.job.log(12)))
+                self.log.value = f"the end of the log<pre role='alert'>{tail}</pre>"
             return state
 
     # --------------------------------------------------------------------------- the pictures
 
     def draw_curves(self) -> bool:
         """Losses and AP; False where nothing is new."""
-        with self._drawing_lock:
-            return self._draw_curves()
-
-    def _draw_curves(self) -> bool:
         rows = self.job.metrics.rows
         if len(rows) == self._drawn_rows:
             return False
@@ -235,15 +228,11 @@ class TrainingDashboard(Panel):
 
     def draw_detections(self) -> bool:
         """What the newest checkpoint finds in held-out images; False where there is no new one."""
-        with self._drawing_lock:
-            return self._draw_detections()
-
-    def _draw_detections(self) -> bool:
         store = CheckpointStore(self.path / "checkpoints")
         step = max(store.steps(), default=-1)
-        detects = isinstance(stored_config(self.path), Config)  # not an autoencoder
-        if not detects or step in (-1, 0, self._drawn_step):
-            return False
+        cfg = stored_config(self.path)
+        if not isinstance(cfg, Config) or step in (-1, 0, self._drawn_step):
+            return False  # an autoencoder, or nothing new
         try:
             model = load_detector(self.path, checkpoint=str(step), trust_code=self.job.trust_code)
         except PermissionError as error:  # code of others: the curves are enough
@@ -252,10 +241,12 @@ class TrainingDashboard(Panel):
         except FileNotFoundError:
             return False  # replaced by a newer one just now
         self._drawn_step = step
-        records = self._records()
-        found = predict(model, [record.image for record in records])
+        if self.images is None:
+            data = build_dataset(cfg.data, "val", cfg.training.seed)
+            self.images = [data[i] for i in range(min(SHOWN, len(data)))]
+        found = predict(model, [record.image for record in self.images])
         pictures, count = [], 0
-        for record, detections in zip(records, found, strict=True):
+        for record, detections in zip(self.images, found, strict=True):
             likely = draw.marks_of(detections, model.categories, score_threshold=0.5)
             truth = draw.marks_of(record.target, model.categories)
             count += len(likely)
@@ -263,31 +254,19 @@ class TrainingDashboard(Panel):
             plain = draw.to_pixels(record.image, WIDTH // (2 * SHOWN) - 8)
             for marks, title in ((truth, "truth"), (likely, f"detected at step {step}")):
                 pictures.append(draw.captioned(draw.with_marks(plain, marks, size), title))
-        said = f"{len(records)} held-out images, the truth beside {count} detections of step {step}"
+        said = f"{len(found)} held-out images, the truth beside {count} detections of step {step}"
         self._show(self.detections, draw.beside(pictures), said)
         return True
 
-    def _records(self) -> list[Record]:
-        if self.images is None:
-            cfg = stored_config(self.path)
-            assert isinstance(cfg, Config)
-            data = build_dataset(cfg.data, "val", cfg.training.seed)
-            self.images = [data[i] for i in range(min(SHOWN, len(data)))]
-        return self.images
-
     def _show(self, canvas: PatchCanvas, pixels: Any, said: str) -> None:
-        with self._lock, torch.inference_mode():
+        with self._lock:
             canvas.label = said
-            canvas.show(pixels, WIDTH)
+            canvas.show(pixels)
             canvas.answered()
 
     def snapshot(self) -> Image.Image:
-        """The state in words, the curves and the detections below each other; 256 colours, which
-        a notebook stores in half the space."""
+        """The state in words, the curves and the detections, as a saved notebook shows them."""
         text = self.status.value.split(">", 1)[1].removesuffix("</span>")
-        white = np.full((1, WIDTH, 3), 255, np.uint8)
+        words = draw.captioned(np.full((1, WIDTH, 3), 255, np.uint8), html.unescape(text))
         parts = [np.asarray(canvas.snapshot()) for canvas in self.canvases if canvas.picture]
-        rows = [draw.beside([part, white[:, : WIDTH - part.shape[1]]], gap=0) for part in parts]
-        return draw.with_few_colours(
-            np.concatenate([draw.captioned(white, html.unescape(text)), *rows])
-        )
+        return draw.with_few_colours(draw.below([words, *parts]))
