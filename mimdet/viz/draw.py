@@ -245,7 +245,7 @@ def marks_of(
     ]
 
 
-def paint(
+def draw_marks(
     picture: Image.Image, marks: Sequence[Mark], scale: float = 1.0, text: int = TEXT
 ) -> None:
     """Draw marks on an RGBA picture, the first on top: masks, then boxes, then names.
@@ -276,7 +276,7 @@ def paint(
 def with_marks(pixels: Pixels, marks: Sequence[Mark], size: Size) -> Pixels:
     """A picture, of any resolution, of an image of `size` = (height, width) with its marks."""
     picture = Image.fromarray(pixels).convert("RGBA")
-    paint(picture, marks, pixels.shape[1] / size[1])
+    draw_marks(picture, marks, pixels.shape[1] / size[1])
     return np.asarray(picture.convert("RGB"))
 
 
@@ -390,6 +390,6 @@ def draw_objects(
     height, width = size
     scale = 2 * min(ax.bbox.width / width, ax.bbox.height / height)
     layer = Image.new("RGBA", (math.ceil(width * scale), math.ceil(height * scale)))
-    paint(layer, marks_of(objects, categories), scale, round(2 * DPI / 72 * SMALL))
+    draw_marks(layer, marks_of(objects, categories), scale, round(2 * DPI / 72 * SMALL))
     ax.imshow(layer, extent=(0, layer.width / scale, layer.height / scale, 0))
     ax.set(xlim=(0, width), ylim=(height, 0))

@@ -59,7 +59,7 @@ def texts(ax: Axes) -> list[str]:
 def painted(monkeypatch: Any) -> list[Sequence[Mark]]:
     """What was painted on each panel, in the order of painting."""
     seen: list[Sequence[Mark]] = []
-    monkeypatch.setattr(draw, "paint", lambda _, marks, *__: seen.append(marks))
+    monkeypatch.setattr(draw, "draw_marks", lambda _, marks, *__: seen.append(marks))
     return seen
 
 

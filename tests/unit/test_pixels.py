@@ -196,7 +196,7 @@ def test_a_mask_is_painted_where_paste_puts_it(size: tuple[int, int]) -> None:
         crops = Crops(box[None], torch.ones(1, 28, 28))
         layer = Image.new("RGBA", shape[::-1])
         nowhere = (-99, -99, -98, -98)
-        draw.paint(layer, [draw.Mark(nowhere, "red", mask=crops)], scale)
+        draw.draw_marks(layer, [draw.Mark(nowhere, "red", mask=crops)], scale)
         expected = paste(crops.bitmaps, crops.boxes * scale, *shape)[0].numpy()
         assert ((np.asarray(layer)[..., 3] > 0) == expected).all()
 
