@@ -7,10 +7,14 @@ AttributeError because the classes have slots. The command line, the notebooks a
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
+
+import msgspec
+
+from mimdet.files import read_json, write_json
 
 
 @dataclass(slots=True)
@@ -241,74 +245,6 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
 
-def to_dict(cfg: Any) -> dict[str, Any]:
-    """A configuration (this one, or another dataclass of sections) as nested dictionaries."""
-    return dataclasses.asdict(cfg)
-
-
-def from_dict(values: dict[str, Any], kind: type = Config) -> Any:
-    """Rebuild a configuration from `to_dict` output or parsed json.
-
-    Raises ValueError naming the field for a key this version does not know.
-    """
-    hints = get_type_hints(kind)
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
-        raise ValueError(f"{kind.__name__} has no field {unknown[0]!r}; it has {sorted(hints)}")
-    parts: dict[str, Any] = {}
-    for name, value in values.items():
-        if dataclasses.is_dataclass(hints[name]):
-            value = from_dict(value, hints[name])  # type: ignore[arg-type]
-        elif isinstance(value, list):
-            value = tuple(value)
-        parts[name] = value
-    return kind(**parts)
-
-
-def save_config(cfg: Any, path: str | Path) -> None:
-    Path(path).write_text(json.dumps(to_dict(cfg), indent=2) + "\n")
-
-
-def load_config(path: str | Path, kind: type = Config) -> Any:
-    """Read `config.json` of a run. Raises ValueError naming the file when it is not one."""
-    try:
-        values = json.loads(Path(path).read_text())
-        return from_dict(values, kind)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a mimdet configuration: {error}") from error
-
-
-def difference(a: Any, b: Any) -> list[str]:
-    """Lines `training.steps: 100 -> 200` for every field in which two configurations differ."""
-    flat_a, flat_b = flat(a), flat(b)
-    return [f"{k}: {flat_a[k]} -> {flat_b[k]}" for k in flat_a if flat_a[k] != flat_b[k]]
-
-
-def set_field(cfg: Config, dotted: str, value: Any) -> None:
-    """Assign a field by its dotted name, "backbone.sample_ratio". AttributeError on a typo."""
-    *parents, name = dotted.split(".")
-    owner: Any = cfg
-    for parent in parents:
-        owner = getattr(owner, parent)
-    getattr(owner, name)  # a typo fails here, with the name in the message
-    setattr(owner, name, value)
-
-
-def flat(cfg: Any) -> dict[str, Any]:
-    """Dotted name -> value of every field; lists are tuples, as a configuration is read back."""
-    return _flat(to_dict(cfg))
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = tuple(value) if isinstance(value, list) else value
-    return found
-
-
 @dataclass(slots=True)
 class MAEConfig:
     """The autoencoder. MIMDet takes its encoder and the first blocks of its decoder."""
@@ -366,3 +302,70 @@ class PretrainConfig:
     mae: MAEConfig = field(default_factory=MAEConfig)
     data: PicturesConfig = field(default_factory=PicturesConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+def to_dict(cfg: Any) -> dict[str, Any]:
+    """A configuration (this one, or another dataclass of sections) as nested dictionaries."""
+    return dataclasses.asdict(cfg)
+
+
+def from_dict(values: Any, kind: type = Config) -> Any:
+    """Rebuild a configuration from `to_dict` output or parsed json; fields may be left out.
+
+    Raises ValueError naming the field for a key this version does not know, or for a value that is
+    not of the field's type.
+    """
+    cfg: Any = msgspec.convert(values, kind)
+    unknown = sorted(_flat(values).keys() - flat(cfg).keys())
+    if unknown:
+        section = unknown[0].rpartition(".")[0]
+        known = [name for name in flat(cfg) if name.rpartition(".")[0] == section]
+        raise ValueError(f"{kind.__name__} has no field {unknown[0]!r}; it has {known}")
+    return cfg
+
+
+def save_config(cfg: Any, path: str | Path) -> None:
+    """Write the json file. ValueError, as `from_dict`, for what could not be read back."""
+    from_dict(to_dict(cfg), type(cfg))
+    write_json(path, to_dict(cfg))
+
+
+def load_config(path: str | Path, kind: type = Config) -> Any:
+    """Read `config.json` of a run. Raises ValueError naming file and field when it is not one."""
+    try:
+        return from_dict(read_json(path), kind)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a mimdet configuration: {error}") from error
+
+
+def difference(a: Any, b: Any) -> list[str]:
+    """Lines `training.steps: 100 -> 200` for every field in which two configurations differ."""
+    flat_a, flat_b = flat(a), flat(b)
+    return [f"{k}: {flat_a[k]} -> {flat_b[k]}" for k in flat_a if flat_a[k] != flat_b[k]]
+
+
+def change(section: Any, **fields: Any) -> None:
+    """Assign several fields of a section. AttributeError on a typo."""
+    for name, value in fields.items():
+        setattr(section, name, value)
+
+
+def set_field(cfg: Config, dotted: str, value: Any) -> None:
+    """Assign a field by its dotted name, "backbone.sample_ratio". AttributeError on a typo."""
+    parent, _, name = dotted.rpartition(".")
+    setattr(attrgetter(parent)(cfg) if parent else cfg, name, value)
+
+
+def flat(cfg: Any) -> dict[str, Any]:
+    """Dotted name -> value of every field; lists are tuples, as a configuration is read back."""
+    return _flat(to_dict(cfg))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if value and isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = tuple(value) if isinstance(value, list) else value
+    return found

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mimdet import __version__, processes
 from mimdet.config import Config, PretrainConfig, difference, load_config, save_config
-from mimdet.files import read_json, write_file, write_json, write_text
+from mimdet.files import read_json, write_json, write_text
 from mimdet.models.checkpoint_files import read_checkpoint, read_safetensors, shipped
 from mimdet.models.detector import Detector, build_detector
 from mimdet.models.official import (
@@ -79,7 +79,7 @@ class Run:
             raise ValueError(f"{self.path} is not empty and holds no run: use another run name")
         else:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_file(existing, lambda partial: save_config(cfg, partial))
+            save_config(cfg, existing)
 
     @contextmanager
     def in_training(self, total: int, done: Callable[[], int]) -> Iterator[None]:

@@ -12,7 +12,7 @@ from mimdet.analysis.evaluate import evaluate, ids_of_labels, ratio_row, save_re
 from mimdet.config import Config, DataConfig, PretrainConfig, difference, load_config, save_config
 from mimdet.data.coco import build_dataset
 from mimdet.data.loader import Dataset, MicroBatch, TrainLoader
-from mimdet.files import read_json, write_file
+from mimdet.files import read_json
 from mimdet.models.detector import Detector, build_detector
 from mimdet.training.checkpoints import CheckpointStore
 from mimdet.training.optim import Schedule
@@ -98,7 +98,7 @@ def resume(run: str | Path, *, trust_code: bool = False, locked: bool = False) -
     adapted = copy.deepcopy(cfg)
     adapt_to_data(adapted, data)
     if adapted != cfg and processes.rank() == 0:  # written before the data were opened
-        write_file(path / "config.json", lambda partial: save_config(adapted, partial))
+        save_config(adapted, path / "config.json")
     record = processes.in_turn(lambda: Run(path, adapted, locked=locked))
     yield from train(adapted, record, train_data=data, **slots)
 

@@ -50,20 +50,35 @@ def test_a_file_may_leave_fields_out() -> None:
     assert from_dict({"training": {"steps": 3}}).training == TrainingConfig(steps=3)
 
 
-def test_an_unknown_field_is_named() -> None:
-    said = "BackboneConfig has no field 'sampel_ratio'; it has .*sample_ratio"
-    with pytest.raises(ValueError, match=said):
-        from_dict({"backbone": {"sampel_ratio": 0.5}})
-    with pytest.raises(ValueError, match="Config has no field 'optimizer'"):
-        from_dict({"optimizer": {}})
-
-
-@pytest.mark.parametrize("text", ["{", "[1, 2]", '{"backbone": 3}', '{"model": {}}'])
-def test_a_file_that_is_no_configuration_is_named(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "is not json"),
+        ("[1, 2]", "Expected `object`"),
+        ('{"backbone": 3}', r"Expected `object`, got `int` - at `\$.backbone`"),
+        ('{"training": {"steps": "3"}}', r"Expected `int`, got `str` - at `\$.training.steps`"),
+        ('{"detector": {"anchor_sizes": [8, 1.5]}}', r"got `float` - at `\$.*anchor_sizes\[1\]`"),
+        ('{"data": {"augment": "papr"}}', r"Invalid enum value 'papr' - at `\$.data.augment`"),
+        ('{"optimizer": {}}', "Config has no field 'optimizer'; it has .'preset'"),
+        (
+            '{"backbone": {"sampel_ratio": 0.5}}',
+            "no field 'backbone.sampel_ratio'; it has .*'backbone.sample_ratio'",
+        ),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_named(text: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "other.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"other\.json is not a mimdet configuration"):
+    with pytest.raises(ValueError, match=rf"other\.json is not a mimdet configuration: .*{said}"):
         load_config(path)
+
+
+def test_what_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
+    cfg = Config()
+    cfg.training.steps = "3"  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"training\.steps"):
+        save_config(cfg, tmp_path / "config.json")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("section", ["", "backbone", "detector", "data", "training"])
