@@ -14,7 +14,7 @@ import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -34,52 +34,35 @@ FORMAT = 2
 """Part of the cache's file name; raised when the columns or the meaning of `usable` change."""
 
 
-class CocoTable(NamedTuple):
-    digest: str
-    """sha256 of the json file."""
-    rows: "Table"
-    """Columns image_id (json text: ids may be numbers or strings), file_name, height, width, usable
-    (number of trainable annotations) and annotations (see `Annotation`)."""
-    categories: list[dict[str, Any]]
-    """id and name; sorted by id."""
-    without_mask: list[str]
-    """Ids of non-crowd annotations that have no segmentation (at most 5)."""
-    with_mask: bool
-    """Whether any non-crowd annotation has one."""
-    unusable: list[str]
-    """Ids of non-crowd annotations with an empty box or mask (at most 5)."""
-
-
 def cache_folder() -> Path:
     """$MIMDET_CACHE, or `.cache/mimdet` in the home folder."""
     return Path(os.environ.get("MIMDET_CACHE") or Path.home() / ".cache" / "mimdet")
 
 
-def coco_table(json_path: str | Path) -> CocoTable:
-    """Read a COCO instances file through the cache.
+def coco_table(json_path: Path) -> tuple["Table", dict[str, Any]]:
+    """A COCO instances file, read through the cache -> (rows, what holds for the whole file).
 
-    Raises FileNotFoundError, and ValueError naming file, entry and remedy where it is not COCO.
+    Columns: image_id (json text: ids may be numbers or strings), file_name, height, width, usable
+    (number of trainable annotations) and annotations (see `Annotation`). For the whole: sha256,
+    categories [(id, name), ...] sorted by id, with_mask (whether any single object has one), and
+    the ids of at most 5 single objects each that are without_mask and unusable.
+
+    Raises FileNotFoundError, and ValueError naming file, entry and field where it is not COCO.
     """
+    import pyarrow as pa
     from datasets import Dataset as Table
 
-    path = Path(json_path)
-    if not path.is_file():
-        raise FileNotFoundError(f"annotation file {path} does not exist; check the path")
-    with path.open("rb") as file:
+    if not json_path.is_file():
+        raise FileNotFoundError(f"annotation file {json_path} does not exist; check the path")
+    with json_path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     cached = cache_folder() / f"coco-{FORMAT}-{digest}.arrow"
     if not cached.exists():
-        _build(path, cached)
-    rows = Table.from_file(str(cached))
-    return CocoTable(digest, rows, **_stored_head(cached))
-
-
-def _stored_head(cached: Path) -> dict[str, Any]:
-    """What `_build` put into the Arrow schema (`datasets` reads only its own part of it)."""
-    import pyarrow as pa
-
+        _build(json_path, cached)
+    # `datasets` reads only its own part of the schema.
     with pa.memory_map(str(cached)) as file, pa.ipc.open_stream(file) as reader:
-        return json.loads(reader.schema.metadata[b"mimdet"])
+        head = json.loads(reader.schema.metadata[b"mimdet"])
+    return Table.from_file(str(cached)), head | {"sha256": digest}
 
 
 def _build(path: Path, cached: Path) -> None:
@@ -100,8 +83,7 @@ def _build(path: Path, cached: Path) -> None:
             if not annotation["usable"] and len(head["unusable"]) < 5:
                 head["unusable"].append(annotation["source_id"])
         batches.append(pa.RecordBatch.from_pylist(rows, schema=_schema()))
-    categories = sorted(reader.categories.items())
-    head["categories"] = [{"id": number, "name": name} for number, name in categories]
+    head["categories"] = sorted(reader.categories.items())
     schema = _schema().with_metadata({"mimdet": json.dumps(head)})
     cached.parent.mkdir(parents=True, exist_ok=True)
     partial = cached.with_name(f"{cached.name}.{uuid.uuid4().hex}.partial")
@@ -169,7 +151,7 @@ def _schema() -> Any:
 class CocoDataset:
     """A COCO instances json and its image folder.
 
-    json_path: annotations, read once and cached (see `tables.coco_table`).
+    json_path: annotations, read once and cached (see `coco_table`).
     limit: use only the first N images of the file; 0 = all.
     skip_empty: leave out images (of those) without a trainable annotation.
 
@@ -187,26 +169,25 @@ class CocoDataset:
     ) -> None:
         self.json_path = Path(json_path)
         self.image_folder = Path(image_folder)
-        table = coco_table(self.json_path)
-        if table.with_mask and table.without_mask:
+        self._table, head = coco_table(self.json_path)
+        if head["with_mask"] and head["without_mask"]:
             raise ValueError(
                 f"{json_path}: some objects have a segmentation and some have none (annotations "
-                f"{', '.join(table.without_mask)}, ...); complete them, or remove all "
+                f"{', '.join(head['without_mask'])}, ...); complete them, or remove all "
                 "segmentations to train on boxes only"
             )
-        if table.unusable:
+        if head["unusable"]:
             warnings.warn(
-                f"{json_path}: annotations {', '.join(table.unusable)}, ... have an empty box or "
+                f"{json_path}: annotations {', '.join(head['unusable'])}, ... have an empty box or "
                 "mask and are left out of training; `mimdet check-data` lists all",
                 stacklevel=2,
             )
-        self.categories = [category["name"] for category in table.categories]
-        self.category_ids = [category["id"] for category in table.categories]
-        self.has_masks = table.with_mask
-        self.version = f"{self.json_path.name} sha256:{table.digest}"
+        self.category_ids = [number for number, _ in head["categories"]]
+        self.categories = [name for _, name in head["categories"]]
+        self.has_masks = head["with_mask"]
+        self.version = f"{self.json_path.name} sha256:{head['sha256']}"
         self._label_of = {number: label for label, number in enumerate(self.category_ids)}
-        self._table = table.rows
-        columns = table.rows.data
+        columns = self._table.data
         heights = columns.column("height").to_numpy()
         self._sizes = np.stack([heights, columns.column("width").to_numpy()], axis=1)
         rows = np.arange(len(heights))[: limit or None]

@@ -36,11 +36,11 @@ def stream(keys: Iterable[Any], task: Callable[[Any], Any], workers: int) -> Ite
         yield from map(task, keys)
         return
     loader: DataLoader[Any] = DataLoader(
-        _PackedTask(task),  # type: ignore[arg-type]  # [key] is all that is asked of a data set
+        _Keyed(task),  # type: ignore[arg-type]  # [key] is all that is asked of a data set
         batch_size=None,
         sampler=keys,
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=pack,
         worker_init_fn=_start,
         generator=torch.Generator(),  # else a number is drawn from the global generator
     )
@@ -81,22 +81,18 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
 
-class _PackedTask:
+class _Keyed:
     def __init__(self, task: Callable[[Any], Any]) -> None:
         self.task = task
 
-    def __getitem__(self, key: Any) -> Packed:
-        return pack(self.task(key))
+    def __getitem__(self, key: Any) -> Any:
+        return self.task(key)
 
 
 def _start(_: int) -> None:
     """Ctrl-C reaches the whole process group: the training process alone decides what it means."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not a handler inherited from training
-
-
-def _as_it_is(value: Any) -> Any:
-    return value
 
 
 WINDOW_IMAGES = 1024
@@ -184,18 +180,16 @@ class Plan:
         return height // PAD_MULTIPLE, width // PAD_MULTIPLE
 
 
-def bucket(sizes: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]:
+def bucket(
+    sizes: NDArray[np.int64], batch_size: int, chosen: NDArray[np.int64] | None = None
+) -> list[NDArray[np.int64]]:
     """Group (n, 2) heights and widths into batches of similar size; n divides by batch_size.
 
     Halves the set again and again along the side (height or width) that leaves less padding. Equal
-    sizes keep their order. -> index arrays of batch_size each.
+    sizes keep their order. chosen: the part to group, as indices. -> index arrays of batch_size.
     """
-    return _halved(np.arange(len(sizes)), sizes, batch_size)
-
-
-def _halved(
-    chosen: NDArray[np.int64], sizes: NDArray[np.int64], batch_size: int
-) -> list[NDArray[np.int64]]:
+    if chosen is None:
+        chosen = np.arange(len(sizes))
     batches = len(chosen) // batch_size
     if batches <= 1:
         return [chosen]
@@ -205,7 +199,7 @@ def _halved(
         order = chosen[np.argsort(sizes[chosen, axis], kind="stable")]
         splits.append((order[:middle], order[middle:]))
     best = min(splits, key=lambda parts: sum(_padded_area(sizes[part]) for part in parts))
-    return [group for part in best for group in _halved(part, sizes, batch_size)]
+    return [group for part in best for group in bucket(sizes, batch_size, part)]
 
 
 def _padded_area(sizes: NDArray[np.int64]) -> int:

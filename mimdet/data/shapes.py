@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mimdet.data.coco_file import Annotation, coco_ground_truth
 from mimdet.data.rasters import crops_from_bitmaps, extent
 from mimdet.data.scenes import LEVELS, REVISION, Level, Scene, draw_scene
 from mimdet.data.textures import Draws
-from mimdet.structures import Record, Target
+from mimdet.structures import Record, Target, bitmap_to_rle
 
 __all__ = ["LEVELS", "REVISION", "Level", "Scene", "ShapesCOCO", "export"]
 
@@ -106,34 +107,29 @@ class ShapesCOCO:
     def ground_truth(self) -> dict[str, Any]:
         """COCO format with exact run lengths; draws every scene once, then remembers."""
         if self._ground_truth is None:
-            self._ground_truth = self._read_all()
+            truth = coco_ground_truth(self, map(self._annotations, range(self.length)))
+            info = {"description": "ShapesCOCO", "version": self.version}
+            truth["info"] = info | {"split": self.split, "seed": self.seed}
+            self._ground_truth = truth
         return self._ground_truth
 
-    def _read_all(self) -> dict[str, Any]:
-        annotations: list[dict[str, Any]] = []
-        for index in range(self.length):
-            for annotation in _annotations(self.scene(index), self.image_id(index)):
-                annotations.append({"id": len(annotations) + 1, **annotation})
-        images = [
-            {"id": i, "file_name": _file_name(i), "height": self.size, "width": self.size}
-            for i in range(self.length)
-        ]
-        categories = [
-            {"id": i, "name": name}
-            for i, name in zip(self.category_ids, self.categories, strict=True)
-        ]
-        info = {
-            "description": "ShapesCOCO",
-            "version": self.version,
-            "split": self.split,
-            "seed": self.seed,
-        }
-        return {
-            "info": info,
-            "images": images,
-            "annotations": annotations,
-            "categories": categories,
-        }
+    def _annotations(self, index: int) -> list[Annotation]:
+        scene = self.scene(index)
+        found = []
+        for mask, label in zip(scene.masks, scene.labels.tolist(), strict=True):
+            left, top, right, bottom = extent(mask)
+            annotation = Annotation(
+                source_id="",
+                category_id=self.category_ids[label],
+                bbox=[left, top, right - left, bottom - top],
+                area=int(mask.sum()),
+                iscrowd=False,
+                polygons=None,
+                runs=bitmap_to_rle(mask)["counts"],
+                usable=True,
+            )
+            found.append(annotation)
+        return found
 
 
 def export(dataset: ShapesCOCO, folder: str | Path) -> None:
@@ -151,10 +147,12 @@ def export(dataset: ShapesCOCO, folder: str | Path) -> None:
     replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
     try:
         (beside / "images").mkdir(parents=True)
-        for index in range(len(dataset)):
-            image = Image.fromarray(dataset.scene(index).image)
-            image.save(beside / "images" / _file_name(index))
-        (beside / "annotations.json").write_text(json.dumps(dataset.ground_truth()))
+        truth = dataset.ground_truth()
+        images = [entry | {"file_name": f"{entry['id']:06d}.png"} for entry in truth["images"]]
+        for entry in images:
+            image = Image.fromarray(dataset.scene(entry["id"]).image)
+            image.save(beside / "images" / entry["file_name"])
+        (beside / "annotations.json").write_text(json.dumps(truth | {"images": images}))
         if folder.exists():
             folder.rename(replaced)
         beside.rename(folder)
@@ -168,42 +166,13 @@ def _planes(scene: Scene) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(scene.image.transpose(2, 0, 1)))
 
 
-def _annotations(scene: Scene, image_id: int) -> list[dict[str, Any]]:
-    """COCO annotations of a scene, ids left out."""
-    from pycocotools import mask as coco_mask
-
-    found = []
-    for mask, label in zip(scene.masks, scene.labels.tolist(), strict=True):
-        runs = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-        left, top, right, bottom = extent(mask)
-        found.append(
-            {
-                "image_id": image_id,
-                "category_id": label + 1,
-                "bbox": [left, top, right - left, bottom - top],
-                "area": int(mask.sum()),
-                "iscrowd": 0,
-                "segmentation": {"size": runs["size"], "counts": runs["counts"].decode()},
-            }
-        )
-    return found
-
-
-def _file_name(index: int) -> str:
-    return f"{index:06d}.png"
-
-
 def _replaceable(folder: Path) -> bool:
     """True for an empty folder and for a complete export with nothing added."""
-    if not folder.is_dir():
-        return False
-    names = {path.name for path in folder.iterdir()}
-    if not names:
-        return True
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
     if names != {"images", "annotations.json"}:
-        return False
+        return not names
     try:
-        info = json.loads((folder / "annotations.json").read_text())["info"]
+        content = json.loads((folder / "annotations.json").read_text())
+        return content["info"]["description"] == "ShapesCOCO"
     except (ValueError, KeyError, TypeError, OSError):
         return False
-    return isinstance(info, dict) and info.get("description") == "ShapesCOCO"
