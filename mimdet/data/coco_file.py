@@ -18,7 +18,7 @@ import torch
 from msgspec import Meta, Struct
 
 from mimdet.data.rasters import crops_from_segmentations
-from mimdet.structures import Target
+from mimdet.structures import Target, as_rle
 
 Whole = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Id = Whole | Annotated[str, Meta(min_length=1)]
@@ -309,21 +309,18 @@ def _compressed(mask: RunLengths, height: int, width: int) -> str:
         raise ValueError(f"its runs cover {sum(counts)} of {height * width} pixels")
     if isinstance(mask.counts, str):
         return mask.counts
-    from pycocotools import mask as coco_mask
-
     plain = {"size": [height, width], "counts": counts}
-    return coco_mask.frPyObjects(plain, height, width)["counts"].decode("ascii")
+    return as_rle(plain, height, width)["counts"].decode("ascii")
 
 
 def mask_area(annotation: Annotation, height: int, width: int) -> float:
     """Pixels of the mask, or of the box where there is no mask."""
     from pycocotools import mask as coco_mask
 
-    if annotation["runs"] is not None:
-        return float(coco_mask.area(coco_segmentation(annotation, height, width)))
     rings = [flat for flat in annotation["polygons"] or [] if len(flat) >= 6]
-    if rings:
-        return float(coco_mask.area(coco_mask.merge(coco_mask.frPyObjects(rings, height, width))))
+    if annotation["runs"] is not None or rings:
+        shape = coco_segmentation(annotation | {"polygons": rings}, height, width)
+        return float(coco_mask.area(as_rle(shape, height, width)))
     _, _, w, h = annotation["bbox"]
     return max(w, 0.0) * max(h, 0.0)
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mimdet.structures import Crops, rle_to_bitmap
+from mimdet.structures import Crops, as_rle, rle_to_bitmap
 
 SIDE = 112
 """Cells along a side of a bitmap, the empty ring included."""
@@ -49,19 +49,19 @@ def crops_from_segmentations(segmentations: Sequence[Any], height: int, width: i
     image. No bitmap is ever empty: of a sliver thinner than a cell the corners are kept.
     Returns N crops of 112 x 112 cells.
 
-    Raises ValueError, naming the object by its index, when nothing of an object is left or its
-    segmentation is malformed.
+    Raises ValueError when nothing of an object is left.
     """
     boxes = np.zeros((len(segmentations), 4))
     bitmaps = np.zeros((len(segmentations), SIDE, SIDE), dtype=np.uint8)
     for i, segmentation in enumerate(segmentations):
-        try:
-            if isinstance(segmentation, dict):
-                boxes[i], bitmaps[i] = _from_run_lengths(segmentation, height, width)
-            else:
-                boxes[i], bitmaps[i] = _from_polygons(segmentation)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"segmentation of object {i}: {error}") from error
+        if isinstance(segmentation, dict):
+            mask = full_bitmap(segmentation, height, width)
+            if not mask.any():
+                raise ValueError(f"the mask of object {i} is empty: remove it or redraw it")
+            boxes[i] = extent(mask)
+            bitmaps[i] = crops_from_bitmaps(mask[None], boxes[i]).bitmaps[0].numpy()
+        else:
+            boxes[i], bitmaps[i] = _from_polygons(segmentation)
     return Crops(_with_ring(boxes, SIDE), torch.from_numpy(bitmaps))
 
 
@@ -70,12 +70,7 @@ def full_bitmap(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]
 
     segmentation: as `crops_from_segmentations` takes it, of one object.
     """
-    from pycocotools import mask as coco_mask
-
-    if isinstance(segmentation, dict):
-        return rle_to_bitmap(segmentation)
-    rings = coco_mask.frPyObjects(segmentation, height, width)
-    return rle_to_bitmap(coco_mask.merge(rings))
+    return rle_to_bitmap(as_rle(segmentation, height, width))
 
 
 def extent(mask: NDArray[Any]) -> tuple[int, int, int, int]:
@@ -94,44 +89,15 @@ def _with_ring(boxes: NDArray[np.float64], side: int) -> torch.Tensor:
 
 def _from_polygons(polygons: Any) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
     """-> (the extent of the polygons xyxy, bitmap (SIDE, SIDE))."""
-    from pycocotools import mask as coco_mask
-
-    points = [np.asarray(flat, dtype=np.float64) for flat in polygons if len(flat) >= 6]
-    if not points:
-        raise ValueError("no polygon of 3 or more points; remove the annotation or redraw it")
-    if any(len(flat) % 2 for flat in points):
-        raise ValueError("a polygon with an odd number of coordinates; give x0, y0, x1, y1, ...")
-    corners = np.concatenate(points).reshape(-1, 2)
+    parts = [np.asarray(flat, dtype=np.float64) for flat in polygons if len(flat) >= 6]
+    corners = np.concatenate([*parts, np.zeros(0)]).reshape(-1, 2)
+    if not len(corners) or (np.ptp(corners, axis=0) <= 0).any():
+        raise ValueError("polygons that enclose nothing: remove the annotation or redraw it")
     low, high = corners.min(0), corners.max(0)
-    if not np.isfinite(corners).all() or (high <= low).any():
-        raise ValueError("its polygons enclose nothing; remove the annotation or redraw it")
     scale = (SIDE - 2) / (high - low)
-    scaled = [((flat.reshape(-1, 2) - low) * scale + 1).ravel().tolist() for flat in points]
-    runs = coco_mask.merge(coco_mask.frPyObjects(scaled, SIDE, SIDE))
-    bitmap = coco_mask.decode(runs)
+    scaled = [((flat.reshape(-1, 2) - low) * scale + 1).ravel().tolist() for flat in parts]
+    bitmap = full_bitmap(scaled, SIDE, SIDE).astype(np.uint8)
     if not bitmap.any():
         cells = ((corners - low) * scale + 1).clip(1, SIDE - 2).astype(np.intp)
         bitmap[cells[:, 1], cells[:, 0]] = 1
     return np.concatenate([low, high]), bitmap
-
-
-def _from_run_lengths(
-    runs: dict[str, Any], height: int, width: int
-) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
-    """-> (the extent of the pixels that are set xyxy, bitmap (SIDE, SIDE))."""
-    from pycocotools import mask as coco_mask
-
-    if "size" not in runs or "counts" not in runs:
-        raise ValueError(f"run lengths need 'size' and 'counts'; it has {sorted(runs)}")
-    if list(runs["size"]) != [height, width]:
-        raise ValueError(f"run lengths of size {runs['size']} in an image of {[height, width]}")
-    if isinstance(runs["counts"], (list, tuple, np.ndarray)):
-        counts = [int(count) for count in runs["counts"]]
-        if sum(counts) != height * width or min(counts) < 0:
-            raise ValueError(f"its runs cover {sum(counts)} pixels of {height * width}")
-        runs = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-    mask = coco_mask.decode(runs)
-    if not mask.any():
-        raise ValueError("its mask is empty; remove the annotation or redraw it")
-    box = np.array(extent(mask), dtype=np.float64)
-    return box, crops_from_bitmaps(mask[None], box[None]).bitmaps[0].numpy()

@@ -91,25 +91,11 @@ def test_run_lengths_of_three_kinds_agree():
 
 
 @pytest.mark.parametrize(
-    ("segmentation", "message"),
-    [
-        ([[1, 2, 3, 4]], "3 or more points"),
-        ([], "3 or more points"),
-        ([[1, 1, 5, 1, 9, 1]], "enclose nothing"),
-        ([[1, 1, 5, float("nan"), 9, 1]], "enclose nothing"),
-        ([[1, 1, 5, 1, 9, 1, 4]], "odd number"),
-        ({"size": [50, 60], "counts": [3000]}, "empty"),
-        ({"size": [50, 60], "counts": [10, 10]}, "cover 20 pixels of 3000"),
-        ({"size": [60, 50], "counts": [10, 2990]}, "size"),
-        ({"size": [50, 60], "counts": "abc"}, "RLE"),
-        ({"counts": [10, 2990]}, "'size'"),
-        (None, "object 1"),
-    ],
+    "segmentation", [[[1, 2, 3, 4]], [], [[1, 1, 5, 1, 9, 1]], {"size": [50, 60], "counts": [3000]}]
 )
-def test_errors_name_the_object(segmentation, message):
-    with pytest.raises(ValueError, match="object 1") as error:
+def test_masks_without_extent_are_refused(segmentation):
+    with pytest.raises(ValueError, match="nothing|empty"):
         crops_from_segmentations([[SQUARE], segmentation], 50, 60)
-    assert message in str(error.value)
 
 
 @settings(max_examples=60, deadline=None)
