@@ -230,17 +230,6 @@ def test_a_late_start_is_immediate():
     assert len(batches) == 8
 
 
-def test_windows_tile_the_steps():
-    plan = Plan(Noise(1000), SMALL, 8, 4, seed=0)  # 31.25 steps an epoch, 32 steps a window
-    step = 0
-    for _ in range(12):
-        start, stop = plan.window(step)
-        assert start == step < stop
-        assert all(plan.window(inside) == (start, stop) for inside in range(start, stop))
-        assert len({s * 32 // 1000 for s in range(start, stop)}) == 1  # one epoch
-        step = stop
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_never_mixes_padded_sizes(workers):
     dataset = Noise(23)
@@ -256,11 +245,6 @@ def test_evaluation_never_mixes_padded_sizes(workers):
     assert sorted(seen) == list(range(23))
     assert areas == sorted(areas, reverse=True)
     assert len(loader) == len(areas) < 23
-
-
-def test_padded_size_by_hand():
-    assert padded_size(32, 33) == (32, 64)
-    assert padded_size(800, 1333) == (800, 1344)
 
 
 def test_pack_keeps_any_tensors_and_all_else():

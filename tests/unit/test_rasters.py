@@ -94,7 +94,7 @@ def test_run_lengths_of_three_kinds_agree():
     "segmentation", [[[1, 2, 3, 4]], [], [[1, 1, 5, 1, 9, 1]], {"size": [50, 60], "counts": [3000]}]
 )
 def test_masks_without_extent_are_refused(segmentation):
-    with pytest.raises(ValueError, match="nothing|empty"):
+    with pytest.raises(ValueError, match=r"nothing|empty"):
         crops_from_segmentations([[SQUARE], segmentation], 50, 60)
 
 
