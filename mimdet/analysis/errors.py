@@ -38,7 +38,7 @@ from mimdet.analysis.matching import (
     find_overlaps,
     judge,
     match_at,
-    with_missed,
+    without_met,
 )
 from mimdet.analysis.metrics import (
     IouType,
@@ -98,31 +98,29 @@ def find_errors(
     check_results(ground_truth, results, (iou_type,))
     overlaps = find_overlaps(ground_truth, results, iou_type)
     judged = judge(overlaps, iou_threshold, background_threshold)
-    verdicts = with_missed(judged, overlaps.truths)
+    verdicts = without_met(judged)
 
-    def ap_without(*kinds: Kind) -> float:
-        return mean_ap(fixed_aps(overlaps, verdicts, are(verdicts.verdict, *kinds)))
+    def ap_of(entries: Verdicts, *fixed: Kind) -> float:
+        return mean_ap(fixed_aps(overlaps, entries, are(entries.verdict, *fixed)))
 
-    ap = ap_without()
-    is_right = are(judged.verdict, "correct")
-    right = judged[is_right].said
-    found = np.bincount(right, minlength=overlaps.categories)
-    oracles = {
-        "false positives": class_aps(overlaps, right, is_right[is_right], overlaps.objects),
-        "false negatives": class_aps(overlaps, judged.said, is_right, found),
+    ap, counts = ap_of(verdicts), verdicts.count()
+    only_correct = verdicts[are(verdicts.verdict, "correct")]
+    all_not_found = without_met(judged, "correct")
+    special = {
+        "false positives": ap_of(only_correct) - ap,
+        "false negatives": ap_of(all_not_found, "missed") - ap,
     }
-    counts = verdicts.count()
     return ErrorReport(
         iou_type=iou_type,
         iou_threshold=iou_threshold,
         background_threshold=background_threshold,
         ap=ap,
-        dap={kind: ap_without(kind) - ap for kind in KINDS},
-        special={name: mean_ap(aps) - ap for name, aps in oracles.items()},
-        progressive={kind: ap_without(*KINDS[: i + 1]) for i, kind in enumerate(KINDS)},
+        dap={kind: ap_of(verdicts, kind) - ap for kind in KINDS},
+        special=special,
+        progressive={kind: ap_of(verdicts, *KINDS[: i + 1]) for i, kind in enumerate(KINDS)},
         counts={kind: counts[kind] for kind in KINDS},
         correct=counts["correct"],
-        ignored=len(overlaps.detections) - len(judged),
+        ignored=len(overlaps.detections) + len(overlaps.truths) - len(judged),
         left_out=overlaps.left_out,
         objects=len(overlaps.truths),
         categories=category_names(ground_truth["categories"]),
@@ -131,7 +129,7 @@ def find_errors(
         ground_truth=ground_truth,
         results=results,
         _overlaps=overlaps,
-        _verdicts=verdicts,
+        _judged=judged,
     )
 
 
@@ -139,21 +137,17 @@ def find_errors(
 
 
 def fixed_aps(overlaps: Overlaps, verdicts: Verdicts, fixed: Bools) -> Floats:
-    """(K,) AP of each class once the errors `fixed` (N,) are fixed. A detection keeps its place in
-    the order of scores."""
+    """(K,) AP of each class once the errors `fixed` (N,) are fixed; NaN for one without truths. A
+    detection keeps its place in the order of scores."""
     is_missed = are(verdicts.verdict, "missed")
     repaired = fixed & verdicts.repairs
     correct = are(verdicts.verdict, "correct") | repaired
     stays = ~is_missed & (correct | ~fixed)
     category = np.where(repaired, verdicts.true, verdicts.said)
     forgiven = np.bincount(verdicts.true[fixed & is_missed], minlength=overlaps.categories)
-    return class_aps(overlaps, category[stays], correct[stays], overlaps.objects - forgiven)
-
-
-def class_aps(overlaps: Overlaps, category: Ints, correct: Bools, asked: Ints) -> Floats:
-    """(K,) AP of each class; NaN for one that has no truth. Arguments: see `precisions`."""
-    aps = precisions(category, correct, asked).mean(1)
-    return np.where(overlaps.objects > 0, aps, np.nan)
+    objects = overlaps.objects
+    rows = precisions(category[stays], correct[stays], objects - forgiven)
+    return np.where(objects > 0, rows.mean(1), np.nan)
 
 
 def mean_ap(aps: Floats) -> float:
@@ -261,7 +255,7 @@ class ErrorReport:
     ground_truth: dict[str, Any] = field(repr=False)
     results: list[dict[str, Any]] = field(repr=False)
     _overlaps: Overlaps = field(repr=False)
-    _verdicts: Verdicts = field(repr=False)
+    _judged: Verdicts = field(repr=False)
 
     def table(self) -> str:
         """Text, a row per type: dAP x 100, how many errors, what they are."""
@@ -288,7 +282,8 @@ class ErrorReport:
         Raises ValueError for an unknown type or class.
         """
         _index("kind", kind, KINDS)
-        chosen = self._verdicts[are(self._verdicts.verdict, kind)]
+        verdicts = self.verdicts()
+        chosen = verdicts[are(verdicts.verdict, kind)]
         if said is not None:
             chosen = chosen[chosen.said == _index("said", said, self.categories)]
         if true is not None:
@@ -297,13 +292,12 @@ class ErrorReport:
             chosen = chosen[np.argsort(-chosen.area, kind="stable")]
         return [self._error(kind, chosen, i) for i in range(len(chosen))]
 
-    def verdicts(self, score_threshold: float = 0.0) -> Verdicts:
+    def verdicts(self, score_threshold: float = -np.inf) -> Verdicts:
         """What became of every detection of this score and more, and the objects then missed.
 
         Detections in crowd regions are left out.
         """
-        kept = self._verdicts[self._verdicts.score >= score_threshold]
-        return with_missed(kept, self._overlaps.truths)
+        return without_met(self._judged[~(self._judged.score < score_threshold)])
 
     def chosen(
         self,
@@ -333,7 +327,7 @@ class ErrorReport:
         """
         from pandas import DataFrame
 
-        overlaps, verdicts = self._overlaps, self._verdicts
+        overlaps, verdicts = self._overlaps, self.verdicts()
         category = np.where(verdicts.said >= 0, verdicts.said, verdicts.true)
         counts = _error_counts(verdicts, category, overlaps.categories)
         none = are(verdicts.verdict)
@@ -355,7 +349,7 @@ class ErrorReport:
         """
         from pandas import DataFrame
 
-        overlaps, verdicts = self._overlaps, self._verdicts
+        overlaps, verdicts = self._overlaps, self.verdicts()
         size = self._size_of(verdicts.area)
         objects = np.bincount(self._size_of(overlaps.truths.area), minlength=len(SIZES))
         columns: dict[str, Any] = {"objects": objects}
@@ -370,7 +364,7 @@ class ErrorReport:
         """The classification errors: class said, true class, errors; the most frequent first."""
         from pandas import DataFrame
 
-        confused = self._verdicts[are(self._verdicts.verdict, "classification")]
+        confused = self._judged[are(self._judged.verdict, "classification")]
         pairs = np.stack([confused.said, confused.true])
         pairs, counts = np.unique(pairs, axis=1, return_counts=True)
         order = np.argsort(-counts, kind="stable")
@@ -418,7 +412,7 @@ class ErrorReport:
 
 
 def _error_counts(verdicts: Verdicts, group: Ints, groups: int) -> dict[str, Ints]:
-    """ "correct" and errors_... of each type: how many there are in each of the groups (N,)."""
+    """How many there are in each group, correct and of each type; group: (N,)."""
     counts = np.zeros((len(VERDICTS), groups), dtype=np.int64)
     np.add.at(counts, (verdicts.verdict, group), 1)
     return dict(zip(["correct", *(f"errors_{kind}" for kind in KINDS)], counts, strict=True))

@@ -24,6 +24,8 @@ positives; a missed object is a truth that no other error could turn into a corr
 Verdict = Literal["correct", Kind]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 """Correct, then the six types of errors."""
+AIMED: tuple[Verdict, ...] = ("correct", "localisation", "classification")
+"""Of detections that find their object, or would if the error were corrected."""
 
 MOST_DETECTIONS = 100
 """The best of an image and category are evaluated, as in COCO's AP."""
@@ -52,6 +54,8 @@ class Objects(Columns):
     """(N,) rank of the category id."""
     area: Floats
     """(N,) square pixels: a truth's `area`; a detection's mask or box, whichever is evaluated."""
+    shape: NDArray[np.object_]
+    """(N,) x, y, width, height, or compressed run lengths."""
 
 
 @dataclass(frozen=True)
@@ -103,33 +107,28 @@ def find_overlaps(
     ground_truth: dict[str, Any], results: list[dict[str, Any]], iou_type: IouType
 ) -> Overlaps:
     """Overlaps of COCO results with a COCO ground truth; both have been checked."""
-    detections = _objects(ground_truth, results, areas_of(results, iou_type))
+    every = _objects(ground_truth, results, areas_of(results, iou_type), iou_type)
     score = np.array([result["score"] for result in results], dtype=np.float64)
-    order = np.lexsort((detections.source, detections.image, -score))
-    order = order[_within_limit(detections[order])]
-    detections, score = detections[order], score[order]
+    order = np.lexsort((every.source, every.image, -score))
+    order = order[_within_limit(every[order])]
+    detections = every[order]
 
     annotations = ground_truth["annotations"]
+    truths = _objects(ground_truth, annotations, [a["area"] for a in annotations], iou_type)
     is_crowd = np.array([bool(a.get("iscrowd", 0)) for a in annotations], dtype=bool)
-    truths = _objects(ground_truth, annotations, [a["area"] for a in annotations])
-    truths = truths[np.argsort(is_crowd, kind="stable")]  # crowds behind all others
-    count = int((~is_crowd).sum())
-
-    pairs = _all_pairs(ground_truth, results, iou_type, detections, truths, count)
-    is_same = detections.category[pairs.detection] == truths.category[pairs.truth]
-    with_crowd = pairs.truth >= count
-    in_crowd = pairs[is_same & with_crowd]
+    same, other = _pairs(detections, truths[~is_crowd])
+    in_crowds, _ = _pairs(detections, truths[is_crowd], crowd=True)
     crowd = np.zeros(len(detections))
-    np.maximum.at(crowd, in_crowd.detection, in_crowd.iou)
+    np.maximum.at(crowd, in_crowds.detection, in_crowds.iou)
     return Overlaps(
-        detections,
-        score,
-        truths[:count],
-        pairs[is_same & ~with_crowd],
-        pairs[~is_same & ~with_crowd],
-        crowd,
-        len(ground_truth["categories"]),
-        len(results) - len(detections),
+        detections=detections,
+        score=score[order],
+        truths=truths[~is_crowd],
+        same=same,
+        other=other,
+        crowd=crowd,
+        categories=len(ground_truth["categories"]),
+        left_out=len(every) - len(detections),
     )
 
 
@@ -195,10 +194,11 @@ def are(verdict: Ints, *names: Verdict) -> Bools:
 
 
 def judge(overlaps: Overlaps, threshold: float, background: float) -> Verdicts:
-    """The verdict on every detection that does not lie in a crowd region.
+    """The verdict on every detection that does not lie in a crowd region, then all truths as if
+    each were missed: `without_met` takes those out that are not.
 
-    It stays the same when detections of lower scores are left out, because matching goes from the
-    best score down.
+    A verdict stays the same when detections of lower scores are left out, because matching goes
+    from the best score down.
     """
     detections, truths = overlaps.detections, overlaps.truths
     match, ignored = match_at(overlaps, threshold)
@@ -225,59 +225,54 @@ def judge(overlaps: Overlaps, threshold: float, background: float) -> Verdicts:
     could = are(verdict, "localisation", "classification") & ~ignored
     candidates = np.flatnonzero(could & ~np.append(found, True)[truth])  # -1 reads the last one
     best = np.unique(truth[candidates], return_index=True)[1]  # one a truth, of the best score
-    repairs = np.zeros(len(match), dtype=bool)
-    repairs[candidates[best]] = True
+    repairs = np.isin(np.arange(len(match)), candidates[best])
 
-    is_aimed = are(verdict, "correct", "localisation", "classification")
+    aimed_area = np.append(truths.area, np.nan)[truth]
+    nothing = np.full(len(truths), -1)
+    unknown = np.full(len(truths), np.nan)
     return Verdicts(
-        verdict=verdict,
-        image=detections.image,
-        said=detections.category,
-        true=np.append(truths.category, -1)[truth],
-        area=np.where(is_aimed, np.append(truths.area, np.nan)[truth], detections.area),
-        score=overlaps.score,
-        iou=np.select(about, [np.nan, own_iou, other_iou], nearest),
-        result=detections.source,
-        annotation=np.append(truths.source, -1)[truth],
-        truth=truth,
-        repairs=repairs,
-    )[~ignored]
+        verdict=np.append(verdict, np.full(len(truths), VERDICTS.index("missed"))),
+        image=np.append(detections.image, truths.image),
+        said=np.append(detections.category, nothing),
+        true=np.append(np.append(truths.category, -1)[truth], truths.category),
+        area=np.append(np.where(are(verdict, *AIMED), aimed_area, detections.area), truths.area),
+        score=np.append(overlaps.score, unknown),
+        iou=np.append(np.select(about, [np.nan, own_iou, other_iou], nearest), unknown),
+        result=np.append(detections.source, nothing),
+        annotation=np.append(np.append(truths.source, -1)[truth], truths.source),
+        truth=np.append(truth, np.arange(len(truths))),
+        repairs=np.append(repairs, np.full(len(truths), False)),
+    )[np.append(~ignored, np.full(len(truths), True))]
 
 
-def with_missed(judged: Verdicts, truths: Objects) -> Verdicts:
-    """Judged detections, followed by the truths at which none of them aims."""
-    is_aimed = are(judged.verdict, "correct", "localisation", "classification")
-    lost = np.setdiff1d(np.arange(len(truths)), judged.truth[is_aimed])
-    objects, nothing = truths[lost], np.full(len(lost), -1)
-    missed = Verdicts(
-        verdict=np.full(len(lost), VERDICTS.index("missed")),
-        image=objects.image,
-        said=nothing,
-        true=objects.category,
-        area=objects.area,
-        score=np.full(len(lost), np.nan),
-        iou=np.full(len(lost), np.nan),
-        result=nothing,
-        annotation=objects.source,
-        truth=lost,
-        repairs=np.full(len(lost), False),
-    )
-    pairs = ((getattr(judged, f.name), getattr(missed, f.name)) for f in fields(Verdicts))
-    return Verdicts(*(np.concatenate(pair) for pair in pairs))
+def without_met(verdicts: Verdicts, *by: Verdict) -> Verdicts:
+    """Of the truths at the end only those that no detection meets; by: those with one of these
+    verdicts; none given = those that aim at it, right or wrong."""
+    is_missed = are(verdicts.verdict, "missed")
+    met = verdicts.truth[are(verdicts.verdict, *(by or AIMED))]
+    return verdicts[~(is_missed & np.isin(verdicts.truth, met))]
 
 
 def _objects(
-    ground_truth: dict[str, Any], entries: list[dict[str, Any]], areas: list[float]
+    ground_truth: dict[str, Any], entries: list[dict[str, Any]], areas: list[float], iou_type: str
 ) -> Objects:
     """Entries in their own order."""
     images = image_numbers(ground_truth)
+    sizes = {i["id"]: (i.get("height"), i.get("width")) for i in ground_truth["images"]}
     ids = sorted(category["id"] for category in ground_truth["categories"])
     rank = {category_id: number for number, category_id in enumerate(ids)}
+    shapes = np.empty(len(entries), dtype=object)
+    for i, entry in enumerate(entries):
+        if iou_type == "bbox":
+            shapes[i] = list(entry["bbox"])
+        else:
+            shapes[i] = as_rle(entry["segmentation"], *sizes[entry["image_id"]])
     return Objects(
         np.arange(len(entries)),
         np.array([images[entry["image_id"]] - 1 for entry in entries], dtype=np.int64),
         np.array([rank[entry["category_id"]] for entry in entries], dtype=np.int64),
         np.array(areas, dtype=np.float64),
+        shapes,
     )
 
 
@@ -289,43 +284,27 @@ def _within_limit(detections: Objects) -> Ints:
     return np.sort(order[rank < MOST_DETECTIONS])
 
 
-def _all_pairs(
-    ground_truth: dict[str, Any],
-    results: list[dict[str, Any]],
-    iou_type: IouType,
-    detections: Objects,
-    truths: Objects,
-    count: int,
-) -> Pairs:
-    """All that overlap, of any class. Truths from `count` on are crowds: of those the IoU is the
-    share of the detection."""
+def _pairs(detections: Objects, truths: Objects, crowd: bool = False) -> tuple[Pairs, Pairs]:
+    """Those of the same class, and of different ones. crowd: the IoU is the share of the detection
+    that lies in the truth."""
     from pycocotools import mask as coco_mask
 
-    annotations = ground_truth["annotations"]
-    sizes = {i["id"]: (i.get("height"), i.get("width")) for i in ground_truth["images"]}
     found = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
     there = _by_image(truths)
     for image, mine in _by_image(detections).items():
-        theirs = there.get(image)
-        if theirs is None:
-            continue
-        said = [results[i] for i in detections.source[mine]]
-        real = [annotations[i] for i in truths.source[theirs]]
-        shapes: list[Any]
-        if iou_type == "bbox":
-            shapes = [np.array([e["bbox"] for e in side], dtype=float) for side in (said, real)]
-        else:
-            size = sizes[real[0]["image_id"]]
-            shapes = [[as_rle(e["segmentation"], *size) for e in side] for side in (said, real)]
-        iou = coco_mask.iou(*shapes, (theirs >= count).tolist())
-        row, column = np.nonzero(iou)
-        found.append((mine[row], theirs[column], iou[row, column]))
-    return Pairs(*(np.concatenate(column) for column in zip(*found, strict=True)))
+        if image in there:
+            theirs = there[image]
+            shapes = (detections.shape[mine].tolist(), truths.shape[theirs].tolist())
+            iou = coco_mask.iou(*shapes, [crowd] * len(theirs))
+            row, column = np.nonzero(iou)
+            found.append((mine[row], theirs[column], iou[row, column]))
+    pairs = Pairs(*(np.concatenate(column) for column in zip(*found, strict=True)))
+    is_same = detections.category[pairs.detection] == truths.category[pairs.truth]
+    return pairs[is_same], pairs[~is_same]
 
 
 def _by_image(objects: Objects) -> dict[int, Ints]:
     """Image number -> indices of its objects, in order."""
     order = np.argsort(objects.image, kind="stable")
-    images, counts = np.unique(objects.image[order], return_counts=True)
-    groups = np.split(order, np.cumsum(counts)[:-1])
-    return dict(zip(images.tolist(), groups, strict=False))
+    images, starts = np.unique(objects.image[order], return_index=True)
+    return dict(zip(images.tolist(), np.split(order, starts[1:]), strict=False))

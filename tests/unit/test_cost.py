@@ -76,7 +76,7 @@ def test_without_masks() -> None:
 
 
 def test_a_baseline_refuses_a_ratio() -> None:
-    with pytest.raises(ValueError, match="sees every token"):
+    with pytest.raises(ValueError, match="samples no tokens"):
         cost_of(PRESETS["tiny_swin"](), (64, 64), 0.5)
 
 
