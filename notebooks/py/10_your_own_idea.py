@@ -236,47 +236,126 @@ kept = loaded.backbone.sampler(tokens, grid, torch.Generator().manual_seed(SEED)
 check("and scores as before", torch.equal(kept, scores))
 
 # %% [markdown]
-# ## 7 · A stem from a cell
+# ## 7 · Everything else from a cell
+#
+# Six things may be your own, each in a few lines. Beside the sampler there are stem, neck, decoder
+# fill, loss and data set. A class needs a default for every argument of its constructor, because a
+# run makes it anew; the sizes here are those of `tiny`.
 #
 # A **stem** is a module `(images) -> StemFeatures(c2, c3, tokens)` with D/4, D/2 and D channels at
-# strides 4, 8 and 16. A class needs a default for every argument of its constructor: a run makes it
-# anew. This one averages where the paper's stem strides.
-
+# strides 4, 8 and 16. This one averages where the paper's stem strides.
 
 # %%
+from mimdet.models.stem import StemFeatures
+
+
 class PoolStem(nn.Module):
     def __init__(self, dim=128):
         super().__init__()
         widths = (3, dim // 8, dim // 4, dim // 2, dim)
-        convs = [nn.Conv2d(widths[i], widths[i + 1], 3, padding=1) for i in range(4)]
-        self.stages = nn.ModuleList(convs)
+        self.stages = nn.ModuleList(nn.Conv2d(*widths[i : i + 2], 3, padding=1) for i in range(4))
 
     def forward(self, images):
-        from mimdet.models.stem import StemFeatures
-
         maps = [images]
         for stage in self.stages:  # each halves the resolution
             maps.append(F.avg_pool2d(F.gelu(F.group_norm(stage(maps[-1]), 1)), 2))
         return StemFeatures(*maps[2:])
 
 
+# %% [markdown]
+# A **neck** is a module `(c2..c5) -> {"p2".."p6"}`, all of the same width, at strides 4 to 64. This
+# one hands coarse maps down, without the 3 × 3 convolutions and norms of the FPN.
+
+
+# %%
+class TopDown(nn.Module):
+    def __init__(self, widths=(32, 64, 96, 96), channels=48):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(width, channels, 1) for width in widths)
+
+    def forward(self, maps):
+        levels = [conv(maps[f"c{i}"]) for i, conv in enumerate(self.convs, 2)]
+        for i in (2, 1, 0):
+            levels[i] = levels[i] + F.interpolate(levels[i + 1], levels[i].shape[2:])
+        levels.append(F.max_pool2d(levels[3], 1, stride=2))
+        return {f"p{i}": level for i, level in enumerate(levels, 2)}
+
+
+# %% [markdown]
+# A **decoder fill** says what the decoder sees where no token was kept: stem tokens `(B, L, D)` to
+# `(B, L, C)`. Between the stem's tokens (version 2 of the paper) and one that knows nothing of the
+# image (version 1) lies their mean.
+
+
+# %%
+class MeanFill(nn.Module):
+    def __init__(self, dim=128, decoder_dim=96):
+        super().__init__()
+        self.proj = nn.Linear(dim, decoder_dim)
+
+    def forward(self, stem_tokens):
+        mean = stem_tokens.mean(dim=1, keepdim=True)
+        return self.proj(mean).expand(-1, stem_tokens.shape[1], -1)
+
+
+# %% [markdown]
+# A **loss** overrides what differs from `Losses` (`mimdet/models/rcnn.py`): `boxes`, `classes` or
+# `masks`.
+
+# %%
+from mimdet.models.rcnn import Losses
+
+
+class SmoothBoxes(Losses):  # torchvision's, where the paper's is plain L1
+    def boxes(self, deltas, truth):
+        return F.smooth_l1_loss(deltas, truth, beta=1 / 9, reduction="sum")
+
+
+# %% [markdown]
+# A **data set** is a function `(cfg.data, split) -> data set`; what one has to offer is listed in
+# `Dataset` (`mimdet/data/loader.py`). It may open files of yours with `CocoDataset`, or change one
+# that exists: here the scenes in fog.
+
+
+# %%
+def foggy(cfg, split):
+    from mimdet.data.shapes import ShapesCOCO
+
+    class Foggy(ShapesCOCO):
+        version = "foggy scenes, v1"  # what a number of it belongs to
+
+        def __getitem__(self, index):
+            record = super().__getitem__(index)
+            record.image = record.image // 2 + 100
+            return record
+
+    return Foggy(cfg.shapes_level, cfg.shapes_size, cfg.shapes_val, split)
+
+
+# %% [markdown]
+# `mimdet.train` takes them as it takes a sampler (`build_detector` too, but for the data), and keeps
+# their code.
+
 # %%
 import copy
 
-short = copy.deepcopy(base)
-short.training.init_from = ""  # the weights of START are those of another stem
-short.training.steps, short.data.shapes_val = 5, 4
-torch.manual_seed(SEED)  # a new stem starts from random weights
-stem = PoolStem(short.backbone.embed_dim)
-for step in mimdet.train(short, "runs/pool-stem", model=mimdet.build_detector(short, stem=stem)):
-    print(f"step {step.number}: loss {step.loss:.2f}")
-check("five steps", step.number == 5)
-back = mimdet.load_detector("runs/pool-stem", trust_code=True)
+parts = {"stem": PoolStem(), "neck": TopDown(), "fill": MeanFill(), "loss": SmoothBoxes()}
+parts["dataset"] = foggy
+for slot, part in parts.items():
+    short = copy.deepcopy(base)
+    short.training.init_from = ""  # the weights of START are those of other parts
+    short.training.steps, short.data.shapes_val = 2, 4
+    for step in mimdet.train(short, f"runs/own-{slot}", **{slot: part}):
+        print(f"{slot}: step {step.number}, loss {step.loss:.2f}")
+    check(f"two steps with the {slot}", step.number == 2)
+back = mimdet.load_detector("runs/own-stem", trust_code=True)
 check("the stem came back", type(back.backbone.stem).__name__ == "PoolStem")
 
 # %% [markdown]
-# In an experiment it is one more arm: `{"backbone.stem": ["conv", PoolStem]}`, the class, not an
-# object. A backbone (`backbone.kind`) and a neck (`detector.neck`) go the same way.
+# In an experiment each is one more arm: `{"backbone.stem": ["conv", PoolStem]}`. The other fields
+# are `backbone.decoder_fill`, `detector.neck`, `detector.loss`, and `backbone.kind` for a whole
+# backbone. `{"data.source": [foggy], "backbone.sample_ratio": [0.25, 0.5]}` compares on data of your
+# own; with both `"shapes"` and `foggy` in it each arm would be scored on other images.
 #
 # ## From an idea to a merged part
 #
@@ -294,7 +373,7 @@ check("the stem came back", type(back.backbone.stem).__name__ == "PoolStem")
 #
 # ## Summary
 #
-# - A sampler is a function of one image's tokens; a stem is a module. Both may live in a cell.
+# - Sampler, stem, neck, decoder fill, loss and data set: each may live in a cell, in ten lines.
 # - `mimdet.experiment` turns them into rows with paired differences; the same call resumes it.
 # - Two seeds show that it runs. An interval says what you know, and it is wide.
 # - A run keeps the code it was trained with, and asks before executing it.
