@@ -12,8 +12,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
-import msgspec
-
 from mimdet.files import read_json, write_json
 
 
@@ -315,6 +313,8 @@ def from_dict(values: Any, kind: type = Config) -> Any:
     Raises ValueError naming the field for a key this version does not know, or for a value that is
     not of the field's type.
     """
+    import msgspec  # here, because `mimdet --help` reads no file
+
     cfg: Any = msgspec.convert(values, kind)
     unknown = sorted(_flat(values).keys() - flat(cfg).keys())
     if unknown:

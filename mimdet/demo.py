@@ -5,9 +5,7 @@ threads as there are cores, up to four.
 """
 
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -124,13 +122,15 @@ def steps_that_fit(seconds: float, scenes: int, cfg: Config) -> int:
 
     Set aside are the evaluations while training and for the table, and the starts.
     """
+    from tempfile import TemporaryDirectory
+
     from mimdet.training.run import Run
     from mimdet.training.signals import TrainingStopped
     from mimdet.training.train import train
 
     begin = time.perf_counter()
     cfg.training.steps, cfg.data.shapes_val = TIMED_STEPS, TIMED_SCENES
-    with tempfile.TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder:
         trial = Path(folder) / "trial"
         try:
             times = [step.seconds for step in train(cfg, trial)]
@@ -146,6 +146,8 @@ def steps_that_fit(seconds: float, scenes: int, cfg: Config) -> int:
 
 def launch(words: list[str]) -> None:
     """Run a `mimdet` command in a process of its own."""
+    import subprocess
+
     print(f"$ mimdet {' '.join(words)}", flush=True)
     child = subprocess.Popen([sys.executable, "-m", "mimdet", *words], env=MEMORY | os.environ)
     try:
