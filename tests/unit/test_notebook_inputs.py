@@ -3,15 +3,14 @@ something is missing."""
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from PIL import Image
 
-import mimdet.training.run
-from mimdet import notebook
+from mimdet import notebook_setup
 from mimdet.data.coco import build_dataset
-from mimdet.downloads import CATALOGUE
 from mimdet.notebook import open_detector, open_mae, open_pictures
 
 
@@ -65,12 +64,9 @@ def test_a_folder_and_how_a_configuration_names_it(folder: Path) -> None:
     assert [len(target) for target in pictures.targets] == [1, 0]
     assert pictures.targets[0].boxes.tolist() == [[2, 3, 12, 8]]
     assert pictures.categories == ["cell"]
+    assert [record.image_id for record in open_pictures(folder, count=1).records] == [1]
     for split in ("train", "val"):
         assert len(build_dataset(pictures.data, split)) > 0
-
-
-def test_the_first_ones_of_a_folder(folder: Path) -> None:
-    assert [record.image_id for record in open_pictures(folder, count=1).records] == [1]
 
 
 @pytest.mark.parametrize("missing", ["annotations.json", "images"])
@@ -87,56 +83,57 @@ def test_a_folder_without_images(folder: Path) -> None:
         open_pictures(folder)
 
 
-def test_a_path_that_is_not_there() -> None:
+def test_a_path_that_is_no_photo(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jpg does not exist: give a photo"):
         open_pictures("nowhere.jpg")
-
-
-def test_a_file_that_is_no_photo(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("not an image")
     with pytest.raises(ValueError, match=r"notes\.txt cannot be read as an image"):
         open_pictures(tmp_path / "notes.txt")
 
 
-@pytest.mark.parametrize("opened", [lambda mode: open_pictures(mode=mode), open_detector, open_mae])
+@pytest.mark.parametrize(
+    "opened", [notebook_setup, lambda mode: open_pictures(mode=mode), open_detector, open_mae]
+)
 def test_an_unknown_mode_is_refused(opened) -> None:
     with pytest.raises(ValueError, match=r"MODE='fast': use one of \['quick', 'full'\]"):
         opened("fast")
 
 
-def test_full_mode_without_coco(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("opened", [notebook_setup, lambda mode: open_pictures(mode=mode)])
+def test_full_mode_without_coco(monkeypatch: pytest.MonkeyPatch, opened) -> None:
     monkeypatch.delenv("MIMDET_COCO", raising=False)
-    with pytest.raises(ValueError, match="MIMDET_COCO"):
-        open_pictures(mode="full")
+    with pytest.raises(ValueError, match=r"set the environment variable MIMDET_COCO.*val2017"):
+        opened("full")
 
 
 @pytest.mark.parametrize(
-    ("opened", "name"), [(open_detector, "mimdet-base"), (open_mae, "mae-base-visualize")]
+    ("opened", "name", "file", "loader"),
+    [
+        (
+            open_detector,
+            "mimdet-base",
+            "mimdet_vit_base_mask_rcnn_fpn_sr_0p5_800_1333_4xdec_coco_3x.pth",
+            "training.run.load_detector",
+        ),
+        (
+            open_mae,
+            "mae-base-visualize",
+            "mae_visualize_vit_base.pth",
+            "models.weights.load_mae_model",
+        ),
+    ],
 )
-def test_full_mode_without_weights_says_how_to_get_them(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, opened, name: str
+def test_full_mode_opens_downloaded_weights_or_says_how_to_get_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, opened, name: str, file: str, loader: str
 ) -> None:
     monkeypatch.setenv("MIMDET_WEIGHTS", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=f"mimdet download {name}.*MIMDET_WEIGHTS"):
         opened("full")
-
-
-def test_what_it_tells_to_download_can_be_downloaded() -> None:
-    """Under the name that is then looked for."""
-    files = {file.name: file for file in CATALOGUE}
-    for kind, name in notebook.DOWNLOADS.items():
-        stored = files[name].file_name
-        assert stored == notebook.FULL_WEIGHTS[kind]
-
-
-def test_full_mode_loads_the_downloaded_file(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    file = tmp_path / notebook.FULL_WEIGHTS["detector"]
-    file.touch()
-    monkeypatch.setenv("MIMDET_WEIGHTS", str(tmp_path))
-    monkeypatch.setattr(mimdet.training.run, "load_detector", lambda source: ("loaded", source))
-    assert open_detector("full") == ("loaded", str(file))
+    (tmp_path / file).touch()
+    load = Mock()
+    monkeypatch.setattr(f"mimdet.{loader}", load)
+    opened("full")
+    load.assert_called_once_with(str(tmp_path / file))
 
 
 def test_quick_mode_opens_the_shipped_models() -> None:
