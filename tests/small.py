@@ -1,7 +1,17 @@
-"""A configuration that trains in seconds with every part of the real one."""
+"""A configuration that trains in seconds with every part of the real one, and what it leaves."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from mimdet import presets
 from mimdet.config import Config
+from mimdet.training.checkpoints import CheckpointStore
+from mimdet.training.run import MetricsFile
 
 
 def small(steps: int = 4) -> Config:
@@ -29,3 +39,34 @@ def small(steps: int = 4) -> Config:
     cfg.training.evaluate_every_steps = 3
     cfg.training.keep_checkpoints = 9
     return cfg
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    """The metrics of a run without their times."""
+    rows = MetricsFile(run / "metrics.jsonl").read()
+    return [{key: value for key, value in row.items() if key != "time"} for row in rows]
+
+
+def state_of(run: Path) -> dict[str, Tensor]:
+    """Every tensor of the last checkpoint."""
+    last = CheckpointStore(run / "checkpoints").load_last(torch.device("cpu"))
+    assert last is not None
+    tensors = dict(last.weights)
+    for number, values in last.optimizer["optimizer"]["state"].items():
+        tensors |= {f"optimizer.{number}.{name}": value for name, value in values.items()}
+    return tensors
+
+
+def assert_same_end(run: Path, other: Path) -> None:
+    """Two trainings left the same numbers, bit for bit."""
+    assert rows_of(run) == rows_of(other)
+    ours, theirs = state_of(run), state_of(other)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 200) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{what}: not in {seconds} s"
+        time.sleep(0.02)

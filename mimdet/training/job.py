@@ -29,8 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from tqdm import tqdm
 
-from mimdet.config import Config, PretrainConfig, load_config
+from mimdet.config import Config, PretrainConfig
+from mimdet.data.coco import build_dataset
 from mimdet.files import read_json, write_json
 from mimdet.training.run import (
     MetricsFile,
@@ -41,8 +43,8 @@ from mimdet.training.run import (
     read_status,
 )
 from mimdet.training.signals import TIED, TrainingStopped
-from mimdet.training.slots import check_slots, read_slots, write_slots
-from mimdet.training.train import stored_config
+from mimdet.training.slots import check_trust, name_dataset, read_slots
+from mimdet.training.train import adapt_to_data, stored_config
 from mimdet.training.trainer import summary
 
 LOOK_EVERY = 0.1
@@ -190,7 +192,7 @@ class JobState:
             parts += [f"{text} at step {step}" for text in [summary(metrics)] if text]
         if self.running and self.seconds_left is not None:
             parts.append(f"{self.images_per_second:.1f} images/s")
-            parts.append(f"about {duration(self.seconds_left)} left")
+            parts.append(f"about {tqdm.format_interval(self.seconds_left)} left")
             parts += [f"{self.gpu_memory_gb:.1f} GB of GPU memory"] if self.gpu_memory_gb else []
         return ", ".join(parts) + (f": {self.error}" if self.error else "")
 
@@ -216,17 +218,6 @@ def job_state(name: str, rows: list[dict[str, Any]], total: int, error: str) -> 
         gpu_memory_gb=last["time"].get("gpu_memory_gb", 0.0),
         error=error,
     )
-
-
-def duration(seconds: float) -> str:
-    """`40 s`, `12 min`, `3 h 20 min`, `2 d 5 h`."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
 
 
 # ------------------------------------------------------------------------------- the job
@@ -284,24 +275,20 @@ class Job:
 
     @classmethod
     def prepare(cls, cfg: Config | PretrainConfig, run: str | Path, **slots: Any) -> "Job":
-        """As `start`, without starting anything: the folder is made or checked."""
-        path = Path(run)
-        texts = read_slots(slots)
-        cfg = copy.deepcopy(cfg)
-        if "dataset" in texts:
-            cfg.data.source = texts["dataset"].address
-        Run(path, _as_stored(cfg, path))
-        if (path / "environment.json").exists() or (path / "slots" / "slots.json").exists():
-            check_slots(path, texts)
-        write_slots(path / "slots", texts)
-        return cls(path, trust_code=bool(slots))
+        """As `start`, without starting anything: the folder is made or checked, the data opened."""
+        path, cfg, texts = Path(run), copy.deepcopy(cfg), read_slots(slots)
+        if isinstance(cfg, Config):
+            name_dataset(cfg, texts)
+            adapt_to_data(cfg, build_dataset(cfg.data, "train", cfg.training.seed))
+        Run(path, cfg).keep(texts)
+        return cls(path, trust_code=True)
 
     @classmethod
     def attach(cls, run: str | Path, *, trust_code: bool = False) -> "Job":
         """The job of a run directory, whoever started it and whether or not it is still running.
 
-        trust_code: `resume` may execute what stands in the run's slots/. Raises FileNotFoundError
-        when the folder holds no run.
+        trust_code: `resume` may execute the code that the run holds or names. Raises
+        FileNotFoundError when the folder holds no run.
         """
         if not (Path(run) / "config.json").exists():
             raise FileNotFoundError(f"{run} holds no run: there is no config.json in it")
@@ -311,12 +298,8 @@ class Job:
         """Start the run's training, or go on with it; nothing happens where one is running."""
         if self.running():
             return
-        if (self.path / "slots" / "slots.json").exists() and not self.trust_code:
-            raise PermissionError(
-                f"{self.path / 'slots'} holds code written for this run. Read it; if you trust it, "
-                "attach with trust_code=True."
-            )
         cfg = stored_config(self.path)
+        check_trust(self.path, cfg, self.trust_code)
         count = processes or default_processes(cfg)
         if cfg.training.accumulate % count:
             raise ValueError(
@@ -331,8 +314,7 @@ class Job:
     def words(self, processes: int = 1) -> list[str]:
         """What follows `python` to go on with the run, here or in a terminal."""
         words = ["-m", "mimdet", "resume", str(self.path)]
-        if self.trust_code and (self.path / "slots" / "slots.json").exists():
-            words.append("--trust-code")
+        words += ["--trust-code"] if self.trust_code else []
         if processes > 1:
             torchrun = ["-m", "torch.distributed.run", "--standalone"]
             words = [*torchrun, f"--nproc-per-node={processes}", *words]
@@ -435,20 +417,6 @@ def default_processes(cfg: Config | PretrainConfig) -> int:
     gpus = torch.cuda.device_count() if cfg.training.device in ("auto", "cuda") else 0
     shared = [n for n in range(1, gpus + 1) if cfg.training.accumulate % n == 0]
     return max(shared, default=1)
-
-
-def _as_stored(cfg: Config | PretrainConfig, path: Path) -> Config | PretrainConfig:
-    """With the class count, and the mask head left out, that the run's data asked for.
-
-    Training reads them off the data and writes them into the run.
-    """
-    file = path / "config.json"
-    if not isinstance(cfg, Config) or not file.exists():
-        return cfg
-    cfg, stored = copy.deepcopy(cfg), load_config(file)
-    cfg.detector.num_classes = stored.detector.num_classes
-    cfg.detector.masks = cfg.detector.masks and stored.detector.masks
-    return cfg
 
 
 def _environment(cfg: Config | PretrainConfig, processes: int) -> dict[str, str]:

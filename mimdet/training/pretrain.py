@@ -1,6 +1,7 @@
 """Pre-train a masked autoencoder, on the same loop as a detector's training."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,9 @@ SHOWN = 6
 
 def build_mae(cfg: MAEConfig) -> MAE:
     """The autoencoder a configuration describes."""
-    return MAE(
-        cfg.image_size,
-        cfg.patch_size,
-        cfg.embed_dim,
-        cfg.depth,
-        cfg.num_heads,
-        cfg.decoder_dim,
-        cfg.decoder_depth,
-        cfg.decoder_heads,
-        cfg.norm_pix_loss,
-    )
+    sizes = asdict(cfg)
+    del sizes["sample_ratio"]  # it is that of each call
+    return MAE(**sizes)
 
 
 def pretrain(cfg: PretrainConfig, run: str | Path) -> Iterator[Step]:

@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ from mimdet.models.official import (
 from mimdet.models.weights import LoadReport, load_mae
 from mimdet.training.checkpoints import WEIGHTS, CheckpointStore
 from mimdet.training.signals import TrainingStopped
-from mimdet.training.slots import SlotText, check_trust, load_slots, write_slots
+from mimdet.training.slots import SlotText, check_slots, check_trust, load_slots, write_slots
 
 MAE_FILE = "mae.safetensors"
 """What `mimdet pretrain` leaves in its run for others to read."""
@@ -106,14 +107,13 @@ class Run:
         """Whether a training has started here."""
         return (self.path / "environment.json").exists()
 
-    def record_environment(self, data: str) -> None:
-        """Versions, machine, seed and data fingerprint."""
-        write_json(self.path / "environment.json", environment(self.cfg, data))
-
-    def record_detector(self, categories: list[str], texts: dict[str, SlotText]) -> None:
-        """Class names, and the code of parts that were written in a notebook."""
-        write_json(self.path / "categories.json", categories)
-        write_slots(self.path / "slots", texts)
+    def keep(self, texts: dict[str, SlotText]) -> None:
+        """Keep the code of parts that were written in a notebook, or see that it is the same."""
+        folder = self.path / "slots"
+        if self.begun() or (folder / "slots.json").exists():
+            check_slots(self.path, texts)
+        elif processes.rank() == 0:
+            write_slots(folder, texts)
 
     def append(self, row: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl."""
@@ -263,17 +263,13 @@ def _reported(path: Path, total: int, done: Callable[[], int]) -> Iterator[None]
 
 
 def environment(cfg: Config | PretrainConfig, data: str) -> dict[str, Any]:
-    import timm
-    import torchvision
-
+    """Versions, machine, seed and data fingerprint."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "mimdet": __version__,
         "git": git_state(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
+        **{name: version(name) for name in ("torch", "torchvision", "timm")},
         "platform": platform.platform(),
         "gpus": gpus,
         "cpu_threads": torch.get_num_threads(),
@@ -367,7 +363,7 @@ def load_detector(
     if cfg is not None:
         raise ValueError(f"{path} is a run and has its own configuration: leave cfg out")
     cfg = load_config(path / "config.json")
-    check_trust(cfg, trust_code)
+    check_trust(path, cfg, trust_code)
     slots = load_slots(path / "slots", trust_code)
     slots.pop("dataset", None)
     model = build_detector(cfg, **slots)

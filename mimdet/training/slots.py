@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from mimdet.config import Config, flat
+from mimdet.config import Config, PretrainConfig, flat
 from mimdet.files import read_json, write_json, write_text
 
 SLOTS = {
@@ -107,6 +107,12 @@ def read_slots(slots: Mapping[str, Any]) -> dict[str, SlotText]:
     return texts
 
 
+def name_dataset(cfg: Config, texts: Mapping[str, SlotText]) -> None:
+    """Say in the configuration that the data are those of the function that was given."""
+    if "dataset" in texts:
+        cfg.data.source = texts["dataset"].address
+
+
 def write_slots(folder: Path, texts: Mapping[str, SlotText]) -> None:
     """Write `slots/<name>.py` and its sha256 for every part."""
     for slot, part in texts.items():
@@ -119,10 +125,7 @@ def load_slots(folder: Path, trust_code: bool) -> dict[str, Any]:
     """The parts of a run, by slot name. PermissionError without consent; ValueError if edited."""
     index = _index(folder)
     if index and not trust_code:
-        raise PermissionError(
-            f"{folder} holds code written for this run ({', '.join(sorted(index))}). Read it; if "
-            "you trust it, load with trust_code=True."
-        )
+        raise PermissionError(f"{folder} holds code of others, to be run with trust_code=True only")
     slots = {}
     for slot, entry in index.items():
         path = folder / f"{slot}.py"
@@ -144,13 +147,14 @@ def check_slots(run: Path, texts: Mapping[str, SlotText]) -> None:
         )
 
 
-def check_trust(cfg: Config, trust_code: bool) -> None:
-    """PermissionError for a configuration from a file that names code to be imported."""
-    named = {field: value for field, value in flat(cfg).items() if field in SLOTS and ":" in value}
-    if named and not trust_code:
+def check_trust(run: Path, cfg: Config | PretrainConfig, trust_code: bool) -> None:
+    """PermissionError where a run holds code, or names some in its configuration `cfg`."""
+    named = [f"{name}={value}" for name, value in flat(cfg).items() if name in SLOTS]
+    code = [*_index(run / "slots"), *(text for text in named if ":" in text)]
+    if code and not trust_code:
         raise PermissionError(
-            f"the configuration names code to be run: {named}. If you trust it, use "
-            "trust_code=True (--trust-code)."
+            f"{run} holds or names code ({', '.join(sorted(code))}), under slots/ and in "
+            "config.json. Read it; if you trust it, use trust_code=True (--trust-code)."
         )
 
 

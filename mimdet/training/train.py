@@ -1,6 +1,5 @@
 """Train a detector: a generator that can be stopped and resumed at any step."""
 
-import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -9,15 +8,15 @@ from torch import Tensor
 
 from mimdet import processes
 from mimdet.analysis.evaluate import evaluate, ids_of_labels, ratio_row, save_results
-from mimdet.config import Config, DataConfig, PretrainConfig, difference, load_config, save_config
+from mimdet.config import Config, DataConfig, PretrainConfig, difference, load_config
 from mimdet.data.coco import build_dataset
 from mimdet.data.loader import Dataset, MicroBatch, TrainLoader
-from mimdet.files import read_json
+from mimdet.files import read_json, write_json
 from mimdet.models.detector import Detector, build_detector
 from mimdet.training.checkpoints import CheckpointStore
 from mimdet.training.optim import Schedule
 from mimdet.training.run import Run, initialise, load_detector
-from mimdet.training.slots import SlotText, check_slots, check_trust, load_slots, read_slots
+from mimdet.training.slots import check_trust, load_slots, name_dataset, read_slots
 from mimdet.training.trainer import Step, Trainer, set_up, show_progress
 
 DatasetFunction = Callable[[DataConfig, Literal["train", "val"]], Dataset]
@@ -25,12 +24,13 @@ DatasetFunction = Callable[[DataConfig, Literal["train", "val"]], Dataset]
 
 def train(
     cfg: Config,
-    run: str | Path | Run,
+    run: str | Path,
     *,
     model: Detector | None = None,
     train_data: Dataset | None = None,
     val_data: Dataset | None = None,
     dataset: DatasetFunction | None = None,
+    locked: bool = False,
     **slots: Any,
 ) -> Iterator[Step]:
     """Train and yield after every step; `for step in train(cfg, "runs/x"): ...`.
@@ -42,14 +42,14 @@ def train(
     dataset: a function `(cfg.data, split) -> data set`; slots: parts of the detector, as for
     `build_detector` (sampler=..., stem=...). Both may be written in a cell: their code is kept with
     the run. A finished model, for example with such parts, and data sets may be passed in as well.
+    locked: this process holds the run's lock already (`alone_in`).
 
     Raises ValueError, before anything is written, for a model of another configuration and for data
     sets whose classes differ; and where the run holds parts written as other code than these.
     """
     set_up(cfg.training)
-    kept = {"dataset": dataset} if dataset is not None else {}
-    for text in read_slots(kept).values():
-        cfg.data.source = text.address
+    own = {"dataset": dataset} if dataset is not None else {}
+    name_dataset(cfg, read_slots(own))
     data = train_data or build_dataset(cfg.data, "train", cfg.training.seed)
     held_out = val_data or build_dataset(cfg.data, "val", cfg.training.seed)
     ids_of_labels(data.categories, held_out)
@@ -60,13 +60,10 @@ def train(
         raise ValueError(f"the model is complete: give {', '.join(slots)} to build_detector")
     check_model(model, cfg, data.categories)
     model.categories = list(data.categories)
-    texts = read_slots(model.slots | kept)
-    if not isinstance(run, Run):
-        path = run  # the first process makes the directory, the others then find it
-        run = processes.in_turn(lambda: Run(path, cfg))
-    if run.begun():
-        check_slots(run.path, texts)
-    yield from DetectorTrainer(cfg, run, model, data, held_out, texts).steps()
+    # The first process makes the directory, the others then find it.
+    record = processes.in_turn(lambda: Run(run, cfg, locked=locked))
+    record.keep(read_slots(model.slots | own))
+    yield from DetectorTrainer(cfg, record, model, data, held_out).steps()
 
 
 def fit(cfg: Config, name: str, *, runs: str | Path = "runs", **parts: Any) -> Detector:
@@ -81,8 +78,7 @@ def resume(run: str | Path, *, trust_code: bool = False, locked: bool = False) -
     """Train in the folder `run`, or go on with it, to the last step; yields as `mimdet.train`.
 
     The folder holds config.json, and under slots/ the parts that were written in a notebook; they
-    are executed only with trust_code=True. locked: this process holds the run's lock already.
-    Raises FileNotFoundError for a folder that holds no run.
+    are executed only with trust_code=True. FileNotFoundError for a folder that holds no run.
     """
     path = Path(run)
     cfg = stored_config(path)
@@ -92,15 +88,9 @@ def resume(run: str | Path, *, trust_code: bool = False, locked: bool = False) -
 
         yield from pretrain(cfg, path)
         return
-    check_trust(cfg, trust_code)
+    check_trust(path, cfg, trust_code)
     slots = load_slots(path / "slots", trust_code)
-    data = build_dataset(cfg.data, "train", cfg.training.seed)
-    adapted = copy.deepcopy(cfg)
-    adapt_to_data(adapted, data)
-    if adapted != cfg and processes.rank() == 0:  # written before the data were opened
-        save_config(adapted, path / "config.json")
-    record = processes.in_turn(lambda: Run(path, adapted, locked=locked))
-    yield from train(adapted, record, train_data=data, **slots)
+    yield from train(cfg, path, locked=locked, **slots)
 
 
 class DetectorTrainer(Trainer):
@@ -116,7 +106,6 @@ class DetectorTrainer(Trainer):
         model: Detector,
         data: Dataset,
         val_data: Dataset,
-        texts: dict[str, SlotText],
     ) -> None:
         t, rank, world = cfg.training, processes.rank(), processes.world()
         loader = TrainLoader(
@@ -125,12 +114,11 @@ class DetectorTrainer(Trainer):
         schedule = Schedule(t, len(data))
         super().__init__(cfg, run, model, loader, schedule, data.version, val_data.version)
         self.val_data = val_data
-        self.texts = texts
 
     def start(self) -> None:
         if self.cfg.training.init_from:
             initialise(self.model, self.cfg.training.init_from, self.cfg.training.init_decoder)
-        self.run.record_detector(self.model.categories, self.texts)
+        write_json(self.run.path / "categories.json", self.model.categories)
 
     def losses(self, batch: MicroBatch) -> dict[str, Tensor]:
         return self.model(batch.images, batch.targets)

@@ -18,7 +18,7 @@ from mimdet.files import write_json
 from mimdet.inference import autocast
 from mimdet.training.checkpoints import Checkpoint
 from mimdet.training.optim import Schedule, build_optimizer, scaled_rate
-from mimdet.training.run import Run
+from mimdet.training.run import Run, environment
 from mimdet.training.signals import StepAbandoned, StopSignals, TrainingStopped
 
 
@@ -257,7 +257,7 @@ class Trainer:
             "seconds": round(step.seconds, 4),
             "images_per_second": round(step.images / step.seconds, 3),
             "loading": round(step.loading, 3),
-            "gpu_memory_gb": peak_memory(self.device),
+            "gpu_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),  # 0 on a CPU
             "cpu_seconds": self.cpu_seconds(),
         }
         if processes.rank() == 0:
@@ -312,7 +312,8 @@ class Trainer:
         if last is None:
             if processes.rank() == 0:
                 self.start()
-                self.run.record_environment(self.data)
+                about = environment(self.cfg, self.data)
+                write_json(self.run.path / "environment.json", about)
             processes.copy_first(self.model.state_dict().values())
         else:
             self.model.load_state_dict(last.weights)
@@ -361,40 +362,27 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def peak_memory(device: torch.device) -> float:
-    """Highest GPU memory allocated so far, GB; 0 on CPU."""
-    if device.type != "cuda":
-        return 0.0
-    return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
-
-
 def show_progress(steps: Iterable[Step], every: float = 1) -> Iterator[Step]:
     """Pass the steps on, drawing one tqdm line on standard output every so many seconds."""
     from tqdm import tqdm
 
-    bar = None
-    try:
+    bar = tqdm(
+        unit="step",
+        mininterval=every,
+        maxinterval=max(10, every),
+        file=sys.stdout,
+        dynamic_ncols=True,
+    )
+    with bar:
         for step in steps:
-            if bar is None:
-                bar = tqdm(
-                    total=step.total,
-                    initial=step.number - 1,
-                    unit="step",
-                    mininterval=every,
-                    maxinterval=max(10, every),
-                    file=sys.stdout,
-                    dynamic_ncols=True,
-                )
+            if bar.total is None:
+                bar.total, bar.n, bar.initial = step.total, step.number - 1, step.number - 1
             bar.update()
-            bar.set_postfix_str(
-                f"loss {step.loss:.3g}, {step.images / step.seconds:.1f} img/s", refresh=False
-            )
+            speed = f"{step.images / step.seconds:.1f} img/s"
+            bar.set_postfix_str(f"loss {step.loss:.3g}, {speed}", refresh=False)
             if step.evaluation:
                 bar.write(f"step {step.number}: {summary(step.evaluation)}")
             yield step
-    finally:
-        if bar is not None:
-            bar.close()
 
 
 def summary(evaluation: dict) -> str:  # type: ignore[type-arg]

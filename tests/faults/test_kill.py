@@ -1,80 +1,154 @@
 """Real processes, really killed: what is on disk afterwards is whole, and the run goes on."""
 
-import json
+import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mimdet import cli
 from mimdet.training.checkpoints import CheckpointStore
 from mimdet.training.run import load_detector
+from tests.small import assert_same_end, rows_of, wait_until
 
 WORDS = (
     "--embed-dim 32 --depth 1 --num-heads 2 --decoder-dim 32 --decoder-depth 1 --decoder-heads 2 "
     "--channels 16 --box-fc-dim 32 --short-sides 64 --test-short-side 64 --shapes-size 64 "
-    "--shapes-train 16 --shapes-val 2 --batch-size 2 --accumulate 2 "
-    "--checkpoint-every-steps 2 --evaluate-every 0"
+    "--shapes-train 16 --shapes-val 2 --batch-size 1 --accumulate 2 --evaluate-every 0"
 ).split()
+STEPS, EVERY = 40, 5
+"""Of a training by two processes, and of those between two checkpoints."""
 
 
-def command(run: Path, steps: int) -> list[str]:
-    return ["train", "tiny", str(run), *WORDS, "--steps", str(steps)]
+def command(run: Path, steps: int, every: int = 2) -> list[str]:
+    numbers = ["--steps", str(steps), "--checkpoint-every-steps", str(every)]
+    return ["train", "tiny", str(run), *WORDS, *numbers]
 
 
-def start(run: Path, steps: int) -> subprocess.Popen:
+def start(words: list[str]) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "mimdet", *command(run, steps)],
+        [sys.executable, "-m", *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def wait_for_step(run: Path, step: int, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        metrics = run / "metrics.jsonl"
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= step:
-            return
-        time.sleep(0.05)
-    pytest.fail(f"step {step} was not reached in {seconds} s")
+def start_two(run: Path) -> subprocess.Popen:
+    torchrun = "torch.distributed.run --standalone --nproc-per-node=2 -m mimdet"
+    return start([*torchrun.split(), *command(run, STEPS, EVERY)])
 
 
-def losses(run: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "time"} for row in rows if "loss" in row]
+def finish(process: subprocess.Popen, seconds: float = 120) -> str:
+    """What it printed; fails where it is not over in time."""
+    try:
+        return process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun then ends its processes, within 30 s
+        process.wait()
+        raise
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    wait_until(lambda: len(rows_of(run)) >= step, f"step {step}", 120)
+
+
+def last_step(run: Path) -> int:
+    return CheckpointStore(run / "checkpoints").steps()[-1]
 
 
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 128 + 15), (signal.SIGINT, 128 + 2), (signal.SIGKILL, -9)]
 )
 def test_killed_run_is_whole_and_resumes(tmp_path, number, code):
-    process = start(tmp_path / "run", 400)
-    wait_for_step(tmp_path / "run", 3)
+    run = tmp_path / "run"
+    process = start(["mimdet", *command(run, 400)])
+    wait_for_step(run, 3)
     process.send_signal(number)
     begin = time.monotonic()
-    printed, _ = process.communicate(timeout=120)
+    printed = finish(process)
     assert process.returncode == code, printed
     assert time.monotonic() - begin < 20
     if number != signal.SIGKILL:
         assert "run the same command again to resume" in printed
-    store = CheckpointStore(tmp_path / "run" / "checkpoints")
-    stopped_at = store.steps()[-1]
+    stopped_at = last_step(run)
     assert stopped_at >= 2
-    load_detector(tmp_path / "run")
-    before = losses(tmp_path / "run")[:stopped_at]
+    load_detector(run)
+    before = rows_of(run)[:stopped_at]
 
-    resumed = start(tmp_path / "run", 400)
-    wait_for_step(tmp_path / "run", stopped_at + 3)
+    resumed = start(["mimdet", *command(run, 400)])
+    wait_for_step(run, stopped_at + 3)
     resumed.send_signal(signal.SIGTERM)
-    resumed.communicate(timeout=120)
-    after = losses(tmp_path / "run")
+    finish(resumed)
+    after = rows_of(run)
     assert [row["step"] for row in after] == list(range(1, len(after) + 1))
     assert after[:stopped_at] == before
+
+
+# ------------------------------------------------------------------------------- of two processes
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert "done: " in finish(start_two(run))
+    assert last_step(run) == STEPS
+    return run
+
+
+def family(torchrun: subprocess.Popen) -> dict[int, psutil.Process]:
+    """Rank -> process."""
+    children = psutil.Process(torchrun.pid).children()
+    return {int(child.environ()["RANK"]): child for child in children}
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_of_two_processes_is_killed(tmp_path, undisturbed, victim):
+    run = tmp_path / "run"
+    torchrun = start_two(run)
+    wait_for_step(run, EVERY + 3)
+    members = family(torchrun)
+    members[victim].kill()
+    printed = finish(torchrun, seconds=60)
+    assert torchrun.returncode != 0
+    assert not any(member.is_running() for member in members.values())
+    assert f"Signal 9 (SIGKILL) received by PID {members[victim].pid}" in printed
+    assert printed.count("another process of this run has ended or failed") == 1
+    assert "run the same command again to resume" in printed
+    stopped_at = last_step(run)
+    if victim == 1:  # the first process is left and saves the last full step
+        assert stopped_at == len(rows_of(run)) < STEPS
+    else:
+        assert stopped_at % EVERY == 0 and EVERY <= stopped_at < STEPS
+    load_detector(run)
+    assert "done: " in finish(start_two(run))
+    assert_same_end(run, undisturbed)
+
+
+def test_torchrun_is_asked_to_stop(tmp_path, undisturbed):
+    run = tmp_path / "run"
+    torchrun = start_two(run)
+    wait_for_step(run, EVERY + 3)
+    members = family(torchrun)
+    begin = time.monotonic()
+    torchrun.send_signal(signal.SIGTERM)
+    printed = finish(torchrun, seconds=60)
+    assert time.monotonic() - begin < 20
+    assert not any(member.is_running() for member in members.values())
+    stopped_at = last_step(run)
+    assert stopped_at == len(rows_of(run)) < STEPS
+    assert printed.count(f"stopped by SIGTERM: step {stopped_at} is saved in {run}") == 1
+    assert "done: " in finish(start_two(run))
+    assert_same_end(run, undisturbed)
+
+
+# ------------------------------------------------------------------------------- damaged files
 
 
 def test_damaged_checkpoint_is_named(tmp_path):
@@ -87,9 +161,6 @@ def test_damaged_checkpoint_is_named(tmp_path):
 
 
 def test_pickle_that_would_run_code_is_refused(tmp_path):
-    import os
-    import pickle
-
     class Bomb:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "exploded"),)

@@ -23,7 +23,7 @@ from mimdet.training.optim import (
 from mimdet.training.run import Run, load_detector
 from mimdet.training.signals import TrainingStopped
 from mimdet.training.train import fit, resume, train
-from tests.small import small
+from tests.small import assert_same_end, small
 
 # ---------------------------------------------------------------- optimiser
 
@@ -141,16 +141,6 @@ def test_half_of_a_checkpoint_does_not_count(tmp_path):
 # ---------------------------------------------------------------- training
 
 
-def state_of(path) -> tuple[dict, list]:
-    """Every tensor of the last checkpoint, and the metrics without their time fields."""
-    last = CheckpointStore(path / "checkpoints").load_last(torch.device("cpu"))
-    tensors = dict(last.weights)
-    for number, values in last.optimizer["optimizer"]["state"].items():
-        tensors |= {f"optimizer.{number}.{name}": value for name, value in values.items()}
-    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return tensors, [{k: v for k, v in row.items() if k != "time"} for row in rows]
-
-
 def run_to_the_end(path, signal_at_forward: int | None = None) -> int:
     """Train; optionally send SIGINT in the n-th forward pass (two a step), then resume."""
     forwards = 0
@@ -181,7 +171,7 @@ def run_to_the_end(path, signal_at_forward: int | None = None) -> int:
 def undisturbed(tmp_path_factory):
     path = tmp_path_factory.mktemp("undisturbed") / "run"
     assert run_to_the_end(path) == 0
-    return state_of(path)
+    return path
 
 
 # Forward 1 is the first micro-batch of step 1, forward 2 its second one; the evaluation after
@@ -189,21 +179,15 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.parametrize("forward", [1, 3, 4, 5, 7, 8])
 def test_resumed_run_is_bit_identical(tmp_path, undisturbed, forward):
     assert run_to_the_end(tmp_path / "run", signal_at_forward=forward) == 1
-    tensors, rows = state_of(tmp_path / "run")
-    assert rows == undisturbed[1]
-    assert tensors.keys() == undisturbed[0].keys()
-    different = [name for name in tensors if not torch.equal(tensors[name], undisturbed[0][name])]
-    assert different == []
+    assert_same_end(tmp_path / "run", undisturbed)
 
 
-def test_leaving_the_loop_saves(tmp_path, undisturbed):
+def test_leaving_the_loop_saves(tmp_path):
     for step in train(small(), tmp_path / "run"):
         if step.number == 3:
             break
     assert CheckpointStore(tmp_path / "run" / "checkpoints").steps()[-1] == 3
-    for _ in train(small(), tmp_path / "run"):
-        pass
-    assert state_of(tmp_path / "run")[1][-1]["step"] == 4
+    assert [step.number for step in train(small(), tmp_path / "run")] == [4]
 
 
 def test_signal_handlers_are_put_back(tmp_path):
