@@ -60,9 +60,10 @@ def train(
         raise ValueError(f"the model is complete: give {', '.join(slots)} to build_detector")
     check_model(model, cfg, data.categories)
     model.categories = list(data.categories)
+    texts = read_slots(model.slots | own)
     # The first process makes the directory, the others then find it.
     record = processes.in_turn(lambda: Run(run, cfg, locked=locked))
-    record.keep(read_slots(model.slots | own))
+    record.keep(texts)
     yield from DetectorTrainer(cfg, record, model, data, held_out).steps()
 
 
