@@ -43,15 +43,26 @@ def predict(
         picture = to_rgb(image)  # only its resized copy is kept
         sizes.append((picture.shape[1], picture.shape[2]))
         resized.append(model.resize(picture))
+    together = len(resized) if sample is not None else batch_size
     found: dict[int, Detections] = {}
-    for members in equal_padded_size(resized, len(resized) if sample is not None else batch_size):
+    for members in equal_padded_size([picture.shape[1:] for picture in resized], together):
         generators = [generator_for(seed, device_of(model)) for _ in members]
         sampling = Sampling(sample_ratio, keep, sample, generators)
-        detections = run_detector(model, [resized[i] for i in members], sampling)
-        for i, d in zip(members, detections, strict=True):
-            found[i] = to_original(d, sizes[i], resized[i].shape[1:] if model.canvas else None)
-    ordered = [found[i].to("cpu") for i in range(len(resized))]
+        images, own_sizes = [resized[i] for i in members], [sizes[i] for i in members]
+        found |= zip(members, detect_originals(model, images, own_sizes, sampling), strict=True)
+    ordered = [found[i] for i in range(len(resized))]
     return ordered if many else ordered[0]
+
+
+def detect_originals(
+    model: Detector, images: Sequence[Tensor], sizes: Sequence[Size], sampling: Sampling
+) -> list[Detections]:
+    """One batch of resized images -> Detections in images of their original sizes, on the CPU."""
+    found = run_detector(model, images, sampling)
+    return [
+        to_original(d, size, image.shape[1:] if model.canvas else None).to("cpu")
+        for d, size, image in zip(found, sizes, images, strict=True)
+    ]
 
 
 def run_detector(
@@ -88,14 +99,21 @@ def to_original(
     return moved[non_empty(boxes)]
 
 
-def equal_padded_size(images: Sequence[Tensor], batch_size: int) -> Iterator[list[int]]:
-    """Indices of images that need the same canvas, at most `batch_size` at a time."""
-    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for i, image in enumerate(images):
-        groups[padded_size(image.shape[1], image.shape[2])].append(i)
-    for members in groups.values():
-        for start in range(0, len(members), batch_size):
-            yield members[start : start + batch_size]
+def equal_padded_size(sizes: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
+    """Indices of images, by their (height, width), that need the same canvas.
+
+    At most `batch_size` at a time, the largest first: memory runs out at once or not at all.
+    Padding changes a detector's output a little (GroupNorm, positions, decoder), so padded sizes
+    are never mixed.
+    """
+    groups: dict[Size, list[int]] = defaultdict(list)
+    for i, (height, width) in enumerate(sizes):
+        groups[padded_size(height, width)].append(i)
+    return [
+        groups[size][start : start + batch_size]
+        for size in sorted(groups, key=lambda size: (-size[0] * size[1], size))
+        for start in range(0, len(groups[size]), batch_size)
+    ]
 
 
 def generator_for(seed: int, device: torch.device) -> Generator:

@@ -4,16 +4,25 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mimdet import processes
 from mimdet.analysis.metrics import IouType, Metrics, coco_metrics
-from mimdet.data.loader import Dataset, EvalLoader
+from mimdet.data.loader import Dataset, stream
 from mimdet.files import write_json
-from mimdet.inference import DEFAULT_BATCH, device_of, generator_for, run_detector, to_original
+from mimdet.images import Resize
+from mimdet.inference import (
+    DEFAULT_BATCH,
+    detect_originals,
+    device_of,
+    equal_padded_size,
+    generator_for,
+)
 from mimdet.models.detector import Detector
 from mimdet.models.official import generic_names
 from mimdet.models.sampling import Keep, Sampling
@@ -105,22 +114,22 @@ def evaluate(
     start = time.perf_counter()
     if sample_ratio is None:
         sample_ratio = model.sample_ratio_eval
-    device = device_of(model)
-    loader = EvalLoader(
-        dataset, model.resize, batch_size, workers, processes.rank(), processes.world()
-    )
     category_ids = ids_of_labels(model.categories, dataset)
-    results: list[dict[str, Any]] = []
     masks = model.roi_heads.mask_head is not None
-    for batch in _with_progress(loader, len(dataset), progress):
-        generators = [generator_for(image_seed(seed, i), device) for i in batch.indices]
-        sampling = Sampling(sample_ratio, keep, generators=generators)
-        found = run_detector(model, batch.images, sampling)
-        sizes = zip(batch.original_sizes, batch.images, strict=True)
-        for i, (size, image), detections in zip(batch.indices, sizes, found, strict=True):
-            on_canvas = image.shape[1:] if model.canvas else None
-            original = to_original(detections, size, on_canvas).to("cpu")
-            results += results_for(original, dataset.image_id(i), category_ids, masks)
+    sizes = [dataset.image_size(i) for i in range(len(dataset))]
+    groups = equal_padded_size([model.resize.size(*size) for size in sizes], batch_size)
+    mine = groups[processes.rank() :: processes.world()]
+    loaded = stream(mine, partial(resized_images, dataset, model.resize), workers)
+    results: list[dict[str, Any]] = []
+    with progress_bar(len(dataset), progress) as bar:
+        for indices, images in zip(mine, loaded, strict=True):
+            generators = [generator_for(image_seed(seed, i), device_of(model)) for i in indices]
+            sampling = Sampling(sample_ratio, keep, generators=generators)
+            own_sizes = [sizes[i] for i in indices]
+            found = detect_originals(model, images, own_sizes, sampling)
+            for i, detections in zip(indices, found, strict=True):
+                results += results_for(detections, dataset.image_id(i), category_ids, masks)
+            bar.update(min(len(indices) * processes.world(), bar.total - bar.n))
     results = processes.gather_lists(results)
     kinds: list[IouType] = ["bbox", "segm"] if masks and dataset.has_masks else ["bbox"]
     scale = getattr(dataset, "area_scale", 1.0)
@@ -240,13 +249,13 @@ def image_seed(seed: int, index: int) -> int:
     return seed * 1_000_003 + index
 
 
-def _with_progress(loader: EvalLoader, images: int, show: bool) -> Any:
-    if not show or processes.rank() != 0:
-        yield from loader
-        return
+def resized_images(dataset: Dataset, resize: Resize, indices: Sequence[int]) -> list[Tensor]:
+    return [resize(dataset.image(i)) for i in indices]
+
+
+def progress_bar(images: int, show: bool) -> Any:
+    """Of the first process, where it is wanted."""
     from tqdm import tqdm
 
-    with tqdm(total=images, unit="img", mininterval=1, file=sys.stdout, desc="evaluate") as bar:
-        for batch in loader:
-            yield batch
-            bar.update(min(len(batch.images) * processes.world(), images - bar.n))
+    hidden = not show or processes.rank() != 0
+    return tqdm(total=images, unit="img", mininterval=1, file=sys.stdout, disable=hidden)

@@ -1,4 +1,4 @@
-"""Data sets -> micro-batches for training, groups of equal padded size for evaluation.
+"""Data sets -> micro-batches for training.
 
 Nothing here has a state worth saving: what a step holds follows from (seed, step), so a run resumes
 at any step, on any number of processes, with any number of workers, and sees the same images.
@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader
 
 from mimdet.config import DataConfig
 from mimdet.data.augment import apply, draw_geometry, rng_for
-from mimdet.images import Resize
 from mimdet.structures import PAD_MULTIPLE, Record, Target, padded_size
 
 Packed = tuple[Tensor, list[int], bytes]
@@ -252,18 +251,6 @@ class MicroBatch:
     """Position within the global step: 0..accumulate-1, counted over all processes."""
 
 
-@dataclass(slots=True)
-class EvalBatch:
-    """Images that pad to one size."""
-
-    indices: list[int]
-    """Positions in the data set."""
-    images: list[Tensor]
-    """(3, h, w) uint8 after the test transform."""
-    original_sizes: list[tuple[int, int]]
-    """(height, width) of the stored images."""
-
-
 class StepLoader:
     """Endless micro-batches, addressed by step: nothing has to be remembered to resume.
 
@@ -338,55 +325,4 @@ def _train_batch(
         batch.images.append(image)
         batch.targets.append(target)
         batch.image_ids.append(record.image_id)
-    return batch
-
-
-class EvalLoader:
-    """Every image once, in groups of equal padded size, the largest first.
-
-    Padding changes a detector's output a little (GroupNorm, positions, decoder), so evaluation
-    never mixes padded sizes; with the largest first, memory runs out at once or not at all.
-    Process `rank` of `world` gets every world-th group.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        resize: Resize,
-        batch_size: int,
-        workers: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        self.order = eval_order(dataset, resize, batch_size)[rank::world]
-        self.workers = workers
-        self._load = partial(_eval_batch, dataset, resize)
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __iter__(self) -> Iterator[EvalBatch]:
-        return stream(self.order, self._load, self.workers)
-
-
-def eval_order(dataset: Dataset, resize: Resize, batch_size: int) -> list[list[int]]:
-    """Indices in groups of at most batch_size whose test transforms pad to one size."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    for index in range(len(dataset)):
-        size = resize.size(*dataset.image_size(index))
-        groups.setdefault(padded_size(*size), []).append(index)
-    largest_first = sorted(groups, key=lambda size: (-size[0] * size[1], size))
-    return [
-        groups[size][start : start + batch_size]
-        for size in largest_first
-        for start in range(0, len(groups[size]), batch_size)
-    ]
-
-
-def _eval_batch(dataset: Dataset, resize: Resize, indices: list[int]) -> EvalBatch:
-    batch = EvalBatch(indices, [], [])
-    for index in indices:
-        image = dataset.image(index)
-        batch.images.append(resize(image))
-        batch.original_sizes.append((image.shape[1], image.shape[2]))
     return batch

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from mimdet.config import DataConfig
-from mimdet.data.augment import draw_geometry, resize_of, rng_for
-from mimdet.data.loader import EvalLoader, Plan, TrainLoader, bucket, pack, padded_size, unpack
+from mimdet.data.augment import draw_geometry, rng_for
+from mimdet.data.loader import Plan, TrainLoader, bucket, pack, padded_size, unpack
+from mimdet.inference import equal_padded_size
 from mimdet.structures import Crops, Record, Target
 
 SMALL = DataConfig(augment="multiscale", short_sides=(32, 40, 64), test_short_side=32, max_side=96)
@@ -230,21 +231,14 @@ def test_a_late_start_is_immediate():
     assert len(batches) == 8
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_never_mixes_padded_sizes(workers):
-    dataset = Noise(23)
-    loader = EvalLoader(dataset, resize_of(SMALL), batch_size=4, workers=workers)
-    seen, areas = [], []
-    for batch in loader:
-        padded = {padded_size(*image.shape[1:]) for image in batch.images}
-        assert len(padded) == 1 and len(batch.images) <= 4
-        assert batch.original_sizes == [dataset.image_size(i) for i in batch.indices]
-        height, width = padded.pop()
-        areas.append(height * width)
-        seen += batch.indices
-    assert sorted(seen) == list(range(23))
-    assert areas == sorted(areas, reverse=True)
-    assert len(loader) == len(areas) < 23
+def test_evaluation_never_mixes_padded_sizes():
+    sizes = [Noise(23).image_size(i) for i in range(23)]
+    groups = equal_padded_size(sizes, 4)
+    padded = [{padded_size(*sizes[i]) for i in group} for group in groups]
+    assert all(len(own) == 1 for own in padded) and max(map(len, groups)) <= 4
+    areas = [height * width for ((height, width),) in padded]
+    assert areas == sorted(areas, reverse=True) and len(areas) < 23
+    assert sorted(itertools.chain(*groups)) == list(range(23))
 
 
 def test_pack_keeps_any_tensors_and_all_else():
