@@ -17,21 +17,12 @@ from mimdet.models.backbones import MIMDetBackbone
 from mimdet.models.detector import Detector, evaluating
 from mimdet.models.rcnn import Batch
 from mimdet.models.sampling import Sample, Sampling
-from mimdet.viz import draw
+from mimdet.viz import attention, draw
 from mimdet.viz import record as recording
-from mimdet.viz.attention import (
-    block_title,
-    greyed,
-    largest_other,
-    nearest_sampled,
-    overlay,
-    rolled_out,
-    share,
-)
 from mimdet.viz.draw import Pixels
 from mimdet.viz.record import Recording, attention_names, record
 from mimdet.viz.widgets.canvas import PatchCanvas
-from mimdet.viz.widgets.panel import ImagePanel
+from mimdet.viz.widgets.panel import ImagePanel, dropdown
 
 WIDTH = 352
 """Pixels of a picture on the screen."""
@@ -66,8 +57,8 @@ class AttentionExplorer(ImagePanel):
             part: [n for n in attention_names(model) if n.startswith(f"backbone.{part}.")]
             for part in ("encoder", "decoder")
         }
-        self.part = _dropdown("part", 160, [part for part, names in self.names.items() if names])
-        self.block, self.head = _dropdown("block", 110), _dropdown("head", 130)
+        self.part = dropdown("part", [part for part, names in self.names.items() if names])
+        self.block, self.head = dropdown("block", []), dropdown("head", [])
         self.rollout = ipywidgets.Checkbox(
             description="rollout", indent=False, layout={"width": "90px"}
         )
@@ -91,7 +82,7 @@ class AttentionExplorer(ImagePanel):
         for canvas in self.canvases:
             canvas.rows, canvas.columns = h, w
         if not 0 <= self.picture.selected < h * w:  # there is something to see at once
-            self.picture.selected = nearest_sampled(inputs.sample, h // 2 * w + w // 2)
+            self.picture.selected = attention.nearest_sampled(inputs.sample, h // 2 * w + w // 2)
         place = self.picture.selected
         kept = inputs.sample.keep[0].tolist()
         self.picture.dropped = sorted({*range(h * w)} - {*kept})
@@ -113,10 +104,10 @@ class AttentionExplorer(ImagePanel):
         best = int(shares.argmax())
         most = f"row {best // w}, column {best % w}"
         self.map.label = self.label = f"{text}, of the token in {where}; most goes to {most}."
-        even = 1 / int(values.isfinite().sum())
+        largest = attention.share(float(shares[best]))
+        even = attention.share(1 / int(values.isfinite().sum()))
         return (
-            f"{text}. Query {where}; most, {share(float(shares[best]))}, goes to {most}; equal "
-            f"shares would be {share(even)}."
+            f"{text}. Query {where}; most, {largest}, goes to {most}; equal shares would be {even}."
         )
 
     def _attention(self, inputs: "Inputs", place: int) -> tuple[Tensor, float, str]:
@@ -124,16 +115,16 @@ class AttentionExplorer(ImagePanel):
         names = self.names[self.part.value]
         name = names[self.block.value]
         seen = self._look(inputs, place)
-        title = block_title(seen, name)
+        title = attention.block_title(seen, name)
         if self.rollout.value:
             if seen.query is not None:
                 raise ValueError(
                     "rollout needs whole maps, and those of so many tokens do not fit: lower the "
                     "ratio, take a smaller picture, or switch rollout off"
                 )
-            values, own = rolled_out(seen, names[: self.block.value + 1], place)
-            text = f"Rollout up to {title}, {share(own)} of itself"
-            return values, largest_other(values, place), text
+            values, own = attention.rolled_out(seen, names[: self.block.value + 1], place)
+            text = f"Rollout up to {title}, {attention.share(own)} of itself"
+            return values, attention.largest_other(values, place), text
         rows = seen.row(name, place)  # (heads, N)
         mean = self.head.value == MEAN
         row = rows.mean(0) if mean else rows[self.head.value]
@@ -142,7 +133,7 @@ class AttentionExplorer(ImagePanel):
 
     def _show_map(self, inputs: "Inputs", values: Tensor, high: float) -> None:
         below = Image.fromarray(inputs.grey).convert("RGBA")
-        above = Image.fromarray(overlay(values, high))
+        above = Image.fromarray(attention.overlay(values, high))
         below.alpha_composite(above.resize(below.size, Image.Resampling.NEAREST))
         self.map.show(np.asarray(below.convert("RGB")))
 
@@ -162,7 +153,7 @@ class AttentionExplorer(ImagePanel):
         padding = (0, width - image.shape[2], 0, height - image.shape[1])
         padded = F.pad(image, padding, value=255)
         self.picture.show(draw.to_pixels(padded, WIDTH))
-        grey = draw.to_pixels(greyed(padded), WIDTH)
+        grey = draw.to_pixels(attention.greyed(padded), WIDTH)
         return Inputs(batch, grey, sample.to(torch.device("cpu")))
 
     def _look(self, inputs: "Inputs", place: int) -> Recording:
@@ -186,8 +177,8 @@ class AttentionExplorer(ImagePanel):
         return inputs.seen[part, query]
 
     def _heads(self) -> int:
-        attention: Any = self.model.get_submodule(self.names[self.part.value][0])
-        return int(attention.num_heads)
+        block: Any = self.model.get_submodule(self.names[self.part.value][0])
+        return int(block.num_heads)
 
     def _offer_blocks(self) -> None:
         """Blocks and heads of the chosen part; the last block and the mean are chosen first."""
@@ -208,8 +199,3 @@ class Inputs:
     sample: Sample
     seen: dict[tuple[str, int | None], Recording] = field(default_factory=dict)
     """By part, and by query where all maps would not fit."""
-
-
-def _dropdown(description: str, width: int, options: Sequence[str] = ()) -> Any:
-    layout = {"width": f"{width}px"}
-    return ipywidgets.Dropdown(options=options, description=description, layout=layout)

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import ipywidgets
 import numpy as np
@@ -19,8 +19,6 @@ from mimdet.models.detector import Detector
 from mimdet.viz.draw import beside
 from mimdet.viz.style import VERMILLION
 from mimdet.viz.widgets.canvas import PatchCanvas, with_picture
-
-Result = TypeVar("Result")
 
 MANY_PROPOSALS, FEW_PROPOSALS = 300, 100
 
@@ -73,12 +71,11 @@ class Panel:
         """Fill the canvases from the controls; returns the text of the status line."""
         raise NotImplementedError
 
-    def once(self, name: Any, key: Any, make: Callable[[], Result]) -> Result:
+    def once(self, name: Any, key: Any, make: Callable[[], Any]) -> Any:
         """What `make` returns; it is called again only when `name` has another key than before."""
         if name not in self._made or self._made[name][0] != key:
             self._made[name] = key, make()
-        made: Result = self._made[name][1]
-        return made
+        return self._made[name][1]
 
     def redraw(self) -> None:
         """Answer the controls as they stand now."""
@@ -126,11 +123,7 @@ class ImagePanel(Panel):
         if not len(images):
             raise ValueError("no images to choose from: give at least one")
         self.images = list(images)
-        self.image = ipywidgets.Dropdown(
-            options=[(f"image {i + 1}", i) for i in range(len(self.images))],
-            description="image",
-            layout={"width": "150px"},
-        )
+        self.image = dropdown("image", [(f"image {i + 1}", i) for i in range(len(self.images))])
         self.upload = ipywidgets.FileUpload(accept="image/*", description="your own")
         self.upload.observe(self._uploaded, "value")
         self.ratio = ipywidgets.SelectionSlider(
@@ -168,6 +161,23 @@ def in_words(error: Exception) -> str:
     """A line of a page."""
     said = html.escape(str(error), quote=False)
     return f"<b style='color:{VERMILLION}'>{type(error).__name__}</b>: {said}"
+
+
+def dropdown(description: str, options: Any) -> Any:
+    """A list to choose from, as wide as what it holds."""
+    layout = {"width": "max-content", "max_width": "260px"}
+    return ipywidgets.Dropdown(options=options, description=description, layout=layout)
+
+
+def toggles(description: str, options: Sequence[str], value: str) -> Any:
+    """Buttons of which one is pressed, each as wide as its text."""
+    return ipywidgets.ToggleButtons(
+        options=options,
+        value=value,
+        description=description,
+        style={"button_width": "max-content"},
+        layout={"width": "max-content"},
+    )
 
 
 def seed_slider() -> Any:

@@ -9,21 +9,10 @@ from torch import Tensor
 
 from mimdet.models.detector import Detector
 from mimdet.models.sampling import token_grid
-from mimdet.viz import draw
+from mimdet.viz import draw, features
 from mimdet.viz.draw import Pixels
-from mimdet.viz.features import (
-    LEVELS,
-    Pyramid,
-    channel_map,
-    fit_basis,
-    norm_map,
-    pale_dropped,
-    pca_picture,
-    pyramid_of,
-    strongest_channels,
-)
 from mimdet.viz.widgets.canvas import PatchCanvas
-from mimdet.viz.widgets.panel import ImagePanel
+from mimdet.viz.widgets.panel import ImagePanel, dropdown, toggles
 
 SIDE = 320  # pixels of a canvas on the screen
 BEFORE_SAMPLING = ("c2", "c3", "tokens")
@@ -59,16 +48,11 @@ class PyramidViewer(ImagePanel):
         if not self.models:
             raise ValueError("no model to look into: give a detector, or name -> detector")
         sampled = all(model.samples for model in self.models.values())
-        levels = [level for level in LEVELS if sampled or level != "tokens"]  # others have no stem
-        layout = {"width": "170px"}
-        self.level = ipywidgets.Dropdown(options=levels, description="level", layout=layout)
-        self.view = ipywidgets.ToggleButtons(
-            options=["PCA", "norm", "channel"], style={"button_width": "80px"}
-        )
+        levels = [level for level in features.LEVELS if sampled or level != "tokens"]
+        self.level = dropdown("level", levels)
+        self.view = toggles("view", ["PCA", "norm", "channel"], "PCA")
         self.channel = ipywidgets.IntSlider(description="channel", min=0, max=0)
-        self.model = ipywidgets.Dropdown(
-            options=[ALL, *self.models], description="model", layout=layout
-        )
+        self.model = dropdown("model", [ALL, *self.models])
         self.scale = ipywidgets.Checkbox(True, description="one scale for all", indent=False)
         self.picture = PatchCanvas()
         self.maps = {name: PatchCanvas() for name in self.models}
@@ -92,15 +76,15 @@ class PyramidViewer(ImagePanel):
         for name, canvas in self.maps.items():
             canvas.layout.display = None if name in shown else "none"
         pictures = self._pictures(maps, full)
-        for name, features, (pixels, note) in zip(shown, maps, pictures, strict=True):
-            title = f"{level}: {' x '.join(map(str, features.shape))}"
+        for name, values, (pixels, note) in zip(shown, maps, pictures, strict=True):
+            title = f"{level}: {' x '.join(map(str, values.shape))}"
             title = f"{name}, {title}" if len(self.models) > 1 else title
             self.maps[name].show(draw.enlarged(pixels, SIDE, smooth=False), title=title)
             self.maps[name].label = f"{title}, {note}"
         first = now[shown[0]]
         image, kept = draw.to_pixels(first.image, SIDE), "this backbone sees every token"
         if first.sample is not None:
-            image = pale_dropped(image, first.sample, draw.image_size(first.image))
+            image = features.pale_dropped(image, first.sample, draw.image_size(first.image))
             total = math.prod(token_grid(*first.size))
             kept = f"the encoder sees {len(first.sample.keep[0])} of {total} tokens"
         self.picture.show(image, title="image")
@@ -117,7 +101,7 @@ class PyramidViewer(ImagePanel):
             moved = f"moved from ratio 1 by {' | '.join(f'{share:.1f} %' for share in shares)}"
         return f"{level} · {kept} · {' | '.join(note for _, note in pictures)} · {moved}"
 
-    def _pyramid(self, name: str, ratio: float, seed: int) -> Pyramid:
+    def _pyramid(self, name: str, ratio: float, seed: int) -> features.Pyramid:
         """What a model makes of the image; kept for the last setting and for ratio 1."""
         model = self.models[name]
         if ratio == 1 or not model.samples:
@@ -125,7 +109,7 @@ class PyramidViewer(ImagePanel):
         return self.once(
             (name, ratio == 1),
             (self.image.value, ratio, seed),
-            lambda: pyramid_of(model, self.chosen, sample_ratio=ratio, seed=seed),
+            lambda: features.pyramid_of(model, self.chosen, sample_ratio=ratio, seed=seed),
         )
 
     def _pictures(
@@ -134,21 +118,21 @@ class PyramidViewer(ImagePanel):
         """Each map as pixels and what they show; scales are those of the references."""
         one = self.scale.value and len({len(reference) for reference in references}) == 1
         if self.view.value == "PCA":
-            bases = [fit_basis(*references) if one else fit_basis(own) for own in references]
-            return [
-                (pca_picture(m, b), f"3 colours carry {100 * float(b.explained.sum()):.0f} %")
-                for m, b in zip(maps, bases, strict=True)
-            ]
-        planes, scales = list(map(norm_map, maps)), list(map(norm_map, references))
-        names = ["norm"] * len(maps)
-        if self.view.value == "channel":  # that varies so much in its reference
+            groups = [references if one else [own] for own in references]
+            bases = [features.fit_basis(*group) for group in groups]
+            pixels = map(features.pca_picture, maps, bases)
+            notes = [f"3 colours carry {100 * float(b.explained.sum()):.0f} %" for b in bases]
+            return list(zip(pixels, notes, strict=True))
+        if self.view.value == "norm":
+            planes, scales = ([*map(features.norm_map, given)] for given in (maps, references))
+            names = ["norm"] * len(maps)
+            if one:
+                scales = [torch.cat([scale.flatten() for scale in scales])] * len(scales)
+        else:
             rank = self.channel.value
-            chosen = [strongest_channels(reference, rank + 1)[rank] for reference in references]
-            planes = list(map(channel_map, maps, chosen))
-            scales = list(map(channel_map, references, chosen))
+            chosen = [features.strongest_channels(own, rank + 1)[rank] for own in references]
+            planes, scales = ([*map(features.channel_map, g, chosen)] for g in (maps, references))
             names = [f"channel {channel}" for channel in chosen]
-        elif one:
-            scales = [torch.cat([scale.flatten() for scale in scales])] * len(scales)
         ends = [(float(scale.min()), float(scale.max())) for scale in scales]
         return [
             (draw.heat(plane, low, high), f"{name} {low:.1f} to {high:.1f}")

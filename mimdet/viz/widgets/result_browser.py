@@ -17,7 +17,7 @@ from mimdet.viz import draw
 from mimdet.viz.draw import Mark, Pixels, Size
 from mimdet.viz.style import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, YELLOW
 from mimdet.viz.widgets.canvas import PatchCanvas
-from mimdet.viz.widgets.panel import Panel, score_slider
+from mimdet.viz.widgets.panel import Panel, dropdown, score_slider
 
 Results = list[dict[str, Any]]
 
@@ -86,12 +86,10 @@ class ResultBrowser(Panel):
         if not len(dataset):
             raise ValueError("the data set has no images: there is nothing to look at")
         truth = dataset.ground_truth()
-        options: Any = {
-            "iou_threshold": iou_threshold,
-            "area_scale": getattr(dataset, "area_scale", 1.0),
-        }
+        scale = getattr(dataset, "area_scale", 1.0)
         self.runs = {
-            name: find_errors(truth, mine, iou_type, **options) for name, mine in runs.items()
+            name: find_errors(truth, mine, iou_type, iou_threshold=iou_threshold, area_scale=scale)
+            for name, mine in runs.items()
         }
         self.iou_type = iou_type
         first = next(iter(self.runs.values()))
@@ -100,10 +98,7 @@ class ResultBrowser(Panel):
         self._record = lru_cache(REMEMBERED)(lambda place: dataset[index[self._ids[place]]])
         ids = sorted(category["id"] for category in truth["categories"])
         self._rank = {category_id: rank for rank, category_id in enumerate(ids)}
-        self._truth: dict[Any, list[dict[str, Any]]] = {image_id: [] for image_id in self._ids}
-        for annotation in truth["annotations"]:
-            if not annotation.get("iscrowd", 0):
-                self._truth[annotation["image_id"]].append(annotation)
+        self._objects = [a for a in truth["annotations"] if not a.get("iscrowd", 0)]
         self._width = width or (400 if len(runs) == 1 else 300)
         self._filter: tuple[Any, ...] = ()
         self._image = 0  # the one last shown
@@ -114,20 +109,19 @@ class ResultBrowser(Panel):
         self.redraw()
 
     def _make_controls(self, score_threshold: float) -> None:
-        def choice(description: str, options: Any) -> Any:
-            layout = {"width": "max-content"}
-            return ipywidgets.Dropdown(options=options, description=description, layout=layout)
-
         def button(text: str, by: int) -> Any:
+            def step(_: Any) -> None:
+                self.position.value += by  # stays within its ends
+
             made = ipywidgets.Button(description=text, layout={"width": "90px"})
-            made.on_click(lambda _: self._step(by))
+            made.on_click(step)
             return made
 
         # Not None: a list shows that value as an empty field.
-        self.verdict = choice("verdict", [("any", ""), *((v, v) for v in VERDICTS)])
-        self.category = choice("class", [("any", ""), *((c, c) for c in self._categories)])
-        self.size = choice("size", [("any", ""), *((s, s) for s in SIZES)])
-        self.where = choice(
+        self.verdict = dropdown("verdict", [("any", ""), *((v, v) for v in VERDICTS)])
+        self.category = dropdown("class", [("any", ""), *((c, c) for c in self._categories)])
+        self.size = dropdown("size", [("any", ""), *((s, s) for s in SIZES)])
+        self.where = dropdown(
             "where", ["either", *self.runs, *(f"only {name}" for name in self.runs)]
         )
         self.score = score_slider(score_threshold)
@@ -170,7 +164,8 @@ class ResultBrowser(Panel):
         picture, size = draw.to_pixels(image, self._width), draw.image_size(image)
         marks = [
             Mark(draw.box_of(entry, size), WHITE, self._class(entry), self._mask(entry, size))
-            for entry in self._truth[self._ids[self._image]]
+            for entry in self._objects
+            if entry["image_id"] == self._ids[self._image]
         ]
         title = f"truth: {_plural(len(marks), 'object')}"
         self.canvases[0].show(draw.with_marks(picture, marks, size), title=title)
@@ -243,9 +238,6 @@ class ResultBrowser(Panel):
             self._image = matches[place - 1]
         self.previous.disabled = self.position.value <= 1
         self.next.disabled = self.position.value >= len(matches)
-
-    def _step(self, by: int) -> None:
-        self.position.value = min(max(1, self.position.value + by), max(1, len(self.matches)))
 
 
 def legend(width: int, size: int = 13) -> Pixels:

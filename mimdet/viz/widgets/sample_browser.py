@@ -15,7 +15,7 @@ from mimdet.structures import Record, Target
 from mimdet.viz import draw
 from mimdet.viz.draw import Pixels
 from mimdet.viz.widgets.canvas import PatchCanvas
-from mimdet.viz.widgets.panel import Panel, seed_slider
+from mimdet.viz.widgets.panel import Panel, seed_slider, toggles
 
 KINDS = ("none", "multiscale", "paper", "lsj")
 BOARD = 400
@@ -50,12 +50,7 @@ class SampleBrowser(Panel):
         self.index = ipywidgets.BoundedIntText(
             max=len(dataset) - 1, description="image", layout={"width": "150px"}
         )
-        self.kind = ipywidgets.ToggleButtons(
-            options=KINDS,
-            value="paper",
-            description="augmentation",
-            style={"button_width": "90px"},
-        )
+        self.kind = toggles("augmentation", KINDS, "paper")
         self.seed = seed_slider()
         self.canvases = self.stored, self.shown = [PatchCanvas(), PatchCanvas()]
         self.geometry: Geometry | None = None

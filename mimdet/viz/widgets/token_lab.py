@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from mimdet.inference import generator_for, predict
 from mimdet.models.detector import Detector
 from mimdet.models.mae import MAE
-from mimdet.models.sampling import SAMPLERS, Sample, Sampler, select, token_grid
+from mimdet.models.sampling import SAMPLERS, Sample, Sampler, token_grid
+from mimdet.models.sampling import draw as draw_sample
 from mimdet.structures import Detections, Target
 from mimdet.viz import draw
 from mimdet.viz.features import pale_dropped
@@ -22,7 +23,7 @@ from mimdet.viz.reconstruction import Answer, Painted, SameTokens, View, timed
 from mimdet.viz.record import record
 from mimdet.viz.style import BLUE, SKY
 from mimdet.viz.widgets.canvas import PatchCanvas
-from mimdet.viz.widgets.panel import ImagePanel, few_proposals, score_slider
+from mimdet.viz.widgets.panel import ImagePanel, dropdown, few_proposals, score_slider, toggles
 
 WIDTH = 300
 """Pixels of a canvas on the screen."""
@@ -98,16 +99,9 @@ class TokenLab(ImagePanel):
     # --------------------------------------------------------------------------- the widgets
 
     def _build(self) -> None:
-        self.sampler = ipywidgets.Dropdown(
-            options=list(self.samplers), description="sampler", layout={"width": "170px"}
-        )
-        self.tool = ipywidgets.ToggleButtons(
-            options=["brush", "select"],
-            description="tool",
-            style={"button_width": "64px"},
-            layout={"width": "max-content"},
-        )
-        self.reconstruction = ipywidgets.Dropdown(options=PARTS, description="reconstruction")
+        self.sampler = dropdown("sampler", list(self.samplers))
+        self.tool = toggles("tool", ["brush", "select"], "brush")
+        self.reconstruction = dropdown("reconstruction", PARTS)
         self.reset = ipywidgets.Button(description="reset", layout={"width": "70px"})
         self.canvas = PatchCanvas(tool="brush", show_grid=True, title="kept tokens")
         self.painting = PatchCanvas(title="painted from these tokens")
@@ -153,14 +147,11 @@ class TokenLab(ImagePanel):
     def _draw_sample(self, view: View) -> None:
         """Let the sampler choose, and put what it leaves out on the canvas."""
         tokens = self.models.tokens(view)
-        generator = generator_for(self.seed.value, tokens.device)
-        scores = self.samplers[self.sampler.value](tokens, view.grid, generator)
-        if scores.shape != (len(tokens),):
-            raise ValueError(
-                f"the sampler {self.sampler.value!r} returned scores of shape "
-                f"{tuple(scores.shape)}; it must return one per token: ({len(tokens)},)"
-            )
-        sample = select([scores.cpu()], [view.grid], view.grid, self.ratio.value)
+        sampler, ratio = self.samplers[self.sampler.value], self.ratio.value
+        generators = [generator_for(self.seed.value, tokens.device)]
+        sample = draw_sample(
+            sampler, tokens[None], [view.grid], view.grid, ratio, generators=generators
+        )
         with self.canvas.hold_sync():
             self.canvas.rows, self.canvas.columns = view.grid
             if self.canvas.selected >= len(tokens):
