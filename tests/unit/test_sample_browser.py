@@ -12,7 +12,8 @@ from mimdet.data.loader import TrainLoader
 from mimdet.data.shapes import ShapesCOCO
 from mimdet.structures import Record, Target
 
-widgets = pytest.importorskip("mimdet.viz.widgets.sample_browser")
+pytest.importorskip("anywidget")
+from mimdet.viz.widgets.sample_browser import KINDS, SampleBrowser
 
 SCENES = ShapesCOCO("shapes-v1-easy", 64, length=5, split="val")
 DATA = DataConfig(
@@ -27,7 +28,7 @@ DATA = DataConfig(
 
 @pytest.fixture
 def panel():
-    return widgets.SampleBrowser(SCENES, DATA)
+    return SampleBrowser(SCENES, DATA)
 
 
 def pixels(canvas):
@@ -64,7 +65,7 @@ def test_the_seed_leaves_the_stored_picture_but_for_what_is_faded(panel):
     assert not np.array_equal(pixels(panel.stored), before)  # a window: the rest is faded
 
 
-@pytest.mark.parametrize("kind", widgets.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_status_says_sizes_objects_and_tokens(panel, kind):
     panel.kind.value, panel.seed.value = kind, 1
     cfg = dataclasses.replace(DATA, augment=kind)
@@ -80,25 +81,14 @@ def test_the_status_says_sizes_objects_and_tokens(panel, kind):
     assert ("cut out" in panel.status.value) == (expected.crop != (0, 0, 64, 64))
 
 
-def test_a_photo_without_truth_can_be_browsed():
+def test_a_photo_without_truth_can_be_browsed_and_nothing_not():
     nothing = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))
     photo = torch.randint(0, 255, (3, 40, 90), dtype=torch.uint8)
-    panel = widgets.SampleBrowser([Record(photo, nothing, "photo.jpg")], DATA)
+    panel = SampleBrowser([Record(photo, nothing, "photo.jpg")], DATA)
     assert "0 of 0 objects" in panel.status.value
     assert panel.index.max == 0
-
-
-def test_an_empty_data_set_is_refused():
     with pytest.raises(ValueError, match="the data set is empty"):
-        widgets.SampleBrowser([], DATA)
-
-
-def test_a_browser_test_can_find_the_controls_and_a_saved_notebook_has_a_picture(panel):
-    for name in ("index", "kind", "seed"):
-        assert f"mimdet-data-{name}" in getattr(panel, name)._dom_classes
-    data, metadata = panel._repr_mimebundle_()
-    assert data["image/png"][:4] == b"\x89PNG"
-    assert "objects" in metadata["image/png"]["alt"]
+        SampleBrowser([], DATA)
 
 
 def test_an_image_is_read_once(monkeypatch):
@@ -109,7 +99,7 @@ def test_an_image_is_read_once(monkeypatch):
             reads.append(index)
             return super().__getitem__(index)
 
-    panel = widgets.SampleBrowser(Counted(SCENES[i] for i in range(2)), DATA)
+    panel = SampleBrowser(Counted(SCENES[i] for i in range(2)), DATA)
     panel.seed.value, panel.kind.value = 1, "none"
     assert reads == [0]
     panel.index.value = 1

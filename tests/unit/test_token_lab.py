@@ -1,11 +1,9 @@
 """TokenLab: every control changes what it says, and both models get exactly the chosen tokens."""
 
-import io
 import time
 
 import pytest
 import torch
-from PIL import Image
 
 import mimdet
 from mimdet.analysis.cost import multiply_adds, transformer_cost
@@ -64,6 +62,8 @@ def test_a_token_covers_the_same_part_of_the_picture_in_both_models(models, rows
     fine = torch.nn.functional.avg_pool2d(view.patches.float(), 8)
     assert (coarse - fine).abs().max() < 4  # resizing blurs across the edges of tokens
     assert both.tokens(view).shape == (h * w, 32)
+    double = SameTokens(*models, side=128).view(noise(rows, columns))
+    assert double.whole.shape[1] == 128
 
 
 def test_the_detector_gets_the_chosen_tokens_and_no_padding(models, monkeypatch):
@@ -102,26 +102,16 @@ def test_one_model_is_enough_and_none_is_an_error(models):
     assert alone.tokens(view).shape == (32, 32)
     answer = alone.ask(view, Sample([torch.tensor([0])], (4, 8)))
     assert answer.found is None and answer.painted is not None
-    answer = SameTokens(models[0]).ask(SameTokens(models[0]).view(noise(64, 64)), quarter())
+    alone = SameTokens(models[0])
+    answer = alone.ask(alone.view(noise(64, 64)), Sample([torch.arange(4)], (4, 4)))
     assert answer.painted is None and answer.found is not None
     with pytest.raises(ValueError, match="at least one"):
         SameTokens()
-
-
-def quarter() -> Sample:
-    return Sample([torch.arange(4)], (4, 4))
-
-
-def test_a_detector_that_sees_every_token_is_refused():
     cfg = small()
     cfg.backbone.kind = "resnet"
     cfg.backbone.sample_ratio = cfg.backbone.sample_ratio_eval = 1.0
     with pytest.raises(ValueError, match="sees every token"):
         SameTokens(mimdet.build_detector(cfg))
-
-
-def test_side_makes_the_picture_larger(models):
-    assert SameTokens(*models, side=128).view(noise(64, 96)).grid == (8, 12)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 16])
@@ -142,6 +132,8 @@ def test_cost_by_hand_is_what_is_counted(tokens):
 def test_ratio_sampler_and_seed_draw_anew(lab):
     assert len(kept(lab)) == 4
     first = kept(lab)
+    now, whole = transformer_cost(4, 32, 2), transformer_cost(16, 32, 2)
+    assert f"{now / 1e9:.3g} of {whole / 1e9:.3g} G" in lab.status.value
     before = lab.painting.picture, lab.detections.picture
     lab.ratio.value = 0.5
     assert len(kept(lab)) == 8
@@ -153,6 +145,9 @@ def test_ratio_sampler_and_seed_draw_anew(lab):
     assert lab.painted.sample.keep[0].tolist() == kept(lab), "and the models are asked again"
     lab.sampler.value = "grid"
     assert {place // 4 % 2 for place in kept(lab)} != {0, 1}, "every second row"
+    pasted = lab.painting.picture
+    lab.reconstruction.value = "painted"
+    assert lab.painting.picture != pasted
 
 
 def test_another_image_brings_its_own_grid(lab):
@@ -162,14 +157,6 @@ def test_another_image_brings_its_own_grid(lab):
     assert len(kept(lab)) == 6
     assert lab.canvas.size == (300, 200) == lab.painting.size == lab.detections.size
     assert lab.canvas.seq > seq and lab.canvas.seq == lab.painting.seq
-
-
-def test_an_uploaded_image_is_chosen(lab):
-    file = io.BytesIO()
-    Image.new("RGB", (32, 64), "red").save(file, "PNG")
-    lab._uploaded(type("Change", (), {"new": [{"name": "r.png", "content": file.getvalue()}]}))
-    assert lab.image.value == 2
-    assert (lab.canvas.rows, lab.canvas.columns) == (8, 4)
 
 
 def test_brush_takes_tokens_away_from_both_models_and_reset_brings_them_back(lab):
@@ -207,12 +194,6 @@ def test_select_says_what_happened_to_a_token_without_asking_the_models(lab, mon
     assert lab.painting.selected == 6
 
 
-def test_reconstruction_with_and_without_the_seen_patches(lab):
-    pasted = lab.painting.picture
-    lab.reconstruction.value = "painted"
-    assert lab.painting.picture != pasted
-
-
 def test_a_sampler_of_ones_own_is_in_the_list_and_its_shape_is_checked(models):
     own = {
         "last": lambda tokens, grid, generator: torch.arange(len(tokens)).float(),
@@ -226,33 +207,8 @@ def test_a_sampler_of_ones_own_is_in_the_list_and_its_shape_is_checked(models):
     assert "ValueError" in lab.status.value
 
 
-def test_status_gives_tokens_cost_and_time(lab):
-    now, whole = transformer_cost(4, 32, 2), transformer_cost(16, 32, 2)
-    text = lab.status.value
-    assert f"{now / 1e9:.3g} of {whole / 1e9:.3g} G" in text
-    assert "autoencoder" in text and "detector" in text and " ms" in text
-
-
-def test_every_control_can_be_found_by_its_class(lab):
-    controls = [
-        lab.image,
-        lab.upload,
-        lab.ratio,
-        lab.sampler,
-        lab.seed,
-        lab.tool,
-        lab.reconstruction,
-    ]
-    classes = [c._dom_classes for c in (*controls, lab.reset, *lab.canvases)]
-    assert all(any(name.startswith("mimdet-token-") for name in own) for own in classes)
-    assert len({own[-1] for own in classes}) == len(classes)
-
-
 def test_a_saved_notebook_shows_the_pictures_of_the_models_that_are_there(lab, models):
-    data, metadata = lab._repr_mimebundle_()
-    picture = Image.open(io.BytesIO(data["image/png"]))
-    assert picture.size == (3 * 300 + 2 * 8, 300 + 20)
-    assert metadata["image/png"]["alt"] == lab.label
+    assert lab.snapshot().size == (3 * 300 + 2 * 8, 320)
     alone = TokenLab(mae=models[1], images=[noise(64, 64)])
     assert alone.snapshot().size == (2 * 300 + 8, 320)
 

@@ -82,8 +82,6 @@ class TokenLab(ImagePanel):
         self.painted: Painted | None = None
         self.found: Detections | None = None
         """In the pixels of the resized image."""
-        self._drawn_for: Any = None
-        self._drawn: list[int] = []
         self._remark = ""
         self._build()
         self.redraw()
@@ -120,8 +118,7 @@ class TokenLab(ImagePanel):
         self.reset.on_click(self._reset)
 
     def _reset(self, _: Any) -> None:
-        self._drawn_for = None
-        self.redraw()
+        self.canvas.dropped = self._drawn
 
     # --------------------------------------------------------------------------- drawing
 
@@ -129,9 +126,7 @@ class TokenLab(ImagePanel):
         chosen = self.image.value
         view = self.once("view", chosen, lambda: self.models.view(self.chosen))
         wanted = (chosen, self.ratio.value, self.sampler.value, self.seed.value)
-        if wanted != self._drawn_for:
-            self._draw_sample(view)
-            self._drawn_for = wanted
+        self._drawn = self.once("drawn", wanted, lambda: self._draw_sample(view))
         if not len(self.sample.keep[0]):
             return "<b>Nothing is kept: bring at least one token back, or press reset.</b>"
         dropped = tuple(self.canvas.dropped)
@@ -144,8 +139,8 @@ class TokenLab(ImagePanel):
         with few_proposals(self.detector) as self._remark:
             return self.models.ask(view, self.sample)
 
-    def _draw_sample(self, view: View) -> None:
-        """Let the sampler choose, and put what it leaves out on the canvas."""
+    def _draw_sample(self, view: View) -> list[int]:
+        """Let the sampler choose, put what it leaves out on the canvas and return it."""
         tokens = self.models.tokens(view)
         sampler, ratio = self.samplers[self.sampler.value], self.ratio.value
         generators = [generator_for(self.seed.value, tokens.device)]
@@ -156,8 +151,8 @@ class TokenLab(ImagePanel):
             self.canvas.rows, self.canvas.columns = view.grid
             if self.canvas.selected >= len(tokens):
                 self.canvas.selected = -1
-            gone = ~sample.mask()[0].flatten()
-            self.canvas.dropped = self._drawn = gone.nonzero()[:, 0].tolist()
+            self.canvas.dropped = (~sample.mask()[0].flatten()).nonzero()[:, 0].tolist()
+        return self.canvas.dropped
 
     def _show(self, view: View, answer: Answer) -> None:
         whole = draw.to_pixels(view.whole, WIDTH)
