@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 import mimdet
 from mimdet.data.shapes import ShapesCOCO
@@ -34,16 +33,6 @@ def patchify() -> Detector:
 
 def picture(canvas: Any) -> np.ndarray:
     return np.asarray(canvas.snapshot())
-
-
-def classes(panel: Any) -> set[str]:
-    found = set()
-    waiting = [panel.box]
-    while waiting:
-        widget = waiting.pop()
-        found |= set(widget._dom_classes)
-        waiting += getattr(widget, "children", ())
-    return found
 
 
 # ------------------------------------------------------------------------------- the viewer
@@ -99,19 +88,13 @@ def test_viewer_says_what_the_ratio_changes(tiny: Detector) -> None:
     assert "64 of 256 tokens" in panel.status.value
     full = pyramid_of(tiny, IMAGES[0]).maps["c4"]
     now = pyramid_of(tiny, IMAGES[0], sample_ratio=0.25).maps["c4"]
+    assert np.array_equal(
+        picture(panel.maps["model"])[-310::20, 10::20], pca_picture(now, fit_basis(full))
+    )
     moved = 100 * float((now - full).norm() / full.norm())
     assert f"moved from ratio 1 by {moved:.1f} %" in panel.status.value
     panel.ratio.value = 1.0
     assert "moved from ratio 1 by 0.0 %" in panel.status.value
-
-
-def test_viewer_keeps_its_colours_when_the_ratio_moves(tiny: Detector) -> None:
-    panel = PyramidViewer(tiny, IMAGES[:1])
-    panel.level.value, panel.ratio.value = "c4", 0.5
-    basis = fit_basis(pyramid_of(tiny, IMAGES[0]).maps["c4"])
-    now = pyramid_of(tiny, IMAGES[0], sample_ratio=0.5).maps["c4"]
-    shown = picture(panel.maps["model"])[-320:]
-    assert np.array_equal(shown[10::20, 10::20], pca_picture(now, basis))
 
 
 def test_viewer_of_two_models(tiny: Detector, patchify: Detector) -> None:
@@ -134,19 +117,8 @@ def test_viewer_of_a_model_without_tokens() -> None:
     panel.ratio.value = 0.5
     assert "sees every token" in panel.status.value
     assert "tokens" not in panel.level.options
-
-
-def test_viewer_needs_a_model() -> None:
     with pytest.raises(ValueError, match="no model"):
         PyramidViewer({}, IMAGES)
-
-
-def test_viewer_names_its_controls_and_has_a_picture(tiny: Detector, patchify: Detector) -> None:
-    panel = PyramidViewer({"a": tiny, "b": patchify}, IMAGES[:1])
-    names = "image upload level view channel model scale ratio seed picture".split()
-    assert {f"mimdet-pyramid-{name}" for name in names} <= classes(panel)
-    data, metadata = panel._repr_mimebundle_()
-    assert data["image/png"].startswith(b"\x89PNG") and "c2" in metadata["image/png"]["alt"]
 
 
 # ------------------------------------------------------------------------------- the dial
@@ -162,16 +134,10 @@ def test_dial_shows_what_predict_finds(tiny: Detector) -> None:
 
 
 @pytest.mark.parametrize(
-    ("control", "value", "changes", "runs"),
-    [
-        ("ratio", 0.25, True, 2),
-        ("score", 0.9, True, 1),
-        ("pale", False, True, 1),
-        ("image", 1, True, 2),
-        ("seed", 3, True, 2),
-    ],
+    ("control", "value", "runs"),
+    [("ratio", 0.25, 2), ("score", 0.9, 1), ("pale", False, 1), ("image", 1, 2), ("seed", 3, 2)],
 )
-def test_dial_controls(tiny: Detector, control: str, value: Any, changes: bool, runs: int) -> None:
+def test_dial_controls(tiny: Detector, control: str, value: Any, runs: int) -> None:
     """The model runs again only where its answer may be another."""
     panel = RatioDial(tiny, IMAGES)
     panel.ratio.value = 0.5
@@ -179,7 +145,7 @@ def test_dial_controls(tiny: Detector, control: str, value: Any, changes: bool, 
     panel.times[0.5] = [(10.0, 5.0)]
     before = picture(panel.picture)
     getattr(panel, control).value = value
-    assert np.array_equal(picture(panel.picture), before) != changes
+    assert not np.array_equal(picture(panel.picture), before)
     assert sum(map(len, panel.times.values())) == runs
 
 
@@ -213,28 +179,20 @@ def test_dial_of_an_image_with_padding(tiny: Detector) -> None:
     assert (picture(panel.picture)[22:] != whole).any(axis=2).mean() > 0.5
 
 
-@pytest.mark.parametrize(
-    ("build", "said"),
-    [
-        (lambda model: RatioDial(model, IMAGES, TARGETS[:1]), "1 targets for 3 images"),
-        (
-            lambda model: RatioDial(mimdet.build_detector(mimdet.presets.tiny_resnet()), IMAGES),
-            "sees every token",
-        ),
-    ],
-)
-def test_dial_refuses(tiny: Detector, build: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        build(tiny)
+def test_dial_refuses(tiny: Detector) -> None:
+    with pytest.raises(ValueError, match="1 targets for 3 images"):
+        RatioDial(tiny, IMAGES, TARGETS[:1])
+    with pytest.raises(ValueError, match="sees every token"):
+        RatioDial(mimdet.build_detector(mimdet.presets.tiny_resnet()), IMAGES)
 
 
-def test_dial_names_its_controls_and_leaves_the_model_alone(tiny: Detector) -> None:
-    model = copy.deepcopy(tiny).train()
-    panel = RatioDial(model, IMAGES[:1])
-    names = "image upload ratio seed score pale table".split()
-    assert {f"mimdet-ratio-{name}" for name in names} <= classes(panel)
+def test_panels_leave_model_and_image_alone(tiny: Detector) -> None:
+    model, image = copy.deepcopy(tiny).train(), IMAGES[0].clone()
+    RatioDial(model, [image])
+    PyramidViewer(model, [image])
     assert model.training
     assert not any(module._forward_hooks for module in model.modules())
+    assert torch.equal(image, IMAGES[0])
 
 
 def test_stopwatch() -> None:
@@ -245,10 +203,3 @@ def test_stopwatch() -> None:
     assert len(took) == 2 and min(took) >= 0
     layer(torch.zeros(1, 2))
     assert len(took) == 2
-
-
-def test_a_used_tensor_image_is_not_changed(tiny: Detector) -> None:
-    image: Tensor = IMAGES[0].clone()
-    RatioDial(tiny, [image])
-    PyramidViewer(tiny, [image])
-    assert torch.equal(image, IMAGES[0])

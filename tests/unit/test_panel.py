@@ -98,11 +98,7 @@ def test_a_change_from_another_thread_waits_for_its_turn(lamp: Lamp) -> None:
     callback.join(10)
     assert [level for level, _, _ in lamp.drawn] == [100, 50, 50]
     assert len({thread for _, _, thread in lamp.drawn}) == 3
-
-
-def test_panels_take_turns(lamp: Lamp) -> None:
-    """Two panels may look into one model."""
-    assert Lamp()._lock is lamp._lock
+    assert Lamp()._lock is lamp._lock  # two panels may look into one model
 
 
 def test_it_arranges_rows_ends_with_the_status_and_gives_classes(lamp: Lamp) -> None:
@@ -122,11 +118,6 @@ def test_a_saved_notebook_shows_the_canvases(lamp: Lamp) -> None:
     assert data["text/plain"] == "a lamp"
     assert metadata["image/png"]["alt"] == "a lamp"
     assert WIDGET in data
-
-
-def test_a_panel_has_to_draw() -> None:
-    with pytest.raises(NotImplementedError):
-        Panel().redraw()
 
 
 # ------------------------------------------------------------------------------- own pictures
@@ -167,6 +158,9 @@ def test_choosing_a_picture(panel: Chosen) -> None:
     panel.image.value = 2
     assert panel.chosen[0, 0, 0] == 2
     assert len(panel.milliseconds) == 2
+    values = [value for _, value in panel.ratio.options]
+    assert values == pytest.approx([0.05 * i for i in range(1, 21)])
+    assert panel.ratio.continuous_update is False  # an answer may take longer than a step
 
 
 def test_an_uploaded_picture_is_chosen_with_a_single_change(panel: Chosen) -> None:
@@ -197,20 +191,6 @@ def test_without_images_it_has_eight_scenes_and_none_are_an_error() -> None:
     assert panel.chosen.dtype == torch.uint8
     with pytest.raises(ValueError, match="give at least one"):
         Chosen([])
-
-
-def test_ratios_go_from_a_twentieth_to_all(panel: Chosen) -> None:
-    values = [value for _, value in panel.ratio.options]
-    assert values == pytest.approx([0.05 * i for i in range(1, 21)])
-    assert panel.ratio.value == 0.25
-    assert panel.ratio.continuous_update is False  # an answer may take longer than a step
-
-
-def test_what_is_made_once_is_made_again_for_another_key(lamp: Lamp) -> None:
-    made = [lamp.once("a", key, lambda: object()) for key in (1, 1, 2, 1)]
-    assert made[0] is made[1] and len(set(made)) == 3
-    lamp.once("b", 2, object)
-    assert lamp.once("a", 1, object) is made[3]
 
 
 def test_a_large_detector_answers_with_few_proposals() -> None:
