@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any, Literal, NamedTuple
 
@@ -313,7 +314,6 @@ class ImageFolder:
         self.folder, self.decode = folder, decode
         self.names: dict[str, int] = {}
         self.digests: dict[str, str] = {}
-        self.by_name: dict[str, str] | None = None
 
     def check(self, image: Read) -> tuple[list[Finding], tuple[int, int]]:
         """Faults of one image, and its (width, height): the file's or, failing that, the entry's.
@@ -334,7 +334,9 @@ class ImageFolder:
         if not self.folder.is_dir():
             return findings, stored
         if not os.path.isfile(path):  # also False for names no file can have
-            return [*findings, ("image-missing", self.elsewhere(path.name))], stored
+            other = self.by_name.get(path.name.lower())
+            hint = f"; did you mean {brief(other)}?" if other else ""
+            return [*findings, ("image-missing", f"no such file{hint}")], stored
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow warns of odd tags and of large images
@@ -362,15 +364,11 @@ class ImageFolder:
                 findings.append(("duplicate-image-content", f"the same bytes as {brief(twin)}"))
         return findings, size
 
-    def elsewhere(self, name: str) -> str:
-        """Where else the folder has a file of this name, case ignored."""
-        if self.by_name is None:
-            files = (Path(root, file) for root, _, names in os.walk(self.folder) for file in names)
-            self.by_name = {
-                file.name.lower(): file.relative_to(self.folder).as_posix() for file in files
-            }
-        other = self.by_name.get(name.lower())
-        return "no such file" + (f"; did you mean {brief(other)}?" if other else "")
+    @cached_property
+    def by_name(self) -> dict[str, str]:
+        """All files below the folder, by their names in lower case."""
+        files = [path.relative_to(self.folder) for path in self.folder.rglob("*")]
+        return {file.name.lower(): file.as_posix() for file in files}
 
 
 class _Object(NamedTuple):

@@ -7,7 +7,8 @@ boxes differs from table to table and is never guessed: `bbox_format` must be gi
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,27 +116,26 @@ class HubDataset:
 
     def _annotations(self, index: int) -> list[Annotation]:
         height, width = self.image_size(index)
-        return [
-            self._annotation(item, index, position, height, width)
-            for position, item in enumerate(self._objects(index))
-        ]
+        found = []
+        with self._row(index):
+            for item in _listed(self._table[index]["objects"]):
+                raw: dict[str, Any] = {name: item.get(name) for name in ("id", "area", "iscrowd")}
+                if self.bbox_format == "cxcywh_normalised":
+                    raw["area"] = None  # of unknown unit: computed anew, in pixels
+                raw["bbox"] = _to_xywh(item["bbox"], self.bbox_format, height, width)
+                raw |= {"image_id": index, "category_id": self._value_ids[item[self._key]]}
+                mask = msgspec.convert(item.get("segmentation"), Mask)
+                entry = msgspec.convert(raw, AnnotationEntry)
+                found.append(checked(entry, mask, height, width))
+        return found
 
-    def _annotation(
-        self, item: dict[str, Any], index: int, position: int, height: int, width: int
-    ) -> Annotation:
-        raw: dict[str, Any] = {name: item.get(name) for name in ("id", "area", "iscrowd")}
-        if self.bbox_format == "cxcywh_normalised":
-            raw["area"] = None  # of unknown unit: computed anew, in pixels
-        raw["bbox"] = _to_xywh(item["bbox"], self.bbox_format, height, width)
-        raw |= {"image_id": index, "category_id": self._value_ids[item[self._key]]}
+    @contextmanager
+    def _row(self, index: int) -> Iterator[None]:
+        """Errors inside name table and row."""
         try:
-            mask = msgspec.convert(item.get("segmentation"), Mask)
-            return checked(msgspec.convert(raw, AnnotationEntry), mask, height, width)
+            yield
         except ValueError as error:
-            raise ValueError(f"{self.name}, row {index}, object {position}: {error}") from error
-
-    def _objects(self, index: int) -> list[dict[str, Any]]:
-        return _listed(self._table[index]["objects"], f"{self.name}, row {index}")
+            raise ValueError(f"{self.name}, row {index}: {error}") from error
 
     def _scan(self, skip_empty: bool) -> tuple[list[Any], list[int], bool, str]:
         """One pass over the objects.
@@ -147,19 +147,17 @@ class HubDataset:
         kept: list[int] = []
         masks: list[bool] = []
         for index, row in enumerate(self._table.select_columns(["objects"])):
-            where = f"{self.name}, row {index}"
             content.update(json.dumps(row["objects"], sort_keys=True, default=str).encode())
             trainable = 0
-            for item in _listed(row["objects"], where):
-                _check_box(item["bbox"], self.bbox_format, where)
-                if item.get(self._key) in (None, -1):  # -1: unlabelled
-                    raise ValueError(
-                        f"{where}: an object has no {self._key}; add it, or remove the object"
-                    )
-                values.add(item[self._key])
-                if not item.get("iscrowd"):
-                    trainable += min(_to_xywh(item["bbox"], self.bbox_format, 1, 1)[2:]) > 0
-                    masks.append(bool(item.get("segmentation")))
+            with self._row(index):
+                for item in _listed(row["objects"]):
+                    _, _, w, h = _to_xywh(item["bbox"], self.bbox_format)
+                    if item.get(self._key) in (None, -1):  # -1: unlabelled
+                        raise ValueError(f"an object has no {self._key}: add it or remove it")
+                    values.add(item[self._key])
+                    if not item.get("iscrowd"):
+                        trainable += w > 0 and h > 0
+                        masks.append(bool(item.get("segmentation")))
             if trainable or not skip_empty:
                 kept.append(index)
         if any(masks) and not all(masks):
@@ -171,22 +169,22 @@ class HubDataset:
 
     def _check_extents(self, rows: Iterable[int]) -> None:
         """Corners read as sizes reach far out of the image; shares read as pixels cover nothing."""
-        largest = []
+        ends = []
         for index in rows:
             height, width = self.image_size(index)
-            for item in self._objects(index):
+            for item in _listed(self._table[index]["objects"]):
                 x, y, w, h = _to_xywh(item["bbox"], self.bbox_format, height, width)
-                largest.append(max(x + w, y + h))
+                ends.append(max(x + w, y + h))
                 if x + w > 1.5 * width or y + h > 1.5 * height:
                     raise ValueError(
                         f"{self.name}, row {index}: box {item['bbox']}, read as "
                         f"{self.bbox_format}, leaves the image of {width} x {height} pixels; set "
                         "another data.bbox_format"
                     )
-        if largest and max(largest) <= 1.5:
+        if ends and max(ends) <= 1.5:
             raise ValueError(
-                f"{self.name}: no box reaches beyond 1.5, so these are not pixels; "
-                f"bbox_format={self.bbox_format!r} looks like 'cxcywh_normalised'"
+                f"{self.name}: no box reaches beyond 1.5, so these are not pixels; is "
+                "data.bbox_format 'cxcywh_normalised'?"
             )
 
     def _source(self, index: int) -> bytes | str:
@@ -241,32 +239,28 @@ def _category_ids(values: list[Any]) -> dict[Any, int]:
     return {value: number for number, value in enumerate(values, start=1)}
 
 
-def _listed(objects: Any, where: str) -> list[dict[str, Any]]:
+def _listed(objects: Any) -> list[dict[str, Any]]:
     """Objects of one image as a list of dictionaries, whichever way the table nests them."""
     if objects is None or isinstance(objects, list):
         return objects or []
     columns = {name: column for name, column in objects.items() if column is not None}
-    lengths = {name: len(column) for name, column in columns.items()}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"{where}: the fields of `objects` differ in length, {lengths}")
+    if len({len(column) for column in columns.values()}) > 1:
+        raise ValueError(f"the fields {sorted(columns)} of `objects` differ in length")
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def _to_xywh(box: Any, bbox_format: str, height: int, width: int) -> list[float]:
+def _to_xywh(box: Any, bbox_format: str, height: int = 1, width: int = 1) -> list[float]:
+    """A box of an image of height x width; ValueError where it contradicts the format."""
+    if box is None or len(box) != 4:
+        raise ValueError(f"bbox {box} has not four numbers; correct or remove the object")
     a, b, c, d = box
     if bbox_format == "xyxy":
-        return [a, b, c - a, d - b]
+        c, d = c - a, d - b
+    if c < 0 or d < 0 or (bbox_format == "cxcywh_normalised" and max(box) > 1.5):
+        raise ValueError(
+            f"box {list(box)} contradicts bbox_format={bbox_format!r}; set another of "
+            f"{', '.join(FORMATS)}, or correct the box"
+        )
     if bbox_format == "cxcywh_normalised":
         return [(a - c / 2) * width, (b - d / 2) * height, c * width, d * height]
     return [a, b, c, d]
-
-
-def _check_box(box: Any, bbox_format: str, where: str) -> None:
-    if box is None or len(box) != 4:
-        raise ValueError(f"{where}: bbox {box} has not four numbers; correct or remove the object")
-    _, _, w, h = _to_xywh(box, bbox_format, 1, 1)
-    if w < 0 or h < 0 or (bbox_format == "cxcywh_normalised" and max(box) > 1.5):
-        raise ValueError(
-            f"{where}: box {list(box)} contradicts bbox_format={bbox_format!r}; set another of "
-            f"{', '.join(FORMATS)}, or correct the box"
-        )

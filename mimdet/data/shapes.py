@@ -144,7 +144,6 @@ def export(dataset: ShapesCOCO, folder: str | Path) -> None:
     if folder.exists() and not _replaceable(folder):
         raise ValueError(f"{folder} holds something else than an export; name a new folder")
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
     try:
         (beside / "images").mkdir(parents=True)
         truth = dataset.ground_truth()
@@ -154,11 +153,10 @@ def export(dataset: ShapesCOCO, folder: str | Path) -> None:
             image.save(beside / "images" / entry["file_name"])
         (beside / "annotations.json").write_text(json.dumps(truth | {"images": images}))
         if folder.exists():
-            folder.rename(replaced)
+            shutil.rmtree(folder)
         beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _planes(scene: Scene) -> Tensor:

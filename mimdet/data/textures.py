@@ -138,20 +138,12 @@ def _bar(u: Plane, v: Plane) -> Plane:
 
 
 Outline = Callable[[Plane, Plane], Plane]
-OUTLINES: dict[str, Outline] = {
-    "cross": _cross,
-    "disc": _disc,
-    "star": _star,
-    "hexagon": _hexagon,
-    "leaf": _leaf,
-    "triangle": _triangle,
-    "crescent": _crescent,
-    "arrow": _arrow,
-    "square": _square,
-    "ring": _ring,
-    "bar": _bar,
-    "heart": _heart,
-}
+_CLASSES: tuple[Outline, ...] = (
+    *(_cross, _disc, _star, _hexagon, _leaf, _triangle),
+    *(_crescent, _arrow, _square, _ring, _bar, _heart),
+)
+OUTLINES = {outline.__name__.strip("_"): outline for outline in _CLASSES}
+"""Every class by its name."""
 
 
 def _wedge(u: Plane, v: Plane) -> Plane:

@@ -82,6 +82,23 @@ def test_rows_without_objects_categories_or_size():
         HubDataset(datasets.Dataset.from_dict(content), bbox_format="xywh")
 
 
+def test_faulty_rows_are_named():
+    import datasets
+
+    unequal = {"bbox": [[1.0, 1, 5, 5]], "category": [0, 1]}
+    pictures = [Image.new("RGB", (30, 20))]
+    table = datasets.Dataset.from_dict({"image": pictures, "objects": [unequal]})
+    with pytest.raises(ValueError, match=r"row 0: .*differ in length"):
+        HubDataset(table, bbox_format="xywh")
+    with pytest.raises(ValueError, match=r"table is a IterableDataset"):
+        HubDataset(table.to_iterable_dataset(), bbox_format="xywh")
+    with pytest.raises(ValueError, match=r"row 0: an object has no category"):
+        HubDataset(hub_table([[1, 1, 5, 5]], category=[-1]), bbox_format="xywh")
+    text = hub_table([[2, 2, 8, 8]], segmentation=[[[1.0, 2, 3]]])
+    with pytest.raises(ValueError, match=r"row 0: a polygon has an odd number"):
+        HubDataset(text, bbox_format="xywh")[0]
+
+
 def test_hub_masks():
     table = hub_table([[2, 2, 8, 8]], segmentation=[SQUARE])
     dataset = HubDataset(table, bbox_format="xywh")
