@@ -155,41 +155,25 @@ class CocoReader:
 
     def __init__(self, path: Path, report: Callable[[Problem], None] = refuse) -> None:
         self.path, self.report = path, report
-        self.unsound: dict[str, set[Any]] = {"images": set(), "annotations": set()}
+        self.unsound: dict[str, set[Any]] = defaultdict(set)
         """Ids of entries that were left out: what refers to them is not reported again."""
-        self.unsound["categories"] = set()
         self.images: dict[int | str, Read] = {}
-        self.categories: dict[int, str] = {}
-        """Category id -> name, in the order of the file."""
         self._sections = self._decoded()
-        for read in self._entries("categories", CategoryEntry):
-            if read.entry.id in self.categories:
-                taken = (
-                    f"id {read.entry.id} is also that of {brief(self.categories[read.entry.id])}"
-                )
-                self.problem("duplicate-category-id", taken, read)
-            self.categories.setdefault(read.entry.id, read.entry.name)
-        for read in self._entries("images", ImageEntry):
-            first = self.images.setdefault(read.entry.id, read)
-            if first is not read:
-                found = f"id {brief(read.entry.id)} is also that of images[{first.position}]"
-                self.problem("duplicate-image-id", found, read)
+        categories = self._by_id("categories", CategoryEntry, "duplicate-category-id")
+        self.categories = {number: read.entry.name for number, read in categories.items()}
+        """Category id -> name, in the order of the file."""
+        self.images = self._by_id("images", ImageEntry, "duplicate-image-id")
 
     def problem(self, kind: str, message: str, read: Read | None = None) -> None:
-        if read is None:
-            self.report(Problem(kind, message, str(self.path)))
-            return
-        entry = read.entry
-        fields = msgspec.structs.asdict(entry) if isinstance(entry, Struct) else entry
-        fields = fields if isinstance(fields, dict) else {}
-        place: dict[str, Any] = {"entry": f"{read.section}[{read.position}]"}
-        if read.section == "images":
-            place |= {"image_id": fields.get("id"), "file_name": fields.get("file_name")}
-        elif read.section == "annotations":
-            place |= {"image_id": fields.get("image_id"), "annotation_id": fields.get("id")}
-            image = self.images.get(_hashable(place["image_id"]))
-            place["file_name"] = image.entry.file_name if image else None
-        place = {name: value for name, value in place.items() if type(value) in (int, str)}
+        place: dict[str, Any] = {}
+        if read is not None:
+            entry = read.entry
+            fields = msgspec.structs.asdict(entry) if isinstance(entry, Struct) else entry
+            place = _place(read.section, fields if isinstance(fields, dict) else {})
+            image = self.images.get(place.get("image_id", ""))
+            if image is not None:
+                place.setdefault("file_name", image.entry.file_name)
+            place["entry"] = f"{read.section}[{read.position}]"
         self.report(Problem(kind, message, str(self.path), **place))
 
     def rows(self) -> Iterator[tuple[Read, list[tuple[Read, Annotation]]]]:
@@ -222,6 +206,15 @@ class CocoReader:
                 self.problem("unknown-category", found, read)
         return of_image
 
+    def _by_id(self, section: str, kind: type[Struct], duplicate: str) -> dict[Any, Read]:
+        found: dict[Any, Read] = {}
+        for read in self._entries(section, kind):
+            first = found.setdefault(read.entry.id, read)
+            if first is not read:
+                taken = f"id {brief(read.entry.id)} is also that of {section}[{first.position}]"
+                self.problem(duplicate, taken, read)
+        return found
+
     def _decoded(self) -> Sections:
         try:
             data = self.path.read_bytes()
@@ -250,13 +243,19 @@ class CocoReader:
                 yield Read(section, index, decoder.decode(raw))
             except (ValueError, RecursionError) as error:
                 entry = msgspec.json.decode(raw)
-                if isinstance(entry, dict):
-                    self.unsound[section].add(_hashable(entry.get("id")))
+                if isinstance(entry, dict) and type(entry.get("id")) in (int, str):
+                    self.unsound[section].add(entry["id"])
                 self.problem("bad-field", str(error), Read(section, index, entry))
 
 
-def _hashable(value: Any) -> int | str:
-    return value if isinstance(value, (int, str)) else ""
+def _place(section: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """What names an entry: the place's fields of a `Problem`, as far as they are sound."""
+    place = {}
+    if section == "images":
+        place = {"image_id": fields.get("id"), "file_name": fields.get("file_name")}
+    elif section == "annotations":
+        place = {"annotation_id": fields.get("id"), "image_id": fields.get("image_id")}
+    return {name: value for name, value in place.items() if type(value) in (int, str)}
 
 
 _SEGMENTATION = msgspec.json.Decoder(Mask)

@@ -154,7 +154,9 @@ FAULTS = {
     "some have none.*annotations 1": lambda c: c["annotations"][1].pop("segmentation"),
     "missing required field `images`": lambda c: c.pop("images"),
     "has no categories": lambda c: c.update(categories=[]),
-    r"categories.2.*also that of 'cat'": lambda c: c["categories"].append({"id": 5, "name": "x"}),
+    r"categories.2.*id 5 is also that of categories.1": lambda c: c["categories"].append(
+        {"id": 5, "name": "x"}
+    ),
     r"categories.0.: .*got `bool` - at `\$.id`": lambda c: c["categories"][0].update(id=True),
     "annotation 0.*missing required field `bbox`": lambda c: c["annotations"][0].pop("bbox"),
     "annotation 1.*`array` of length 4": lambda c: c["annotations"][1].update(bbox=[1, 2, 3]),
@@ -176,7 +178,7 @@ FAULTS = {
     r"for \(30, 20\).*height comes first": lambda c: set_runs(c, {"size": [30, 20], "counts": ""}),
     "annotation 0.*category_id 77 is not": lambda c: c["annotations"][0].update(category_id=77),
     "annotation 0.*image_id 'gone' is not": lambda c: c["annotations"][0].update(image_id="gone"),
-    r"id 7 is also that of images.1": lambda c: c["images"][2].update(id=7),
+    r"images.2.*id 7 is also that of images.1": lambda c: c["images"][2].update(id=7),
     "missing required field `file_name`": lambda c: c["images"][0].pop("file_name"),
     r"`int` >= 1 - at `\$.height`": lambda c: c["images"][0].update(height=0),
     r"images.0., .*`int . str`, got `array` - at `\$.id`": lambda c: c["images"][0].update(id=[1]),
