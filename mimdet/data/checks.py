@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any, Literal, NamedTuple
 
@@ -214,25 +215,39 @@ def check_dataset(
     files = ImageFolder(Path(image_folder), decode)
     if reader.images and not files.folder.is_dir():
         reader.problem("folder-missing", f"{image_folder} is not a folder")
-    whole = _Whole(reader)
+    images: list[_Image] = []
+    objects: list[_Object] = []
     count = len(reader.images)
     for image, pairs in tqdm(reader.rows(), "images", count, disable=not progress):
         findings, size = files.check(image)
         for kind, message in findings:
             reader.problem(kind, message, image)
-        whole.sizes.append(size)
-        whole.counts.append(len(pairs))
-        boxes: dict[tuple[Any, ...], int] = {}
+        images.append(_Image(*size, len(pairs)))
         for read, annotation in pairs:
             for kind, message in annotation_findings(read, annotation, size):
                 reader.problem(kind, message, read)
-            whole.add(read, annotation, size)
-            key = (annotation["category_id"], *annotation["bbox"], annotation["iscrowd"])
-            twin = boxes.setdefault(key, read.position)
-            if twin != read.position and not annotation["iscrowd"]:
-                reader.problem("duplicate-annotation", f"the same as annotations[{twin}]", read)
-    whole.check()
-    return Report(problems, whole.summary())
+            crowd, masked = annotation["iscrowd"], has_mask(annotation)
+            objects.append(_Object(read, crowd, masked, size, annotation["area"]))
+    for kind, message, entry in chain(_twins(objects), _whole(reader, images, objects)):
+        reader.problem(kind, message, entry)
+    return Report(problems, _summary(reader, images, objects))
+
+
+class _Image(NamedTuple):
+    width: int
+    height: int
+    annotations: int
+
+
+class _Object(NamedTuple):
+    """What is kept of an annotation to judge the data set as a whole."""
+
+    read: Read
+    crowd: bool
+    masked: bool
+    size: tuple[int, int]
+    """(width, height) of the image."""
+    area: float
 
 
 def annotation_findings(
@@ -371,103 +386,88 @@ class ImageFolder:
         return {file.name.lower(): file.as_posix() for file in files}
 
 
-class _Object(NamedTuple):
-    """What is kept of an annotation to judge the data set as a whole."""
+def _twins(objects: list[_Object]) -> Iterator[tuple[str, str, Read]]:
+    """Annotations that occur twice, or whose id does."""
+    ids: dict[Any, int] = {}
+    boxes: dict[tuple[Any, ...], int] = {}
+    for read, crowd, *_ in objects:
+        entry = read.entry
+        if not entry.id:
+            yield "annotation-id", "it has no id" if entry.id is None else "id is 0", read
+        first = ids.setdefault(entry.id, read.position)
+        if first != read.position and entry.id is not None:
+            yield "duplicate-annotation-id", f"also the id of annotations[{first}]", read
+        key = (entry.image_id, entry.category_id, *entry.bbox)
+        if not crowd and boxes.setdefault(key, read.position) != read.position:
+            yield "duplicate-annotation", f"the same as annotations[{boxes[key]}]", read
 
-    read: Read
-    crowd: bool
-    masked: bool
-    size: tuple[int, int]
-    """(width, height) of the image."""
-    area: float
+
+def _whole(
+    reader: CocoReader, images: list[_Image], objects: list[_Object]
+) -> Iterator[tuple[str, str, Read | None]]:
+    """Faults that show only over all annotations."""
+    for kind, message in _layout(objects):
+        yield kind, message, None
+    single = [one for one in objects if not one.crowd]
+    masked = sum(one.masked for one in single)
+    for one in single:
+        if masked and not one.masked:
+            found = f"{masked} objects have a mask, this one has not"
+            yield "segmentation-missing", found, one.read
+    crowds = len(objects) - len(single)
+    if crowds > len(single):
+        yield "mostly-crowds", f"{crowds} of {len(objects)} annotations have iscrowd 1", None
+    used = {one.read.entry.category_id for one in objects}
+    names: set[str] = set()
+    for number, name in reader.categories.items():
+        if name in names:
+            yield "duplicate-category-name", f"category {number} {brief(name)}", None
+        names.add(name)
+        if number not in used:
+            yield "category-unused", f"category {number} {brief(name)}", None
+    empty = sum(not image.annotations for image in images)
+    if empty > len(images) / 2:
+        yield "mostly-empty-images", f"{empty} of {len(images)} images", None
 
 
-class _Whole:
-    """Faults that show only over all annotations, and the summary."""
+def _layout(objects: list[_Object]) -> Iterator[Finding]:
+    """Judge what the four numbers of all boxes mean; true xywh data meets neither condition."""
+    total = len(objects)
+    if total < 4:
+        return
+    boxes = np.array([one.read.entry.bbox for one in objects])  # (N, 4)
+    sizes = np.array([one.size for one in objects])  # (N, 2) width, height
+    corner, second = boxes[:, :2], boxes[:, 2:]
+    if (np.abs(boxes) <= 1).all() and (sizes > 2).all():
+        yield "boxes-look-normalised", f"no number in {total} boxes is above 1"
+        return
+    sound = ((second > corner) & (second <= sizes + TOLERANCE)).all(1).mean()
+    beyond = (corner + second > sizes + TOLERANCE).any(1).mean()
+    if sound > 0.99 and beyond > 0.2:
+        found = f"of {total} boxes {beyond:.0%} leave their image as x, y, width, height; "
+        yield "boxes-look-xyxy", found + f"as x1, y1, x2, y2 {sound:.0%} are sound"
 
-    def __init__(self, reader: CocoReader) -> None:
-        self.reader = reader
-        self.objects: list[_Object] = []
-        self.ids: dict[int | str, int] = {}
-        self.sizes: list[tuple[int, int]] = []
-        self.counts: list[int] = []
-        """Annotations of each image."""
 
-    def add(self, read: Read, annotation: Annotation, size: tuple[int, int]) -> None:
-        masked, number = has_mask(annotation), read.entry.id
-        area = annotation["area"]
-        self.objects.append(_Object(read, annotation["iscrowd"], masked, size, area))
-        if not number:
-            self.reader.problem("annotation-id", "no id" if number is None else "id is 0", read)
-        if number is not None:
-            first = self.ids.setdefault(number, read.position)
-            if first != read.position:
-                found = f"also the id of annotations[{first}]"
-                self.reader.problem("duplicate-annotation-id", found, read)
-
-    def check(self) -> None:
-        problem = self.reader.problem
-        for kind, message in self.layout():
-            problem(kind, message)
-        single = [one for one in self.objects if not one.crowd]
-        bare = [one.read for one in single if not one.masked]
-        if len(bare) < len(single):
-            for read in bare:
-                found = f"{len(single) - len(bare)} objects have a mask, this one has not"
-                problem("segmentation-missing", found, read)
-        if len(single) < len(self.objects) / 2:
-            crowds = f"{len(self.objects) - len(single)} of {len(self.objects)} annotations"
-            problem("mostly-crowds", f"{crowds} have iscrowd 1")
-        used = {one.read.entry.category_id for one in self.objects}
-        names: set[str] = set()
-        for number, name in self.reader.categories.items():
-            if name in names:
-                problem("duplicate-category-name", f"category {number} {brief(name)}")
-            names.add(name)
-            if number not in used:
-                problem("category-unused", f"category {number} {brief(name)}")
-        if self.counts.count(0) > len(self.counts) / 2:
-            problem("mostly-empty-images", f"{self.counts.count(0)} of {len(self.counts)} images")
-
-    def layout(self) -> Iterator[Finding]:
-        """Judge what the four numbers of all boxes mean; true xywh data meets neither condition."""
-        total = len(self.objects)
-        if total < 4:
-            return
-        boxes = np.array([one.read.entry.bbox for one in self.objects])  # (N, 4)
-        sizes = np.array([one.size for one in self.objects])  # (N, 2) width, height
-        corner, second = boxes[:, :2], boxes[:, 2:]
-        if (np.abs(boxes) <= 1).all() and (sizes > 2).all():
-            yield "boxes-look-normalised", f"no number in {total} boxes is above 1"
-            return
-        sound = ((second > corner) & (second <= sizes + TOLERANCE)).all(1).mean()
-        beyond = (corner + second > sizes + TOLERANCE).any(1).mean()
-        if sound > 0.99 and beyond > 0.2:
-            found = f"of {total} boxes {beyond:.0%} leave their image as x, y, width, height; "
-            yield "boxes-look-xyxy", found + f"as x1, y1, x2, y2 {sound:.0%} are sound"
-
-    def summary(self) -> dict[str, Any]:
-        """See `Report.summary`."""
-        names = self.reader.categories
-        single = [one for one in self.objects if not one.crowd]
-        classes = Counter(names.get(one.read.entry.category_id) for one in single)
-        areas = [one.area for one in single if one.area > 0]
-        edges = np.digitize(areas, [SMALL, MEDIUM])
-        labels = ("small", "medium", "large")
-        shares = {label: float(np.mean(edges == i)) for i, label in enumerate(labels) if areas}
-        return {
-            "images": len(self.counts),
-            "empty_images": self.counts.count(0),
-            "annotations": len(self.objects),
-            "crowds": len(self.objects) - len(single),
-            "with_masks": sum(one.masked for one in self.objects),
-            "categories": len(names),
-            "class_histogram": {name: classes[name] for name in names.values()},
-            "instances_per_image": _quartiles(self.counts),
-            "image_width": _quartiles([width for width, _ in self.sizes]),
-            "image_height": _quartiles([height for _, height in self.sizes]),
-            "size_share": shares,
-        }
+def _summary(reader: CocoReader, images: list[_Image], objects: list[_Object]) -> dict[str, Any]:
+    """See `Report.summary`."""
+    single = [one for one in objects if not one.crowd]
+    classes = Counter(reader.categories.get(one.read.entry.category_id) for one in single)
+    areas = [one.area for one in single if one.area > 0]
+    edges = np.digitize(areas, [SMALL, MEDIUM])
+    labels = ("small", "medium", "large")
+    return {
+        "images": len(images),
+        "empty_images": sum(not image.annotations for image in images),
+        "annotations": len(objects),
+        "crowds": len(objects) - len(single),
+        "with_masks": sum(one.masked for one in objects),
+        "categories": len(reader.categories),
+        "class_histogram": {name: classes[name] for name in reader.categories.values()},
+        "instances_per_image": _quartiles([image.annotations for image in images]),
+        "image_width": _quartiles([image.width for image in images]),
+        "image_height": _quartiles([image.height for image in images]),
+        "size_share": {k: float(np.mean(edges == i)) for i, k in enumerate(labels) if areas},
+    }
 
 
 def _quartiles(values: list[int]) -> dict[str, int]:
