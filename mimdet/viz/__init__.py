@@ -12,7 +12,6 @@ _NAMES_OF = {
     "charts": (
         "group_rates",
         "loaded_by_part",
-        "show_costs",
         "show_loaded",
         "show_positions",
         "show_ratios",
@@ -38,7 +37,6 @@ _NAMES_OF = {
         "show_data",
         "show_detections",
         "show_sample",
-        "show_samples",
     ),
     "reconstruction": (
         "draw_sample",

@@ -3,10 +3,10 @@
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from torch import Tensor
@@ -43,23 +43,17 @@ def show_attention(
     fit.
     """
     place = place_on(seen, query)
-    panels = []
     chosen = chosen_names(seen, names)
+    panels, said = [], []
     for name in chosen:
         rows = seen.row(name, place, index)  # (heads, N)
-        title = block_title(seen, name)
-        if heads:
-            panels += [(f"{title}, head {i}", name, row) for i, row in enumerate(rows)]
-        else:
-            panels.append((title, name, rows.mean(0)))
-    fig, axes = _begin(image, seen, panels[0][1], place, index, len(panels), columns)
-    said = []
-    for ax, (title, name, row) in zip(axes, panels, strict=True):
-        values = seen.on_grid(name, row, index)
-        high = float(row.max())
-        short = _shortened(title, seen, chosen)
-        _draw_panel(ax, image, values, f"{short}: ≤ {share(high)}", seen, place, high)
-        said.append(f"{title} at most {share(high)} {_where(values)}")
+        title, short = block_title(seen, name), block_title(seen, name, chosen)
+        drawn = {f", head {i}": row for i, row in enumerate(rows)} if heads else {"": rows.mean(0)}
+        for head, row in drawn.items():
+            values, high = seen.on_grid(name, row, index), float(row.max())
+            panels.append(Shares(f"{short}{head}: ≤ {share(high)}", values, high))
+            said.append(f"{title}{head} at most {share(high)} {_where(values)}")
+    fig = _over_picture(image, seen, chosen[0], place, index, columns, panels)
     kind = "per head" if heads else "mean of the heads"
     fig.alt_text = (
         f"Attention of the token in {_in_words(place, seen)}, {kind}, over the picture: "
@@ -84,18 +78,16 @@ def show_rollout(
     """
     place = place_on(seen, query)
     chosen = chosen_names(seen, names)
-    maps = [seen[name][index] for name in chosen]
-    fig, axes = _begin(image, seen, chosen[0], place, index, len(maps), columns)
-    said = []
-    for count, ax in enumerate(axes, start=1):
+    panels, said = [], []
+    for count, name in enumerate(chosen, start=1):
         values, own = rolled_out(seen, chosen[:count], place, index)
-        title = block_title(seen, chosen[0])
+        title, short = block_title(seen, chosen[0]), block_title(seen, chosen[0], chosen)
         if count > 1:
-            title = f"{title}-{_number(chosen[count - 1])}".replace(" block ", " blocks ")
-        high = largest_other(values, place)
-        short = _shortened(title, seen, chosen)
-        _draw_panel(ax, image, values, f"{short}: itself {share(own)}", seen, place, high)
+            span = f"-{_number(name)}"
+            title, short = (t.replace("block ", "blocks ") + span for t in (title, short))
+        panels.append(Shares(f"{short}: itself {share(own)}", values, largest_other(values, place)))
         said.append(f"{title}: {share(own)} of itself")
+    fig = _over_picture(image, seen, chosen[0], place, index, columns, panels)
     fig.alt_text = (
         f"Attention rolled out for the token in {_in_words(place, seen)}, over the picture: "
         f"{'; '.join(said)}, the rest spread over the tokens of the panel."
@@ -145,11 +137,14 @@ def nearest_sampled(sample: Sample, place: int, index: int = 0) -> int:
     return int(kept[(rows**2 + columns**2).argmin()])
 
 
-def block_title(seen: Recording, name: str) -> str:
-    """backbone.encoder.blocks.3.attn -> `encoder block 3`."""
+def block_title(seen: Recording, name: str, among: Sequence[str] = ()) -> str:
+    """backbone.encoder.blocks.3.attn -> `encoder block 3`, or `block 3` among blocks of one part,
+    which the first panel names."""
     number = _number(name)
     if number is None:
         return name
+    if among and len({other in seen.full_grid for other in among}) == 1:
+        return f"block {number}"
     return f"{'decoder' if name in seen.full_grid else 'encoder'} block {number}"
 
 
@@ -173,13 +168,6 @@ def overlay(values: Tensor, high: float) -> NDArray[np.uint8]:
 def greyed(image: Tensor) -> Tensor:
     """uint8 (3, H, W) -> the same without colour: the heat above it has colours of its own."""
     return image.float().mean(0, keepdim=True).expand(3, -1, -1).to(torch.uint8)
-
-
-def _shortened(title: str, seen: Recording, names: Sequence[str]) -> str:
-    """Without the part of the model that the first panel names, where there is only one."""
-    if len({name in seen.full_grid for name in names}) > 1:
-        return title
-    return title.removeprefix("encoder ").removeprefix("decoder ")
 
 
 def _number(name: str) -> str | None:
@@ -206,56 +194,51 @@ def _in_words(place: int, seen: Recording) -> str:
 # ------------------------------------------------------------------------------- drawing
 
 
-def _begin(
-    image: Tensor, seen: Recording, name: str, place: int, index: int, count: int, columns: int
-) -> tuple[NotebookFigure, list[Axes]]:
-    """A figure with `count` empty panels after one of the picture and its unsampled tokens."""
+class Shares(NamedTuple):
+    """A panel: what a token takes from the others."""
+
+    title: str
+    values: Tensor
+    """(h, w); NaN where no token was sampled."""
+    high: float
+    """The share that is drawn brightest."""
+
+
+def _over_picture(
+    image: Tensor,
+    seen: Recording,
+    name: str,
+    place: int,
+    index: int,
+    columns: int,
+    panels: Sequence[Shares],
+) -> NotebookFigure:
+    """The picture with its unsampled tokens grey, then every panel laid over it."""
     own, grid = token_grid(*image_size(image)), seen.grid
     if seen.patch == PATCH and (own[0] > grid[0] or own[1] > grid[1]):
         raise ValueError(
             f"an image of {image_size(image)} pixels has {own} tokens, the grid of the recording "
             f"only {grid}: give the image as it was fed to the network"
         )
-    fig, axes = image_panels([_canvas(seen)] * (count + 1), min(columns, count + 1))
-    total = grid[0] * grid[1]
-    visible = torch.ones(total)
+    height, width = grid[0] * seen.patch, grid[1] * seen.patch  # with padding
+    visible = torch.ones(grid)
     if name not in seen.full_grid and seen.sample is not None:
-        visible = seen.on_grid(name, torch.ones(len(seen.sample.keep[index])), index).flatten()
+        visible = seen.on_grid(name, torch.ones(len(seen.sample.keep[index])), index)
     part = "decoder" if name in seen.full_grid else "encoder"
-    draw_image(axes[0], image, f"{part}: {int(visible.nansum())} of {total} tokens")
     layer = np.zeros((*grid, 4), np.uint8)
-    layer[visible.isnan().view(grid).numpy()] = (*UNSAMPLED, round(255 * UNKNOWN))
-    _lay_over(axes[0], layer, seen)
-    _mark(axes[0], place, seen)
-    return fig, axes[1:]
-
-
-def _draw_panel(
-    ax: Axes, image: Tensor, values: Tensor, title: str, seen: Recording, place: int, high: float
-) -> None:
-    draw_image(ax, greyed(image), title)
-    _lay_over(ax, overlay(values, high), seen)
-    _mark(ax, place, seen)
-
-
-def _lay_over(ax: Axes, layer: NDArray[np.uint8], seen: Recording) -> None:
-    height, width = _canvas(seen)
-    ax.imshow(layer, extent=(0, width, height, 0), interpolation="nearest")
-    ax.set_xlim(0, width)
-    ax.set_ylim(height, 0)
-
-
-def _mark(ax: Axes, place: int, seen: Recording) -> None:
-    """A frame around the token at `place`, white outside."""
-    row, column = divmod(place, seen.grid[1])
+    layer[visible.isnan().numpy()] = (*UNSAMPLED, round(255 * UNKNOWN))
+    total = grid[0] * grid[1]
+    layers = [(image, f"{part}: {int(visible.nansum())} of {total} tokens", layer)]
+    layers += [(greyed(image), p.title, overlay(p.values, p.high)) for p in panels]
+    fig, axes = image_panels([(height, width)] * len(layers), columns)
+    row, column = divmod(place, grid[1])
     corner = (column * seen.patch, row * seen.patch)
-    for colour, width in (("white", 3.2), (VERMILLION, 1.8)):
-        frame = Rectangle(
-            corner, seen.patch, seen.patch, fill=False, edgecolor=colour, linewidth=width
-        )
-        ax.add_patch(frame)
-
-
-def _canvas(seen: Recording) -> tuple[int, int]:
-    """(height, width) of the padded picture, pixels."""
-    return seen.grid[0] * seen.patch, seen.grid[1] * seen.patch
+    for ax, (picture, title, layer) in zip(axes, layers, strict=True):
+        draw_image(ax, picture, title)
+        ax.imshow(layer, extent=(0, width, height, 0), interpolation="nearest")
+        ax.set(xlim=(0, width), ylim=(height, 0))
+        for colour, pen in (("white", 3.2), (VERMILLION, 1.8)):  # the query's frame
+            frame = Rectangle(corner, seen.patch, seen.patch, fill=False, edgecolor=colour)
+            frame.set_linewidth(pen)
+            ax.add_patch(frame)
+    return fig

@@ -1,4 +1,4 @@
-"""Figures of numbers: the course of a training, AP against the sample ratio."""
+"""Figures of numbers: the course of a training, AP against the ratio, what things are made of."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,7 +7,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
@@ -28,23 +27,22 @@ from mimdet.viz.style import (
     LARGE,
     NORMAL,
     ORANGE,
-    PALETTE,
     SKY,
     VERMILLION,
     WIDTH,
     NotebookFigure,
+    add_legend,
+    axes_of,
     new_figure,
+    write_beside,
+    write_title,
 )
 
+PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
+
+# ------------------------------------------------------------------------------- AP
+
 KINDS = {"box": (BLUE, "o"), "mask": (VERMILLION, "s")}
-LOSSES = {
-    "loss": ("total", BLACK),
-    "loss_rpn_cls": ("RPN objectness", SKY),
-    "loss_rpn_loc": ("RPN box", BLUE),
-    "loss_cls": ("class", VERMILLION),
-    "loss_box_reg": ("box", ORANGE),
-    "loss_mask": ("mask", GREEN),
-}
 
 
 class Score(NamedTuple):
@@ -74,16 +72,23 @@ def show_training(metrics_rows: Sequence[dict[str, Any]], title: str = "") -> No
     for ax in (left, right):
         ax.set_xlim(0, last * 1.02)
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    _draw_losses(left, steps)
-    if any(curves.values()):
-        _draw_curves(right, curves, mark_all=False)
-    else:
-        _say(right, "no evaluation yet")
+    if steps:
+        _draw_losses(left, steps)
+    _draw_scores(right, curves, mark_all=False)
+    words: dict[str, Any] = {"fontsize": NORMAL, "color": FAINT}
+    for ax, missing in ((left, "no steps yet"), (right, "no evaluation yet")):
+        if not ax.lines:
+            ax.text(0.5, 0.5, missing, transform=ax.transAxes, ha="center", **words)
+            ax.set_yticks([])
     if title:
         fig.suptitle(title, x=0.01, ha="left", fontsize=LARGE, weight="bold", color=INK)
-    fig.set_layout_engine("constrained")
-    fig.alt_text = _training_in_words(steps, curves)
-    return fig
+    said = []
+    if steps:
+        losses = [f"{row['loss']:.2f} at step {row['step']}" for row in (steps[0], steps[-1])]
+        said.append(f"The training loss goes from {' to '.join(losses)}")
+    for kind, curve in curves.items():
+        said += [f"{kind} AP is {score.ap:.1f} at step {score.x}" for score in curve[-1:]]
+    return fig.finish("; ".join(said or ["A training run without a step so far"]) + ".")
 
 
 def show_ratios(rows: Sequence[dict[str, Any]]) -> NotebookFigure:
@@ -97,7 +102,6 @@ def show_ratios(rows: Sequence[dict[str, Any]]) -> NotebookFigure:
         raise ValueError("no rows to show: give the rows of evaluate_ratios, one per sample ratio")
     rows = sorted(rows, key=lambda row: row["sample_ratio"])
     draws = max(row["draws"] for row in rows)
-    title = f"mean ± sd of {draws} draws" if draws > 1 else ""
     curves = {
         kind: [
             Score(row["sample_ratio"], 100 * row[f"{kind}_ap"], 100 * row[f"{kind}_ap_sd"])
@@ -107,22 +111,18 @@ def show_ratios(rows: Sequence[dict[str, Any]]) -> NotebookFigure:
         for kind in KINDS
     }
     fig = new_figure(WIDTH / 2, 3.4)
+    title = f"mean ± sd of {draws} draws" if draws > 1 else ""
     ax = axes_of(fig, 1, 1, title, "share of tokens kept", "AP × 100")
-    _draw_curves(ax, curves, mark_all=True)
+    _draw_scores(ax, curves, mark_all=True)
     ax.set_xlim(0, 1.08)
-    ax.set_xticks(sorted({row["sample_ratio"] for row in rows}))
-    ax.xaxis.set_major_formatter(_PLAIN)
-    fig.set_layout_engine("constrained")
+    ax.set_xticks([row["sample_ratio"] for row in rows])
+    ax.xaxis.set_major_formatter(PLAIN)
     points = [
         f"{kind} {score.ap:.1f} ± {score.spread:.1f} at {score.x:g}"
         for kind, curve in curves.items()
         for score in curve
     ]
-    fig.alt_text = f"AP x 100 against the share of tokens kept: {', '.join(points)}."
-    return fig
-
-
-# ------------------------------------------------------------------------------- AP
+    return fig.finish(f"AP x 100 against the share of tokens kept: {', '.join(points)}.")
 
 
 def _evaluated(evaluations: Sequence[dict[str, Any]], kind: str) -> list[Score]:
@@ -135,7 +135,7 @@ def _evaluated(evaluations: Sequence[dict[str, Any]], kind: str) -> list[Score]:
     return found
 
 
-def _draw_curves(ax: Axes, curves: dict[str, list[Score]], mark_all: bool) -> None:
+def _draw_scores(ax: Axes, curves: dict[str, list[Score]], mark_all: bool) -> None:
     """A line per kind, its name and value at the last point, the other values if mark_all.
 
     The values of the curve that ends higher stand above it, the other's below it.
@@ -145,29 +145,14 @@ def _draw_curves(ax: Axes, curves: dict[str, list[Score]], mark_all: bool) -> No
     for kind, curve in curves.items():
         colour, marker = KINDS[kind]
         x, ap, spread = zip(*curve, strict=True)
-        ax.errorbar(
-            x,
-            ap,
-            spread if any(spread) else None,
-            color=colour,
-            marker=marker,
-            markersize=4.5,
-            capsize=3,
-            label=kind,
-        )
+        bars = spread if any(spread) else None
+        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4.5}
+        ax.errorbar(x, ap, bars, capsize=3, label=kind, **style)
         side = 1 if kind == upper else -1
         for score in curve if mark_all else curve[-1:]:
             name = f"{kind} " if score is curve[-1] else ""
-            ax.annotate(
-                f"{name}{score.ap:.1f}",
-                (score.x, score.ap + side * score.spread),
-                xytext=(0, side * 7),
-                textcoords="offset points",
-                ha="center",
-                va="bottom" if side > 0 else "top",
-                fontsize=NORMAL,
-                color=colour,
-            )
+            end = (score.x, score.ap + side * score.spread)
+            write_beside(ax, f"{name}{score.ap:.1f}", end, (0, 7 * side), color=colour)
     highest = max((score.ap + score.spread for c in curves.values() for score in c), default=0.0)
     ax.set_ylim(0, max(1.0, 1.18 * highest))  # from 0, with room for the values
     ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
@@ -175,8 +160,18 @@ def _draw_curves(ax: Axes, curves: dict[str, list[Score]], mark_all: bool) -> No
 
 # ------------------------------------------------------------------------------- losses
 
+LOSSES = {
+    "loss": ("total", BLACK),
+    "loss_rpn_cls": ("RPN objectness", SKY),
+    "loss_rpn_loc": ("RPN box", BLUE),
+    "loss_cls": ("class", VERMILLION),
+    "loss_box_reg": ("box", ORANGE),
+    "loss_mask": ("mask", GREEN),
+}
+
 
 def _draw_losses(ax: Axes, steps: Sequence[dict[str, Any]]) -> None:
+    """Of each loss a thin line of single steps and a thick one of means."""
     window = max(1, len(steps) // 25)
     numbers = [row["step"] for row in steps]
     ends: list[tuple[float, str, str]] = []
@@ -192,16 +187,13 @@ def _draw_losses(ax: Axes, steps: Sequence[dict[str, Any]]) -> None:
         ends.append((float(positive[-1]), label, colour))
         low, high = min(low, positive.min()), max(high, positive.max())
     if not ends:
-        _say(ax, "no steps yet")
         return
     if window > 1:
-        ax.set_title(
-            f"training loss, mean of {window} steps", loc="left", fontsize=LARGE, color=INK
-        )
+        write_title(ax, f"training loss, mean of {window} steps", LARGE)
     ax.set_yscale("log")
     ax.set_ylim(low / 2, high * 2)  # for the means: one step with a loss near 0 would set the scale
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter(_PLAIN)
+    ax.yaxis.set_major_formatter(PLAIN)
     ax.yaxis.set_minor_locator(NullLocator())
     _name_ends(ax, numbers[-1], ends)
 
@@ -233,135 +225,71 @@ def _name_ends(ax: Axes, x: float, ends: Sequence[tuple[float, str, str]]) -> No
 def _running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
     """Mean of the `window` values around each one, fewer at the ends; gaps (NaN) are left out."""
     known = ~np.isnan(values)
-    sums = np.cumsum(np.where(known, values, 0))
-    counts = np.cumsum(known)
-    sums, counts = np.append(0, sums), np.append(0, counts)
-    start = np.arange(len(values)) - (window - 1) // 2
-    stop = np.clip(start + window, 0, len(values))
-    start = np.clip(start, 0, None)
-    total, count = sums[stop] - sums[start], counts[stop] - counts[start]
+    total = np.convolve(np.where(known, values, 0), np.ones(window), "same")
+    count = np.convolve(known, np.ones(window), "same")
     return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
 
 
-def _training_in_words(steps: Sequence[dict[str, Any]], curves: dict[str, list[Score]]) -> str:
-    parts = []
-    if steps:
-        first, last = steps[0], steps[-1]
-        parts.append(
-            f"The training loss goes from {first['loss']:.2f} at step {first['step']} to "
-            f"{last['loss']:.2f} at step {last['step']}"
-        )
-    for kind, curve in curves.items():
-        parts += [f"{kind} AP is {score.ap:.1f} at step {score.x}" for score in curve[-1:]]
-    return "; ".join(parts) + "." if parts else "A training run without a step so far."
+# ------------------------------------------------------------------------------- bars
+
+PARTS = (BLUE, SKY, ORANGE, GREEN, VERMILLION)
+"""Colours of the parts of a bar."""
+UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "thousand"))
 
 
-# ------------------------------------------------------------------------------- axes
-
-_PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
-
-
-def axes_of(fig: Figure, position: int, count: int, title: str, x: str, y: str) -> Axes:
-    """Axes number `position` of `count` in a row: two spines, faint horizontal lines, labels."""
-    ax = fig.add_subplot(1, count, position)
-    ax.set_title(title, loc="left", fontsize=LARGE, color=INK)
-    ax.set_xlabel(x, fontsize=NORMAL, color=INK)
-    ax.set_ylabel(y, fontsize=NORMAL, color=INK)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color(FAINT)
-    ax.tick_params(labelsize=NORMAL, color=FAINT, labelcolor=INK)
-    ax.grid(axis="y", color="#E6E6E6", linewidth=0.6)
-    ax.set_axisbelow(True)
-    return ax
-
-
-def _say(ax: Axes, text: str) -> None:
-    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", fontsize=NORMAL, color=FAINT)
-    ax.set_yticks([])
-
-
-COLOURS = (BLUE, SKY, ORANGE, GREEN, VERMILLION)
-
-
-def loaded_by_part(report: LoadReport, model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Part of the model -> (values that came from the file, values that are new).
+def loaded_by_part(report: LoadReport, model: nn.Module) -> dict[str, dict[str, int]]:
+    """Part of the model -> numbers of its values, those "from the file" and those that are "new".
 
     A part is what stands in front of the second dot of a backbone's name, `encoder`, or of the
     first, `neck`. Buffers such as running means are not counted.
     """
     loaded = set(report.loaded)
-    counts: dict[str, tuple[int, int]] = {}
+    counts: dict[str, dict[str, int]] = {}
     for name, value in model.named_parameters():
         part = name.removeprefix("backbone.").split(".")[0]
-        old, new = counts.get(part, (0, 0))
-        from_file = name in loaded
-        counts[part] = (old + value.numel() * from_file, new + value.numel() * (not from_file))
+        own = counts.setdefault(part, {"from the file": 0, "new": 0})
+        own["from the file" if name in loaded else "new"] += value.numel()
     return counts
 
 
 def show_loaded(report: LoadReport, model: nn.Module) -> NotebookFigure:
     """Parameters of every part of a model: those a file gave, and those that are still random."""
-    counts = loaded_by_part(report, model)
-    parts = {
-        "from the file": [old for old, _ in counts.values()],
-        "new": [new for _, new in counts.values()],
-    }
-    return show_stacked(list(counts), parts, "parameters", millions(parts), digits=3)
-
-
-def millions(parts: Mapping[str, Sequence[float]]) -> tuple[float, str]:
-    """The unit that keeps a bar's number short: (divisor, name)."""
-    largest = max(max(values) for values in parts.values())
-    steps = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "thousand"))
-    return next(((size, name) for size, name in steps if largest >= size), (1.0, ""))
+    return show_stacked(loaded_by_part(report, model), "parameters", digits=3)
 
 
 def show_stacked(
-    labels: Sequence[str],
-    parts: Mapping[str, Sequence[float]],
-    quantity: str,
-    unit: tuple[float, str] = (1.0, ""),
-    digits: int = 2,
+    bars: Mapping[str, Mapping[str, float]], quantity: str, digits: int = 2
 ) -> NotebookFigure:
-    """A horizontal bar a label, made of parts, its sum written behind it.
+    """A horizontal bar a model or setting, made of parts, with their numbers and their sum.
 
-    parts: name -> a number for every label. unit: (divisor, name), for example (1e9, "G"). digits:
-    of the sums; those before the point are always written.
-    Raises ValueError when a part has another number of values than there are labels.
+    bars: name -> part -> number, the same parts in every one. digits: of the numbers; those before
+    the point are always written. The unit (G, M) is the one that keeps them short.
+    Raises ValueError for unequal parts, which would make the bars unlike each other.
     """
-    for name, values in parts.items():
-        if len(values) != len(labels):
-            raise ValueError(f"part {name!r} has {len(values)} values for {len(labels)} labels")
-    size, word = unit
-    fig = new_figure(WIDTH, 1.1 + 0.32 * len(labels))
-    ax = axes_of(fig, 1, 1, "", f"{quantity}, {word}".rstrip(", "), "")
-    rows = list(range(len(labels)))
-    left = [0.0] * len(labels)
-    colours = COLOURS if len(parts) <= len(COLOURS) else PALETTE
-    for (name, values), colour in zip(parts.items(), colours, strict=False):
-        lengths = [value / size for value in values]
-        ax.barh(rows, lengths, left=left, color=colour, label=name, height=0.7)
-        left = [start + length for start, length in zip(left, lengths, strict=True)]
-    for row, total in zip(rows, left, strict=True):
-        ax.text(total, row, f" {_short(total, digits)}", va="center", fontsize=NORMAL, color=INK)
-    ax.set_yticks(rows, list(labels))
+    parts = list(next(iter(bars.values()), {}))
+    if not parts or any(list(own) != parts for own in bars.values()):
+        raise ValueError(f"every bar needs the same parts, at least one, not {dict(bars)}")
+    largest = max(max(own.values()) for own in bars.values())
+    size, unit = next((known for known in UNITS if largest >= known[0]), (1.0, ""))
+    fig = new_figure(WIDTH, 1.1 + 0.32 * len(bars))
+    ax = axes_of(fig, 1, 1, "", f"{unit} {quantity}".strip(), "", lines="")
+    sums = {name: sum(own.values()) / size for name, own in bars.items()}
+    for row, (name, own) in enumerate(bars.items()):
+        left = 0.0
+        for number, part in enumerate(parts):
+            colour, length = PARTS[number % len(PARTS)], own[part] / size
+            ax.barh(row, length, left=left, color=colour, height=0.7, label=None if row else part)
+            if 0.06 * max(sums.values()) < length < sums[name]:  # a number needs room
+                ink, middle = "white" if colour == BLUE else INK, (left + length / 2, row)
+                write_beside(ax, _short(length, digits), middle, (0, 0), color=ink)
+            left += length
+        write_beside(ax, _short(left, digits), (left, row), (3, 0))
+    ax.set_yticks(range(len(bars)), list(bars))
     ax.invert_yaxis()
-    ax.set_xlim(0, 1.1 * max(left))
-    ax.grid(False, axis="y")
-    ax.legend(
-        fontsize=NORMAL,
-        frameon=False,
-        labelcolor=INK,
-        ncols=len(parts),
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-    )
-    fig.set_layout_engine("constrained")
-    sums = ", ".join(
-        f"{label} {_short(total, digits)}" for label, total in zip(labels, left, strict=True)
-    )
-    fig.alt_text = f"Bars of {quantity} ({word}), made of {', '.join(parts)}: {sums}."
-    return fig
+    ax.set_xlim(0, 1.1 * max(sums.values()))
+    add_legend(ax, ncols=len(parts), loc="lower left", bbox_to_anchor=(0, 1))
+    said = ", ".join(f"{name} {_short(total, digits)}" for name, total in sums.items())
+    return fig.finish(f"Bars of {unit} {quantity}, made of {', '.join(parts)}: {said}.")
 
 
 def _short(number: float, digits: int) -> str:
@@ -369,56 +297,7 @@ def _short(number: float, digits: int) -> str:
     return f"{number:,.0f}" if number >= 10 ** (digits - 1) else f"{number:.{digits}g}"
 
 
-PART_COLOURS = (BLUE, SKY, ORANGE)
-
-
-def show_costs(
-    costs: Mapping[str, Mapping[str, float]], unit: str, scale: float = 1.0
-) -> NotebookFigure:
-    """One bar a model or setting, its parts end to end, each with its number in it.
-
-    costs: name -> part -> cost, the same parts (at most three) in every one; numbers are divided by
-    `scale`, and `unit` says what they then are. Raises ValueError for other parts.
-    """
-    parts = list(next(iter(costs.values()), {}))
-    if not 0 < len(parts) <= len(PART_COLOURS) or any(list(own) != parts for own in costs.values()):
-        raise ValueError(
-            f"every bar needs the same one to {len(PART_COLOURS)} parts, not {dict(costs)}"
-        )
-    fig = new_figure(7.5, 0.42 * len(costs) + 1.05)
-    ax = fig.add_axes(
-        (0.13, 0.52 / fig.get_figheight(), 0.84, 0.42 * len(costs) / fig.get_figheight())
-    )
-    said = []
-    longest = max(sum(own.values()) for own in costs.values()) / scale
-    for row, (name, own) in enumerate(costs.items()):
-        left = 0.0
-        for part, colour in zip(parts, PART_COLOURS, strict=False):
-            value = own[part] / scale
-            ax.barh(
-                row, value, left=left, color=colour, height=0.7, label=part if row == 0 else None
-            )
-            if value > 0.04 * longest:  # a number needs room
-                dark = colour == BLUE
-                ax.text(
-                    left + value / 2,
-                    row,
-                    f"{value:.0f}",
-                    ha="center",
-                    va="center",
-                    fontsize=NORMAL,
-                    color="white" if dark else INK,
-                )
-            left += value
-        said.append(f"{name}: " + ", ".join(f"{part} {own[part] / scale:.0f}" for part in parts))
-    ax.set_yticks(range(len(costs)), list(costs), fontsize=NORMAL)
-    ax.invert_yaxis()
-    ax.set_xlabel(unit, fontsize=NORMAL, color=INK)
-    ax.tick_params(labelsize=NORMAL, colors=INK)
-    ax.spines[["top", "right"]].set_visible(False)
-    fig.legend(loc="upper center", ncols=len(parts), fontsize=NORMAL, frameon=False)
-    fig.alt_text = f"Bars of {unit}. " + "; ".join(said) + "."
-    return fig
+# ------------------------------------------------------------------------------- positions
 
 
 def similarity(places: Tensor, grid: Grid, place: int) -> Tensor:
@@ -439,7 +318,7 @@ def show_positions(
     of another shape and a place outside.
     """
     side = round((table.shape[1] - 1) ** 0.5) if table.dim() == 3 else 0
-    if table.dim() != 3 or len(table) != 1 or side * side + 1 != table.shape[1] or not side:
+    if not side or len(table) != 1 or side * side + 1 != table.shape[1]:
         raise ValueError(
             f"a position table of shape {tuple(table.shape)}: give (1, 1 + side * side, D)"
         )
@@ -452,49 +331,38 @@ def show_positions(
     ax = axes_of(fig, 3, 3, "along the row", "distance, share of the width", "cosine")
     column = int(at[1] * grid[1])
     fresh = sincos_table(table.shape[2], grid[1])[:, 1 : 1 + grid[1]]  # its first row
-    again = similarity(fresh, (1, grid[1]), column)[0]
-    lines = (
-        (stored[int(at[0] * side)], FAINT, "-", "o", f"stored, {side} wide"),
-        (resized[int(at[0] * grid[0])], VERMILLION, "-", None, f"resized, {grid[1]} wide"),
-        (again, BLUE, "--", None, f"made anew, {grid[1]} wide"),
-    )
-    for values, colour, style, marker, name in lines:
-        middle = int(at[1] * len(values))
-        distance = (torch.arange(len(values)) - middle) / len(values)
-        ax.plot(
-            distance.numpy(),
-            values.numpy(),
-            color=colour,
-            linestyle=style,
-            marker=marker,
-            markersize=4,
-            label=name,
-        )
-    ax.legend(fontsize=NORMAL, frameon=False, labelcolor=INK, loc="lower center")
-    low = min(float(values.min()) for values, *_ in lines)
+    lines = {
+        f"stored, {side} wide": (stored[int(at[0] * side)], FAINT, "o-"),
+        f"resized, {grid[1]} wide": (resized[int(at[0] * grid[0])], VERMILLION, "-"),
+        f"made anew, {grid[1]} wide": (similarity(fresh, (1, grid[1]), column)[0], BLUE, "--"),
+    }
+    for name, (values, colour, style) in lines.items():
+        distance = (torch.arange(len(values)) - int(at[1] * len(values))) / len(values)
+        ax.plot(distance.numpy(), values.numpy(), style, color=colour, markersize=4, label=name)
+    add_legend(ax, loc="lower center")
+    low = min(float(values.min()) for values, *_ in lines.values())
     ax.set_ylim(low - 0.45 * (1 - low), 1.03)  # room for the legend
-    fig.set_layout_engine("constrained")
-    fig.alt_text = (
+    return fig.finish(
         f"Cosine similarity of one place's position to all others: the stored table of {side} x "
         f"{side} places, the same resized to {grid[0]} x {grid[1]}, and both along a row, where "
         "the resized curve follows the stored one over the same share of the image."
     )
-    return fig
 
 
 def _panel(ax: Axes, places: Tensor, grid: Grid, at: tuple[float, float], name: str) -> Tensor:
     row, column = int(at[0] * grid[0]), int(at[1] * grid[1])
     values = similarity(places, grid, row * grid[1] + column)
     ax.imshow(heat(values, high=1.0), interpolation="nearest")
-    ax.set_title(f"{name}: {grid[0]} × {grid[1]}", loc="left", fontsize=NORMAL, color=INK, pad=3)
+    write_title(ax, f"{name}: {grid[0]} × {grid[1]}")
     ax.set_axis_off()
-    frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=VERMILLION)
-    frame.set_linewidth(1.8)
-    ax.add_patch(frame)
+    corner = (column - 0.5, row - 0.5)
+    ax.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=VERMILLION, linewidth=1.8))
     return values
 
 
-RATE_COLOURS = {"rest": VERMILLION, "stem": BLUE, "encoder": GREEN}
+# ------------------------------------------------------------------------------- schedule
+
+RATES = {"rest": VERMILLION, "stem": BLUE, "encoder": GREEN}
 PAPER = {16: 4e-5, 64: 8e-5}
 """Images a step -> learning rate of the stem, in the paper's two configurations."""
 
@@ -518,46 +386,34 @@ def show_schedule(cfg: TrainingConfig, images: int) -> NotebookFigure:
     fig = new_figure(WIDTH, 3.4)
     left = axes_of(fig, 1, 2, f"{total:,} steps", "epoch", "learning rate (log scale)")
     rates = group_rates(cfg)
+    named = {name: f"{name} {rate:.3g}" for name, rate in rates.items()}
     for name, rate in rates.items():
-        left.plot(steps / per_epoch, rate * factors, color=RATE_COLOURS[name], linewidth=1.8)
-        left.annotate(
-            f"{name} {rate:.3g}",
-            (0.5 * total / per_epoch * cfg.milestones[0], rate * factors.max()),
-            xytext=(0, 4),
-            textcoords="offset points",
-            ha="center",
-            fontsize=NORMAL,
-            color=RATE_COLOURS[name],
-        )
+        left.plot(steps / per_epoch, rate * factors, color=RATES[name], linewidth=1.8)
+        top = (0.5 * total / per_epoch * cfg.milestones[0], rate * factors.max())
+        write_beside(left, named[name], top, (0, 3), color=RATES[name])
     left.set_yscale("log")
     left.set_ylim(min(rates.values()) / 400, max(rates.values()) * 3)
     right = axes_of(fig, 2, 2, "the stem's rate", "images a step", "learning rate (log scale)")
     _draw_rule(right, cfg)
-    fig.set_layout_engine("constrained")
-    fig.alt_text = (
-        f"Learning rates of {total:,} steps: "
-        + ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items())
-        + f" at their highest, after a linear warm-up of {warmup:,} steps; then the schedule "
-        f"{cfg.schedule}. Beside it the stem's rate against the images a step."
+    return fig.finish(
+        f"Learning rates of {total:,} steps: {', '.join(named.values())} at their highest, after a "
+        f"linear warm-up of {warmup:,} steps; then the schedule {cfg.schedule}. Beside it the "
+        "stem's rate against the images a step."
     )
-    return fig
 
 
 def _draw_rule(ax: Axes, cfg: TrainingConfig) -> None:
     """Square root and linear rule through the reference, the paper's two points, this recipe."""
     batches = np.geomspace(4, 256, 50)
-    for exponent, name, style, colour in (
-        (0.5, "square root", "-", BLUE),
-        (1, "linear", "--", FAINT),
-    ):
-        values = cfg.learning_rate * (batches / cfg.reference_batch) ** exponent
-        ax.plot(batches, values, style, color=colour, linewidth=1.6, label=f"{name} rule")
-    ax.plot(list(PAPER), list(PAPER.values()), "o", color=BLACK, label="the paper's configurations")
-    batch = cfg.batch_size * cfg.accumulate
-    ax.plot(
-        [batch], [scaled_rate(cfg)], "o", ms=11, mfc="none", mew=1.8, color=ORANGE, label="this one"
+    square_root, linear = (
+        cfg.learning_rate * (batches / cfg.reference_batch) ** exponent for exponent in (0.5, 1)
     )
+    ax.plot(batches, square_root, "-", color=BLUE, linewidth=1.6, label="square root rule")
+    ax.plot(batches, linear, "--", color=FAINT, linewidth=1.6, label="linear rule")
+    ax.plot(list(PAPER), list(PAPER.values()), "o", color=BLACK, label="the paper's configurations")
+    ring: dict[str, Any] = {"ms": 11, "mfc": "none", "mew": 1.8, "color": ORANGE}
+    ax.plot([cfg.batch_size * cfg.accumulate], [scaled_rate(cfg)], "o", label="this one", **ring)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_xticks([4, 16, 64, 256], ["4", "16", "64", "256"])
-    ax.legend(frameon=False, fontsize=NORMAL, loc="upper left")
+    add_legend(ax, loc="upper left")

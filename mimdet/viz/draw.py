@@ -23,7 +23,16 @@ from torch import Tensor
 
 from mimdet.data.rasters import crops_from_segmentations
 from mimdet.structures import Crops, Detections, Target, as_rle, paste
-from mimdet.viz.style import DPI, INK, NORMAL, PALETTE, SMALL, WIDTH, NotebookFigure, new_figure
+from mimdet.viz.style import (
+    DPI,
+    INK,
+    PALETTE,
+    SMALL,
+    WIDTH,
+    NotebookFigure,
+    new_figure,
+    write_title,
+)
 
 Pixels = NDArray[np.uint8]
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1; y grows downwards
@@ -342,14 +351,21 @@ def mask_of(entry: dict[str, Any], size: Sequence[int]) -> Crops | None:
 
 
 def image_panels(
-    sizes: Sequence[Size], columns: int, group: int = 1, widest: float = 3.2
+    sizes: Sequence[Size],
+    columns: int,
+    group: int = 1,
+    widest: float = 3.2,
+    heading: float = 0.23,
 ) -> tuple[NotebookFigure, list[Axes]]:
     """A figure with one frameless panel per image, in rows of `columns`, room for a title on each.
 
     sizes: (height, width) of the images. `group` neighbours stand close together; columns is
-    rounded down to whole groups. No panel is wider than `widest` inches.
+    rounded down to whole groups. No panel is wider than `widest` inches, and `heading` inches above
+    each are for its title. Raises ValueError without images.
     """
-    edge, near, far, heading = 0.04, 0.05, 0.22, 0.23  # inches
+    if not sizes:
+        raise ValueError("nothing to show: give at least one image")
+    edge, near, far = 0.04, 0.05, 0.22  # inches
     columns = max(group, min(columns, len(sizes)) // group * group)
     gaps = (columns // group - 1) * far + (columns - columns // group) * near
     side = min(widest, (WIDTH - 2 * edge - gaps) / columns)
@@ -380,7 +396,7 @@ def draw_image(ax: Axes, image: Tensor, title: str, size: Size | None = None) ->
     height, width = size or image_size(image)
     smooth = "bicubic" if max(image.shape) < 320 else "antialiased"
     ax.imshow(to_pixels(image), extent=(0, width, height, 0), interpolation=smooth)
-    ax.set_title(title, loc="left", fontsize=NORMAL, color=INK, pad=3)
+    write_title(ax, title)
 
 
 def draw_objects(

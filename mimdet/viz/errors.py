@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
+from torch import Tensor
 
 from mimdet.analysis.comparison import SAME, RunComparison
 from mimdet.analysis.errors import MEANINGS, Curve, DetectionError, ErrorReport
@@ -29,22 +30,22 @@ from mimdet.viz.draw import (
 from mimdet.viz.style import (
     BLUE,
     FAINT,
-    GREEN,
     INK,
     LARGE,
     NORMAL,
-    ORANGE,
-    PURPLE,
-    SKY,
+    SERIES,
     SMALL,
     VERMILLION,
     WIDTH,
     NotebookFigure,
+    add_legend,
+    axes_of,
     new_figure,
+    plain_axes,
+    plural,
+    write_beside,
+    write_title,
 )
-
-COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY)
-"""Of reports that stand side by side."""
 
 
 def show_errors(reports: ErrorReport | Mapping[str, ErrorReport]) -> NotebookFigure:
@@ -53,44 +54,38 @@ def show_errors(reports: ErrorReport | Mapping[str, ErrorReport]) -> NotebookFig
     reports: one, or {name: report}, at most six. Raises ValueError for none or more.
     """
     named = {"": reports} if isinstance(reports, ErrorReport) else dict(reports)
-    if not 1 <= len(named) <= len(COLOURS):
-        raise ValueError(f"{len(named)} reports: give 1 to {len(COLOURS)}")
+    if not 1 <= len(named) <= len(SERIES):
+        raise ValueError(f"{len(named)} reports: give 1 to {len(SERIES)}")
     first = next(iter(named.values()))
-    types, oracles = list(first.dap), list(first.special)
-    highest = [100 * max([*r.dap.values(), *r.special.values()]) for r in named.values()]
-    reach = 1.25 * max([h for h in highest if math.isfinite(h)], default=1.0) or 1.0
-
-    bar = 0.26 if len(named) == 1 else 0.17  # inches
-    row = bar * len(named) + 0.13
-    height = row * (len(types) + len(oracles)) + 1.1
-    fig = new_figure(WIDTH, height)
-    grid = fig.add_gridspec(2, 1, height_ratios=(len(types), len(oracles)))
-    for place, names in enumerate((types, oracles)):
-        ax = fig.add_subplot(grid[place])
-        _style(ax)
-        ax.grid(axis="x", color="#E6E6E6", linewidth=0.6)
-        ax.set_xlim(0, reach)
+    title = f"What each type of error costs at IoU {first.iou_threshold:g}"
+    if len(named) == 1:
+        title += f" (AP {100 * first.ap:.1f})"
+    groups = list(first.dap), list(first.special)
+    row = (0.26 if len(named) == 1 else 0.17) * len(named) + 0.13  # inches
+    fig = new_figure(WIDTH, row * sum(map(len, groups)) + 1.1)
+    grid = {"height_ratios": [len(names) for names in groups]}
+    axes = fig.subplots(2, 1, sharex=True, gridspec_kw=grid)
+    for ax, names in zip(axes, groups, strict=True):
+        plain_axes(ax, lines="x")
         for number, (name, report) in enumerate(named.items()):
-            label = f"{name}: AP {100 * report.ap:.1f}"
-            _draw_bars(ax, report, names, number, len(named), label)
+            _draw_bars(ax, report, names, number, len(named), f"{name}: AP {100 * report.ap:.1f}")
         ax.set_yticks(range(len(names)), [f"{name}\n{MEANINGS[name]}" for name in names])
         ax.set_ylim(len(names) - 0.5, -0.5)
         ax.tick_params(axis="y", length=0)
-        if place == 0:
-            _title(ax, _bars_title(named))
-            ax.set_xticklabels([])
-        else:
-            ax.set_xlabel("AP × 100 gained if fixed", fontsize=NORMAL, color=INK)
+    lengths = [bar.get_width() for ax in axes for bar in ax.patches]
+    axes[0].set_xlim(0, 1.25 * max(lengths) or 1.0)
+    write_title(axes[0], title, LARGE)
+    axes[1].set_xlabel("AP × 100 gained if fixed")
     if len(named) > 1:
-        fig.axes[0].legend(
-            fontsize=NORMAL,
-            labelcolor=INK,
-            frameon=False,
-            loc="lower right",
+        add_legend(axes[0], loc="lower right")
+    said = []
+    for name, report in named.items():
+        costs = [f"{kind} {100 * dap:.1f}" for kind, dap in (report.dap | report.special).items()]
+        said.append(
+            f"{name}: AP {100 * report.ap:.1f} at IoU {report.iou_threshold:g}; fixing all errors "
+            f"of a type adds: {', '.join(costs)}.".removeprefix(": ")
         )
-    fig.set_layout_engine("constrained")
-    fig.alt_text = " ".join(_bars_in_words(name, report) for name, report in named.items())
-    return fig
+    return fig.finish(" ".join(said))
 
 
 def show_precision_recall(
@@ -110,41 +105,28 @@ def show_precision_recall(
             panels.setdefault(curve.category, []).append(curve)
     mean = panels.pop("", [])
     classes = sorted(panels, key=lambda name: sum(curve.ap for curve in panels[name]))
-    shown = ["", *classes[:most_classes]]
+    shown = {"mean": mean, **{name: panels[name] for name in classes[:most_classes]}}
     rows = -(-len(shown) // columns)
     fig = new_figure(WIDTH, 0.6 + 1.85 * rows)
     first = None
-    for place, name in enumerate(shown):
+    for place, (name, own) in enumerate(shown.items()):
         ax = fig.add_subplot(rows, columns, place + 1, sharex=first, sharey=first)
+        y = "precision" if place % columns == 0 else ""
+        x = "recall" if place + columns >= len(shown) else ""
+        plain_axes(ax, name, x, y, lines="both")
+        _draw_curves(ax, own, thresholds)
+        ax.tick_params(labelbottom=bool(x), labelleft=bool(y))
         first = first or ax
-        mine = panels[name] if name else mean
-        _draw_curves(ax, mine, thresholds)
-        _title(ax, name or "mean", bold=not name)
-        ax.label_outer()
-        if place % columns == 0:
-            ax.set_ylabel("precision", fontsize=NORMAL, color=INK)
-        if place + columns >= len(shown):
-            ax.set_xlabel("recall", fontsize=NORMAL, color=INK)
-            ax.tick_params(labelbottom=True)
-    fig.set_layout_engine("constrained")
+    fig.axes[0].title.set_fontweight("bold")
     handles, labels = fig.axes[0].get_legend_handles_labels()
-    fig.legend(
-        handles,
-        labels,
-        loc="outside upper right",
-        ncols=len(labels),
-        fontsize=NORMAL,
-        labelcolor=INK,
-        frameon=False,
-    )
-    left_out = len(classes) - len(shown) + 1
-    note = f", the {len(shown) - 1} classes of the lowest AP of {len(classes)}" if left_out else ""
+    add_legend(fig, handles=handles, loc="outside upper right", ncols=len(labels))
+    few = len(shown) - 1
+    note = f", the {few} classes of the lowest AP of {len(classes)}" if few < len(classes) else ""
     heading = f"Precision over recall, AP × 100{note}"
     fig.suptitle(heading, x=0.01, ha="left", fontsize=LARGE, color=INK)
     numbers = ", ".join(f"{100 * c.ap:.1f} at IoU {c.iou_threshold:g}" for c in mean)
     worst = f" The worst class is {classes[0]}." if classes else ""
-    fig.alt_text = f"Precision over recall, mean AP {numbers}.{worst}"
-    return fig
+    return fig.finish(f"Precision over recall, mean AP {numbers}.{worst}")
 
 
 def show_comparison(comparison: RunComparison, count: int = 8) -> NotebookFigure:
@@ -154,41 +136,32 @@ def show_comparison(comparison: RunComparison, count: int = 8) -> NotebookFigure
     """
     first, second = comparison.names
     images = comparison.images.dropna(subset="change")
-    fig = new_figure(WIDTH, 4.4)
-    left, right = fig.add_subplot(1, 2, 1), fig.add_subplot(1, 2, 2)
     numbers = comparison.summary()
-    kinds = {
-        "gained": (images[images["change"] > SAME], BLUE, "^"),
-        "lost": (images[images["change"] < -SAME], VERMILLION, "v"),
-        "same": (images[images["change"].abs() <= SAME], FAINT, "o"),
-    }
-    _style(left)
-    left.grid(color="#E6E6E6", linewidth=0.6)
+    fig = new_figure(WIDTH, 4.4)
+    x, y = f"AP × 100 with {first}", f"AP × 100 with {second}"
+    left = axes_of(fig, 1, 2, f"{numbers['images']} images", x, y, lines="both")
     left.plot([0, 100], [0, 100], color=FAINT, linewidth=0.8)
+    change = images["change"]
+    kinds = {
+        "gained": (images[change > SAME], BLUE, "^"),
+        "lost": (images[change < -SAME], VERMILLION, "v"),
+        "same": (images[change.abs() <= SAME], FAINT, "o"),
+    }
     for name, (rows, colour, marker) in kinds.items():
-        left.scatter(
-            100 * rows["ap_1"],
-            100 * rows["ap_2"],
-            s=18,
-            marker=marker,
-            color=colour,
-            alpha=0.75,
-            linewidth=0,
-            label=f"{name}: {numbers[name]}",
-        )
+        style: dict[str, Any] = {"marker": marker, "s": 18, "alpha": 0.75, "linewidth": 0}
+        label = f"{name}: {numbers[name]}"
+        left.scatter(100 * rows["ap_1"], 100 * rows["ap_2"], color=colour, label=label, **style)
     left.set(xlim=(-3, 103), ylim=(-3, 103), aspect="equal")
-    left.set_xlabel(f"AP × 100 with {first}", fontsize=NORMAL, color=INK)
-    left.set_ylabel(f"AP × 100 with {second}", fontsize=NORMAL, color=INK)
-    left.legend(fontsize=NORMAL, labelcolor=INK, frameon=False, loc="upper left", markerscale=1.4)
-    _title(left, f"{numbers['images']} images")
-    _draw_changes(right, comparison, count)
-    fig.set_layout_engine("constrained")
-    fig.alt_text = (
+    add_legend(left, loc="upper left", markerscale=1.4)
+    gained, lost = comparison.gained(count), comparison.lost(count)
+    title = f"the {plural(len(gained), 'largest gain')} and {plural(len(lost), 'loss', 'es')}"
+    right = axes_of(fig, 2, 2, title, "change of the image's AP × 100", "", lines="")
+    _draw_changes(right, [*gained.itertuples(), *reversed([*lost.itertuples()])])
+    return fig.finish(
         f"From {first} to {second}, {numbers['gained']} of {numbers['images']} images gain AP, "
         f"{numbers['lost']} lose and {numbers['same']} keep theirs; the mean AP of an image goes "
         f"from {100 * numbers['mean_ap_1']:.1f} to {100 * numbers['mean_ap_2']:.1f}."
     )
-    return fig
 
 
 # ------------------------------------------------------------------------------- parts
@@ -202,95 +175,42 @@ def _draw_bars(
     dap = report.dap | report.special
     values = [0.0 if math.isnan(dap[name]) else 100 * dap[name] for name in names]
     places = np.arange(len(names)) + (number - (of - 1) / 2) * thickness
-    colour = COLOURS[number]
-    bars = ax.barh(places, values, height=0.9 * thickness, color=colour, label=label)
-    labels = []
-    for name, value in zip(names, values, strict=True):
-        count = report.counts.get(name)
-        labels.append(f"{value:.1f}" + ("" if count is None else f"  ({_plural(count, 'error')})"))
+    bars = ax.barh(places, values, height=0.9 * thickness, color=SERIES[number], label=label)
+    counts = {name: f"  ({plural(count, 'error')})" for name, count in report.counts.items()}
+    labels = [f"{v:.1f}{counts.get(n, '')}" for n, v in zip(names, values, strict=True)]
     beneath = {"facecolor": "white", "linewidth": 0, "pad": 1}  # no grid line through the text
     ax.bar_label(bars, labels, padding=4, fontsize=NORMAL, color=INK, bbox=beneath)
 
 
-def _bars_title(named: Mapping[str, ErrorReport]) -> str:
-    report = next(iter(named.values()))
-    title = f"What each type of error costs at IoU {report.iou_threshold:g}"
-    return f"{title} (AP {100 * report.ap:.1f})" if len(named) == 1 else title
-
-
-def _bars_in_words(name: str, report: ErrorReport) -> str:
-    costs = [f"{kind} {100 * dap:.1f}" for kind, dap in (report.dap | report.special).items()]
-    subject = f"{name}: AP" if name else "AP"
-    return (
-        f"{subject} {100 * report.ap:.1f} at IoU {report.iou_threshold:g}; fixing all errors "
-        + (f"of a type adds: {', '.join(costs)}.")
-    )
-
-
 def _draw_curves(ax: Axes, curves: Sequence[Curve], thresholds: Sequence[float]) -> None:
     """A line per IoU threshold, the strictest darkest; their APs in the upper right corner."""
-    _style(ax)
-    ax.grid(color="#E6E6E6", linewidth=0.6)
     ax.set(xlim=(0, 1), ylim=(0, 1.02), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
     shades = mpl.colormaps["Blues"](np.linspace(0.45, 1.0, len(thresholds)))
     for curve in curves:
-        ax.plot(
-            curve.recall,
-            curve.precision,
-            color=shades[thresholds.index(curve.iou_threshold)],
-            linewidth=1.6,
-            clip_on=False,
-            label=f"IoU {curve.iou_threshold:.2f}",
+        shade, label = (
+            shades[thresholds.index(curve.iou_threshold)],
+            f"IoU {curve.iou_threshold:.2f}",
         )
+        ax.plot(curve.recall, curve.precision, color=shade, lw=1.6, clip_on=False, label=label)
     aps = " · ".join(f"{100 * curve.ap:.0f}" for curve in curves)
     ax.set_title(f"AP {aps}", loc="right", fontsize=NORMAL, color=INK)
 
 
-def _draw_changes(ax: Axes, comparison: RunComparison, count: int) -> None:
+def _draw_changes(ax: Axes, rows: Sequence[Any]) -> None:
     """A bar per image, from its AP in the first run to that in the second."""
-    gained, lost = comparison.gained(count), comparison.lost(count)
-    rows = [*gained.itertuples(), *reversed([*lost.itertuples()])]
-    _style(ax)
-    _title(ax, f"the {_plural(len(gained), 'largest gain')} and {_plural(len(lost), 'loss', 'es')}")
     ax.axvline(0, color=FAINT, linewidth=0.8)
     for place, row in enumerate(rows):
-        change = 100 * row.change
-        ax.barh(place, change, height=0.7, color=BLUE if change > 0 else VERMILLION)
+        ax.barh(place, 100 * row.change, height=0.7, color=BLUE if row.change > 0 else VERMILLION)
         found = f"{row.found_1} → {row.found_2} of {row.objects} found"
-        ax.annotate(
-            found,
-            (0, place),
-            xytext=(-4 if change > 0 else 4, 0),
-            textcoords="offset points",
-            ha="right" if change > 0 else "left",
-            va="center",
-            fontsize=SMALL,
-            color=INK,
-        )
+        write_beside(ax, found, (0, place), (-4 if row.change > 0 else 4, 0), fontsize=SMALL)
     largest = max((abs(100 * row.change) for row in rows), default=1.0)
-    ax.set_xlim(-1.1 * largest, 1.1 * largest)
-    ax.set_ylim(len(rows) - 0.4, -0.6)
+    ax.set(xlim=(-1.1 * largest, 1.1 * largest), ylim=(len(rows) - 0.4, -0.6))
     ax.set_yticks(range(len(rows)), [f"image {row.image_id}" for row in rows])
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
-    ax.set_xlabel("change of the image's AP × 100", fontsize=NORMAL, color=INK)
 
 
-def _style(ax: Axes) -> None:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color(FAINT)
-    ax.tick_params(labelsize=NORMAL, color=FAINT, labelcolor=INK)
-    ax.set_axisbelow(True)
-
-
-def _title(ax: Axes, text: str, bold: bool = False) -> None:
-    weight = "bold" if bold else "normal"
-    ax.set_title(text, loc="left", fontsize=LARGE, color=INK, weight=weight)
-
-
-def _plural(number: int, noun: str, ending: str = "s") -> str:
-    return f"{number} {noun}" + ("" if number == 1 else ending)
-
+# ------------------------------------------------------------------------------- gallery
 
 Window = tuple[int, int, int, int]
 """x0, y0, x1, y1 in whole pixels, right and bottom exclusive."""
@@ -327,12 +247,8 @@ def show_error_gallery(
     fig, axes = image_panels(sizes, columns, group=2)
     pairs = zip(axes[::2], axes[1::2], strict=True)
     for error, record, window, (said, truth) in zip(errors, records, windows, pairs, strict=True):
-        x0, y0, x1, y1 = window
-        pixels = record.image[:, y0:y1, x0:x1]
-        draw_image(said, pixels, _said(error))
-        draw_image(truth, pixels, _truth(error))
-        _draw_detection(said, error, window, dataset, record)
-        _draw_truth(truth, error, window, dataset, record)
+        _draw_said(said, error, record, window, dataset)
+        _draw_truth(truth, error, record, window, dataset)
     kinds = sorted({error.kind for error in errors})
     said_of_first = f"{_said(errors[0])} in image {errors[0].image_id}, {_truth(errors[0])}"
     fig.alt_text = (
@@ -343,11 +259,9 @@ def show_error_gallery(
 
 
 def _said(error: DetectionError) -> str:
-    return (
-        "nothing points to it"
-        if error.result is None
-        else f"{error.said} {score_text(error.score)}"
-    )
+    if error.result is None:
+        return "nothing points to it"
+    return f"{error.said} {score_text(error.score)}"
 
 
 def _truth(error: DetectionError) -> str:
@@ -359,76 +273,80 @@ def _truth(error: DetectionError) -> str:
     return f"found before, {overlap}" if error.kind == "duplicate" else f"{error.true}, {overlap}"
 
 
-def _draw_detection(
-    ax: Axes, error: DetectionError, window: Window, dataset: Dataset, record: Record
+def _draw_said(
+    ax: Axes, error: DetectionError, record: Record, window: Window, dataset: Dataset
 ) -> None:
-    """Its mask and box in the colour of its class, or the place of a missed object, and the image's
-    id in a corner."""
-    height, width = record.image.shape[1:]
+    """The detection's mask and box in the colour of its class, or the place of a missed object, and
+    the image's id in a corner."""
+    size = record.image.shape[1:]
     if error.result is not None:
-        box = torch.tensor([box_of(error.result, (height, width))], dtype=torch.float32)
-        label = dataset.category_ids.index(error.result["category_id"])
-        masks = mask_of(error.result, (height, width))
-        found = Target(box, torch.tensor([label]), masks)
-        draw_objects(ax, _shifted(found, window), _size(window), [""])  # the title names it
-    elif error.truth is not None:
-        _draw_dashed(ax, error.truth, (height, width), window)
-    ax.text(
-        0.02,
-        0.02,
-        f"image {error.image_id}",
-        transform=ax.transAxes,
-        fontsize=SMALL,
-        color=INK,
-        bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 1.5},
-        zorder=6,
-    )
+        box = torch.tensor([box_of(error.result, size)], dtype=torch.float32)
+        label = torch.tensor([dataset.category_ids.index(error.result["category_id"])])
+        found = Target(box, label, mask_of(error.result, size))
+        _draw_window(ax, _said(error), record.image, found, window, [""])  # the title names it
+    else:
+        _draw_window(ax, _said(error), record.image, None, window)
+        _draw_outline(ax, error.truth, size, window)
+    corner: dict[str, Any] = {"transform": ax.transAxes, "fontsize": SMALL, "color": INK}
+    white = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 1.5}
+    ax.text(0.02, 0.02, f"image {error.image_id}", bbox=white, zorder=6, **corner)
 
 
 def _draw_truth(
-    ax: Axes, error: DetectionError, window: Window, dataset: Dataset, record: Record
+    ax: Axes, error: DetectionError, record: Record, window: Window, dataset: Dataset
 ) -> None:
     """The true objects in the window: thick the one it is about, dashed the detection."""
-    x0, y0, x1, y1 = window
-    target, boxes = record.target, record.target.boxes
-    seen = (boxes[:, 0] < x1) & (boxes[:, 2] > x0) & (boxes[:, 1] < y1) & (boxes[:, 3] > y0)
-    masks = None if target.masks is None else target.masks[seen]
-    around = Target(boxes[seen], target.labels[seen], masks)
-    draw_objects(ax, _shifted(around, window), _size(window), dataset.categories)
+    _draw_window(ax, _truth(error), record.image, record.target, window, dataset.categories)
     size = record.image.shape[1:]
     if error.truth is not None:
         label = dataset.category_ids.index(error.truth["category_id"])
-        outline = _outline(error.truth, size, window)
-        outline.set(edgecolor=class_colour(label), linewidth=2.2)
-        ax.add_patch(outline)
+        _draw_outline(ax, error.truth, size, window, class_colour(label))
     if error.result is not None:
-        _draw_dashed(ax, error.result, size, window)
+        _draw_outline(ax, error.result, size, window)
 
 
-def _draw_dashed(
-    ax: Axes, entry: dict[str, Any], image_size: Sequence[int], window: Window
+def _draw_window(
+    ax: Axes,
+    title: str,
+    image: Tensor,
+    objects: Target | None,
+    window: Window,
+    categories: Sequence[str] = (),
 ) -> None:
-    """The box of a result or annotation, black and white so that it is seen on any image."""
-    solid, dashed = (_outline(entry, image_size, window) for _ in range(2))
-    solid.set_edgecolor("black")
-    dashed.set_edgecolor("white")
-    dashed.set_linestyle((0, (3, 3)))
-    ax.add_patch(solid)
-    ax.add_patch(dashed)
+    """A cut-out of the image with the objects that reach into it."""
+    x0, y0, x1, y1 = window
+    draw_image(ax, image[:, y0:y1, x0:x1], title)
+    if objects is None:
+        return
+    boxes, masks = objects.boxes, objects.masks
+    near = (boxes[:, 0] < x1) & (boxes[:, 2] > x0) & (boxes[:, 1] < y1) & (boxes[:, 3] > y0)
+    corner = torch.tensor([x0, y0, x0, y0])
+    if masks is not None:
+        masks = Crops(masks.boxes[near] - corner, masks.bitmaps[near])
+    moved = Target(boxes[near] - corner, objects.labels[near], masks)
+    draw_objects(ax, moved, (y1 - y0, x1 - x0), categories)
 
 
-def _outline(entry: dict[str, Any], image_size: Sequence[int], window: Window) -> Rectangle:
-    left, top, right, bottom = box_of(entry, image_size)
-    corner = (left - window[0], top - window[1])
-    return Rectangle(corner, right - left, bottom - top, fill=False, linewidth=1.0)
+def _draw_outline(
+    ax: Axes, entry: dict[str, Any] | None, size: Sequence[int], window: Window, colour: str = ""
+) -> None:
+    """The box of a result or annotation: thick in a colour, else dashed, black and white so that it
+    is seen on any image."""
+    left, top, right, bottom = box_of(entry or {}, size)
+    corner, extent = (left - window[0], top - window[1]), (right - left, bottom - top)
+    lines: list[dict[str, Any]] = [{"edgecolor": colour, "linewidth": 2.2}]
+    if not colour:
+        lines = [{"edgecolor": "black"}, {"edgecolor": "white", "linestyle": (0, (3, 3))}]
+    for line in lines:
+        ax.add_patch(Rectangle(corner, *extent, fill=False, **{"linewidth": 1.0} | line))
 
 
-def _window(error: DetectionError, image_size: Sequence[int]) -> Window:
+def _window(error: DetectionError, size: Sequence[int]) -> Window:
     """The square around the detection and the object it concerns, moved into the image; the whole
     of a side that is shorter."""
-    height, width = image_size
+    height, width = size
     entries = [entry for entry in (error.result, error.truth) if entry is not None]
-    boxes = torch.tensor([box_of(entry, image_size) for entry in entries])
+    boxes = torch.tensor([box_of(entry, size) for entry in entries])
     low, high = boxes[:, :2].min(0).values, boxes[:, 2:].max(0).values
     side = max(SMALLEST, round(CONTEXT * float((high - low).max())))
     spans = []
@@ -437,16 +355,3 @@ def _window(error: DetectionError, image_size: Sequence[int]) -> Window:
         spans.append((start, min(pixels, start + side)))
     (x0, x1), (y0, y1) = spans
     return x0, y0, x1, y1
-
-
-def _shifted(target: Target, window: Window) -> Target:
-    """The target in the pixels of a window of its image."""
-    corner = torch.tensor([window[0], window[1]] * 2)
-    masks = target.masks
-    if masks is not None:
-        masks = Crops(masks.boxes - corner, masks.bitmaps)
-    return Target(target.boxes - corner, target.labels, masks)
-
-
-def _size(window: Window) -> tuple[int, int]:
-    return window[3] - window[1], window[2] - window[0]

@@ -5,6 +5,7 @@ Any, it is a pandas DataFrame, a library that only that package loads.
 """
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +16,20 @@ from matplotlib.ticker import MaxNLocator
 
 from mimdet.experiments.grid import short_names, value_text
 from mimdet.experiments.results import Experiment, title_of
-from mimdet.viz.charts import axes_of
 from mimdet.viz.style import (
-    BLUE,
     FAINT,
-    GREEN,
-    INK,
     LARGE,
-    NORMAL,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILLION,
+    SERIES,
     WIDTH,
     NotebookFigure,
+    add_legend,
+    axes_of,
     new_figure,
+    plural,
     save_figure,
+    write_beside,
 )
 
-COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY)
-"""Of the arms, in their order; the seventh has the first colour again."""
 MARKERS = "osD^vP"
 LIGHT = LinearSegmentedColormap.from_list("light blue", ["#F4F8FB", "#8FBFE0"])
 """Pale enough for dark text on every cell."""
@@ -60,30 +55,26 @@ def show_matrix(result: Experiment, metric: str = "box_ap") -> NotebookFigure:
         place = rows.index(cell["arm"]), columns.index(cell["evaluate_ratio"])
         means[place], halves[place] = cell["mean"], cell["high"] - cell["mean"]
     fig = new_figure(min(WIDTH, 2.6 + 1.25 * len(columns)), 1.5 + 0.62 * len(rows))
-    ax = fig.add_subplot()
+    seeds = plural(len(result.seeds), "seed")
+    title = f"{title_of(metric)} × 100, mean ± 95 % interval of {seeds}"
+    fields = _fields_text(result)
+    ax = axes_of(fig, 1, 1, title, "share of tokens kept at evaluation", fields, lines="")
     ax.pcolormesh(means, cmap=LIGHT, edgecolors="white", linewidth=2)
     ax.invert_yaxis()
     ax.set_xticks(np.arange(len(columns)) + 0.5, [f"{ratio:g}" for ratio in columns])
     ax.set_yticks(np.arange(len(rows)) + 0.5, arm_names(result))
-    ax.tick_params(length=0, labelsize=NORMAL, labelcolor=INK)
+    ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    ax.set_xlabel("share of tokens kept at evaluation", fontsize=NORMAL, color=INK)
-    ax.set_ylabel(_fields_text(result), fontsize=NORMAL, color=INK)
-    ax.set_title(
-        f"{title_of(metric)} × 100, mean ± 95 % interval of {_seeds_text(result)}",
-        loc="left",
-        fontsize=LARGE,
-        color=INK,
-    )
     for (i, j), mean in np.ndenumerate(means):
-        if not math.isnan(mean):
-            best = mean == np.nanmax(means[i])
-            _cell(ax, j + 0.5, i + 0.5, mean, float(halves[i, j]), best)
-    fig.set_layout_engine("constrained")
-    fig.alt_text = f"{title_of(metric)} x 100 by arm and evaluation ratio: " + _summary_words(
-        summary
-    )
-    return fig
+        if math.isnan(mean):
+            continue
+        weight = "bold" if mean == np.nanmax(means[i]) else "normal"
+        middle = (j + 0.5, i + 0.5)
+        write_beside(ax, f"{mean:.1f}", middle, (0, 1), fontsize=LARGE, weight=weight)
+        if not math.isnan(halves[i, j]):
+            write_beside(ax, f"± {halves[i, j]:.1f}", middle, (0, -2))
+    words = _summary_words(summary)
+    return fig.finish(f"{title_of(metric)} x 100 by arm and evaluation ratio: {words}")
 
 
 def show_arms(
@@ -99,40 +90,31 @@ def show_arms(
     if summary.empty:
         raise ValueError(f"ratio={ratio}: the experiment was evaluated at {result.ratios}")
     fig = new_figure(WIDTH, 1.5 + 0.42 * len(result.arms))
-    title = f"{title_of(metric)} with {100 * ratio:g} % of the tokens at evaluation"
-    left = axes_of(fig, 1, 2, title, f"{title_of(metric)} × 100, 95 % interval", "")
-    right = axes_of(
-        fig,
-        2,
-        2,
-        f"difference to {_fields_text(result)} {arm_names(result)[0]}, paired by seed",
-        f"difference in {title_of(metric)} × 100, 95 % interval",
-        "",
-    )
+    names, name = arm_names(result), title_of(metric)
+    title = f"{name} with {100 * ratio:g} % of the tokens at evaluation"
+    left = axes_of(fig, 1, 2, title, f"{name} × 100, 95 % interval", "", "x")
+    versus = f"difference to {_fields_text(result)} {names[0]}, paired by seed"
+    right = axes_of(fig, 2, 2, versus, f"difference in {name} × 100, 95 % interval", "", "x")
     baseline = result.scores(result.arms[0].label, ratio, metric)
     for place, arm in enumerate(result.arms):
         if arm.label not in summary.index:
             continue  # a baseline that sees every token
-        row, colour = summary.loc[arm.label], COLOURS[place % len(COLOURS)]
+        row, colour = summary.loc[arm.label], SERIES[place % len(SERIES)]
         scores = result.scores(arm.label, ratio, metric)
-        _interval(left, place, row["mean"], row["low"], row["high"], scores, colour)
+        _interval(left, place, row["mean"], row["low"], row["high"], scores.values(), colour)
         if place:
-            pairs = {s: scores[s] - baseline[s] for s in scores if s in baseline}
+            pairs = [scores[seed] - baseline[seed] for seed in scores if seed in baseline]
             bounds = row["difference_low"], row["difference_high"]
             _interval(right, place, row["difference"], *bounds, pairs, colour)
     right.axvline(0, color=FAINT, linewidth=1)
     low, high = right.get_xlim()
-    side = "left" if high > -low else "right"  # where there is room
-    right.text(0, 0, " 0 by definition ", fontsize=NORMAL, color=FAINT, va="center", ha=side)
+    side = 4 if high > -low else -4  # where there is room
+    write_beside(right, "0 by definition", (0, 0), (side, 0), color=FAINT)
     for ax in (left, right):
-        ax.set_yticks(range(len(result.arms)), arm_names(result) if ax is left else [])
+        ax.set_yticks(range(len(result.arms)), names if ax is left else [])
         ax.set_ylim(len(result.arms) - 0.5, -0.5)
-        ax.grid(axis="y", visible=False)
-        ax.grid(axis="x", color="#E6E6E6", linewidth=0.6)
         ax.xaxis.set_major_locator(MaxNLocator(6))
-    fig.set_layout_engine("constrained")
-    fig.alt_text = f"{title}: " + _summary_words(summary.reset_index())
-    return fig
+    return fig.finish(f"{title}: {_summary_words(summary.reset_index())}")
 
 
 def show_learning_curves(
@@ -149,33 +131,31 @@ def show_learning_curves(
     if curves[x].isna().all():
         raise ValueError(f"x={x!r}: these runs have no such numbers")
     panels = 1 + training_loss
-    fig = new_figure(WIDTH if training_loss else WIDTH / 2, 3.4)
-    right = axes_of(fig, panels, panels, title_of(metric), AXES[x], f"{title_of(metric)} × 100")
-    names = arm_names(result)
-    words = []
-    for place, arm in enumerate(result.arms):
-        colour = COLOURS[place % len(COLOURS)]
-        own = curves[curves["arm"] == arm.label]
-        measured = own[own[metric].notna()]
-        mean = _seed_lines(right, measured, x, metric, colour)
-        style: dict[str, Any] = {"color": colour, "linewidth": 1.8, "label": names[place]}
-        right.plot(mean[x], mean[metric], marker=MARKERS[place % 6], markersize=4.5, **style)
-        if len(mean):
-            words.append(f"{names[place]} ends at {mean[metric].iloc[-1]:.1f}")
+    fig = new_figure(WIDTH * panels / 2, 3.4)
+    score = title_of(metric)
+    right = axes_of(fig, panels, panels, score, AXES[x], f"{score} × 100")
+    axes = [right]
     if training_loss:
-        left = axes_of(fig, 1, 2, "training loss, running mean", AXES[x], "loss")
-        for place, arm in enumerate(result.arms):
-            _loss_lines(left, curves[curves["arm"] == arm.label], x, COLOURS[place % len(COLOURS)])
-        left.set_ylim(bottom=0)
-        left.set_xlim(left=0)
-    right.set_ylim(bottom=0)
-    right.set_xlim(left=0)
+        axes.append(axes_of(fig, 1, 2, "training loss, running mean", AXES[x], "loss"))
+    words = []
+    for place, (arm, name) in enumerate(zip(result.arms, arm_names(result), strict=True)):
+        colour, marker = SERIES[place % len(SERIES)], MARKERS[place % len(MARKERS)]
+        own = curves[curves["arm"] == arm.label]
+        mean = _draw_seeds(right, own[own[metric].notna()], x, metric, colour)
+        style: dict[str, Any] = {"marker": marker, "markersize": 4.5, "linewidth": 1.8}
+        right.plot(mean[x], mean[metric], color=colour, label=name, **style)
+        if len(mean):
+            words.append(f"{name} ends at {mean[metric].iloc[-1]:.1f}")
+        if training_loss:
+            loss = own.groupby("step", as_index=False)[[x, "loss"]].mean()
+            window = loss["loss"].rolling(max(1, len(loss) // 25), center=True, min_periods=1)
+            axes[1].plot(loss[x], window.mean(), color=colour, linewidth=1.6)
+    for ax in axes:
+        ax.set_xlim(left=0)
+        ax.set_ylim(bottom=0)
     right.xaxis.set_major_locator(MaxNLocator(6))
-    right.legend(frameon=False, fontsize=NORMAL, labelcolor=INK, title=_fields_text(result))
-    right.get_legend().get_title().set(fontsize=NORMAL, color=INK)  # type: ignore[union-attr]
-    fig.set_layout_engine("constrained")
-    fig.alt_text = f"{title_of(metric)} x 100 against {AXES[x]}: {'; '.join(words)}."
-    return fig
+    add_legend(right, title=_fields_text(result))
+    return fig.finish(f"{score} x 100 against {AXES[x]}: {'; '.join(words)}.")
 
 
 def save_figures(result: Experiment, folder: str | Path) -> list[Path]:
@@ -208,59 +188,32 @@ def _fields_text(result: Experiment) -> str:
     return ", ".join(name.replace("_", " ") for name in short.values())
 
 
-def _seeds_text(result: Experiment) -> str:
-    return f"{len(result.seeds)} seed{'s' if len(result.seeds) > 1 else ''}"
-
-
-def _cell(ax: Axes, x: float, y: float, mean: float, half: float, best: bool) -> None:
-    weight = "bold" if best else "normal"
-    ax.text(x, y - 0.08, f"{mean:.1f}", ha="center", fontsize=LARGE, weight=weight, color=INK)
-    if not math.isnan(half):
-        ax.text(x, y + 0.28, f"± {half:.1f}", ha="center", fontsize=NORMAL, color=INK)
-
-
 def _interval(
     ax: Axes,
     y: float,
     mean: float,
     low: float,
     high: float,
-    seeds: dict[int, float],
+    seeds: Collection[float],
     colour: str,
 ) -> None:
     """A mean with its value above it, a bar from low to high, a pale dot per seed."""
     if math.isnan(mean):
         return
-    ax.plot(list(seeds.values()), [y] * len(seeds), "o", color=colour, alpha=0.35, markersize=4)
+    ax.plot(list(seeds), [y] * len(seeds), "o", color=colour, alpha=0.35, markersize=4)
     if not math.isnan(low):
         ax.errorbar(mean, y, xerr=[[mean - low], [high - mean]], color=colour, capsize=4)
     ax.plot([mean], [y], "D", color=colour, markersize=6)
-    ax.annotate(
-        f"{mean:z.1f}",
-        (mean, y),
-        xytext=(0, 6),
-        textcoords="offset points",
-        ha="center",
-        fontsize=NORMAL,
-        color=colour,
-    )
+    write_beside(ax, f"{mean:z.1f}", (mean, y), (0, 5), color=colour)
 
 
-def _seed_lines(ax: Axes, rows: Any, x: str, y: str, colour: str) -> Any:
+def _draw_seeds(ax: Axes, rows: Any, x: str, y: str, colour: str) -> Any:
     """Thin lines of the seeds; returns their mean at the steps that all of them have."""
     seeds = [seed for _, seed in rows.groupby("seed")]
     for seed in seeds if len(seeds) > 1 else []:
         ax.plot(seed[x], seed[y], color=colour, linewidth=0.7, alpha=0.4)
     counts = rows.groupby("step")[y].transform("count")
     return rows[counts == len(seeds)].groupby("step", as_index=False)[[x, y]].mean()
-
-
-def _loss_lines(ax: Axes, rows: Any, x: str, colour: str) -> None:
-    """The running mean of the loss, first of the seeds' mean at each step."""
-    mean = rows.groupby("step", as_index=False)[[x, "loss"]].mean()
-    window = max(1, len(mean) // 25)
-    smooth = mean["loss"].rolling(window, center=True, min_periods=1).mean()
-    ax.plot(mean[x], smooth, color=colour, linewidth=1.6)
 
 
 def _summary_words(summary: Any) -> str:

@@ -4,22 +4,21 @@ A map is a float tensor (C, h, w). Places that are not finite (NaN where no toke
 no part in any statistic and are drawn in light grey.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.axes import Axes
 from torch import Tensor
 
 from mimdet.inference import autocast, device_of, generator_for
 from mimdet.models.detector import Detector, evaluating
 from mimdet.models.sampling import PATCH, Sample, Sampling
-from mimdet.viz.draw import UNSAMPLED, Pixels, draw_image, heat
+from mimdet.viz.draw import UNSAMPLED, Pixels, heat, image_panels, to_pixels
 from mimdet.viz.record import record
-from mimdet.viz.style import INK, SMALL, WIDTH, NotebookFigure, new_figure
+from mimdet.viz.style import SMALL, NotebookFigure, write_title
 
 TAIL = 0.02
 """Share of the places beyond each end of a colour's scale, so that an outlier does not set it."""
@@ -69,11 +68,8 @@ def fit_basis(*maps: Tensor) -> Basis:
     maps: (C, h, w) with equal C. Axes are in order of falling variance, and each points so that its
     largest entry is positive, so two fits to the same numbers give the same colours. Fit once and
     pass the basis on to compare pictures: the same feature vector then has the same colour.
-    Raises ValueError for unequal C and when no place is finite.
+    Raises ValueError when no place is finite.
     """
-    if len({len(features) for features in maps}) != 1:
-        sizes = [tuple(features.shape) for features in maps]
-        raise ValueError(f"one basis needs maps of equally many channels, not {sizes}")
     places = torch.cat([_places(features) for features in maps])  # (N, C) float64
     mean = places.mean(dim=0)
     covariance = (places - mean).T @ (places - mean) / len(places)
@@ -110,12 +106,10 @@ def pca_picture(features: Tensor, basis: Basis | None = None) -> Pixels:
     """
     basis = basis or fit_basis(features)
     known = features.isfinite().all(dim=0).cpu().numpy()
-    span = basis.high - basis.low
+    low, span = basis.low[:, None, None], (basis.high - basis.low)[:, None, None]
     flat = span <= 1e-12 * basis.mean.norm().clamp(min=1e-300)  # no variation: middle grey
-    scaled = (project(features, basis) - basis.low[:, None, None]) / span.where(~flat, 1)[
-        :, None, None
-    ]
-    scaled[flat] = 0.5
+    scaled = (project(features, basis) - low) / span.where(~flat, 1)
+    scaled = scaled.where(~flat, 0.5)
     picture = (scaled.nan_to_num(0).clamp(0, 1) * 255).round().to(torch.uint8)
     pixels = np.ascontiguousarray(picture.permute(1, 2, 0).numpy())
     pixels[~known] = UNSAMPLED
@@ -161,38 +155,31 @@ def show_pyramid(image: Tensor, maps: Mapping[str, Tensor]) -> NotebookFigure:
 
     image: uint8 (3, H, W) that the maps belong to, with its padding; maps: level -> (C, h, w).
     """
-    _some(maps)
-    fig, axes = _grid(len(maps) + 1, 2, image.shape[1] / image.shape[2])
-    draw_image(axes[0][0], image, "image")
-    axes[1][0].text(
-        0, 0.98, "above: PCA in colour\nbelow: norm,\ndark = small", va="top", fontsize=SMALL
-    )
+    colours = [("image", to_pixels(image))]
+    norms = [("", np.full_like(colours[0][1], 255))]
     said = []
-    for column, (level, features) in enumerate(maps.items(), 1):
-        basis = fit_basis(features)
-        share = 100 * float(basis.explained.sum())
-        shape = " × ".join(map(str, features.shape))
-        stride = stride_of(features, image)
-        _draw(axes[0][column], pca_picture(features, basis), f"{level}: {shape}\nstride {stride}")
-        norms = norm_map(features)
-        note = f"3 colours: {share:.0f} % of variance\nnorm {_ends(norms)}"
-        _draw(axes[1][column], heat(norms), note)
-        said.append(f"{level} ({shape}, stride {stride}, three colours carry {share:.0f} %)")
+    for level, features in maps.items():
+        basis, values = fit_basis(features), norm_map(features)
+        share = f"{100 * float(basis.explained.sum()):.0f} %"
+        shape, stride = " × ".join(map(str, features.shape)), stride_of(features, image)
+        colours.append((f"{level}: {shape}\nstride {stride}", pca_picture(features, basis)))
+        norms.append((f"3 colours: {share} of variance\nnorm {_ends(values)}", heat(values)))
+        said.append(f"{level} ({shape}, stride {stride}, three colours carry {share})")
+    fig = _grid(colours + norms, len(colours))
+    legend = fig.axes[len(colours)]
+    text = "above: PCA in colour\nbelow: norm,\ndark = small"
+    legend.text(0, 0.98, text, va="top", fontsize=SMALL, transform=legend.transAxes)
     fig.alt_text = "An image and its feature maps, as colours and as norms: " + "; ".join(said)
     return fig
 
 
 def show_channels(features: Tensor, count: int = 12, columns: int = 6) -> NotebookFigure:
     """The `count` channels of a map (C, h, w) that vary most, each on its own scale."""
-    chosen = strongest_channels(features, count)
-    rows = -(-len(chosen) // columns)
-    fig, axes = _grid(min(columns, len(chosen)), rows, features.shape[1] / features.shape[2], 0.3)
-    for place, channel in enumerate(chosen):
-        values = channel_map(features, channel)
-        ax = axes[place // columns][place % columns]
-        _draw(ax, heat(values), f"channel {channel}: {_ends(values)}")
-    names = ", ".join(map(str, chosen))
-    fig.alt_text = f"The {len(chosen)} of {len(features)} channels that vary most: {names}."
+    planes = {n: channel_map(features, n) for n in strongest_channels(features, count)}
+    pictures = [(f"channel {n}: {_ends(values)}", heat(values)) for n, values in planes.items()]
+    fig = _grid(pictures, min(columns, len(pictures)), heading=0.23)
+    names = ", ".join(map(str, planes))
+    fig.alt_text = f"The {len(planes)} of {len(features)} channels that vary most: {names}."
     return fig
 
 
@@ -201,13 +188,9 @@ def show_planes(planes: Mapping[str, Tensor], shared: bool = False) -> NotebookF
 
     shared: one scale for all of them.
     """
-    _some(planes)
-    known = torch.cat([plane[plane.isfinite()].float() for plane in planes.values()])
-    ends = (float(known.min()), float(known.max())) if shared and len(known) else (None, None)
-    first = next(iter(planes.values()))
-    fig, axes = _grid(len(planes), 1, first.shape[0] / first.shape[1])
-    for ax, (title, plane) in zip(axes[0], planes.items(), strict=True):
-        _draw(ax, heat(plane, *ends), f"{title}\n{_ends(plane)}")
+    low, high = _scale(planes.values(), shared)
+    pictures = [(f"{name}\n{_ends(p)}", heat(p, low, high)) for name, p in planes.items()]
+    fig = _grid(pictures, len(pictures))
     fig.alt_text = "Planes of numbers as colours: " + "; ".join(planes)
     return fig
 
@@ -222,63 +205,60 @@ def compare_pyramids(
     Networks trained apart name their channels differently: there a shared PCA shows which of them
     varies more, not that equal colours mean the same.
     """
-    _some(pyramids)
     if view not in ("pca", "norm"):
         raise ValueError(f"view={view!r}: use 'pca' or 'norm'")
-    first = next(iter(pyramids.values()))
+    first = next(iter(pyramids.values()), {})
     levels = [level for level in first if all(level in maps for maps in pyramids.values())]
-    _some(levels)
-    shape = first[levels[0]].shape
-    fig, axes = _grid(len(levels), len(pyramids), shape[1] / shape[2])
-    for column, level in enumerate(levels):
+    rows: dict[str, list[tuple[str, Pixels]]] = {name: [] for name in pyramids}
+    for level in levels:
         maps = [own[level] for own in pyramids.values()]
-        pictures, notes = _pictures(maps, view, shared)
-        for row, name in enumerate(pyramids):
-            size = " × ".join(map(str, maps[row].shape))
-            _draw(axes[row][column], pictures[row], f"{name}, {level}: {size}\n{notes[row]}")
+        draw = _colours if view == "pca" else _norms
+        for (name, row), features, (pixels, note) in zip(
+            rows.items(), maps, draw(maps, shared), strict=True
+        ):
+            size = " × ".join(map(str, features.shape))
+            row.append((f"{name}, {level}: {size}\n{note}", pixels))
+    fig = _grid([picture for row in rows.values() for picture in row], len(levels))
     what = "principal components in colour" if view == "pca" else "norms"
     fig.alt_text = f"{what} of {', '.join(levels)}, a row each: {', '.join(pyramids)}."
     return fig
 
 
-def _pictures(maps: Sequence[Tensor], view: View, shared: bool) -> tuple[list[Pixels], list[str]]:
-    if view == "norm":
-        norms = [norm_map(features) for features in maps]
-        known = torch.cat([values[values.isfinite()] for values in norms])
-        ends = (float(known.min()), float(known.max())) if shared and len(known) else (None, None)
-        return [heat(values, *ends) for values in norms], [f"norm {_ends(n)}" for n in norms]
+def _colours(maps: Sequence[Tensor], shared: bool) -> list[tuple[Pixels, str]]:
+    bases = [fit_basis(features) for features in maps]
     if shared and len({len(features) for features in maps}) == 1:
         bases = [fit_basis(*maps)] * len(maps)
-    else:
-        bases = [fit_basis(features) for features in maps]
-    pairs = zip(maps, bases, strict=True)
-    notes = [f"3 colours: {100 * float(b.explained.sum()):.0f} % of variance" for b in bases]
-    return [pca_picture(features, basis) for features, basis in pairs], notes
+    return [
+        (pca_picture(features, b), f"3 colours: {100 * float(b.explained.sum()):.0f} % of variance")
+        for features, b in zip(maps, bases, strict=True)
+    ]
+
+
+def _norms(maps: Sequence[Tensor], shared: bool) -> list[tuple[Pixels, str]]:
+    planes = [norm_map(features) for features in maps]
+    low, high = _scale(planes, shared)
+    return [(heat(values, low, high), f"norm {_ends(values)}") for values in planes]
 
 
 def _grid(
-    columns: int, rows: int, aspect: float, heading: float = 0.42
-) -> tuple[NotebookFigure, list[list[Axes]]]:
-    """Frameless panels of equal size with room for two lines above each."""
-    gap = 0.1
-    side = min(2.2, (WIDTH - gap * (columns + 1)) / columns)
-    step = side * aspect + heading
-    width, height = columns * (side + gap) + gap, rows * step + gap
-    fig = new_figure(width, height)
-    axes = []
-    for row in range(rows):
-        bottom = (height - (row + 1) * step) / height
-        boxes = [(gap + c * (side + gap)) / width for c in range(columns)]
-        made = [fig.add_axes((x, bottom, side / width, side * aspect / height)) for x in boxes]
-        for ax in made:
-            ax.set_axis_off()
-        axes.append(made)
-    return fig, axes
+    pictures: Sequence[tuple[str, Pixels]], columns: int, heading: float = 0.42
+) -> NotebookFigure:
+    """Pictures of one shape, of any resolution, in rows of `columns` under (title, pixels)."""
+    sizes = [(len(pixels), len(pixels[0])) for _, pixels in pictures]
+    fig, axes = image_panels(sizes, columns, group=columns, widest=2.2, heading=heading)
+    fig.has_photographs = False
+    for ax, (title, pixels) in zip(axes, pictures, strict=True):
+        sharp = "nearest" if len(pixels) < 200 else "antialiased"
+        ax.imshow(pixels, interpolation=sharp, aspect="auto")
+        write_title(ax, title, SMALL)
+    return fig
 
 
-def _draw(ax: Axes, pixels: Pixels, title: str) -> None:
-    ax.imshow(pixels, interpolation="nearest", aspect="auto")
-    ax.set_title(title, loc="left", fontsize=SMALL, color=INK, pad=2)
+def _scale(planes: Iterable[Tensor], shared: bool) -> tuple[float | None, float | None]:
+    """Ends of the colours: of all planes together, or None for those of each."""
+    known = [plane[plane.isfinite()].float() for plane in planes] if shared else []
+    values = torch.cat([*known, torch.empty(0)])
+    return (float(values.min()), float(values.max())) if len(values) else (None, None)
 
 
 def _ends(values: Tensor) -> str:
@@ -286,10 +266,7 @@ def _ends(values: Tensor) -> str:
     return f"{known.min():.1f} to {known.max():.1f}" if len(known) else "unknown"
 
 
-def _some(things: Any) -> None:
-    if not things:
-        raise ValueError("no maps to show: give level -> (C, h, w)")
-
+# ------------------------------------------------------------------------------- a detector's maps
 
 LEVELS = ("c2", "c3", "tokens", "c4", "c5", "p2", "p3", "p4", "p5", "p6")
 """Every map of a detector, in the order they are made; "tokens" is what the stem hands on."""

@@ -376,12 +376,12 @@ check("reset brings the drawn sample back", lab.canvas.dropped == drawn)
 from mimdet.viz import loaded_by_part
 
 counts = loaded_by_part(report, model)
-from_file = sum(old for old, _ in counts.values())
+from_file = sum(own["from the file"] for own in counts.values())
 everything = sum(p.numel() for p in model.parameters())
 print(f"{from_file / everything:.0%} of the detector comes from the file")
 used = 1 - sum(tensors[n].numel() for n in report.unused) / sum(v.numel() for v in tensors.values())
 print(f"{used:.0%} of the file finds a place")
-check("parts add up", sum(old + new for old, new in counts.values()) == everything)
+check("parts add up", sum(sum(own.values()) for own in counts.values()) == everything)
 
 # %% tags=["solution"]
 # 2. The mask token is loaded, and the projection of the stem's tokens is gone.

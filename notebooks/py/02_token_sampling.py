@@ -78,9 +78,6 @@ show_sample(image, sample)
 # a function of the image's tokens, its grid and a generator, which returns a score for each token.
 
 # %%
-from mimdet.viz import show_samples
-
-
 def strongest(tokens, grid, generator):  # (L, D), (h, w) of one image -> (L,)
     return tokens.norm(dim=1)
 
@@ -90,7 +87,7 @@ drawn = {}
 for name, sampler in samplers.items():
     generator = torch.Generator().manual_seed(SEED)
     drawn[name] = mimdet.select([sampler(tokens[0], grid, generator)], [grid], grid, 0.25)
-show_samples(image, drawn)
+show_sample(image, drawn)
 
 # %% [markdown]
 # `grid` spreads the tokens evenly: no unseen token is far from a seen one. `block` keeps or drops
@@ -258,14 +255,14 @@ check("what is saved is the encoder", saved == by_hand, "to the last multiply-ad
 # %%
 from mimdet.viz import show_stacked
 
-linear, attention, rest = [], [], []
+bars = {}
 for ratio, whole in wholes.items():
     kept_now = int(4200 * ratio)
-    linear.append(12 * 12 * kept_now * 768**2)
-    attention.append(12 * 2 * kept_now**2 * 768)
-    rest.append(whole - linear[-1] - attention[-1])
-parts = {"encoder: linear layers": linear, "encoder: attention": attention, "all the rest": rest}
-show_stacked([f"ratio {r}" for r in wholes], parts, "multiply-adds", (1e9, "G"), digits=3)
+    linear = 12 * 12 * kept_now * 768**2
+    attention = 12 * 2 * kept_now**2 * 768
+    parts = {"encoder: linear layers": linear, "encoder: attention": attention}
+    bars[f"ratio {ratio}"] = {**parts, "all the rest": whole - linear - attention}
+show_stacked(bars, "multiply-adds", digits=3)
 
 # %% [markdown]
 # Only the blue parts shrink. Halving the tokens halves the linear layers and quarters the

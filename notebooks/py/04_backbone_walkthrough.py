@@ -419,9 +419,9 @@ with torch.device("meta"):
         check(f"   decoder {counted:,}", counted == parts["decoder"] + D * C * K, "with embed")
 
 # %%
-from mimdet.viz import show_costs
+from mimdet.viz import show_stacked
 
-show_costs(table, "G multiply-adds, ViT-B, one image of 800 x 1280 pixels", 1e9)
+show_stacked(table, "multiply-adds, ViT-B, one image of 800 x 1280 pixels")
 
 # %%
 work = {name: parts["encoder"] for name, parts in table.items()}

@@ -66,13 +66,13 @@ grid = token_grid(*image.shape[1:])
 tokens = features[:, : grid[0], : grid[1]].flatten(1).T  # (L, D): its own tokens
 
 # %%
-from mimdet.viz import show_samples
+from mimdet.viz import show_sample
 
 samples = {}
 for name, sampler in {**SAMPLERS, IDEA.__name__: IDEA}.items():
     scores = sampler(tokens, grid, torch.Generator().manual_seed(SEED))
     samples[name] = select([scores], [grid], grid, ratio=0.25)
-show_samples(image, samples)
+show_sample(image, samples)
 
 # %%
 scores = IDEA(tokens, grid, torch.Generator().manual_seed(SEED))
@@ -415,7 +415,7 @@ def edges(tokens, grid, generator):
 
 edge_scores = edges(tokens, grid, None)
 check("one score per token", tuple(edge_scores.shape) == (len(tokens),))
-show_samples(image, {"edges": select([edge_scores], [grid], grid, ratio=0.25)})
+show_sample(image, {"edges": select([edge_scores], [grid], grid, ratio=0.25)})
 
 
 # %% tags=["solution"]

@@ -1,4 +1,4 @@
-"""Bars of what a model is made of: the numbers behind them, worked out by hand."""
+"""Bars made of parts: the numbers behind them, worked out by hand."""
 
 import pytest
 from matplotlib.patches import Rectangle
@@ -6,7 +6,6 @@ from torch import nn
 
 from mimdet.models.weights import LoadReport
 from mimdet.viz import loaded_by_part, show_loaded, show_stacked
-from mimdet.viz.charts import millions
 
 
 class Small(nn.Module):
@@ -16,29 +15,35 @@ class Small(nn.Module):
         self.neck = nn.BatchNorm1d(3)
 
 
-REPORT = LoadReport("file", ["backbone.encoder.weight"], [], [])
-
-
 def test_parameters_are_counted_by_part_and_origin():
-    assert loaded_by_part(REPORT, Small()) == {"stem": (0, 9), "encoder": (9, 3), "neck": (0, 6)}
+    report = LoadReport("file", ["backbone.encoder.weight"], [], [])
+    counts = {part: (*own.values(),) for part, own in loaded_by_part(report, Small()).items()}
+    assert counts == {"stem": (0, 9), "encoder": (9, 3), "neck": (0, 6)}
+    fig = show_loaded(report, Small())
+    (ax,) = fig.axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["stem", "encoder", "neck"]
+    assert [text.get_text() for text in ax.texts] == ["9", "9", "3", "12", "6"]
+    assert ax.get_xlabel() == "parameters" and "encoder 12" in fig.alt_text
 
 
 def test_a_bar_is_as_long_as_its_parts():
-    fig = show_loaded(REPORT, Small())
+    costs = {"quarter": {"encoder": 1e9, "heads": 30e9}, "all": {"encoder": 6e9, "heads": 30e9}}
+    fig = show_stacked(costs, "multiply-adds")
     (ax,) = fig.axes
-    widths = [patch.get_width() for patch in ax.patches if isinstance(patch, Rectangle)]
-    assert widths == [0, 9, 0, 9, 3, 6]  # from the file, then new: stem, encoder, neck
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["stem", "encoder", "neck"]
-    assert [text.get_text() for text in ax.texts] == [" 9", " 12", " 6"]
-    assert "encoder 12" in fig.alt_text
+    bars = [bar for bar in ax.patches if isinstance(bar, Rectangle)]
+    ends = {(round(bar.get_x(), 6), round(bar.get_x() + bar.get_width(), 6)) for bar in bars}
+    assert ends == {(0, 1), (1, 31), (0, 6), (6, 36)}
+    numbers = [text.get_text() for text in ax.texts]
+    assert numbers == ["30", "31", "6", "30", "36"]  # 1 has no room
+    assert ax.get_xlabel() == "G multiply-adds" and "quarter 31, all 36" in fig.alt_text
 
 
-def test_units_keep_numbers_short():
-    assert millions({"a": [5.0, 2e6]}) == (1e6, "M")
-    assert millions({"a": [5.0]}) == (1.0, "")
-    fig = show_stacked(["x"], {"a": [2.5e9], "b": [1e9]}, "cost", (1e9, "G"))
-    assert fig.axes[0].texts[0].get_text() == " 3.5"
-    fig = show_stacked(["x", "y"], {"a": [1234.4, 0.1234]}, "cost", digits=3)
-    assert [text.get_text() for text in fig.axes[0].texts] == [" 1,234", " 0.123"]
-    with pytest.raises(ValueError, match="'b' has 1 values for 2 labels"):
-        show_stacked(["x", "y"], {"a": [1, 2], "b": [1]}, "cost")
+def test_numbers_are_short():
+    fig = show_stacked({"x": {"a": 999.4}, "y": {"a": 0.1234}}, "cost", digits=3)
+    assert [text.get_text() for text in fig.axes[0].texts] == ["999", "0.123"]
+
+
+@pytest.mark.parametrize("bars", [{}, {"a": {}}, {"a": {"x": 1.0}, "b": {"y": 1.0}}])
+def test_bars_need_the_same_parts(bars):
+    with pytest.raises(ValueError, match="the same parts, at least one"):
+        show_stacked(bars, "cost")

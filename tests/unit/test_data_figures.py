@@ -7,8 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mimdet.models.sampling import Sample
-from mimdet.viz import padding_factor, show_batches, show_bitmaps, show_samples
+from mimdet.viz import padding_factor, show_batches, show_bitmaps, show_sample
 
 
 def test_padding_factor_by_hand():
@@ -45,30 +44,10 @@ def test_bitmaps_keep_their_cells():
     assert blue.mean() > 0.2
 
 
-def test_samples_fade_what_is_not_kept():
-    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
-    image[0] = 255  # red
-    top = Sample([torch.arange(8)], (4, 4))
-    none = Sample([torch.tensor([0])], (4, 4))
-    fig = show_samples(image, {"top": top, "one": none})
-    assert "top: 8, one: 1" in fig.alt_text
-    red = [_is_red(ax.images[0].get_array()) for ax in fig.axes]
-    assert red[0][:32].all() and not red[0][32:].any()
-    assert red[1].sum() == 16 * 16
-    with pytest.raises(
-        ValueError, match=r"top: a sample of \(4, 4\) tokens, the image has \(4, 2\)"
-    ):
-        show_samples(image[:, :, :32], {"top": top})
-
-
-def _is_red(pixels):
-    return (np.asarray(pixels) == [255, 0, 0]).all(2)
-
-
 def test_nothing_to_show():
-    with pytest.raises(ValueError, match="no samples"):
-        show_samples(torch.zeros(3, 8, 8, dtype=torch.uint8), {})
-    with pytest.raises(ValueError, match="no bitmaps"):
+    with pytest.raises(ValueError, match="nothing to show"):
+        show_sample(torch.zeros(3, 8, 8, dtype=torch.uint8), {})
+    with pytest.raises(ValueError, match="nothing to show"):
         show_bitmaps({})
     with pytest.raises(ValueError, match="no batches"):
         show_batches({})

@@ -148,14 +148,12 @@ def test_largest_difference_by_hand() -> None:
     ("call", "said"),
     [
         (lambda: largest_difference(torch.zeros(2, 1), torch.zeros(1, 2)), "differ"),
-        (lambda: show_planes({}), "no maps"),
+        (lambda: show_planes({}), "nothing to show"),
         (lambda: channel_map(CROSS, 2), "channels 0 to 1"),
         (lambda: norm_map(CROSS[None]), "one image"),
-        (lambda: fit_basis(CROSS, random_map(3, 2, 2)), "equally many channels"),
         (lambda: fit_basis(torch.full((2, 2, 2), torch.nan)), "finite"),
         (lambda: project(random_map(3, 2, 2), fit_basis(CROSS)), "has 2 channels"),
-        (lambda: show_pyramid(torch.zeros(3, 8, 8, dtype=torch.uint8), {}), "no maps"),
-        (lambda: compare_pyramids({}), "no maps"),
+        (lambda: compare_pyramids({}), "nothing to show"),
         (lambda: compare_pyramids({"a": {"c2": CROSS}}, view="sum"), "'pca' or 'norm'"),  # type: ignore[arg-type]
     ],
 )
