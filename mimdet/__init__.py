@@ -9,53 +9,41 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_MODULE_OF = {
-    "Config": "mimdet.config",
-    "BackboneConfig": "mimdet.config",
-    "build_detector": "mimdet.models.detector",
-    "Sample": "mimdet.models.sampling",
-    "Sampling": "mimdet.models.sampling",
-    "select": "mimdet.models.sampling",
-    "Crops": "mimdet.structures",
-    "Detections": "mimdet.structures",
-    "Target": "mimdet.structures",
-    "predict": "mimdet.inference",
-    "ShapesCOCO": "mimdet.data.shapes",
-    "CocoDataset": "mimdet.data.coco",
-    "build_dataset": "mimdet.data.coco",
-    "check_dataset": "mimdet.data.checks",
-    "train": "mimdet.training.train",
-    "fit": "mimdet.training.train",
-    "load_detector": "mimdet.training.run",
-    "Losses": "mimdet.models.rcnn",
-    "load_mae": "mimdet.models.weights",
-    "load_mae_model": "mimdet.models.weights",
-    "save_mae": "mimdet.models.weights",
-    "export_detectron2": "mimdet.models.official",
-    "save_detector": "mimdet.models.official",
-    "MAE": "mimdet.models.mae",
-    "evaluate": "mimdet.analysis.evaluate",
-    "find_errors": "mimdet.analysis.errors",
-    "compare_runs": "mimdet.analysis.comparison",
-    "pretrain": "mimdet.training.pretrain",
-    "experiment": "mimdet.experiments.experiment",
-    "record": "mimdet.viz.record",
-    "notebook_setup": "mimdet.notebook",
-    "check": "mimdet.notebook",
+_NAMES_OF = {
+    "config": ("Config", "BackboneConfig"),
+    "models.detector": ("build_detector",),
+    "models.sampling": ("Sample", "Sampling", "select"),
+    "structures": ("Crops", "Detections", "Target"),
+    "inference": ("predict",),
+    "data.shapes": ("ShapesCOCO",),
+    "data.coco": ("CocoDataset", "build_dataset"),
+    "data.checks": ("check_dataset",),
+    "training.train": ("train", "fit"),
+    "training.run": ("load_detector",),
+    "models.rcnn": ("Losses",),
+    "models.weights": ("load_mae", "load_mae_model", "save_mae"),
+    "models.official": ("export_detectron2", "save_detector"),
+    "models.mae": ("MAE",),
+    "analysis.evaluate": ("evaluate",),
+    "analysis.errors": ("find_errors",),
+    "analysis.comparison": ("compare_runs",),
+    "training.pretrain": ("pretrain",),
+    "experiments.experiment": ("experiment",),
+    "viz.record": ("record",),
+    "notebook": ("notebook_setup", "check"),
 }
+_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
 
-_SUBMODULES = ("presets",)
-
-__all__ = ["__version__", *_MODULE_OF, *_SUBMODULES]
+__all__ = ["__version__", *_MODULE_OF, "presets"]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use (PEP 562)."""
-    if name in _SUBMODULES:
-        return importlib.import_module(f"mimdet.{name}")
+    if name == "presets":
+        return importlib.import_module("mimdet.presets")
     if name not in _MODULE_OF:
         raise AttributeError(f"mimdet has no {name!r}; its public names are {sorted(__all__)}")
-    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    value = getattr(importlib.import_module(f"mimdet.{_MODULE_OF[name]}"), name)
     globals()[name] = value
     return value
 

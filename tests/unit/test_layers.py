@@ -112,7 +112,7 @@ def _wrong_arrow(part: str, name: str, where: str) -> list[str]:
     if target not in ROW:
         return [f"{where}: import it from the module that defines it, not from the package"]
     if part not in ROW:
-        return [f"{where}: the package itself imports nothing; add the name to _MODULE_OF there"]
+        return [f"{where}: the package itself imports nothing; add the name to _NAMES_OF there"]
     if ROW[target] < ROW[part] or ROW[target] == ROW[part] == 0:
         return []
     if ROW[target] == ROW[part]:
@@ -147,7 +147,7 @@ def test_imports_go_one_way(module: str) -> None:
         ("models.vit", "from ..training import run", "training is built on models"),
         ("analysis.evaluate", "import mimdet.viz.figures as f", "viz is built on analysis"),
         ("config", "from mimdet import presets, train", "from the module that defines it"),
-        ("__init__", "from mimdet.config import Config", "add the name to _MODULE_OF"),
+        ("__init__", "from mimdet.config import Config", "add the name to _NAMES_OF"),
         ("__init__", "import timm", "while it loads"),
         ("presets", "import torchvision.models.detection", "while it loads"),
         ("data.coco", "if True:\n    import matplotlib.pyplot as plt", "while it loads"),
