@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.browser.chromium import Page, open_page, skip_without_browser
-from tests.browser.lab import Notebook, Server, jupyterlab
+from tests.browser.chromium import Page, skip_without_browser
+from tests.browser.lab import Notebook, Server
 
 skip_without_browser()
 pytest.importorskip("jupyterlab", reason="jupyterlab is not installed: .[notebooks]")
@@ -32,18 +32,6 @@ class Lamp(Panel):
 lamp = Lamp()
 lamp
 """
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with jupyterlab(tmp_path_factory.mktemp("lab")) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def page() -> Iterator[Page]:
-    with open_page() as page:
-        yield page
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from PIL import Image
 
 import mimdet
 from mimdet.training.checkpoints import CheckpointStore
-from tests.browser.chromium import PICTURES, Page, open_page, skip_without_browser
-from tests.browser.lab import Notebook, Server, jupyterlab
+from tests.browser.chromium import PICTURES, Page, skip_without_browser
+from tests.browser.lab import Notebook, Server
 
 skip_without_browser()
 pytest.importorskip("jupyterlab", reason="jupyterlab is not installed: .[notebooks]")
@@ -31,22 +31,11 @@ Act = Callable[[Notebook], object]
 
 MODELS = """\
 import torch, mimdet
+from mimdet import viz
 torch.set_num_threads(1)
 from mimdet.notebook import open_pictures
 pictures = open_pictures(count=3)
 model = mimdet.load_detector("tiny")"""
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with jupyterlab(tmp_path_factory.mktemp("lab")) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def page() -> Iterator[Page]:
-    with open_page() as page:
-        yield page
 
 
 @pytest.fixture(scope="module")
@@ -58,20 +47,6 @@ def notebook(server: Server, page: Page) -> Iterator[Notebook]:
     notebook.close()
 
 
-@pytest.fixture
-def open_panel(notebook: Notebook) -> Iterator[Callable[[str], Notebook]]:
-    """Run a cell that ends with a panel. Nothing may have gone wrong at the end."""
-    notebook.browser.errors.clear()
-
-    def run(cell: str) -> Notebook:
-        notebook.run_last(cell)
-        notebook.page.wait_for_selector("canvas.mimdet-canvas[data-seq]")
-        return notebook
-
-    yield run
-    assert notebook.browser.errors == []
-
-
 def photo() -> bytes:
     """A picture of one's own, wider than high."""
     stream = io.BytesIO()
@@ -80,75 +55,45 @@ def photo() -> bytes:
     return stream.getvalue()
 
 
-def operate(
-    notebook: Notebook, name: str, actions: dict[str, Act], counting: tuple[str, ...] = ()
-) -> None:
-    """Use the controls one after the other: each is answered without an error and changes a
-    picture. Those in `counting` may change the status line only."""
-    times = {}
-    for control, act in actions.items():
-        before, said = notebook.pictures(), notebook.status()
-        times[control] = notebook.answer_to(lambda act=act: act(notebook))
-        assert not re.match(r"\w*(Error|Exception)\b", notebook.status()), notebook.status()
-        changed = notebook.pictures() != before
-        changed |= control in counting and notebook.status() != said
-        assert changed, f"{name}: {control} changes no picture"
-    output = notebook.page.locator(".jp-OutputArea-output").last
-    notebook.browser.picture(name, output)
-    median = statistics.median(times.values())
-    print(f"\n{name}: {median:.0f} ms from event to picture, median of {len(times)}")
-    file = PICTURES / "latency.json"
-    kept = json.loads(file.read_text()) if file.exists() else {}
-    kept[name] = {control: round(took, 1) for control, took in times.items()}
-    file.write_text(json.dumps(kept, indent=2) + "\n")
-
-
 def upload(name: str) -> Act:
     return lambda n: n.upload(name, "mine.png", photo())
 
 
-def test_token_lab(open_panel: Callable[[str], Notebook]) -> None:
-    cell = "from mimdet.viz import TokenLab\nTokenLab()"
-    notebook = open_panel(cell)
+def brush(notebook: Notebook, tool: str) -> None:
+    notebook.toggle("mimdet-token-tool", tool)
+    notebook.page.wait_for_timeout(300)  # the canvas hears of it through Python
+    if tool == "brush":
+        notebook.stroke(0, 0.5)
+    else:
+        notebook.click_canvas(0, 0.4, 0.4)
 
-    def select(n: Notebook) -> None:
-        n.toggle("mimdet-token-tool", "select")
-        n.page.wait_for_timeout(300)  # the canvas hears of it through Python
-        n.click_canvas(0, 0.4, 0.4)
 
-    def brush(n: Notebook) -> None:
-        n.toggle("mimdet-token-tool", "brush")
-        n.page.wait_for_timeout(300)
-        n.stroke(0, 0.5)
+def arrow(notebook: Notebook) -> None:
+    notebook.find("mimdet-attention-picture").locator("canvas").focus()
+    notebook.page.keyboard.press("ArrowRight")
 
-    operate(
-        notebook,
-        "token_lab",
+
+RUNS = """\
+scenes = mimdet.ShapesCOCO("shapes-v1-medium", 128, length=6, split="val")
+runs = {f"at {r}": mimdet.evaluate(model, scenes, sample_ratio=r).results for r in (1.0, 0.1)}
+"""
+PANELS: dict[str, tuple[str, dict[str, Act]]] = {
+    "token_lab": (
+        "viz.TokenLab()",
         {
             "image": lambda n: n.choose("mimdet-token-image", 1),
             "ratio": lambda n: n.slide("mimdet-token-ratio"),
-            "seed": lambda n: n.write("mimdet-token-seed", "3"),
+            "seed": lambda n: n.slide("mimdet-token-seed"),
             "sampler": lambda n: n.choose("mimdet-token-sampler", 1),
-            "select": select,
-            "brush": brush,
+            "select": lambda n: brush(n, "select"),
+            "brush": lambda n: brush(n, "brush"),
             "reconstruction": lambda n: n.choose("mimdet-token-reconstruction", 1),
             "reset": lambda n: n.press("mimdet-token-reset"),
             "upload": upload("mimdet-token-upload"),
         },
-    )
-
-
-def test_attention_explorer(open_panel: Callable[[str], Notebook]) -> None:
-    cell = "from mimdet.viz import AttentionExplorer\n"
-    notebook = open_panel(cell + "AttentionExplorer(model)")
-
-    def arrow(n: Notebook) -> None:
-        n.find("mimdet-attention-picture").locator("canvas").focus()
-        n.page.keyboard.press("ArrowRight")
-
-    operate(
-        notebook,
-        "attention_explorer",
+    ),
+    "attention_explorer": (
+        "viz.AttentionExplorer(model)",
         {
             "image": lambda n: n.choose("mimdet-attention-image", 1),
             "ratio": lambda n: n.slide("mimdet-attention-ratio", "End"),
@@ -160,20 +105,12 @@ def test_attention_explorer(open_panel: Callable[[str], Notebook]) -> None:
             "rollout": lambda n: n.tick("mimdet-attention-rollout"),
             "part": lambda n: n.choose("mimdet-attention-part", 1),
             "ratio again": lambda n: n.slide("mimdet-attention-ratio", "ArrowLeft"),
-            "seed": lambda n: n.write("mimdet-attention-seed", "3"),
+            "seed": lambda n: n.slide("mimdet-attention-seed"),
             "upload": upload("mimdet-attention-upload"),
         },
-    )
-
-
-def test_pyramid_viewer(open_panel: Callable[[str], Notebook]) -> None:
-    notebook = open_panel(
-        "from mimdet.viz import PyramidViewer\n"
-        'PyramidViewer({"trained": model, "scratch": mimdet.load_detector("tiny_scratch")})',
-    )
-    operate(
-        notebook,
-        "pyramid_viewer",
+    ),
+    "pyramid_viewer": (
+        'viz.PyramidViewer({"trained": model, "scratch": mimdet.load_detector("tiny_scratch")})',
         {
             "image": lambda n: n.choose("mimdet-pyramid-image", 1),
             "level": lambda n: n.choose("mimdet-pyramid-level", 3),
@@ -185,17 +122,9 @@ def test_pyramid_viewer(open_panel: Callable[[str], Notebook]) -> None:
             "model": lambda n: n.choose("mimdet-pyramid-model", 2),
             "upload": upload("mimdet-pyramid-upload"),
         },
-    )
-
-
-def test_ratio_dial(open_panel: Callable[[str], Notebook]) -> None:
-    notebook = open_panel(
-        "from mimdet.viz import RatioDial\n"
-        "RatioDial(model, pictures.images, pictures.targets, pictures.categories)",
-    )
-    operate(
-        notebook,
-        "ratio_dial",
+    ),
+    "ratio_dial": (
+        "viz.RatioDial(model, pictures.images, pictures.targets, pictures.categories)",
         {
             "image": lambda n: n.choose("mimdet-ratio-image", 1),
             "ratio": lambda n: n.slide("mimdet-ratio-ratio", "ArrowLeft"),
@@ -204,20 +133,9 @@ def test_ratio_dial(open_panel: Callable[[str], Notebook]) -> None:
             "pale": lambda n: n.tick("mimdet-ratio-pale"),
             "upload": upload("mimdet-ratio-upload"),
         },
-    )
-
-
-def test_result_browser(open_panel: Callable[[str], Notebook]) -> None:
-    notebook = open_panel(
-        "from mimdet.viz import ResultBrowser\n"
-        'scenes = mimdet.ShapesCOCO("shapes-v1-medium", 128, length=6, split="val")\n'
-        "runs = {f'at {r}': mimdet.evaluate(model, scenes, sample_ratio=r).results\n"
-        "        for r in (1.0, 0.1)}\n"
-        "ResultBrowser(scenes, runs)",
-    )
-    operate(
-        notebook,
-        "result_browser",
+    ),
+    "result_browser": (
+        RUNS + "viz.ResultBrowser(scenes, runs)",
         {
             "next": lambda n: n.press("mimdet-results-next"),
             "previous": lambda n: n.press("mimdet-results-previous"),
@@ -232,32 +150,44 @@ def test_result_browser(open_panel: Callable[[str], Notebook]) -> None:
             "any verdict": lambda n: n.choose("mimdet-results-verdict", 0),
             "score": lambda n: n.slide("mimdet-results-score", "End"),
         },
-        # Of another set of images, the first may be the same one.
-        counting=(
-            "class",
-            "all classes",
-            "size",
-            "all sizes",
-            "where",
-            "either run",
-            "any verdict",
-        ),
-    )
-
-
-def test_sample_browser(open_panel: Callable[[str], Notebook]) -> None:
-    notebook = open_panel(
-        "from mimdet.viz import SampleBrowser\nSampleBrowser(pictures.dataset, pictures.data)",
-    )
-    operate(
-        notebook,
-        "sample_browser",
+    ),
+    "sample_browser": (
+        "viz.SampleBrowser(pictures.dataset, pictures.data)",
         {
             "image": lambda n: n.write("mimdet-data-index", "2"),
             "augmentation": lambda n: n.toggle("mimdet-data-kind", "lsj"),
             "seed": lambda n: n.slide("mimdet-data-seed"),
         },
-    )
+    ),
+}
+CHOOSES = {"class", "all classes", "size", "all sizes", "where", "either run", "any verdict"}
+"""Controls that choose another set of images, of which the first may be the same one: they may
+change the status line only."""
+
+
+@pytest.mark.parametrize("name", PANELS)
+def test_panel(notebook: Notebook, name: str) -> None:
+    """The controls one after the other: each is answered without an error and changes a picture."""
+    cell, actions = PANELS[name]
+    notebook.browser.errors.clear()
+    notebook.run_last(cell)
+    notebook.page.wait_for_selector("canvas.mimdet-canvas[data-seq]")
+    times = {}
+    for control, act in actions.items():
+        before, said = notebook.pictures(), notebook.status()
+        times[control] = notebook.answer_to(lambda act=act: act(notebook))
+        assert not re.match(r"\w*(Error|Exception)\b", notebook.status()), notebook.status()
+        changed = notebook.pictures() != before
+        changed |= control in CHOOSES and notebook.status() != said
+        assert changed, f"{name}: {control} changes no picture"
+    notebook.browser.picture(name, notebook.page.locator(".jp-OutputArea-output").last)
+    median = statistics.median(times.values())
+    print(f"\n{name}: {median:.0f} ms from event to picture, median of {len(times)}")
+    file = PICTURES / "latency.json"
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    kept[name] = {control: round(took, 1) for control, took in times.items()}
+    file.write_text(json.dumps(kept, indent=2) + "\n")
+    assert notebook.browser.errors == []
 
 
 TRAINING = """\
@@ -311,10 +241,8 @@ def test_training_dashboard(server: Server, page: Page, tmp_path: Path) -> None:
     exec(TRAINING, cells)
     steps = [step.number for step in mimdet.train(cells["cfg"], tmp_path / "undisturbed")]
     assert steps == list(range(1, 25))
-    ours, theirs = (
-        last_weights(server.folder / "runs/browser"),
-        last_weights(tmp_path / "undisturbed"),
-    )
+    runs = server.folder / "runs/browser", tmp_path / "undisturbed"
+    ours, theirs = (last_weights(run) for run in runs)
     assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
 
 
