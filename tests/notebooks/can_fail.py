@@ -23,6 +23,7 @@ import itertools
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import nbformat
@@ -297,6 +298,14 @@ sys.path.append({str(ROOT)!r})
 from tests.notebooks import can_fail
 can_fail_guard = can_fail.Guard(get_ipython().user_ns)
 get_ipython().ast_transformers.append(can_fail_guard)"""
+
+
+def write_source(folder: Path, name: str, text: str) -> Path:
+    """A notebook's source in a folder of its own, where the tool expects it."""
+    source = folder / "py" / f"{name}.py"
+    source.parent.mkdir(exist_ok=True)
+    source.write_text(text)
+    return source
 
 
 def add_to(notebook: NotebookNode) -> None:

@@ -10,7 +10,7 @@ import torch
 
 import mimdet
 from mimdet import check, notebook
-from mimdet.models import rcnn, sampling, vit, weights
+from mimdet.models import detector, rcnn, sampling, vit, weights
 from tests.notebooks import can_fail
 from tests.notebooks.broken_values import broken
 from tools import notebooks
@@ -87,10 +87,7 @@ if MODE == "full":
 
 
 def test_a_notebook_is_told_which_of_its_checks_are_vacuous(tmp_path: Path) -> None:
-    (tmp_path / "py").mkdir()
-    source = tmp_path / "py" / "00_small.py"
-    source.write_text(SMALL)
-    notebook = notebooks.read_source(source)
+    notebook = notebooks.read_source(can_fail.write_source(tmp_path, "00_small", SMALL))
     can_fail.add_to(notebook)
     notebooks.execute(notebook, tmp_path)
     always, elsewhere = can_fail.vacuous(notebook)
@@ -122,6 +119,12 @@ def test_broken_tensors_differ() -> None:
 # ------------------------------------------------------------------------- with a broken library
 
 
+def change(patch: pytest.MonkeyPatch, owner: Any, name: str, spoil: Callable[[Any], Any]) -> None:
+    """What a function of the library returns, spoilt."""
+    right = getattr(owner, name)
+    patch.setattr(owner, name, lambda *given, **options: spoil(right(*given, **options)))
+
+
 def keep_the_lowest(patch: pytest.MonkeyPatch) -> None:
     right = mimdet.select
     patch.setattr(
@@ -130,13 +133,10 @@ def keep_the_lowest(patch: pytest.MonkeyPatch) -> None:
 
 
 def keep_one_less(patch: pytest.MonkeyPatch) -> None:
-    right = mimdet.select
-
-    def select(*given: Any, **options: Any) -> sampling.Sample:
-        sample = right(*given, **options)
+    def shorten(sample: sampling.Sample) -> sampling.Sample:
         return sample._replace(keep=[kept[:-1] for kept in sample.keep])
 
-    patch.setattr(mimdet, "select", select)
+    change(patch, mimdet, "select", shorten)
 
 
 def blocks_are_single_tokens(patch: pytest.MonkeyPatch) -> None:
@@ -151,8 +151,7 @@ def scatter_in_another_order(patch: pytest.MonkeyPatch) -> None:
 
 
 def gather_in_another_order(patch: pytest.MonkeyPatch) -> None:
-    right = sampling.gather
-    patch.setattr(sampling, "gather", lambda *given: [rows.roll(1, 0) for rows in right(*given)])
+    change(patch, sampling, "gather", lambda images: [rows.roll(1, 0) for rows in images])
 
 
 def ratio_1_depends_on_the_seed(patch: pytest.MonkeyPatch) -> None:
@@ -168,15 +167,12 @@ def ratio_1_depends_on_the_seed(patch: pytest.MonkeyPatch) -> None:
 
 
 def padding_is_black(patch: pytest.MonkeyPatch) -> None:
-    right = rcnn.pad_and_normalise
-
-    def pad(images: Any, device: torch.device) -> rcnn.Batch:
-        batch = right(images, device)
+    def blacken(batch: rcnn.Batch) -> rcnn.Batch:
         for canvas, (height, width) in zip(*batch, strict=True):
             canvas[:, height:], canvas[:, :, width:] = -2, -2  # about what black becomes
         return batch
 
-    patch.setattr(rcnn, "pad_and_normalise", pad)
+    change(patch, detector, "pad_and_normalise", blacken)
 
 
 def columns_for_rows(patch: pytest.MonkeyPatch) -> None:
@@ -190,19 +186,15 @@ def columns_for_rows(patch: pytest.MonkeyPatch) -> None:
 
 
 def positions_are_shifted(patch: pytest.MonkeyPatch) -> None:
-    right = vit.resize_table
-    patch.setattr(vit, "resize_table", lambda *given: right(*given).roll(1, 1))
+    change(patch, vit, "resize_table", lambda table: table.roll(1, 1))
 
 
 def attention_has_another_scale(patch: pytest.MonkeyPatch) -> None:
-    right = notebook.open_detector
-
-    def opened(*given: Any) -> Any:
-        model = right(*given)
+    def rescale(model: Any) -> Any:
         model.backbone.decoder.blocks[0].attn.scale *= 2
         return model
 
-    patch.setattr(notebook, "open_detector", opened)
+    change(patch, notebook, "open_detector", rescale)
 
 
 def names_get_lost(patch: pytest.MonkeyPatch) -> None:

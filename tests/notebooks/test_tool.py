@@ -15,6 +15,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
+from tests.notebooks.can_fail import write_source
 from tools import notebooks
 
 SMALL = """\
@@ -60,15 +61,11 @@ INSTALL, PARAMETERS, LOOP, PANEL, TIMING = range(1, 6)  # its cells; the title i
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one small notebook, built."""
-    folder = tmp_path_factory.mktemp("built")
-    return _build(folder)
+    return _build(tmp_path_factory.mktemp("built"))
 
 
 def _build(folder: Path) -> Path:
-    (folder / "py").mkdir()
-    source = folder / "py" / "00_small.py"
-    source.write_text(SMALL)
-    notebooks.build(source)
+    notebooks.build(write_source(folder, "00_small", SMALL))
     return folder
 
 
@@ -127,99 +124,70 @@ def test_sync_keeps_outputs_of_unchanged_cells(copy: Path) -> None:
     assert notebooks.check(copy) == []  # a word of text needs no new run
 
 
-def _edit_text(folder: Path) -> None:
-    (folder / "py" / "00_small.py").write_text(SMALL.replace("a test", "one test"))
+def rewrite(old: str, new: str, sync: bool = True) -> Callable[[Path], None]:
+    """Damage to the source, of which the notebook hears by `sync`."""
 
-
-def _edit_code_and_sync(folder: Path) -> None:
-    source = folder / "py" / "00_small.py"
-    source.write_text(SMALL.replace("range(steps)", "range(1, steps)"))
-    notebooks.sync(source)
-
-
-def _edit_tag(folder: Path) -> None:
-    (folder / "py" / "00_small.py").write_text(SMALL.replace('"timing"', '"solution"'))
-
-
-def _store_widgets(folder: Path) -> None:
-    _change(folder, lambda notebook: notebook.metadata.update(widgets={}))
-
-
-def _forget_the_run(folder: Path) -> None:
-    _change(folder, lambda notebook: notebook.metadata.pop("mimdet"))
-
-
-def _untag_parameters(folder: Path) -> None:
-    source = folder / "py" / "00_small.py"
-    source.write_text(SMALL.replace('tags=["parameters"]', ""))
-    notebooks.sync(source)
-
-
-def _store_a_large_picture(folder: Path) -> None:
-    _change(folder, lambda notebook: notebook.cells[LOOP].outputs[0].update(text="x" * 1_600_000))
-
-
-def _remove_the_install_cell(folder: Path) -> None:
-    _change(folder, lambda notebook: notebook.cells.pop(INSTALL))
-
-
-def _store_a_widget_beside_its_picture(folder: Path) -> None:
-    view = {notebooks.WIDGET: {"model_id": "1"}}
-    _change(folder, lambda notebook: notebook.cells[PANEL].outputs[0].data.update(view))
-
-
-def _store_a_widget_without_picture(folder: Path) -> None:
-    def edit(notebook: NotebookNode) -> None:
-        data = {notebooks.WIDGET: {"model_id": "1"}, "text/plain": "VBox()"}
-        notebook.cells[PANEL].outputs[0].update(data=nbformat.from_dict(data), metadata={})
-
-    _change(folder, edit)
-
-
-def _write_a_long_cell(folder: Path) -> None:
-    source = folder / "py" / "00_small.py"
-    source.write_text(SMALL + "\n# %%\n" + "1\n\n" * 16)
-    notebooks.sync(source)
-    _say_it_was_run(folder)
-
-
-def _say_it_was_run(folder: Path) -> None:
-    code = notebooks.code_hash(notebooks.read_source(folder / "py" / "00_small.py"))
-    _change(folder, lambda notebook: notebook.metadata.mimdet.update(executed_code=code))
-
-
-def _rewrite(old: str, new: str) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         source = folder / "py" / "00_small.py"
         source.write_text(SMALL.replace(old, new))
-        notebooks.sync(source)
+        if sync:
+            notebooks.sync(source)
 
     return damage
 
 
-def _change(folder: Path, edit: Callable[[NotebookNode], object]) -> None:
-    notebook = notebooks.read_notebook(folder / "00_small.ipynb")
-    edit(notebook)
-    nbformat.write(notebook, folder / "00_small.ipynb")
+def change(edit: Callable[[NotebookNode], object]) -> Callable[[Path], None]:
+    """Damage to the notebook."""
+
+    def damage(folder: Path) -> None:
+        notebook = notebooks.read_notebook(folder / NAME)
+        edit(notebook)
+        nbformat.write(notebook, folder / NAME)
+
+    return damage
+
+
+def widget_without_picture(notebook: NotebookNode) -> None:
+    data = {notebooks.WIDGET: {"model_id": "1"}, "text/plain": "VBox()"}
+    notebook.cells[PANEL].outputs[0].update(data=nbformat.from_dict(data), metadata={})
+
+
+def widget_beside_its_picture(notebook: NotebookNode) -> None:
+    notebook.cells[PANEL].outputs[0].data[notebooks.WIDGET] = {"model_id": "1"}
+
+
+def add_cells(folder: Path, cells: str) -> None:
+    """More cells, and a notebook that says that they were run."""
+    source = folder / "py" / "00_small.py"
+    source.write_text(f"{SMALL}\n{cells}")
+    notebooks.sync(source)
+    code = notebooks.code_hash(notebooks.read_source(source))
+    change(lambda notebook: notebook.metadata.mimdet.update(executed_code=code))(folder)
 
 
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (_edit_text, "differs from its source"),
-        (_edit_tag, "differs from its source"),
-        (_edit_code_and_sync, "outputs are of other code"),
-        (_forget_the_run, "outputs are of other code"),
-        (_store_widgets, "stores widget state"),
-        (_untag_parameters, "no code cell is tagged 'parameters'"),
-        (_store_a_large_picture, "1.6 MB is over 1.5"),
-        (_remove_the_install_cell, "differs from its source"),
-        (_store_a_widget_beside_its_picture, "cell 5 stores a widget that has ended"),
-        (_store_a_widget_without_picture, "cell 5 shows a widget without a picture"),
-        (_write_a_long_cell, "cell 7 has 16 lines of code, over 15"),
-        (_rewrite("# # 00 · Small:", "# # Small:"), "must start with `# NN · Title"),
-        (_rewrite("# | time", "# | hours"), "a column `quick` and a row `time`"),
-        (_rewrite("# | | quick", "# | | slow"), "a column `quick` and a row `time`"),
+        (rewrite("a test", "one test", sync=False), "differs from its source"),
+        (rewrite('"timing"', '"solution"', sync=False), "differs from its source"),
+        (rewrite("range(steps)", "range(1, steps)"), "outputs are of other code"),
+        (change(lambda notebook: notebook.metadata.pop("mimdet")), "outputs are of other code"),
+        (change(lambda notebook: notebook.metadata.update(widgets={})), "stores widget state"),
+        (rewrite('tags=["parameters"]', ""), "no code cell is tagged 'parameters'"),
+        (
+            change(lambda notebook: notebook.cells[LOOP].outputs[0].update(text="x" * 1_600_000)),
+            "1.6 MB is over 1.5",
+        ),
+        (change(lambda notebook: notebook.cells.pop(INSTALL)), "differs from its source"),
+        (change(widget_beside_its_picture), "cell 5 stores a widget that has ended"),
+        (change(widget_without_picture), "cell 5 shows a widget without a picture"),
+        (
+            lambda folder: add_cells(folder, "# %%\n" + "1\n\n" * 16),
+            "cell 7 has 16 lines of code, over 15",
+        ),
+        (rewrite("# # 00 · Small:", "# # Small:"), "must start with `# NN · Title"),
+        (rewrite("# | time", "# | hours"), "a column `quick` and a row `time`"),
+        (rewrite("# | | quick", "# | | slow"), "a column `quick` and a row `time`"),
         (lambda folder: (folder / "00_small.ipynb").unlink(), "is missing"),
         (lambda folder: (folder / "py" / "00_small.py").unlink(), "has no source"),
     ],
@@ -232,11 +200,8 @@ def test_check_finds(copy: Path, damage: Callable[[Path], object], said: str) ->
 
 
 def test_a_solution_may_be_long(copy: Path) -> None:
-    source = copy / "py" / "00_small.py"
     line = "1\n\n"
-    source.write_text(f'{SMALL}\n# %%\n{15 * line}# %% tags=["solution"]\n{16 * line}')
-    notebooks.sync(source)
-    _say_it_was_run(copy)
+    add_cells(copy, f'# %%\n{15 * line}# %% tags=["solution"]\n{16 * line}')
     assert notebooks.check(copy) == []
 
 
@@ -313,9 +278,7 @@ def test_inject_refuses_an_unknown_parameter(copy: Path) -> None:
 
 
 def test_a_failing_cell_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "py").mkdir()
-    source = tmp_path / "py" / "01_broken.py"
-    source.write_text("# %%\n1 / 0\n")
+    source = write_source(tmp_path, "01_broken", "# %%\n1 / 0\n")
     with pytest.raises(CellExecutionError, match="ZeroDivisionError"):
         notebooks.build(source)
     assert not notebooks.target_of(source).exists()
