@@ -168,7 +168,7 @@ def ratio_1_depends_on_the_seed(patch: pytest.MonkeyPatch) -> None:
 
 def padding_is_black(patch: pytest.MonkeyPatch) -> None:
     def blacken(batch: rcnn.Batch) -> rcnn.Batch:
-        for canvas, (height, width) in zip(*batch, strict=True):
+        for canvas, (height, width) in zip(batch.tensors, batch.image_sizes, strict=True):
             canvas[:, height:], canvas[:, :, width:] = -2, -2  # about what black becomes
         return batch
 
