@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-import msgspec
-
-from mimdet.config import Config, flat, set_field, to_dict
+from mimdet.config import Config, flat, from_dict, set_field, to_dict
 from mimdet.presets import PRESETS
 from mimdet.training.slots import SLOTS, SlotText, read_slots
 
@@ -126,7 +124,7 @@ def _arm(base: Config, combination: Mapping[str, Any], fields: Sequence[str]) ->
             text = code[SLOTS[name]] = read_slots({SLOTS[name]: value})[SLOTS[name]]
             names[name], value = text.object, text.address
         set_field(cfg, name, value)
-    cfg = msgspec.convert(to_dict(cfg), Config)  # its error names a field of another type
+    cfg = from_dict(to_dict(cfg))  # its error names a field of another type
     values = flat(cfg)
     for name, other in OVERRIDDEN.items():
         if name in fields and values[other]:

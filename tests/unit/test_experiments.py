@@ -1,9 +1,9 @@
 """Experiments: real runs in real processes, killed and resumed; statistics worked out by hand."""
 
 import importlib
+import itertools
 import json
 import math
-import shutil
 import signal
 import subprocess
 import sys
@@ -76,10 +76,8 @@ def test_arms_are_all_combinations_in_order() -> None:
 
 def test_a_list_of_arms_takes_the_rest_from_the_base() -> None:
     arms = arms_of(small(), [{"detector.norm": "GN"}, {"backbone.depth": 1}])
-    assert [arm.values for arm in arms] == [
-        {"detector.norm": "GN", "backbone.depth": 2},
-        {"detector.norm": "BN", "backbone.depth": 1},
-    ]
+    found = [tuple(arm.values.values()) for arm in arms]
+    assert found == [("GN", 2), ("BN", 1)]
 
 
 def elsewhere(tokens, grid, generator):
@@ -95,7 +93,6 @@ def elsewhere(tokens, grid, generator):
         ({"backbone.sampler": "random"}, "give the values as a list, not 'random'"),
         ({"backbone.depth": []}, "give the values as a list"),
         ({"backbone.depth": [1.5]}, r"Expected `int`, got `float` - at `\$.backbone.depth`"),
-        ({"backbone.depth": [True]}, "Expected `int`, got `bool`"),
         ({"detector.norm": ["XN"]}, r"Invalid enum value 'XN' - at `\$.detector.norm`"),
         ({"backbone.depth": [1, 1]}, "two arms are both called depth=1"),
         ({"training.seed": [1, 2]}, "give seeds="),
@@ -104,15 +101,15 @@ def elsewhere(tokens, grid, generator):
         ({"backbone.sampler": [elsewhere]}, "uses ROOT from outside itself"),
         ([], "the grid is empty"),
         ({"detector.num_classes": [12, 24]}, "train the same"),
+        ({"preset": ["tiny", "twin"]}, "preset=tiny and preset=twin train the same"),
         ({"training.epochs": [1, 2]}, "epochs has no effect while training.steps=4"),
         ({"preset": ["tiny", "tinny"]}, "preset='tinny': recipes can be compared where"),
-        (
-            [{"data.limit_val": 0}, {"data.limit_val": 0, "preset": "tiny"}],
-            "two arms are both called limit_val=0,preset=tiny",
-        ),
     ],
 )
-def test_what_cannot_be_run_is_said_before_anything_starts(tmp_path, grid, said) -> None:
+def test_what_cannot_be_run_is_said_before_anything_starts(
+    tmp_path, monkeypatch, grid, said
+) -> None:
+    monkeypatch.setitem(PRESETS, "twin", PRESETS["tiny"])
     with pytest.raises(ValueError, match=said):
         experiment(small(), grid, runs=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
@@ -162,17 +159,10 @@ def test_recipes_are_compared_with_what_the_base_changes() -> None:
     assert vitdet.data.short_sides == (64,)
 
 
-def test_a_grid_over_recipes_of_the_same_content_is_refused(tmp_path, monkeypatch) -> None:
-    monkeypatch.setitem(PRESETS, "twin", PRESETS["tiny"])
-    with pytest.raises(ValueError, match="preset=tiny and preset=twin train the same"):
-        plan(PRESETS["tiny"](), {"preset": ["tiny", "twin"]}, runs=tmp_path)
-
-
 def test_a_baseline_is_evaluated_with_every_token_only(tmp_path) -> None:
-    base = PRESETS["tiny"]()
-    grid = {"preset": ["tiny", "tiny_resnet"]}
-    runs = plan(base, grid, seeds=1, runs=tmp_path, evaluate_ratios=(0.25, 0.5))
-    assert [run.ratios for run in runs] == [(0.25, 0.5), (1.0,)]
+    options = {"runs": tmp_path, "evaluate_ratios": (0.25, 0.5)}
+    planned = plan(PRESETS["tiny"](), {"preset": ["tiny", "tiny_resnet"]}, seeds=1, **options)
+    assert [run.ratios for run in planned] == [(0.25, 0.5), (1.0,)]
 
 
 def test_seeds_of_numpy_and_lists_in_the_base(tmp_path) -> None:
@@ -245,51 +235,30 @@ def test_arms_of_one_seed_start_with_the_same_weights(tmp_path) -> None:
 # ------------------------------------------------------------------------------- where runs go
 
 
-def test_processes_follow_cores_and_threads(tmp_path, monkeypatch) -> None:
+def test_processes_follow_cores_and_threads_or_gpus(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("mimdet.experiments.runs.usable_cores", lambda: 4)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     planned = plan(small(), {"backbone.depth": [1, 2]}, seeds=3, runs=tmp_path)
     assert len(places_for(planned)) == 4 and len(places_for(planned[:3])) == 3
-    for run in planned:
-        run.cfg.training.threads = 2
-    assert places_for(planned) == [{"OMP_NUM_THREADS": "2"}] * 2
-    planned[0].cfg.training.device = "cuda:1"
-    assert len(places_for(planned)) == 1  # there is one of it
-
-
-def test_each_gpu_has_one_run(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    planned = plan(small(), {"backbone.depth": [1, 2]}, seeds=3, runs=tmp_path)
     assert len(places_for(planned)) == 2
     assert [place["CUDA_VISIBLE_DEVICES"] for place in places_for(planned, 3)] == ["4", "6", "4"]
     for run in planned:
-        run.cfg.training.device = "cpu"
-    assert places_for(planned, 1) == [{"OMP_NUM_THREADS": "1"}]
+        run.cfg.training.threads, run.cfg.training.device = 2, "cpu"
+    assert places_for(planned) == [{"OMP_NUM_THREADS": "2"}] * 2
+    planned[0].cfg.training.device = "mps"
+    assert len(places_for(planned)) == 1  # there is one of it
 
 
 # ------------------------------------------------------------------------------- statistics
 
 
-@pytest.mark.parametrize(
-    ("degrees", "level", "printed"),
-    [  # as printed in tables of Student's distribution
-        (1, 0.95, 12.706),
-        (2, 0.95, 4.303),
-        (3, 0.95, 3.182),
-        (4, 0.95, 2.776),
-        (9, 0.95, 2.262),
-        (30, 0.95, 2.042),
-        (120, 0.95, 1.980),
-        (4, 0.99, 4.604),
-        (9, 0.90, 1.833),
-    ],
-)
-def test_t_quantiles_are_the_printed_ones(degrees, level, printed) -> None:
-    assert t_quantile(degrees, level) == pytest.approx(printed, abs=0.0005)
-
-
-def test_t_quantile_in_closed_form() -> None:
+def test_t_quantiles_are_the_printed_ones() -> None:
+    printed = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 30: 2.042, 120: 1.980}
+    found = [t_quantile(degrees) for degrees in printed]
+    assert found == pytest.approx(list(printed.values()), abs=0.0005)
+    assert t_quantile(4, 0.99) == pytest.approx(4.604, abs=0.0005)
     # One degree is Cauchy: tan(pi/2 x level). Two degrees: level x sqrt(2 / (1 - level^2)).
     assert t_quantile(1, 0.5) == pytest.approx(1.0, rel=1e-12)
     assert t_quantile(2, 0.95) == pytest.approx(0.95 * math.sqrt(2 / (1 - 0.95**2)), rel=1e-12)
@@ -441,32 +410,31 @@ def test_two_processes_never_work_on_one_run(tmp_path, monkeypatch, capsys) -> N
 # ------------------------------------------------------------------------------- grid files
 
 GRID = """
-from mimdet.config import load_config
+from tests.small import small
 
 def own(tokens, grid, generator):
     return tokens.norm(dim=1)
 
-base = load_config({base!r})
-grid = {{"backbone.sampler": ["random", own], "backbone.embed_dim": [32, 36]}}
-seeds = [3]
+base = small(2)
+grid = {"backbone.sample_ratio": [0.25, 1.0]}
+evaluate_ratios = (0.5, 1)
 """
 
 
-def grid_file(folder: Path) -> Path:
-    cfg = small()
-    cfg.training.evaluate_every_steps = 0
-    save_config(cfg, folder / "base.json")
-    file = folder / "samplers.py"
-    file.write_text(GRID.format(base=str(folder / "base.json")))
-    return file
-
-
-def test_dry_run_lists_the_runs(tmp_path, capsys) -> None:
-    assert ablate(grid_file(tmp_path), runs=tmp_path / "runs", dry_run=True) is None
+def test_ablate_lists_the_runs_or_prints_and_writes_the_result(tmp_path, capsys) -> None:
+    file = tmp_path / "sample_ratio.py"
+    file.write_text(GRID.replace("evaluate_ratios", 'grid["backbone.sampler"] = [own]\n# '))
+    assert ablate(file, runs=tmp_path, seeds=1, dry_run=True) is None
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4
-    assert "sampler=own,embed_dim=36-s3  4 steps, evaluated at [1.0]: to do" in lines[3]
-    assert not (tmp_path / "runs").exists()
+    assert len(lines) == 2 and not (tmp_path / "sample_ratio").exists()
+    assert "sample_ratio=1,sampler=own-s0  2 steps, evaluated at [1.0]: to do" in lines[1]
+
+    file.write_text(GRID)
+    written(tmp_path)  # so that nothing needs training
+    result = ablate(file, runs=tmp_path)
+    assert result is not None and result.markdown() in capsys.readouterr().out
+    content = json.loads((tmp_path / "sample_ratio" / "result.json").read_text())
+    assert content["command"] == f"mimdet ablate {file}" and len(content["rows"]) == 12
 
 
 @pytest.mark.parametrize(
@@ -588,14 +556,28 @@ def wait_until(condition, what: str, seconds: float = 180) -> None:
         time.sleep(0.02)
 
 
-def free(run: Path) -> bool:
-    """Whether no process works on the run any more."""
-    return not in_use(run)
-
-
 def steps_done(run: Path) -> int:
     rows = MetricsFile(run / "metrics.jsonl").read()
     return rows[-1]["step"] if rows else 0
+
+
+def stop_in_the_middle(folder: Path, runs: list[Path], number: int) -> dict:
+    """Start the cell, send its process a signal when its first two runs have done some steps."""
+    before = [steps_done(run) for run in runs]
+    parent = start_cell(folder)
+    wait_until(
+        lambda: all(steps_done(r) >= b + 2 for r, b in zip(runs, before, strict=True)), "steps"
+    )
+    parent.send_signal(number)
+    begin = time.monotonic()
+    printed, _ = parent.communicate(timeout=60)
+    wait_until(lambda: not any(in_use(run) for run in runs), "the end of the runs", 20)
+    return {
+        "printed": printed,
+        "ended_in": time.monotonic() - begin,
+        "done": [steps_done(run) for run in runs],
+        "saved": [CheckpointStore(run / "checkpoints").steps()[-1] for run in runs],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -603,35 +585,10 @@ def interrupted(tmp_path_factory) -> dict:
     """The cell: SIGINT in the middle, SIGKILL of the notebook's process later, then to its end."""
     folder = tmp_path_factory.mktemp("experiment")
     runs = [folder / "runs" / "samplers" / name for name in RUNS]
-    noted: dict = {"folder": folder, "runs": runs}
-
-    parent = start_cell(folder)
-    wait_until(lambda: all(steps_done(run) >= 2 for run in runs[:2]), "two runs at work")
-    parent.send_signal(signal.SIGINT)
-    begin = time.monotonic()
-    noted["printed"], _ = parent.communicate(timeout=60)
-    noted["stopped_in"] = time.monotonic() - begin
-    noted["free"] = [free(run) for run in runs[:2]]
-    noted["after_sigint"] = [CheckpointStore(run / "checkpoints").steps() for run in runs[:2]]
-    noted["steps_after_sigint"] = [steps_done(run) for run in runs[:2]]
-
-    parent = start_cell(folder)
-    beyond = noted["steps_after_sigint"]
-    wait_until(
-        lambda: all(steps_done(r) > b for r, b in zip(runs[:2], beyond, strict=True)), "resumption"
-    )
-    parent.kill()
-    parent.communicate()
-    begin = time.monotonic()
-    wait_until(lambda: all(free(run) for run in runs[:2]), "orphans end", 20)
-    noted["orphans_ended_in"] = time.monotonic() - begin
-    noted["steps_after_kill"] = [steps_done(run) for run in runs[:2]]
-    noted["saved_after_kill"] = [
-        CheckpointStore(run / "checkpoints").steps()[-1] for run in runs[:2]
-    ]
-
-    noted["result"] = call(folder)
-    return noted
+    stopped = stop_in_the_middle(folder, runs[:2], signal.SIGINT)
+    killed = stop_in_the_middle(folder, runs[:2], signal.SIGKILL)
+    noted = {"folder": folder, "runs": runs, "stopped": stopped, "killed": killed}
+    return noted | {"result": call(folder)}
 
 
 def call(folder: Path, **options) -> Experiment:
@@ -640,24 +597,13 @@ def call(folder: Path, **options) -> Experiment:
     return experiment(base_config(), grid, name="samplers", runs=folder / "runs", **options)
 
 
-def test_ctrl_c_saves_all_runs_and_says_how_to_go_on(interrupted) -> None:
-    printed = interrupted["printed"]
+def test_ctrl_c_and_a_killed_notebook_save_all_runs(interrupted) -> None:
+    printed = interrupted["stopped"]["printed"]
     assert "stopped: 0 of 4 runs in" in printed and "the same call goes on" in printed
     assert "Traceback" not in printed
-    assert interrupted["stopped_in"] < 20 and interrupted["free"] == [True, True]
-    for saved, done in zip(
-        interrupted["after_sigint"], interrupted["steps_after_sigint"], strict=True
-    ):
-        assert saved[-1] == done and 2 <= done < STEPS
-
-
-def test_runs_of_a_killed_notebook_save_and_end(interrupted) -> None:
-    assert interrupted["orphans_ended_in"] < 20
-    assert interrupted["saved_after_kill"] == interrupted["steps_after_kill"]
-    for before, after in zip(
-        interrupted["steps_after_sigint"], interrupted["steps_after_kill"], strict=True
-    ):
-        assert before < after < STEPS
+    for noted in (interrupted["stopped"], interrupted["killed"]):
+        assert noted["ended_in"] < 20
+        assert noted["saved"] == noted["done"] and max(noted["done"]) < STEPS
 
 
 def test_the_table_is_complete_after_both(interrupted) -> None:
@@ -665,20 +611,13 @@ def test_the_table_is_complete_after_both(interrupted) -> None:
     table = result.table
     assert len(table) == 8 and result.errors == {}
     key = ["backbone.sampler", "seed", "evaluate_ratio"]
-    assert set(table[key].itertuples(index=False, name=None)) == {
-        (sampler, seed, ratio)
-        for sampler in ("random", "strongest")
-        for seed in (0, 1)
-        for ratio in (0.5, 1.0)
-    }
+    expected = itertools.product(("random", "strongest"), (0, 1), (0.5, 1.0))
+    assert set(table[key].itertuples(index=False, name=None)) == set(expected)
     assert table["box_ap"].notna().all() and (table["steps"] == STEPS).all()
     assert (table["cpu_seconds"] > 0.5).all() and (table["wall_seconds"] > 0.5).all()
     counts = result.curves.groupby(["arm", "seed"])["step"].agg(list)
     assert all(steps == list(range(1, STEPS + 1)) for steps in counts)
     assert result.markdown().count("\n| ") == 5  # the rule below the headings, and four rows
-
-
-def test_the_cell_s_sampler_is_kept_with_its_runs_only(interrupted) -> None:
     random, own = interrupted["runs"][:2]
     assert "tokens.norm(dim=1)" in (own / "slots" / "sampler.py").read_text()
     assert not (random / "slots").exists()
@@ -736,23 +675,6 @@ def test_two_at_once_interrupted_twice_equal_one_at_a_time(interrupted, one_at_a
             both.append(rows[chosen][columns].reset_index(drop=True))
     assert len(both[0]) == 2 and both[0].equals(both[2])
     assert len(both[1]) == STEPS and both[1].equals(both[3])
-
-
-def test_ablate_prints_and_writes_what_the_call_returns(tmp_path, one_at_a_time, capsys) -> None:
-    """On the finished runs of another test, so that nothing needs training."""
-    folder = one_at_a_time.folder
-    save_config(base_config(), tmp_path / "base.json")
-    file = tmp_path / "serial.py"
-    text = GRID.format(base=str(tmp_path / "base.json")).replace("seeds = [3]", "seeds = 1")
-    text = text.replace("own", "strongest").replace("[32, 36]", "[32]")
-    text = text.replace('"random", ', "")
-    file.write_text(text + "evaluate_ratios = (0.5, 1)\n")
-    copy = tmp_path / "runs" / "serial" / "sampler=strongest,embed_dim=32-s0"
-    shutil.copytree(folder / "embed_dim=32,sampler=strongest-s0", copy)
-    result = ablate(file, runs=tmp_path / "runs")
-    assert result is not None and result.markdown() in capsys.readouterr().out
-    content = json.loads((tmp_path / "runs" / "serial" / "result.json").read_text())
-    assert content["command"] == f"mimdet ablate {file}" and len(content["rows"]) == 2
 
 
 def test_failing_arm_is_reported_and_the_others_go_on(one_at_a_time) -> None:
