@@ -12,7 +12,6 @@ from mimdet.data.shapes import ShapesCOCO
 from mimdet.models.detector import Detector
 from mimdet.viz import PyramidViewer, RatioDial, pyramid_of
 from mimdet.viz.features import fit_basis, pca_picture
-from mimdet.viz.widgets.token_lab import stopwatch
 
 SCENES = ShapesCOCO("shapes-v1-medium", length=3, split="val")
 IMAGES = [SCENES[i].image for i in range(3)]
@@ -193,13 +192,3 @@ def test_panels_leave_model_and_image_alone(tiny: Detector) -> None:
     assert model.training
     assert not any(module._forward_hooks for module in model.modules())
     assert torch.equal(image, IMAGES[0])
-
-
-def test_stopwatch() -> None:
-    layer = torch.nn.Linear(2, 2)
-    with stopwatch(layer) as took:
-        layer(torch.zeros(1, 2))
-        layer(torch.zeros(1, 2))
-    assert len(took) == 2 and min(took) >= 0
-    layer(torch.zeros(1, 2))
-    assert len(took) == 2

@@ -32,9 +32,7 @@ class PatchCanvas(anywidget.AnyWidget):
     """Data URL; set it with `show`."""
     rows = traitlets.Int(1).tag(sync=True)
     columns = traitlets.Int(1).tag(sync=True)
-    size = traitlets.Tuple(traitlets.Int(), traitlets.Int(), default_value=(384, 384)).tag(
-        sync=True
-    )
+    size = traitlets.Tuple(default_value=(384, 384)).tag(sync=True)
     """(width, height) on the screen, pixels."""
     selected = traitlets.Int(-1).tag(sync=True)
     """Place of the chosen token; -1 = none."""
@@ -74,8 +72,8 @@ class PatchCanvas(anywidget.AnyWidget):
         pen = ImageDraw.Draw(marks)
         for place in self.dropped:
             pen.rectangle(self._square(place), fill=FADED)
-        if self.show_grid:
-            self._draw_grid(pen)
+        for place in range(self.rows * self.columns if self.show_grid else 0):
+            pen.rectangle(self._square(place), outline=LINE)
         if self.selected >= 0:
             pen.rectangle(self._square(self.selected), outline=(*ORANGE, 255), width=3)
         base.alpha_composite(marks)
@@ -84,17 +82,10 @@ class PatchCanvas(anywidget.AnyWidget):
             return Image.fromarray(captioned(np.asarray(picture), self.title))
         return picture
 
-    def _draw_grid(self, pen: ImageDraw.ImageDraw) -> None:
-        width, height = self.size
-        for i in range(1, self.columns):
-            pen.line([i * width / self.columns, 0, i * width / self.columns, height], fill=LINE)
-        for i in range(1, self.rows):
-            pen.line([0, i * height / self.rows, width, i * height / self.rows], fill=LINE)
-
     def _square(self, place: int) -> Sequence[float]:
         w, h = self.size[0] / self.columns, self.size[1] / self.rows
         x, y = place % self.columns * w, place // self.columns * h
-        return [x, y, x + w - 1, y + h - 1]
+        return [x, y, x + w, y + h]
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
         return with_picture(super()._repr_mimebundle_(**options), self.snapshot(), self.label)

@@ -103,18 +103,14 @@ class SampleBrowser(Panel):
 def _words(geometry: Geometry, stored: tuple[int, int]) -> str:
     """What a transform does, in words."""
     x1, y1, x2, y2 = geometry.crop
-    steps = []
-    if (y2 - y1, x2 - x1) != stored:
-        steps.append(f"a window of {x2 - x1} × {y2 - y1} px is cut out")
-    height, width = geometry.content_size
-    steps.append(f"resized to {width} × {height} px")
-    turns = {
+    content, output = geometry.content_size, geometry.output_size
+    steps = {
+        f"a window of {x2 - x1} × {y2 - y1} px is cut out": (y2 - y1, x2 - x1) != stored,
+        f"resized to {content[1]} × {content[0]} px": True,
         "transposed": geometry.transpose,
         "mirrored left-right": geometry.flip_h,
         "mirrored up-down": geometry.flip_v,
+        f"padded to {output[1]} × {output[0]} px": output != content,
     }
-    steps += [name for name, done in turns.items() if done]
-    if geometry.canvas is not None and geometry.canvas != geometry.content_size:
-        steps.append(f"padded to {geometry.canvas[1]} × {geometry.canvas[0]} px")
-    text = ", ".join(steps)
+    text = ", ".join(step for step, done in steps.items() if done)
     return text[0].upper() + text[1:]
