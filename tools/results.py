@@ -19,7 +19,9 @@ KEPT = ("mimdet", "git", "torch", "torchvision", "timm", "python", "seed", "data
 
 def collect(run: Path, command: str, hardware: str, note: str, minutes: float) -> dict[str, Any]:
     """What a run's own files say, without its weights and predictions."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    from mimdet.training.run import MetricsFile
+
+    rows = MetricsFile(run / "metrics.jsonl").read()
     steps = [row for row in rows if "loss" in row]
     environment = json.loads((run / "environment.json").read_text())
     final = json.loads((run / "eval.json").read_text())

@@ -16,7 +16,7 @@ import torch
 
 import mimdet
 from mimdet.data.shapes import ShapesCOCO
-from mimdet.training.run import load_detector
+from mimdet.training.run import MetricsFile, load_detector
 
 FOLDER = Path(mimdet.__file__).parent / "pretrained"
 SCENES = 200
@@ -67,7 +67,7 @@ def readme(cards: dict[str, dict[str, Any]]) -> str:
 def card(name: str, run: Path, numbers: dict[str, Any]) -> dict[str, Any]:
     """What one needs to know of a file, and to make it again."""
     path = FOLDER / f"{name}.safetensors"
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = MetricsFile(run / "metrics.jsonl").read()
     steps = [row for row in rows if "loss" in row]
     seconds = [row["time"]["seconds"] for row in steps]
     environment = json.loads((run / "environment.json").read_text())

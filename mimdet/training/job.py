@@ -324,14 +324,13 @@ class Job:
 
     def running(self) -> bool:
         """Whether a process works on the run, be it this job's or one started in a terminal."""
-        return process_of(self._about()) is not None or in_use(self.path)
+        return self._process() is not None or in_use(self.path)
 
     def state(self) -> JobState:
         """What is known about the run now; cheap enough for every second."""
         running = self.running()  # asked first: what ends meanwhile has written its last lines
         about, status = self._about(), read_status(self.path)
-        child = process_of(about)
-        begun = about.get("begun", 0.0) if child or not running else 0.0
+        begun = about.get("begun", 0.0) if self._process() or not running else 0.0
         fresh = bool(status) and status["began"] >= begun
         asked = "stopping" in about and (not fresh or about["stopping"] > status["began"])
         error = ""
@@ -364,7 +363,7 @@ class Job:
         if not self.running():
             return False
         status = read_status(self.path)
-        process = process_of(self._about()) or process_of(status)
+        process = self._process() or process_of(status)
         where = status.get("host", platform.node())
         if process is None and where != platform.node():
             raise RuntimeError(f"a process on {where} trains in {self.path}: stop it there")
@@ -403,6 +402,11 @@ class Job:
 
     def _note(self, about: dict[str, Any]) -> None:
         write_json(self.path / JOB, about | {"run": str(self.path.resolve())})
+
+    def _process(self) -> psutil.Process | None:
+        """The child that was started last, while it lives; one that has ended is reaped."""
+        self._code()
+        return process_of(self._about())
 
     def _code(self) -> int | None:
         """Exit code of the process; None where another process started it."""

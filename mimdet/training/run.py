@@ -298,23 +298,18 @@ def initialise(
     checkpoint folder or a run. Of a detector every tensor of equal name and shape is taken, so that
     another class count or another norm is no obstacle.
     """
-    path = Path(source)
-    if (path / MAE_FILE).exists():  # a run of `mimdet pretrain`
-        path = path / MAE_FILE
-    if path.is_dir():
-        place = CheckpointStore(path / "checkpoints").pointed("last") or path
-        if not (place / WEIGHTS).exists():
-            raise FileNotFoundError(f"{source} is a folder without a checkpoint of a run")
-        warm_start(model, read_checkpoint(place / WEIGHTS).tensors, str(source))
+    if (Path(source) / MAE_FILE).exists():  # a run of `mimdet pretrain`
+        source = Path(source) / MAE_FILE
+    elif Path(source).is_dir():
+        last = CheckpointStore(Path(source) / "checkpoints").pointed("last") or Path(source)
+        source = last / WEIGHTS
+    file = read_checkpoint(source)
+    if not holds_detector(file):
+        load_mae(model, source, decoder=decoder)
         return
-    file = read_checkpoint(path if path.exists() else source)
-    if holds_detector(file):
-        d = model.config.detector
-        rules = detectron2_rules(d.box_convs, d.rpn_convs, model.config.backbone.kind)
-        tensors = from_detectron2(file, rules)
-        warm_start(model, tensors, file.name)
-    else:
-        load_mae(model, path if path.exists() else source, decoder=decoder)
+    d = model.config.detector
+    rules = detectron2_rules(d.box_convs, d.rpn_convs, model.config.backbone.kind)
+    warm_start(model, from_detectron2(file, rules), str(source))
 
 
 def warm_start(model: Detector, weights: dict[str, Tensor], source: str) -> None:

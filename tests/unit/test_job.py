@@ -46,6 +46,16 @@ def gated(tokens, grid, generator):
     return torch.rand(len(tokens), generator=generator)
 
 
+def few_scenes(cfg, split):
+    """A data set of six classes."""
+    from mimdet import ShapesCOCO
+
+    return ShapesCOCO("shapes-v1-easy", cfg.shapes_size, 10 if split == "train" else 3, split)
+
+
+PARTS = {"sampler": gated, "dataset": few_scenes}
+
+
 @pytest.fixture
 def gate(tmp_path, monkeypatch) -> Path:
     """While this file exists, a training with `gated` stays in its fourth step."""
@@ -288,8 +298,8 @@ def test_a_training_of_a_terminal_is_asked_and_the_next_one_is_not(tmp_path, mon
 
 def test_stopped_attached_to_and_resumed_it_is_the_undisturbed_run(tmp_path, gate) -> None:
     run = tmp_path / "run"
-    job = Job.start(easy(), run, sampler=gated)
-    again = Job.start(easy(), run, sampler=gated)  # attaches
+    job = Job.start(easy(), run, **PARTS)
+    again = Job.start(easy(), run, **PARTS)  # attaches
     attached = Job.attach(run, trust_code=True)
     assert again.running() and attached.running()
     assert attached.state().name in ("starting", "training")
@@ -303,7 +313,8 @@ def test_stopped_attached_to_and_resumed_it_is_the_undisturbed_run(tmp_path, gat
     assert attached.state().name == "stopped" and not again.running()
     assert CheckpointStore(run / "checkpoints").steps()[-1] == stopped.step
     assert process_of(child) is None and not in_use(run)
-    assert stored_config(run).detector.num_classes == 6  # read off the data, once
+    stored = stored_config(run)
+    assert stored.detector.num_classes == 6 and stored.data.source.endswith(":few_scenes")
 
     gate.unlink()
     attached.resume()
@@ -311,7 +322,7 @@ def test_stopped_attached_to_and_resumed_it_is_the_undisturbed_run(tmp_path, gat
     done = attached.wait(300)
     assert done.name == "finished" and done.step == STEPS and "step 8 of 8" in str(done)
     assert [step for step, _ in done.evaluations] == [4, 8]
-    Job.prepare(easy(), tmp_path / "undisturbed", sampler=gated)
+    Job.prepare(easy(), tmp_path / "undisturbed", **PARTS)
     assert len(list(resume(tmp_path / "undisturbed", trust_code=True))) == STEPS
     assert_same_end(run, tmp_path / "undisturbed")
     assert load_config(run / "config.json").training == easy().training

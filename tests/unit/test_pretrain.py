@@ -132,13 +132,6 @@ def test_held_out_loss_depends_on_the_weights_alone() -> None:
     assert model.training
 
 
-def test_one_run_keeps_one_configuration(undisturbed) -> None:
-    cfg = small_mae()
-    cfg.mae.sample_ratio = 0.5
-    with pytest.raises(ValueError, match=r"mae\.sample_ratio: 0\.25 -> 0\.5"):
-        next(pretrain(cfg, undisturbed))
-
-
 @pytest.mark.parametrize("name", PRETRAIN_PRESETS)
 def test_presets_are_fresh_and_stored(name: str, tmp_path) -> None:
     from mimdet.config import load_config
