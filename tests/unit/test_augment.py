@@ -10,7 +10,7 @@ from mimdet.config import DataConfig
 from mimdet.data import augment
 from mimdet.data.augment import Geometry, apply, draw_geometry, rng_for
 from mimdet.images import shortest_edge
-from mimdet.structures import Crops, Record, Target
+from mimdet.structures import Crops, Record, Target, crops_to_bitmaps
 
 
 def record_of(height: int, width: int, *rectangles: tuple[int, int, int, int]) -> Record:
@@ -34,20 +34,6 @@ def notched(record: Record) -> Record:
     rows = (y1 + (y2 - y1) * (torch.arange(110) + 0.5) / 110).long()
     record.target.masks.bitmaps[0, 1:-1, 1:-1] = record.image[0][rows][:, columns] > 127
     return record
-
-
-def paste(crops: Crops, height: int, width: int) -> torch.Tensor:
-    """(N, height, width) bool: the cell under the centre of every pixel."""
-    planes = torch.zeros(len(crops), height, width, dtype=torch.bool)
-    side = crops.bitmaps.shape[-1]
-    for plane, box, bitmap in zip(planes, crops.boxes, crops.bitmaps, strict=True):
-        x1, y1, x2, y2 = box.tolist()
-        columns = ((torch.arange(width) + 0.5 - x1) / (x2 - x1) * side).floor().long()
-        rows = ((torch.arange(height) + 0.5 - y1) / (y2 - y1) * side).floor().long()
-        inside_x, inside_y = (columns >= 0) & (columns < side), (rows >= 0) & (rows < side)
-        values = bitmap[rows.clamp(0, side - 1)][:, columns.clamp(0, side - 1)].bool()
-        plane |= values & inside_y[:, None] & inside_x[None, :]
-    return planes
 
 
 def test_sizes_by_hand():
@@ -209,7 +195,7 @@ def test_image_boxes_and_masks_move_together(recipe, height, width, seed, notch,
     white = image[0, :height, :width] > 127
     masked = torch.zeros_like(white)
     if len(target):
-        masked = paste(target.masks, height, width)[0]
+        masked = crops_to_bitmaps(target.masks, height, width)[0]
         box = target.boxes[0]
         assert (box >= 0).all() and (box <= torch.tensor([width, height] * 2)).all()
         filled = torch.zeros_like(white)

@@ -17,6 +17,7 @@ from mimdet.config import DataConfig
 from mimdet.data import coco
 from mimdet.data.coco import CocoDataset, build_dataset
 from mimdet.data.coco_file import clipped_box
+from mimdet.structures import crops_to_bitmaps
 
 SQUARE = [[2.0, 2.0, 10.0, 2.0, 10.0, 10.0, 2.0, 10.0]]
 RUNS = {"size": [20, 30], "counts": [0, 40, 560]}  # the two leftmost columns, by columns
@@ -306,19 +307,6 @@ def test_build_dataset_makes_shapes():
     assert not torch.equal(train[0].image, build_dataset(cfg, "train", seed=4)[0].image)
 
 
-def covered(crops, height: int, width: int) -> np.ndarray:
-    """(N, H, W) bool: the cell under the centre of every pixel."""
-    side = crops.bitmaps.shape[-1]
-    planes = np.zeros((len(crops), height, width), dtype=bool)
-    pairs = zip(planes, crops.boxes.numpy(), crops.bitmaps.numpy(), strict=True)
-    for plane, (x1, y1, x2, y2), bitmap in pairs:
-        columns = np.floor((np.arange(width) + 0.5 - x1) / (x2 - x1) * side).astype(int)
-        rows = np.floor((np.arange(height) + 0.5 - y1) / (y2 - y1) * side).astype(int)
-        inside_x, inside_y = (columns >= 0) & (columns < side), (rows >= 0) & (rows < side)
-        plane[np.ix_(inside_y, inside_x)] = bitmap[np.ix_(rows[inside_y], columns[inside_x])]
-    return planes
-
-
 @pytest.mark.parametrize(("split", "images"), [("train", 268), ("val", 75)])
 def test_real_coco(shared_data, split, images):
     """Every third image loads; masks agree with pycocotools on the full image."""
@@ -336,7 +324,9 @@ def test_real_coco(shared_data, split, images):
         objects = [
             a for a in truth["annotations"] if a["image_id"] == record.image_id and not a["iscrowd"]
         ]
-        for mine, item in zip(covered(record.target.masks, height, width), objects, strict=True):
+        for mine, item in zip(
+            crops_to_bitmaps(record.target.masks, height, width).numpy(), objects, strict=True
+        ):
             runs = coco_mask.merge(coco_mask.frPyObjects(item["segmentation"], height, width))
             theirs = coco_mask.decode(runs).astype(bool)
             overlaps.append((mine & theirs).sum() / max(1, (mine | theirs).sum()))
@@ -355,7 +345,7 @@ def test_real_nuclei_polygons_and_runs_agree(shared_data):
         a, b = polygons[index].target, runs[index].target
         assert torch.equal(a.boxes, b.boxes)
         height, width = polygons.image_size(index)
-        first, second = (covered(target.masks, height, width) for target in (a, b))
+        first, second = (crops_to_bitmaps(t.masks, height, width).numpy() for t in (a, b))
         both, either = (first & second).sum((1, 2)), (first | second).sum((1, 2))
         overlaps += (both / either.clip(1)).tolist()
     assert len(overlaps) == 1649
