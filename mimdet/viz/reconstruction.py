@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimdet.analysis.cost import transformer_cost
-from mimdet.images import resize_image, shortest_edge
+from mimdet.images import Resize, resize_image, shortest_edge
 from mimdet.inference import device_of, generator_for, run_detector
 from mimdet.models.mae import MAE, Reconstruction
 from mimdet.models.rcnn import IMAGENET_MEAN, IMAGENET_STD, pad_and_normalise
@@ -21,13 +21,13 @@ from mimdet.models.sampling import (
     Sample,
     Sampler,
     Sampling,
+    draw,
     padded_places,
-    select,
     token_grid,
 )
-from mimdet.structures import Detections, padded_size
+from mimdet.structures import Detections
 from mimdet.viz.draw import UNSAMPLED, draw_image, image_panels, image_size
-from mimdet.viz.style import NotebookFigure
+from mimdet.viz.style import NotebookFigure, plural
 
 if TYPE_CHECKING:
     from mimdet.models.detector import Detector
@@ -68,16 +68,15 @@ def paint(image: Tensor, mae: MAE, sample: Sample) -> Painted:
             f"an image of {height} x {width} pixels is not a grid of {sample.grid} patches of "
             f"{side}: fit it with whole_patches(image, {sample.grid}, {side})"
         )
-    device = device_of(mae)
-    pixels = ((image.to(device).float() - _column(IMAGENET_MEAN, device)) / _spread(device))[None]
+    pixels = _normalised(image, mae)
     with torch.inference_mode():
-        output = mae(pixels, sample=sample.to(device))
+        output = mae(pixels, sample=sample.to(pixels.device))
         parts: Reconstruction = mae.reconstruct(pixels, output)
     pictures = {name: to_uint8(part[0]) for name, part in parts._asdict().items()}
     off = (pictures["painted"].float() - image.cpu().float()).abs().mean(0)  # (H, W)
     errors = F.avg_pool2d(off[None, None], side)[0, 0]
-    visible = pictures["visible"].clone()
-    visible[:, ~_seen_pixels(sample, side)] = torch.tensor(UNSAMPLED, dtype=torch.uint8)[:, None]
+    seen = sample.mask()[0].repeat_interleave(side, 0).repeat_interleave(side, 1)  # (H, W)
+    visible = torch.where(seen.cpu(), pictures["visible"], UNSAMPLED[0])
     return Painted(
         image.cpu(),
         visible,
@@ -129,12 +128,21 @@ def draw_sample(
     mae: MAE, image: Tensor, grid: Grid, ratio: float, seed: int, sampler: Sampler
 ) -> Sample:
     """Score the autoencoder's own patch embeddings with a sampler and keep the best."""
-    device = device_of(mae)
-    pixels = ((image.to(device).float() - _column(IMAGENET_MEAN, device)) / _spread(device))[None]
+    tokens = patch_tokens(image, mae)[None]
+    generators = [generator_for(seed, tokens.device)]
+    return draw(sampler, tokens, [grid], grid, ratio, generators=generators)
+
+
+def patch_tokens(image: Tensor, mae: MAE) -> Tensor:
+    """An image of whole patches -> their embeddings (L, D)."""
     with torch.inference_mode():
-        tokens = mae.patch_embed(pixels).flatten(2).transpose(1, 2)[0]  # (L, D)
-        scores = sampler(tokens, grid, generator_for(seed, device))
-    return select([scores], [grid], grid, ratio)
+        return mae.patch_embed(_normalised(image, mae))[0].flatten(1).T
+
+
+def _normalised(image: Tensor, mae: MAE) -> Tensor:
+    """uint8 (3, H, W) -> (1, 3, H, W) as the autoencoder takes it."""
+    height, width = image_size(image)
+    return pad_and_normalise([image], device_of(mae)).tensors[:, :, :height, :width]
 
 
 def show_reconstruction(
@@ -154,8 +162,6 @@ def show_reconstruction(
     Raises ValueError for no image, an unknown sampler, or a sample of another grid.
     """
     pictures = [images] if isinstance(images, Tensor) else list(images)
-    if not pictures:
-        raise ValueError("no images to reconstruct: give at least one")
     if isinstance(sampler, str):
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler={sampler!r}: use one of {sorted(SAMPLERS)}, or a function")
@@ -165,73 +171,52 @@ def show_reconstruction(
             f"the sample is one of {len(sample.keep)} images, there are {len(pictures)}: give a "
             "sample of one image, for all, or of each"
         )
-    rows = []
+    panels: list[tuple[str, Tensor]] = []
+    losses = 0.0
     for i, picture in enumerate(pictures):
         fitted, grid = fit_to_mae(picture, mae)
         if sample is None:
             own = draw_sample(mae, fitted, grid, ratio, seed + i, sampler)
         else:
             own = Sample([sample.keep[i % len(sample.keep)]], sample.grid)
-        if own.grid != grid:
-            raise ValueError(
-                f"the sample is one of a grid of {own.grid} patches, the image has {grid}"
-            )
-        rows.append(paint(fitted, mae, own))
-    return _figure(rows)
+        row = paint(fitted, mae, own)
+        losses += row.loss
+        panels += [
+            (f"seen: {len(own.keep[0])} of {grid[0] * grid[1]} patches", row.seen),
+            (f"painted (loss {row.loss:.3f})", row.painted),
+            ("seen, pasted over painted", row.pasted),
+            ("original", row.original),
+        ]
+    fig = _show(panels, columns=4)
+    fig.alt_text = (
+        f"{plural(len(pictures), 'image')} through a masked autoencoder: the patches it saw, what "
+        f"it painted, both together, the original. Mean loss on unseen patches "
+        f"{losses / len(pictures):.3f}."
+    )
+    return fig
 
 
 def show_pictures(pictures: Mapping[str, Tensor], columns: int = 4) -> NotebookFigure:
     """Pictures, uint8 (3, H, W), in rows under their titles. Raises ValueError without any."""
-    if not pictures:
-        raise ValueError("no pictures to show: give at least one")
-    fig, axes = image_panels([image_size(picture) for picture in pictures.values()], columns)
-    for ax, (title, picture) in zip(axes, pictures.items(), strict=True):
-        draw_image(ax, picture, title)
+    fig = _show(list(pictures.items()), columns)
     fig.alt_text = f"Pictures: {'; '.join(pictures)}."
+    return fig
+
+
+def _show(pictures: Sequence[tuple[str, Tensor]], columns: int) -> NotebookFigure:
+    fig, axes = image_panels([image_size(picture) for _, picture in pictures], columns)
+    for ax, (title, picture) in zip(axes, pictures, strict=True):
+        draw_image(ax, picture, title)
     return fig
 
 
 def to_uint8(picture: Tensor) -> Tensor:
     """A normalised (3, H, W) image, as models take it -> uint8 on the CPU, to be shown."""
-    picture = picture.float() * _spread(picture.device) + _column(IMAGENET_MEAN, picture.device)
-    return picture.clamp(0, 255).round().to(torch.uint8).cpu()
+    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD])[..., None, None]
+    return (picture.float().cpu() * std + mean).clamp(0, 255).round().to(torch.uint8)
 
 
-def _figure(rows: Sequence[Painted]) -> NotebookFigure:
-    sizes = [image_size(row.original) for row in rows for _ in range(4)]
-    fig, axes = image_panels(sizes, columns=4)
-    for i, row in enumerate(rows):
-        total = row.sample.grid[0] * row.sample.grid[1]
-        seen = f"seen: {len(row.sample.keep[0])} of {total} patches"
-        panels = (
-            (row.seen, seen),
-            (row.painted, f"painted (loss {row.loss:.3f})"),
-            (row.pasted, "seen, pasted over painted"),
-            (row.original, "original"),
-        )
-        for ax, (picture, title) in zip(axes[4 * i : 4 * i + 4], panels, strict=True):
-            draw_image(ax, picture, title)
-    mean = sum(row.loss for row in rows) / len(rows)
-    number = f"{len(rows)} image" + ("" if len(rows) == 1 else "s")
-    fig.alt_text = (
-        f"{number} through a masked autoencoder: the patches it saw, what it painted, both "
-        f"together, the original. Mean loss on unseen patches {mean:.3f}."
-    )
-    return fig
-
-
-def _seen_pixels(sample: Sample, side: int) -> Tensor:
-    """(h * side, w * side) bool."""
-    return sample.mask()[0].repeat_interleave(side, 0).repeat_interleave(side, 1)
-
-
-def _column(values: Sequence[float], device: torch.device) -> Tensor:
-    return torch.tensor(values, device=device)[:, None, None]
-
-
-def _spread(device: torch.device) -> Tensor:
-    return _column(IMAGENET_STD, device)
-
+# ------------------------------------------------------------------------- two models, one grid
 
 Result = TypeVar("Result")
 
@@ -247,6 +232,8 @@ class View(NamedTuple):
     """uint8 (3, h * patch, w * patch): the same tokens as patches of the autoencoder."""
     whole: Tensor
     """uint8 (3, 16 h, 16 w): the image extended to whole tokens."""
+    padded: Grid
+    """The grid of the detector's batch, of which this one is the upper left part."""
 
 
 class Answer(NamedTuple):
@@ -283,54 +270,49 @@ class SameTokens:
             )
         self.detector = detector
         self.mae = mae
-        self.side = side
+        if detector is not None:
+            self.resize = detector.resize
+            if side:
+                longest = self.resize.max_side * side / (self.resize.short_side or side)
+                self.resize = Resize(side, longest)
+        elif mae is not None:
+            # In the detector's measure, where a token is 16 pixels.
+            side = side or native_side(mae) // mae.patch_size * PATCH
+            self.resize = Resize(side, LONGEST * side)
 
     def view(self, image: Tensor) -> View:
         """Resize an image, uint8 (3, H, W), for both models."""
-        height, width = image.shape[1:]
+        resized = self.resize(image)
+        grid = padded = token_grid(*image_size(resized))
         if self.detector is not None:
-            resize = self.detector.resize
-            short = self.side or resize.short_side or min(height, width)
-            longest = resize.max_side * short / (resize.short_side or short)
-        else:
-            assert self.mae is not None
-            # In the detector's measure, where a token is 16 pixels.
-            short = self.side or native_side(self.mae) // self.mae.patch_size * PATCH
-            longest = LONGEST * short
-        resized = resize_image(image, shortest_edge(height, width, short, longest))
-        grid = token_grid(resized.shape[1], resized.shape[2])
+            height, width = self.detector.batch([resized]).tensors.shape[2:]
+            padded = token_grid(height, width)
         patches = None
         if self.mae is not None:
             patches = whole_patches(resized, grid, self.mae.patch_size, PATCH)
-        return View(resized, grid, patches, whole_patches(resized, grid, PATCH))
+        return View(resized, grid, patches, whole_patches(resized, grid, PATCH), padded)
 
     def tokens(self, view: View) -> Tensor:
         """What a sampler may look at, (L, D): the detector's stem, or patch embeddings."""
-        if self.detector is not None:
-            batch = self.detector.batch([view.resized])
-            stem: Any = self.detector.backbone.stem
-            tokens = stem(batch.tensors).tokens.flatten(2)[0].transpose(0, 1)  # (D, h, w) -> (L, D)
-            return tokens[padded_places(view.grid, self._padded_grid(view), tokens.device)]
-        assert self.mae is not None and view.patches is not None
-        height, width = view.patches.shape[1:]
-        pixels = pad_and_normalise([view.patches], device_of(self.mae)).tensors
-        return self.mae.patch_embed(pixels[:, :, :height, :width]).flatten(2)[0].transpose(0, 1)
+        if self.detector is None:
+            assert self.mae is not None and view.patches is not None
+            return patch_tokens(view.patches, self.mae)
+        stem: Any = self.detector.backbone.stem
+        tokens = stem(self.detector.batch([view.resized]).tensors).tokens  # (1, D, h, w)
+        return tokens[0].flatten(1).T[padded_places(view.grid, view.padded, tokens.device)]
 
     def ask(self, view: View, sample: Sample) -> Answer:
         """Run the models on exactly these tokens. sample: of one image, on `view.grid`."""
         took: dict[str, float] = {}
         painted = found = None
-        if self.mae is not None:
-            mae, patches = self.mae, view.patches
-            assert patches is not None
+        mae, patches, detector = self.mae, view.patches, self.detector
+        if mae is not None and patches is not None:
             painted, took["autoencoder"] = timed(lambda: paint(patches, mae, sample))
-        if self.detector is not None:
-            detector, grid = self.detector, self._padded_grid(view)
-            # The batch is padded to multiples of 32; the view's tokens are its upper left part.
-            places = padded_places(view.grid, grid, torch.device("cpu"))[sample.keep[0]]
-            padded = Sample([places], grid)
+        if detector is not None:
+            places = padded_places(view.grid, view.padded, torch.device("cpu"))[sample.keep[0]]
+            padded = Sampling(sample=Sample([places], view.padded))
             found, took["detector"] = timed(
-                lambda: run_detector(detector, [view.resized], Sampling(sample=padded))[0].to("cpu")
+                lambda: run_detector(detector, [view.resized], padded)[0].to("cpu")
             )
         return Answer(painted, found, took)
 
@@ -341,12 +323,6 @@ class SameTokens:
             return transformer_cost(kept, cfg.embed_dim, cfg.depth)
         assert self.mae is not None  # one token more: it has a class token
         return transformer_cost(kept + 1, self.mae.pos_embed.shape[2], len(self.mae.blocks))
-
-    def _padded_grid(self, view: View) -> Grid:
-        assert self.detector is not None
-        side = self.detector.canvas
-        height, width = (side, side) if side else view.resized.shape[1:]
-        return token_grid(*padded_size(height, width))
 
 
 def timed(run: Callable[[], Result]) -> tuple[Result, float]:

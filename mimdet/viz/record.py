@@ -81,7 +81,19 @@ class Recording:
 
     def position(self, name: str, place: int, index: int = 0) -> int:
         """Where the token of a place on the grid stands among the rows of attention `name`."""
-        return _position(place, name in self.full_grid, self._sample(), index) + self.prefix
+        sample = self._sample()
+        h, w = sample.grid
+        if not 0 <= place < h * w:
+            raise ValueError(f"place {place} is not on the grid of {h} x {w} tokens")
+        if name in self.full_grid:
+            return place + self.prefix
+        found = (sample.keep[index] == place).nonzero()
+        if not len(found):
+            raise ValueError(
+                f"the token in row {place // w}, column {place % w} was not sampled: the encoder "
+                "never saw it, so it attends to nothing there (in the decoder it does)"
+            )
+        return int(found[0]) + self.prefix
 
     def on_grid(self, name: str, values: Tensor, index: int = 0) -> Tensor:
         """(..., N) values of tokens, in the order of `row` -> (..., h, w); NaN where unsampled."""
@@ -140,26 +152,29 @@ def record(
         seen.prefix, seen.patch = 1, model.patch_size
     seen.attention = {name for name in chosen if _is_attention(modules[name])}
     seen.full_grid = {name for name in seen.attention if _in_decoder(name, modules)}
-    if query is not None:
-        _check_query(model, modules)
-    hooks = [_watch_sample(module, seen) for module in modules.values()]
-    fused: list[Any] = []
+    sampling = [m for m in modules.values() if isinstance(m, Encoder | Decoder | MAE)]
+    if query is not None and (not sampling or isinstance(model, MAE)):
+        raise ValueError(
+            "query= needs to know where tokens are, and only the encoder and decoder of MIMDet say "
+            "so: omit it for other models (the maps of a MAE are small)"
+        )
+    hooks = [_watch_sample(module, seen) for module in sampling]
+    fused: dict[Any, bool] = {}
     try:
         for name in chosen:
             module: Any = modules[name]
             if name in seen.attention:
-                fused.append((module, module.fused_attn))
+                fused[module] = module.fused_attn
                 module.fused_attn = False
-                hook = _attention_hook(seen, name, query, whole)
+                hook = _attention_hook(seen, name, whole)
                 hooks.append(module.attn_drop.register_forward_pre_hook(hook))
             else:
                 hooks.append(module.register_forward_hook(_output_hook(seen, name)))
         yield seen
     finally:
         for hook in hooks:
-            if hook is not None:
-                hook.remove()
-        for module, was_fused in fused:
+            hook.remove()
+        for module, was_fused in fused.items():
             module.fused_attn = was_fused
 
 
@@ -210,34 +225,24 @@ def _matching(pattern: str, modules: dict[str, nn.Module]) -> list[str]:
 
 
 def _watch_sample(module: nn.Module, seen: Recording) -> Any:
-    """Encoder, decoder and MAE are where a sample can be seen."""
+    """Encoder and decoder are given a sample, before their blocks run; a MAE returns it."""
 
-    def before(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def given(_: nn.Module, arguments: tuple[Any, ...]) -> None:
         seen.sample = _to_cpu(arguments[1])
 
-    def after(_: nn.Module, __: Any, output: Any) -> None:
+    def returned(_: nn.Module, __: Any, output: Any) -> None:
         seen.sample = _to_cpu(output.sample)
 
-    if isinstance(module, Encoder | Decoder):
-        return module.register_forward_pre_hook(before)
-    return module.register_forward_hook(after) if isinstance(module, MAE) else None
+    if isinstance(module, MAE):
+        return module.register_forward_hook(returned)
+    return module.register_forward_pre_hook(given)
 
 
-def _check_query(model: nn.Module, modules: dict[str, nn.Module]) -> None:
-    if isinstance(model, MAE):
-        raise ValueError("query= works with detectors; the maps of a MAE are small: omit it")
-    if not any(isinstance(module, Encoder | Decoder) for module in modules.values()):
-        raise ValueError(
-            "query= needs to know where tokens are, and only the encoder and decoder of MIMDet say "
-            "so: omit it for other models"
-        )
-
-
-def _attention_hook(seen: Recording, name: str, query: int | None, whole: bool) -> Any:
+def _attention_hook(seen: Recording, name: str, whole: bool) -> Any:
     def keep(_: nn.Module, arguments: tuple[Any, ...]) -> None:
         attention = arguments[0].detach()  # (B, heads, N, N)
-        if query is not None:
-            attention = _rows_of(query, attention, seen, name)
+        if seen.query is not None:
+            attention = _rows_of(seen.query, attention, seen, name)
         elif not whole:
             _check_memory(attention, seen, name)
         seen.calls.setdefault(name, []).append(_to_cpu(attention))
@@ -247,15 +252,12 @@ def _attention_hook(seen: Recording, name: str, query: int | None, whole: bool) 
 
 def _rows_of(query: int, attention: Tensor, seen: Recording, name: str) -> Tensor:
     """(B, heads, N, N) -> what the token at place `query` of each image pays: (B, heads, N)."""
-    sample = seen._sample()
-    if len(attention) != len(sample.keep):
+    if len(attention) != len(seen._sample().keep):
         raise ValueError(
             "these images keep unequal numbers of tokens and run in turn: with query=, run one "
             "image at a time"
         )
-    full_grid = name in seen.full_grid
-    rows = [_position(query, full_grid, sample, index) for index in range(len(attention))]
-    return torch.stack([own[:, row] for own, row in zip(attention, rows, strict=True)])
+    return torch.stack([own[:, seen.position(name, query, i)] for i, own in enumerate(attention)])
 
 
 def _check_memory(attention: Tensor, seen: Recording, name: str) -> None:
@@ -277,29 +279,11 @@ def _check_memory(attention: Tensor, seen: Recording, name: str) -> None:
 def _in_decoder(name: str, modules: dict[str, nn.Module]) -> bool:
     """Whether a module belongs to a decoder, which sees the full grid."""
     parts = name.split(".")
-    for length in range(len(parts)):
-        owner = modules[".".join(parts[:length])]
-        if isinstance(owner, Decoder):
-            return True
-        if isinstance(owner, MAE) and parts[length] == "decoder_blocks":
-            return True
-    return False
-
-
-def _position(place: int, full_grid: bool, sample: Sample, index: int) -> int:
-    """The row of a place of the grid in the attention of one image."""
-    h, w = sample.grid
-    if not 0 <= place < h * w:
-        raise ValueError(f"place {place} is not on the grid of {h} x {w} tokens")
-    if full_grid:
-        return place
-    found = (sample.keep[index] == place).nonzero()
-    if not len(found):
-        raise ValueError(
-            f"the token in row {place // w}, column {place % w} was not sampled: the encoder never "
-            "saw it, so it attends to nothing there (in the decoder it does)"
-        )
-    return int(found[0])
+    owners = [modules[".".join(parts[:i])] for i in range(len(parts))]
+    return any(
+        isinstance(owner, Decoder) or (isinstance(owner, MAE) and part == "decoder_blocks")
+        for owner, part in zip(owners, parts, strict=True)
+    )
 
 
 def _output_hook(seen: Recording, name: str) -> Any:
