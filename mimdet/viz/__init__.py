@@ -8,66 +8,31 @@ import importlib
 from typing import Any
 
 _NAMES_OF = {
-    "attention": ("nearest_sampled", "show_attention", "show_rollout"),
+    "attention": "nearest_sampled show_attention show_rollout",
     "charts": (
-        "group_rates",
-        "loaded_by_part",
-        "show_loaded",
-        "show_positions",
-        "show_ratios",
-        "show_schedule",
-        "show_stacked",
-        "show_training",
+        "group_rates loaded_by_part show_loaded show_positions show_ratios show_schedule "
+        "show_stacked show_training"
     ),
-    "draw": ("to_pixels",),
-    "errors": ("show_comparison", "show_error_gallery", "show_errors", "show_precision_recall"),
-    "experiments": ("save_figures", "show_arms", "show_learning_curves", "show_matrix"),
+    "draw": "to_pixels",
+    "errors": "show_comparison show_error_gallery show_errors show_precision_recall",
+    "experiments": "save_figures show_arms show_learning_curves show_matrix",
     "features": (
-        "compare_pyramids",
-        "largest_difference",
-        "pyramid_of",
-        "show_channels",
-        "show_planes",
-        "show_pyramid",
+        "compare_pyramids largest_difference pyramid_of show_channels show_planes show_pyramid"
     ),
-    "figures": (
-        "padding_factor",
-        "show_batches",
-        "show_bitmaps",
-        "show_data",
-        "show_detections",
-        "show_sample",
-    ),
-    "reconstruction": (
-        "draw_sample",
-        "fit_to_mae",
-        "paint",
-        "show_pictures",
-        "show_reconstruction",
-        "to_uint8",
-    ),
-    "record": ("attention_names", "rollout"),
-    "style": (
-        "BLUE",
-        "FAINT",
-        "GREEN",
-        "ORANGE",
-        "PURPLE",
-        "SKY",
-        "VERMILLION",
-        "new_figure",
-        "save_figure",
-    ),
-    "widgets.attention_explorer": ("AttentionExplorer",),
-    "widgets.canvas": ("PatchCanvas",),
-    "widgets.panel": ("Panel",),
-    "widgets.pyramid_viewer": ("PyramidViewer",),
-    "widgets.result_browser": ("ResultBrowser",),
-    "widgets.sample_browser": ("SampleBrowser",),
-    "widgets.token_lab": ("RatioDial", "TokenLab"),
-    "widgets.training_dashboard": ("TrainingDashboard",),
+    "figures": ("padding_factor show_batches show_bitmaps show_data show_detections show_sample"),
+    "reconstruction": ("draw_sample fit_to_mae paint show_pictures show_reconstruction to_uint8"),
+    "record": "attention_names rollout",
+    "style": "new_figure save_figure",
+    "widgets.attention_explorer": "AttentionExplorer",
+    "widgets.canvas": "PatchCanvas",
+    "widgets.panel": "Panel",
+    "widgets.pyramid_viewer": "PyramidViewer",
+    "widgets.result_browser": "ResultBrowser",
+    "widgets.sample_browser": "SampleBrowser",
+    "widgets.token_lab": "RatioDial TokenLab",
+    "widgets.training_dashboard": "TrainingDashboard",
 }
-_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
+_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names.split()}
 
 __all__ = list(_MODULE_OF)
 

@@ -233,15 +233,15 @@ check("both rules move it", min(moved.values()) > 0.01, "GroupNorm, positions, d
 # without running it (`mimdet/analysis/cost.py`); the formula must agree with it.
 
 # %%
+from mimdet import presets
 from mimdet.analysis.cost import cost_of
-from mimdet.presets import mimdet_base
 
 
 def encoder_cost(kept, width=768, depth=12):
     return depth * (12 * kept * width**2 + 2 * kept**2 * width)
 
 
-wholes = {r: cost_of(mimdet_base(), (800, 1344), r).detector for r in (0.25, 0.5, 1.0)}
+wholes = {r: cost_of(presets.mimdet_base(), (800, 1344), r).detector for r in (0.25, 0.5, 1.0)}
 print("ratio  tokens  encoder, G  whole detector, G")
 for ratio, whole in wholes.items():
     print(
@@ -274,7 +274,7 @@ show_stacked(bars, "multiply-adds", digits=3)
 # The published count is 1.1 T multiply-adds for ViT-B. At 800 × 1280 pixels, 4000 tokens:
 
 # %%
-at_4000 = {r: cost_of(mimdet_base(), (800, 1280), r).detector / 1e12 for r in (0.25, 1.0)}
+at_4000 = {r: cost_of(presets.mimdet_base(), (800, 1280), r).detector / 1e12 for r in (0.25, 1.0)}
 giga = [round(encoder_cost(n) / 1e9) for n in (1000, 2000, 4000)]
 print(
     f"encoder {giga} G at ratio 0.25, 0.5, 1; detector {at_4000[0.25]:.2f} T and {at_4000[1.0]:.2f} T"

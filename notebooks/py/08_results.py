@@ -185,14 +185,15 @@ check("the library agrees", abs(library - ap_by_hand) < 1e-12, f"{library:.4f}")
 check("69.75 / 101", abs(library - 69.75 / 101) < 1e-12, "51 + 25 x 0.75, on paper")
 
 # %%
-from mimdet.viz import BLUE, FAINT, VERMILLION, new_figure
+from mimdet.viz import style
 
-fig = new_figure(5.2, 3.0)
+fig = style.new_figure(5.2, 3.0)
 ax = fig.add_subplot()
-ax.fill_between(levels, np.append(lifted, 0)[reached], step="mid", color=BLUE, alpha=0.25)
-ax.plot(levels, np.append(lifted, 0)[reached], color=BLUE, label="lifted; its mean is AP")
-ax.plot(recall, precision, "o--", color=FAINT, label="as counted")
-ax.plot(recall[~right], precision[~right], "x", color=VERMILLION, ms=11, mew=2, label="wrong ones")
+ax.fill_between(levels, np.append(lifted, 0)[reached], step="mid", color=style.BLUE, alpha=0.25)
+ax.plot(levels, np.append(lifted, 0)[reached], color=style.BLUE, label="lifted; its mean is AP")
+ax.plot(recall, precision, "o--", color=style.FAINT, label="as counted")
+wrong = {"color": style.VERMILLION, "ms": 11, "mew": 2, "label": "wrong ones"}
+ax.plot(recall[~right], precision[~right], "x", **wrong)
 ax.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.05))
 ax.legend(loc="lower left", frameon=False)
 fig.set_layout_engine("constrained")

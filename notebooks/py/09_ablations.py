@@ -187,9 +187,10 @@ check("what is left has the new seed", {run.seed for run in missing} == {SEED + 
 
 # %%
 from mimdet.analysis.cost import cost_table
-from mimdet.presets import PRESETS
+from mimdet import presets
 
-sisters = [cost_of(make(), (256, 256)) for name, make in PRESETS.items() if name.startswith("tiny")]
+names = [name for name in presets.PRESETS if name.startswith("tiny")]
+sisters = [cost_of(presets.PRESETS[name](), (256, 256)) for name in names]
 print(cost_table(sisters))
 sizes = [cost.parameters for cost in sisters]
 check("within a fifth of each other", max(sizes) < 1.2 * min(sizes), "else size is compared")

@@ -303,7 +303,7 @@ class MeanFill(nn.Module):
 # `masks`.
 
 # %%
-from mimdet.models.rcnn import Losses
+from mimdet import Losses
 
 
 class SmoothBoxes(Losses):  # torchvision's, where the paper's is plain L1
@@ -319,7 +319,7 @@ class SmoothBoxes(Losses):  # torchvision's, where the paper's is plain L1
 
 # %%
 def foggy(cfg, split):
-    from mimdet.data.shapes import ShapesCOCO
+    from mimdet import ShapesCOCO
 
     class Foggy(ShapesCOCO):
         version = "foggy scenes, v1"  # what a number of it belongs to

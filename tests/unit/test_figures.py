@@ -388,7 +388,7 @@ def test_no_pyplot_and_no_settings_changed() -> None:
 
 def test_every_figure_and_panel_is_had_from_viz() -> None:
     pytest.importorskip("ipywidgets")
-    assert all(callable(getattr(viz, name)) or name.isupper() for name in viz.__all__)
+    assert all(callable(getattr(viz, name)) for name in viz.__all__)
     assert "show_sample" in dir(viz)
     with pytest.raises(AttributeError, match=r"no 'show_nothing'; its .*TokenLab"):
         _ = viz.show_nothing
