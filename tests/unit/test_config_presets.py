@@ -16,6 +16,7 @@ from mimdet.config import (
     DataConfig,
     DetectorConfig,
     TrainingConfig,
+    change,
     difference,
     from_dict,
     load_config,
@@ -81,25 +82,19 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("section", ["", "backbone", "detector", "data", "training"])
-def test_a_typo_in_an_assignment_is_an_error(section: str) -> None:
-    cfg = Config()
-    owner = getattr(cfg, section) if section else cfg
-    with pytest.raises(AttributeError, match="sampel_ratio"):
-        owner.sampel_ratio = 0.5
-
-
-def test_set_field() -> None:
+def test_fields_are_assigned_and_a_typo_is_an_error() -> None:
     cfg = Config()
     set_field(cfg, "backbone.sample_ratio", 0.25)
-    assert cfg.backbone.sample_ratio == 0.25
-    for dotted, typo in [
-        ("backbone.sampel_ratio", "sampel_ratio"),
-        ("bakcbone.sample_ratio", "bakcbone"),
-        ("sample_ratio", "sample_ratio"),
-    ]:
-        with pytest.raises(AttributeError, match=typo):
-            set_field(cfg, dotted, 0.25)
+    change(cfg.training, steps=3, seed=5)
+    assert (cfg.backbone.sample_ratio, cfg.training.steps, cfg.training.seed) == (0.25, 3, 5)
+    for section in (cfg, cfg.backbone, cfg.detector, cfg.data, cfg.training):
+        with pytest.raises(AttributeError, match="sampel_ratio"):
+            section.sampel_ratio = 0.5
+        with pytest.raises(AttributeError, match="sampel_ratio"):
+            change(section, sampel_ratio=0.5)
+    for typo in ("backbone.sampel_ratio", "bakcbone.sample_ratio", "sample_ratio"):
+        with pytest.raises(AttributeError, match=r"sampel_ratio|bakcbone|sample_ratio"):
+            set_field(cfg, typo, 0.25)
 
 
 def test_difference_names_the_fields() -> None:
