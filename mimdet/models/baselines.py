@@ -10,7 +10,11 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer_sam import VisionTransformerSAM
+from timm.models.vision_transformer_sam import (
+    VisionTransformerSAM,
+    window_partition,
+    window_unpartition,
+)
 from torch import Tensor, nn
 
 from mimdet.config import BackboneConfig
@@ -26,24 +30,6 @@ from mimdet.models.vit import (
 )
 
 Grid = tuple[int, int]
-
-
-def to_windows(x: Tensor, side: int) -> Tensor:
-    """Tokens (B, h, w, D) -> windows (B * n, side * side, D), n of them an image, row by row.
-
-    Where the grid does not divide by `side`, it is padded with zeros below and on the right.
-    """
-    x = F.pad(x, (0, 0, 0, -x.shape[2] % side, 0, -x.shape[1] % side))
-    x = x.unflatten(2, (-1, side)).unflatten(1, (-1, side))  # (B, rows, side, columns, side, D)
-    return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
-
-
-def from_windows(windows: Tensor, side: int, grid: Grid) -> Tensor:
-    """Undo `to_windows`, without its padding: (B * n, side * side, D) -> (B, h, w, D)."""
-    rows, columns = -(-grid[0] // side), -(-grid[1] // side)
-    x = windows.unflatten(1, (side, side)).unflatten(0, (-1, rows, columns))
-    x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, rows * side, columns * side, D)
-    return x[:, : grid[0], : grid[1]]
 
 
 def global_block_places(depth: int, count: int) -> tuple[int, ...]:
@@ -133,10 +119,11 @@ class WindowedEncoder(nn.Module):
         window_bias, global_bias = self.window_bias(window), self.global_bias(grid)
         maps, start = [], 0
         for place in self.global_places:
-            windows = to_windows(x, self.window_size)
+            windows, padded = window_partition(x, self.window_size)
+            windows = windows.flatten(1, 2)  # (B * n, side * side, D)
             for i in range(start, place):
                 windows = self.run(i, windows, window_bias)
-            x = from_windows(windows, self.window_size, grid)
+            x = window_unpartition(windows, self.window_size, grid, padded)
             x = self.run(place, x.flatten(1, 2), global_bias).unflatten(1, grid)
             maps.append(x.permute(0, 3, 1, 2))
             start = place + 1

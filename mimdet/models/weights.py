@@ -153,22 +153,22 @@ def load_mae(
             "own. Use the full file (for example mae_pretrain_vit_base_full.pth, "
             '`mimdet download`), or decoder="random" (--init-decoder random) to train a new one'
         )
-    _check_size(file, backbone)
     if absent:
-        raise ValueError(f"{file.name} lacks {len(absent)} tensors, first {absent[0]!r}")
-    unused = [name for name in file.tensors if name not in wanted]
-    strange = [name for name in unused if not re.match(EXPECTED_UNUSED, name)]
-    if decoder == "random":
-        strange = [name for name in strange if not _of_decoder(name)]
-    if strange:
         raise ValueError(
-            f"{file.name} holds {len(strange)} tensors that no masked autoencoder has, first "
-            f"{strange[0]!r}: it is another model, or its tensors were renamed"
+            f"{file.name} lacks {len(absent)} tensors, first {absent[0]!r}: it has fewer blocks than "
+            "this model (backbone.depth), or is another one"
         )
     loaded = {
         ours: _fit(file, theirs, ours, file.tensors[theirs], own[ours])
         for theirs, ours in wanted.items()
     }
+    unused = [name for name in file.tensors if name not in wanted]
+    strange = [name for name in unused if not re.match(EXPECTED_UNUSED, name)]
+    if strange:
+        raise ValueError(
+            f"{file.name} holds {len(strange)} tensors that this model has no place for, first "
+            f"{strange[0]!r}: it is another model or has more blocks, or its tensors were renamed"
+        )
     backbone.load_state_dict(loaded, strict=False)
     prefix = "backbone." if backbone is not model else ""
     new = [name for name in model.state_dict() if name.removeprefix(prefix) not in loaded]
@@ -236,22 +236,6 @@ def _of_decoder(name: str) -> bool:
     return name.startswith(("decoder_", "mask_token"))
 
 
-def _check_size(file: CheckpointFile, backbone: nn.Module) -> None:
-    """The remedy for a file of another ViT is another preset, so say the sizes."""
-    encoder: nn.Module = backbone.encoder  # type: ignore[assignment]
-    theirs = file.tensors["pos_embed"].shape[-1], _count_blocks(file.tensors, "blocks")
-    ours = (
-        encoder.get_parameter("pos_embed").shape[-1],
-        len(encoder.get_submodule("blocks")._modules),
-    )
-    if theirs != ours:
-        raise ValueError(
-            f"{file.name} is a ViT of width {theirs[0]} with {theirs[1]} blocks, this model has "
-            f"width {ours[0]} and {ours[1]} blocks: use the preset of that size (width 768: "
-            "mimdet_base, 1024: mimdet_large), or set backbone.embed_dim and backbone.depth"
-        )
-
-
 def _count_blocks(tensors: dict[str, Tensor], part: str) -> int:
     return 1 + max(
         (int(found[1]) for name in tensors if (found := re.match(rf"{part}\.(\d+)\.", name))),
@@ -269,7 +253,8 @@ def _fit(file: CheckpointFile, theirs: str, ours: str, value: Tensor, own: Tenso
     if value.shape != own.shape:
         raise ValueError(
             f"{file.name}: {theirs} has shape {tuple(value.shape)}, our {ours} has "
-            f"{tuple(own.shape)}: the sizes of the model and the file differ"
+            f"{tuple(own.shape)}: use the preset of the file's size (width 768: mimdet_base, 1024: "
+            "mimdet_large), or set backbone.embed_dim and backbone.depth"
         )
     return value
 

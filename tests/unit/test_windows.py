@@ -2,32 +2,16 @@
 
 import pytest
 import torch
+from timm.models.vision_transformer_sam import window_partition, window_unpartition
 from torch import Tensor
 
 from mimdet.models.baselines import (
     RelativePositionBias,
     WindowedEncoder,
-    from_windows,
     global_block_places,
     relative_index,
-    to_windows,
 )
 from mimdet.models.vit import transformer_block
-
-
-@pytest.mark.parametrize("grid", [(8, 8), (7, 10), (1, 1), (4, 9), (3, 2)])
-def test_windows_there_and_back(grid: tuple[int, int]) -> None:
-    x = torch.randn(2, *grid, 5)
-    windows = to_windows(x, 4)
-    count = -(-grid[0] // 4) * -(-grid[1] // 4)
-    assert windows.shape == (2 * count, 16, 5)
-    assert torch.equal(from_windows(windows, 4, grid), x)
-
-
-def test_windows_by_hand() -> None:
-    """A 2 x 3 grid in windows of 2: the second one is half padding."""
-    x = torch.arange(1.0, 7).view(1, 2, 3, 1)  # 1 2 3 / 4 5 6
-    assert to_windows(x, 2)[:, :, 0].tolist() == [[1, 2, 4, 5], [3, 0, 6, 0]]
 
 
 def test_windowed_blocks_are_attention_masked_to_the_window() -> None:
@@ -47,7 +31,9 @@ def test_windowed_blocks_are_attention_masked_to_the_window() -> None:
     mask = mask.masked_fill(window[:, None] != window[None, :], float("-inf"))
     expected = block(x.flatten(1, 2), attn_mask=mask).unflatten(1, grid)
 
-    ours = from_windows(block(to_windows(x, side), attn_mask=bias((side, side))), side, grid)
+    windows, padded = window_partition(x, side)
+    inside = block(windows.flatten(1, 2), attn_mask=bias((side, side)))
+    ours = window_unpartition(inside, side, grid, padded)
     torch.testing.assert_close(ours, expected)
 
 
