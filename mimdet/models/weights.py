@@ -155,8 +155,8 @@ def load_mae(
         )
     if absent:
         raise ValueError(
-            f"{file.name} lacks {len(absent)} tensors, first {absent[0]!r}: it has fewer blocks than "
-            "this model (backbone.depth), or is another one"
+            f"{file.name} lacks {len(absent)} tensors, first {absent[0]!r}: it has fewer blocks "
+            "than this model (backbone.depth), or is another one"
         )
     loaded = {
         ours: _fit(file, theirs, ours, file.tensors[theirs], own[ours])
