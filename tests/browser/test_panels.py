@@ -1,7 +1,7 @@
 """Every panel in a real JupyterLab: each control is used once, and the picture changes.
 
 The time from an event to the new picture is written to `build/browser/latency.json`
-(tools/panel_latency.py keeps it); screenshots lie beside it, to be looked at.
+(tools/measure_times.py keeps it); screenshots lie beside it, to be looked at.
 """
 
 import io
