@@ -7,15 +7,14 @@ padded sizes.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from torchvision.ops import box_iou
 
 from mimdet.data.coco import build_dataset
+from mimdet.files import write_json
 from mimdet.models.detector import Detector
-from mimdet.models.rcnn import pad_and_normalise
 from mimdet.structures import Detections
 from mimdet.training.run import load_detector
 
@@ -27,9 +26,8 @@ def c4_and_detections(
     model: Detector, images: list[torch.Tensor]
 ) -> tuple[torch.Tensor, Detections]:
     """c4 (C, h, w) and detections of the first image, in this company."""
-    batch = pad_and_normalise(images, torch.device("cpu"))
     with torch.inference_mode():
-        c4 = model.backbone(batch.tensors, batch.image_sizes)["c4"][0]
+        c4 = model.features(model.batch(images))["c4"][0]
     return c4, model.detect(images)[0]
 
 
@@ -51,8 +49,7 @@ def main() -> None:
     dataset = build_dataset(model.config.data, "val")
     rows = []
     for number, canvas in enumerate(LARGER):
-        image = dataset[number].image
-        image = model.resize(image)
+        image = model.resize(dataset[number].image)
         filler = torch.zeros(3, *canvas, dtype=torch.uint8)
         c4, alone = c4_and_detections(model, [image])
         c4_moved, together = c4_and_detections(model, [image, filler])
@@ -69,7 +66,7 @@ def main() -> None:
         print(row)
     if options.out:
         report = {"data": dataset.version, "command": "tools/canvas_effect.py", "pairs": rows}
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(options.out, report)
 
 
 if __name__ == "__main__":

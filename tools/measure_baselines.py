@@ -9,7 +9,6 @@ repeated.
 """
 
 import argparse
-import json
 import os
 import resource
 import subprocess
@@ -17,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mimdet.files import write_json
+from mimdet.files import read_json, write_json
 from mimdet.presets import PRESETS
 
 LIMIT_MINUTES = 12
@@ -36,8 +35,8 @@ def measure(preset: str, runs: Path, steps: int) -> dict[str, Any]:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
         write_json(clock, round(seconds / 60, 1))
-    final = json.loads((run / "eval.json").read_text())
-    environment_file = json.loads((run / "environment.json").read_text())
+    final = read_json(run / "eval.json")
+    environment_file = read_json(run / "environment.json")
     return {
         "preset": preset,
         "command": f"mimdet {' '.join(words[:2])} RUN {' '.join(words[3:])}",
@@ -45,7 +44,7 @@ def measure(preset: str, runs: Path, steps: int) -> dict[str, Any]:
         "images": 4 * steps,
         "box_ap": round(100 * final["box"]["AP"], 1),
         "mask_ap": round(100 * final["mask"]["AP"], 1),
-        "cpu_minutes": json.loads(clock.read_text()),
+        "cpu_minutes": read_json(clock),
         "data": environment_file["data"],
         "torch": environment_file["torch"],
     }

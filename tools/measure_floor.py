@@ -12,7 +12,6 @@ Small is a COCO-small object at this scene size, an occluded one less than 95 % 
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from mimdet.analysis.metrics import coco_metrics
 from mimdet.data.shapes import LEVELS, ShapesCOCO
+from mimdet.files import write_json
 
 SMALL = 32**2
 
@@ -140,7 +140,7 @@ def main() -> None:
         print(dataset.version, levels[dataset.version])
     if options.out:
         report = {"command": "python tools/measure_floor.py", "scenes": 200, "levels": levels}
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(options.out, report)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ python tools/results.py readme --check    # exit 1 if one is not what the json f
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from mimdet.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "notebooks/results"
@@ -23,8 +24,8 @@ def collect(run: Path, command: str, hardware: str, note: str, minutes: float) -
 
     rows = MetricsFile(run / "metrics.jsonl").read()
     steps = [row for row in rows if "loss" in row]
-    environment = json.loads((run / "environment.json").read_text())
-    final = json.loads((run / "eval.json").read_text())
+    environment = read_json(run / "environment.json")
+    final = read_json(run / "eval.json")
     result: dict[str, Any] = {
         "command": command,
         "note": note,
@@ -47,12 +48,12 @@ def collect(run: Path, command: str, hardware: str, note: str, minutes: float) -
     }
     ratios = run / "evaluation.json"
     if ratios.exists():
-        result["ratios"] = json.loads(ratios.read_text())["ratios"]
+        result["ratios"] = read_json(ratios)["ratios"]
     return result
 
 
 def read(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    return read_json(RESULTS / f"{name}.json")
 
 
 def percent(value: float, spread: float = 0.0) -> str:
@@ -237,7 +238,7 @@ def main() -> None:
         result = collect(
             options.run, options.command, options.hardware, options.note, options.minutes
         )
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(options.out, result)
         return
     write_blocks(options.check)
 

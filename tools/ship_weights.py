@@ -7,7 +7,6 @@ AP is measured on the float16 file itself, as a user loads it.
 
 import argparse
 import hashlib
-import json
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 
 import mimdet
 from mimdet.data.shapes import ShapesCOCO
+from mimdet.files import read_json, write_json
 from mimdet.training.run import MetricsFile, load_detector
 
 FOLDER = Path(mimdet.__file__).parent / "pretrained"
@@ -67,10 +67,9 @@ def readme(cards: dict[str, dict[str, Any]]) -> str:
 def card(name: str, run: Path, numbers: dict[str, Any]) -> dict[str, Any]:
     """What one needs to know of a file, and to make it again."""
     path = FOLDER / f"{name}.safetensors"
-    rows = MetricsFile(run / "metrics.jsonl").read()
-    steps = [row for row in rows if "loss" in row]
+    steps = [row for row in MetricsFile(run / "metrics.jsonl").read() if "loss" in row]
     seconds = [row["time"]["seconds"] for row in steps]
-    environment = json.loads((run / "environment.json").read_text())
+    environment = read_json(run / "environment.json")
     return {
         "command": COMMANDS[name],
         "seed": environment["seed"],
@@ -96,7 +95,7 @@ def main() -> None:
 
     mae = mimdet.load_mae_model(options.mae / "mae.safetensors")
     mimdet.save_mae(mae, FOLDER / "tiny_mae.safetensors", half=True)
-    loss = json.loads((options.mae / "eval.json").read_text())["held_out"]["loss"]
+    loss = read_json(options.mae / "eval.json")["held_out"]["loss"]
     cards["tiny_mae"] = card("tiny_mae", options.mae, {"held_out_loss": round(loss, 4)})
 
     for name, run in (("tiny", options.detector), ("tiny_scratch", options.scratch)):
@@ -108,7 +107,7 @@ def main() -> None:
         scores = {"box_ap": result.box["AP"], "mask_ap": result.mask["AP"]}
         cards[name] = card(name, run, {k: round(100 * v, 2) for k, v in scores.items()})
 
-    (FOLDER / "cards.json").write_text(json.dumps(cards, indent=2) + "\n")
+    write_json(FOLDER / "cards.json", cards)
     (FOLDER / "README.md").write_text(readme(cards))
     for name, values in cards.items():
         print(name, {k: values[k] for k in values if k not in ("command", "versions")})
