@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.notebooks.can_fail import write_source
 from tools import measure_times
 
 BUSY = """\
@@ -20,10 +21,7 @@ while MODE == "quick" and time.process_time() < start + 0.5:
 
 
 def test_cpu_seconds_of_a_kernel(tmp_path: Path) -> None:
-    (tmp_path / "py").mkdir()
-    source = tmp_path / "py" / "00_busy.py"
-    source.write_text(BUSY)
-    times = measure_times.measure_notebook(source)
+    times = measure_times.measure_notebook(write_source(tmp_path, "00_busy", BUSY))
     assert times["wall_seconds"] >= times["cpu_seconds"] - 0.5
     assert 0.5 <= times["cpu_seconds"] < 60
 
