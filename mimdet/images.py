@@ -63,7 +63,7 @@ def read_image(source: Source, name: str = "") -> Tensor:
         ) from error
 
 
-def image_size(source: Source) -> tuple[int, int]:
+def stored_size(source: Source) -> tuple[int, int]:
     """(height, width) of the stored pixels, from the file's header alone."""
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         return image.height, image.width

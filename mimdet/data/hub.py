@@ -23,7 +23,7 @@ from mimdet.data.coco_file import (
     coco_ground_truth,
     make_target,
 )
-from mimdet.images import image_size, read_image
+from mimdet.images import read_image, stored_size
 from mimdet.structures import Record
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class HubDataset:
             if row.get("height") and row.get("width"):
                 self._known_sizes[index] = int(row["height"]), int(row["width"])
             else:
-                self._known_sizes[index] = image_size(self._source(index))
+                self._known_sizes[index] = stored_size(self._source(index))
         return self._known_sizes[index]
 
     def image_id(self, index: int) -> int | str:

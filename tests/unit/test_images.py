@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mimdet.images import image_size, read_image
+from mimdet.images import read_image, stored_size
 
 
 def test_image_modes(tmp_path):
@@ -25,7 +25,7 @@ def test_image_modes(tmp_path):
         image = read_image(path)
         assert image.shape == (3, 4, 5) and image.dtype == torch.uint8
         assert image[:, 2, 3].tolist() == rgb, mode
-        assert image_size(path) == (4, 5)
+        assert stored_size(path) == (4, 5)
     palette = Image.new("P", (5, 4), 3)
     palette.putpalette([0] * 9 + [9, 8, 7] + [0] * 756)
     palette.save(tmp_path / "p.png")
