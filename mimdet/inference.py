@@ -1,15 +1,14 @@
 """Any image in, Detections out: the test transform, the detector, and back to the file's pixels."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from mimdet.images import Size, to_rgb
-from mimdet.models.detector import Detector
+from mimdet.models.detector import Detector, autocast
 from mimdet.models.rcnn import clip_boxes, non_empty
 from mimdet.models.sampling import DEFAULT, Keep, Sample, Sampling
 from mimdet.structures import Detections, padded_size
@@ -122,24 +121,3 @@ def generator_for(seed: int, device: torch.device) -> Generator:
 
 def device_of(model: torch.nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-@contextmanager
-def autocast(device: torch.device, precision: str) -> Iterator[None]:
-    """Mixed precision as configured; `auto` is bf16 on CUDA and fp32 elsewhere.
-
-    `fp64` makes new tensors float64, as the weights of the model have to be already.
-    """
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    context = (
-        torch.autocast(device.type, dtypes[precision]) if precision in dtypes else nullcontext()
-    )
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64 if precision == "fp64" else default)
-    try:
-        with context:
-            yield
-    finally:
-        torch.set_default_dtype(default)

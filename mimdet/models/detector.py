@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -161,6 +161,27 @@ def on_canvas(image: Tensor, side: int) -> Tensor:
             f"set data.test_short_side and data.max_side to at most {side}"
         )
     return F.pad(image, (0, side - width, 0, side - height), value=CANVAS_GREY)
+
+
+@contextmanager
+def autocast(device: torch.device, precision: str) -> Iterator[None]:
+    """Mixed precision as configured; `auto` is bf16 on CUDA and fp32 elsewhere.
+
+    `fp64` makes new tensors float64, as the weights of the model have to be already.
+    """
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    context = (
+        torch.autocast(device.type, dtypes[precision]) if precision in dtypes else nullcontext()
+    )
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if precision == "fp64" else default)
+    try:
+        with context:
+            yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def check_targets(targets: Sequence[Target], images: int, num_classes: int) -> None:

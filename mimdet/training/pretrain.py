@@ -14,7 +14,8 @@ from mimdet.config import MAEConfig, PretrainConfig
 from mimdet.data.loader import MicroBatch
 from mimdet.data.pictures import ImageLoader, Images, build_images, held_out_images
 from mimdet.files import write_file
-from mimdet.inference import autocast, generator_for
+from mimdet.inference import generator_for
+from mimdet.models.detector import autocast
 from mimdet.models.mae import MAE
 from mimdet.models.rcnn import IMAGENET_MEAN, IMAGENET_STD, pad_and_normalise
 from mimdet.models.weights import load_exactly, load_mae_model, save_mae

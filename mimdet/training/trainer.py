@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mimdet import processes
 from mimdet.config import Config, PretrainConfig, TrainingConfig
 from mimdet.files import write_json
-from mimdet.inference import autocast
+from mimdet.models.detector import autocast
 from mimdet.training.checkpoints import Checkpoint
 from mimdet.training.optim import Schedule, build_optimizer, scaled_rate
 from mimdet.training.run import Run, environment

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimdet.inference import autocast, device_of, generator_for
-from mimdet.models.detector import Detector, evaluating
+from mimdet.inference import device_of, generator_for
+from mimdet.models.detector import Detector, autocast, evaluating
 from mimdet.models.sampling import PATCH, Sample, Sampling
 from mimdet.viz.draw import UNSAMPLED, Pixels, heat, image_panels, to_pixels
 from mimdet.viz.record import record

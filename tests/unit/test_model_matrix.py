@@ -16,9 +16,8 @@ from torch import Tensor, nn
 import mimdet
 from mimdet.config import Config, set_field
 from mimdet.data.shapes import ShapesCOCO
-from mimdet.inference import autocast
 from mimdet.models.backbones import BASELINES, build_backbone
-from mimdet.models.detector import Detector, build_detector
+from mimdet.models.detector import Detector, autocast, build_detector
 from mimdet.models.official import export_detectron2
 from mimdet.models.rcnn import PYRAMID
 from mimdet.models.sampling import Sample, Sampling

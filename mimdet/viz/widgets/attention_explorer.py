@@ -12,9 +12,9 @@ import traitlets
 from PIL import Image
 from torch import Tensor
 
-from mimdet.inference import autocast, device_of, generator_for
+from mimdet.inference import device_of, generator_for
 from mimdet.models.backbones import MIMDetBackbone
-from mimdet.models.detector import Detector, evaluating
+from mimdet.models.detector import Detector, autocast, evaluating
 from mimdet.models.rcnn import Batch
 from mimdet.models.sampling import Sample, Sampling
 from mimdet.viz import attention, draw
