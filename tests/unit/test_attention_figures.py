@@ -10,8 +10,7 @@ import mimdet
 from mimdet.models.sampling import Sample, Sampling
 from mimdet.models.vit import sincos_table
 from mimdet.viz import nearest_sampled, rollout, show_attention, show_positions, show_rollout
-from mimdet.viz.attention import LITTLE, MUCH, UNKNOWN, chosen_names, overlay, rolled_out, share
-from mimdet.viz.charts import similarity
+from mimdet.viz.attention import LITTLE, MUCH, UNKNOWN, overlay, rolled_out, share
 from mimdet.viz.draw import UNSAMPLED
 from mimdet.viz.record import Recording, record
 from tests.small import small
@@ -136,20 +135,9 @@ def test_what_is_refused(image, seen):
         show_attention(image.repeat(1, 2, 1), seen, BLOCKS[0], query=14)
 
 
-def test_names_in_the_order_they_ran(seen):
-    assert chosen_names(seen, ["*.blocks.1.attn", BLOCKS[0]]) == BLOCKS
-
-
 @pytest.mark.parametrize(("place", "nearest"), [(9, 9), (13, 9), (3, 2), (0, 5), (15, 14)])
 def test_the_nearest_sampled_token(place, nearest):
     assert nearest_sampled(SAMPLE, place) == nearest
-
-
-def test_one_recorded_query_is_enough(model, image, seen):
-    with record(model, BLOCKS[0], query=14) as one:
-        model.detect([image], sample=SAMPLE)
-    fig = show_attention(image, one, BLOCKS[0], query=14)
-    assert titles(fig) == titles(show_attention(image, seen, BLOCKS[0], query=14))
 
 
 # ------------------------------------------------------------------------------- rollout
@@ -186,12 +174,6 @@ def test_an_autoencoders_own_patches(image):
 
 
 # ------------------------------------------------------------------------------- positions
-
-
-def test_similarity_of_a_table_by_hand():
-    places = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0], [1.0, 1.0]]])
-    found = similarity(places, (2, 2), 0)
-    torch.testing.assert_close(found, torch.tensor([[1.0, 0.0], [-1.0, 0.5**0.5]]))
 
 
 def test_positions_stored_and_resized():

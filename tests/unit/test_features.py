@@ -91,11 +91,6 @@ def test_a_basis_is_the_same_whatever_the_order_or_size_of_the_places() -> None:
     torch.testing.assert_close(whole.axes, half.axes)
 
 
-def test_scaling_a_map_changes_nothing() -> None:
-    features = random_map(6, 4, 8)
-    assert np.array_equal(pca_picture(features), pca_picture(features * 1024))
-
-
 def test_a_basis_is_reused() -> None:
     """The same feature vector has the same colour, whatever else is in the map."""
     features = random_map(6, 4, 8)
@@ -103,10 +98,6 @@ def test_a_basis_is_reused() -> None:
     part = pca_picture(features[:, :2], basis)
     assert np.array_equal(part, pca_picture(features, basis)[:2])
     assert not np.array_equal(part, pca_picture(features[:, :2]))
-
-
-def test_two_runs_are_identical() -> None:
-    assert np.array_equal(pca_picture(random_map(9, 5, 5)), pca_picture(random_map(9, 5, 5)))
 
 
 def test_unsampled_places_are_grey_and_do_not_count() -> None:
@@ -120,15 +111,11 @@ def test_unsampled_places_are_grey_and_do_not_count() -> None:
 
 @pytest.mark.parametrize("value", [0.0, 3.7, -1e6])
 def test_a_constant_map_is_middle_grey(value: float) -> None:
+    """So is a direction that a map has not: one channel has one colour."""
     basis = fit_basis(torch.full((4, 3, 3), value))
     assert basis.explained.tolist() == [0, 0, 0]
     assert (pca_picture(torch.full((4, 3, 3), value)) == 128).all()
-
-
-def test_one_channel_has_one_colour() -> None:
-    picture = pca_picture(random_map(1, 4, 4))
-    assert len(np.unique(picture[..., 0])) > 4
-    assert (picture[..., 1:] == 128).all()
+    assert (pca_picture(random_map(1, 4, 4))[..., 1:] == 128).all()
 
 
 def test_channels_by_variance() -> None:
@@ -136,6 +123,9 @@ def test_channels_by_variance() -> None:
     assert strongest_channels(features, 3) == [1, 3, 0]
     assert strongest_channels(features, 9) == [1, 3, 0, 2]
     assert channel_map(features, 1).tolist() == [[0, 3]]
+    fig = show_channels(features, count=2)
+    assert [ax.get_title(loc="left").split(":")[0] for ax in fig.axes] == ["channel 1", "channel 3"]
+    assert "1, 3" in fig.alt_text
 
 
 def test_largest_difference_by_hand() -> None:
@@ -196,10 +186,6 @@ def test_a_pyramid_is_what_the_detector_computes(tiny: Detector) -> None:
     assert torch.equal(found.sample.keep[0], seen.sample.keep[0])
     torch.testing.assert_close(found.maps["c4"], seen["backbone.decoder"][0])
     torch.testing.assert_close(found.maps["p6"], seen["neck"]["p6"][0])
-
-
-def test_levels_that_are_not_there(tiny: Detector) -> None:
-    found = pyramid_of(tiny, scene())
     assert list(found.only("p3", "c2")) == ["p3", "c2"]
     with pytest.raises(ValueError, match="no \\['c6'\\]"):
         found.only("c6")
@@ -233,13 +219,6 @@ def test_figures_of_pyramids() -> None:
     assert "c2: 8 × 16 × 24\nstride 4" in titles and "c3: 4 × 8 × 12\nstride 8" in titles
     assert "stride 8" in fig.alt_text
     assert any("% of variance" in title for title in titles)
-
-
-def test_channels_figure_names_the_channels() -> None:
-    features = torch.stack([random_map(4, 4, seed=i) * i for i in range(5)])
-    fig = show_channels(features, count=2)
-    assert [ax.get_title(loc="left").split(":")[0] for ax in fig.axes] == ["channel 4", "channel 3"]
-    assert "4, 3" in fig.alt_text
 
 
 def test_planes_on_one_scale() -> None:

@@ -15,9 +15,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mimdet import viz
-from mimdet.data.rasters import crops_from_bitmaps
 from mimdet.models.sampling import Sample
-from mimdet.structures import Crops, Detections, Record, Target, crops_to_bitmaps
+from mimdet.structures import Crops, Detections, Record, Target
 from mimdet.viz import (
     draw,
     save_figure,
@@ -27,7 +26,7 @@ from mimdet.viz import (
     show_sample,
     show_training,
 )
-from mimdet.viz.draw import Mark, image_panels
+from mimdet.viz.draw import Mark
 
 ROOT = Path(__file__).resolve().parents[2]
 HEIGHT, WIDTH = 48, 64
@@ -91,14 +90,6 @@ def test_pairs_stay_together() -> None:
     assert 0 < 2 * inner < outer
 
 
-def test_one_column_is_drawn_larger() -> None:
-    inches = [
-        show_detections([image()], [detections()], columns=columns).get_size_inches()[0]
-        for columns in (1, 4)
-    ]
-    assert inches == pytest.approx([6.48, 3.28])
-
-
 def test_low_scores_are_left_out(painted: list[Sequence[Mark]]) -> None:
     fig = show_detections([image()], [detections((0.4, 0.87))], score_threshold=0.5)
     assert [mark.name for mark in painted[0]] == ["1 .87"]
@@ -143,17 +134,6 @@ def test_show_data_takes_records_and_pairs(painted: list[Sequence[Mark]]) -> Non
     assert fig.alt_text == "2 images with the boxes, masks and class names of 3 objects."
     with pytest.raises(ValueError, match="nothing to show"):
         show_data([], ["cat"])
-
-
-def test_crops_come_back_as_the_bitmaps_they_were_cut_from() -> None:
-    bitmaps = torch.rand(3, 40, 50) > 0.5
-    boxes = torch.tensor([[5, 3, 35, 30], [0, 0, 50, 40], [49, 39, 50, 40]])
-    back = crops_to_bitmaps(crops_from_bitmaps(bitmaps.numpy(), boxes.numpy()), 40, 50)
-    assert back.dtype == torch.bool
-    for bitmap, (x0, y0, x1, y1), pasted in zip(bitmaps, boxes.tolist(), back, strict=True):
-        expected = torch.zeros(40, 50, dtype=torch.bool)
-        expected[y0:y1, x0:x1] = bitmap[y0:y1, x0:x1]
-        assert torch.equal(pasted, expected)
 
 
 def pixels_of(fig: Figure) -> np.ndarray:
@@ -302,15 +282,6 @@ def test_the_higher_curve_has_its_values_above() -> None:
 
 
 # ------------------------------------------------------------------------------- files, state
-
-
-def test_panels_of_different_shapes_share_a_row() -> None:
-    fig, axes = image_panels([(10, 20), (20, 20), (80, 20)], columns=2)
-    height = fig.get_size_inches()[1]
-    inches = [ax.get_position().height * height for ax in axes]
-    side = axes[0].get_position().width * fig.get_size_inches()[0]
-    assert inches == pytest.approx([side, side, 1.5 * side])  # very tall images are shown smaller
-    assert axes[2].get_position().y1 < axes[0].get_position().y0
 
 
 def test_files_are_complete_described_and_repeatable(tmp_path: Path) -> None:

@@ -67,17 +67,8 @@ def test_attention_is_the_softmax_of_the_blocks_own_weights(model, image, sample
     assert seen[name].std() > 1e-3  # not uniform: a wrong order would be seen
 
 
-def test_recording_changes_the_outputs_by_rounding_only(model, image):
-    with record(model, "backbone") as before:
-        model.detect([image], sample=SOME)
-    with record(model, "backbone", "backbone.*.attn") as after:
-        model.detect([image], sample=SOME)
-    for level, values in before["backbone"].items():
-        assert (values - after["backbone"][level]).abs().max() < 1e-5
-        assert values.abs().max() > 0.1
-
-
 def test_detections_stay_the_same(image):
+    """What runs with the plain formula of attention differs by rounding only."""
     trained = mimdet.load_detector("tiny")  # its scores differ enough to keep their order
     plain = trained.detect([image])[0]
     with record(trained, *attention_names(trained)):
@@ -142,14 +133,6 @@ def count_hooks(model: nn.Module) -> int:
 
 
 # ------------------------------------------------------------------------------- names
-
-
-def test_attention_names_in_the_order_they_run(model):
-    assert attention_names(model) == [
-        ENCODER,
-        "backbone.encoder.blocks.1.attn",
-        DECODER,
-    ]
 
 
 def test_a_pattern_means_every_name_it_fits(model, image):
@@ -279,16 +262,6 @@ def test_more_memory_than_allowed_is_refused(model, image, monkeypatch):
     assert torch.equal(row[DECODER], seen[DECODER][:, :, 9])
 
 
-def test_a_recording_that_is_left_running_does_not_grow_for_ever(model, image, monkeypatch):
-    monkeypatch.setattr(module, "LIMIT_GIB", 3 * 2 * 16**2 * 4 / 2**30)
-    with record(model, DECODER) as seen:
-        for _ in range(3):
-            model.detect([image])
-        with pytest.raises(ValueError, match="takes"):
-            model.detect([image])
-    assert len(seen.calls[DECODER]) == 3
-
-
 def test_the_first_block_foretells_the_memory_of_all(model, image, monkeypatch):
     """A long run must not fail at its end: blocks of one kind need equally much."""
     monkeypatch.setattr(module, "LIMIT_GIB", 1.5 * 2 * 16**2 * 4 / 2**30)
@@ -369,15 +342,6 @@ def test_rollout_of_two_tokens_by_hand():
     torch.testing.assert_close(rollout([first, second]), torch.tensor([[0.45, 0.55], [0.45, 0.55]]))
     # the other order: .8 * .5 + .2 * .5 and .1 * .5 + .9 * .5
     torch.testing.assert_close(rollout([second, first]), torch.full((2, 2), 0.5))
-
-
-def test_rollout_of_a_model(model, image):
-    with record(model, "backbone.encoder.blocks.*.attn") as seen:
-        model.detect([image], sample=SOME)
-    total = rollout([seen[name][0] for name in seen])
-    torch.testing.assert_close(total.sum(1), torch.ones(4), atol=1e-6, rtol=0)
-    assert (total >= 0).all()
-    assert (total.diagonal() >= 0.25).all()  # half of half stays in two blocks
 
 
 @pytest.mark.parametrize(
