@@ -28,7 +28,7 @@ USAGE = f"""mimdet {__version__}: a ViT detector that trains on a sample of an i
   mimdet check-data ANNOTATIONS IMAGES        what is wrong with a COCO-format data set, and where
   mimdet download [NAME...]                   list public weights and COCO, or fetch them
   mimdet train PRESET RUN                     train, or resume; presets: {", ".join(PRESETS)}
-  mimdet resume RUN                           go on with a run as its folder says
+  mimdet resume RUN                           resume a run as its folder says
   mimdet pretrain PRESET RUN                  a masked autoencoder; presets: \
 {", ".join(PRETRAIN_PRESETS)}
   mimdet evaluate RUN --ratios 0.25 0.5 1     COCO metrics at any sample ratios
@@ -114,7 +114,7 @@ def pretrain(run: Run, config: PretrainConfig) -> None:
 
 
 def resume(run: Run, trust_code: bool = False) -> None:
-    """Train in a run's folder, or go on there, with the configuration that stands in it.
+    """Train in a run's folder, or resume there, with the configuration it holds.
 
     No other option is needed; a run that is complete is left as it is. Runs that were started in a
     notebook go on in a terminal this way.
@@ -375,7 +375,7 @@ def ablate(
 ) -> None:
     """Train every arm of a grid with several seeds; print a table with 95 % intervals.
 
-    Complete runs are skipped and interrupted ones resumed, so the same command goes on.
+    Complete runs are skipped and interrupted ones resumed, so the same command continues.
 
     Args:
         file: Python file that defines `base` and `grid`; it is executed. Example:
@@ -394,7 +394,7 @@ def ablate(
     except ExperimentStopped as stopped:
         print(stopped)
         sys.exit(130)
-    except RuntimeError as failed:  # every run failed, and why stands in the message
+    except RuntimeError as failed:  # every run failed, and the message says why
         sys.exit(f"error: {failed}")
     if result is not None:
         from mimdet.viz.experiments import save_figures
@@ -462,8 +462,8 @@ def download(
 ) -> None:
     """Fetch public weights or COCO; without a name, list what there is.
 
-    Shows address, size, licence and free space, then asks. An interrupted download goes on where it
-    stopped when the same command runs again. What arrived is checked and noted in
+    Shows address, size, licence and free space, then asks. The same command continues an
+    interrupted download where it stopped. What arrived is checked and recorded in
     TO/downloads.json; run again, the command checks that the files are still the same.
 
     Args:

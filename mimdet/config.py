@@ -222,7 +222,7 @@ class TrainingConfig:
     init_from: str = ""
     """Starting weights: a masked autoencoder (Meta's full file, as the paper; a hub id; a run of
     `mimdet pretrain`), a released MIMDet, a run or a weights file; of a detector, tensors of other
-    shapes (another class count) stay new and are named."""
+    shapes (another class count) keep their initial values, and are listed."""
     init_decoder: Literal["pretrained", "random"] = "pretrained"
     """`random` allows an autoencoder file without decoder: MIMDet's decoder then starts new."""
     threads: int = 0

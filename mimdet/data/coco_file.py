@@ -50,7 +50,7 @@ class ImageEntry(Struct):
 
 
 class AnnotationEntry(Struct):
-    """An annotation as it stands in the file; None where a field is not there."""
+    """An annotation as the file has it; None where a field is missing."""
 
     image_id: Id
     category_id: Whole

@@ -117,7 +117,7 @@ MIN_PIXELS = 12
 FRAGMENT_RIMS = 0.2
 """Chance that a fragment has a rim."""
 TRIES = 30
-"""Draws of one object before the scene goes on without it."""
+"""Draws of one object before the scene is drawn without it."""
 
 _AREAS = {outline: textures.area(outline) for outline in (*OUTLINES.values(), *CLUTTER)}
 

@@ -1,4 +1,4 @@
-"""`mimdet.experiment`: a grid of trainings with seeds that can be stopped and goes on."""
+"""`mimdet.experiment`: a grid of trainings with seeds that can be stopped and resumed."""
 
 import runpy
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def experiment(
     thread of a run.
 
     Each run is a run directory of its own, trained in a child process. Ctrl-C lets all of them save
-    and raises ExperimentStopped; the same call goes on, and skips what is complete. So does a call
+    and raises ExperimentStopped; the same call resumes, and skips what is complete. So does a call
     with more seeds, values or evaluation ratios. A run that fails is reported and the others go on.
     Raises ValueError, before anything starts, for a grid that cannot be used or a folder that holds
     runs of another configuration; RuntimeError when no run succeeds.

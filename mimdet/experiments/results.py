@@ -21,7 +21,7 @@ from mimdet.training.run import MetricsFile
 
 NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 SCORES = {f"{kind}_{name.lower()}": (kind, name) for kind in ("box", "mask") for name in NAMES}
-"""Column of a table -> where its number stands in a metrics dictionary."""
+"""Column of a table -> where its number is in a metrics dictionary."""
 TITLES = {"box_ap": "box AP", "mask_ap": "mask AP"}
 LEVEL = 0.95
 

@@ -179,7 +179,7 @@ def passes(ratio: float, draws: int) -> int:
 
 
 def main(path: Path, draws: int, ratios: list[float]) -> int:
-    """The process of a run: it trains, or goes on, and evaluates. Returns its exit code.
+    """The process of a run: it trains or resumes, and evaluates. Returns its exit code.
 
     The code in the folder is trusted: `start` has compared it with that of its caller.
     """
@@ -225,13 +225,13 @@ def evaluate_run(path: Path, draws: int, ratios: list[float]) -> None:
 
 
 class ExperimentStopped(Exception):
-    """Raised after Ctrl-C, when every child has saved and ended; the same call goes on."""
+    """Raised after Ctrl-C, when every child has saved and ended; the same call resumes."""
 
     def __init__(self, runs: Sequence[PlannedRun]) -> None:
         done = sum(run.complete() for run in runs)
         super().__init__(
             f"stopped: {done} of {len(runs)} runs in {runs[0].path.parent} are complete, the "
-            "others are saved; the same call goes on"
+            "others are saved; the same call resumes them"
         )
 
     def _render_traceback_(self) -> list[str]:

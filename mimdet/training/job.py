@@ -127,7 +127,7 @@ def reason(code: int | None, log: Path) -> str:
     if code == 0:
         return ""
     if code in ASKED:
-        return "it was stopped from outside and is saved; the same call goes on"
+        return "it was stopped from outside and is saved; the same call resumes it"
     lines = last_lines(log, 200)
     begins = [i for i, line in enumerate(lines) if line.startswith("$ python ")]
     printed = lines[begins[-1] + 1 :] if begins else lines
@@ -245,7 +245,7 @@ class Job:
 
         job = Job.start(cfg, "runs/base")  # returns at once; starting again attaches or resumes
         job.state()  # step, losses, evaluations, time left
-        job.stop()  # ends the step, or abandons it, and saves; `start` or `resume` goes on
+        job.stop()  # ends the step, or abandons it, and saves; `start` or `resume` continues
         job.wait()  # blocks until it has ended
 
     A job is stopped and resumed as any training: the result is, on a CPU, bit for bit that of an

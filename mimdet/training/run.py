@@ -313,7 +313,7 @@ def initialise(
 
 
 def warm_start(model: Detector, weights: dict[str, Tensor], source: str) -> None:
-    """Take every tensor of equal name and shape; say which ones stay new."""
+    """Take every tensor of equal name and shape; report those that keep their initial values."""
     own = model.state_dict()
     fitting = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
     if len(fitting) < len(own) / 2:

@@ -34,7 +34,7 @@ class StopSignals:
 
     Elsewhere (optimiser step, checkpoint) the signal waits for `check`. Outside the main thread,
     where Python allows no handlers, signals keep their usual meaning. With at_once=False signals
-    are only noted in `received`: several processes must stop at the same place.
+    are only recorded in `received`: several processes must stop at the same place.
     """
 
     def __init__(self, at_once: bool = True) -> None:

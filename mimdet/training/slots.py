@@ -76,7 +76,7 @@ class SlotText:
 
     @property
     def entry(self) -> dict[str, str]:
-        """What stands in slots.json."""
+        """The contents of slots.json."""
         return {"kind": self.kind, "object": self.object, "sha256": self.sha256}
 
 

@@ -74,7 +74,7 @@ def show_rollout(
     """How much of every token reaches the one at `query` after 1, 2, ... of the named blocks.
 
     Arguments as of `show_attention`; the blocks in the order they run, recorded without query=. The
-    share a token keeps of itself stands in the title; colours end at the largest share of another.
+    share a token keeps of itself is in the title; colours end at the largest share of another.
     """
     place = place_on(seen, query)
     chosen = chosen_names(seen, names)

@@ -240,7 +240,7 @@ UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "thousand"))
 def loaded_by_part(report: LoadReport, model: nn.Module) -> dict[str, dict[str, int]]:
     """Part of the model -> numbers of its values, those "from the file" and those that are "new".
 
-    A part is what stands in front of the second dot of a backbone's name, `encoder`, or of the
+    A part is what comes before the second dot of a backbone's name, `encoder`, or of the
     first, `neck`. Buffers such as running means are not counted.
     """
     loaded = set(report.loaded)

@@ -93,7 +93,7 @@ def show_precision_recall(
 ) -> NotebookFigure:
     """Precision over recall: a panel for the mean and one for each class, a line per IoU threshold.
 
-    curves: of `ErrorReport.curves`. Classes stand in the order of their AP, the worst first, and
+    curves: of `ErrorReport.curves`. Classes come in the order of their AP, the worst first, and
     at most `most_classes` of them. Raises ValueError when there are no curves.
     """
     if not curves:

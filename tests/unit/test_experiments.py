@@ -587,7 +587,7 @@ def call(folder: Path, **options) -> Experiment:
 
 def test_ctrl_c_and_a_killed_notebook_save_all_runs(interrupted) -> None:
     printed = interrupted["stopped"]["printed"]
-    assert "stopped: 0 of 4 runs in" in printed and "the same call goes on" in printed
+    assert "stopped: 0 of 4 runs in" in printed and "the same call resumes them" in printed
     assert "Traceback" not in printed
     for noted in (interrupted["stopped"], interrupted["killed"]):
         assert noted["ended_in"] < 20

@@ -38,7 +38,7 @@ class AttentionExplorer(ImagePanel):
     mean of all. rollout: through all blocks from the first to the chosen one, heads averaged.
     ratio kept: the share of tokens the encoder sees; seed: which ones. Only the backbone runs, once
     per picture, ratio and seed; where all maps would not fit (`mimdet.viz.record.LIMIT_GIB`) it
-    runs for every query, and rollout is not to be had.
+    runs for every query, and rollout is not available.
     """
 
     name = "attention"

@@ -110,7 +110,7 @@ class Panel:
 class ImagePanel(Panel):
     """A panel about one picture and a sample of its tokens.
 
-    `image` lists the pictures to choose from, `upload` takes one's own; `ratio` is the share of
+    `image` lists the pictures to choose from, `upload` adds your own; `ratio` is the share of
     tokens kept, and `seed` draws others. All of them answer when they are let go.
     """
 
