@@ -59,26 +59,21 @@ def colour(position: float) -> list[int]:
     return [round(255 * c) for c in colormaps["viridis"](position)[:3]]
 
 
-def test_heat_goes_from_the_smallest_to_the_largest_value() -> None:
-    picture = draw.heat(torch.tensor([[2.0, 3.0, 4.0]]))
-    assert picture.tolist() == [[colour(0.0), colour(0.5), colour(1.0)]]
-
-
-def test_heat_with_given_ends_of_which_one_is_zero() -> None:
-    """An end of 0 is an end, not a missing one."""
-    values = torch.tensor([[-2.0, -1.0, 0.0, 5.0]])
-    picture = draw.heat(values, low=-2.0, high=0.0)
-    assert picture.tolist() == [[colour(0.0), colour(0.5), colour(1.0), colour(1.0)]]
-    picture = draw.heat(torch.tensor([[-1.0, 0.0, 2.0, 4.0]]), low=0.0)
-    assert picture.tolist() == [[colour(0.0), colour(0.0), colour(0.5), colour(1.0)]]
-
-
-def test_unsampled_places_are_grey() -> None:
-    picture = draw.heat(torch.tensor([[float("nan"), 1.0, 3.0]]))
-    assert picture[0].tolist() == [list(draw.UNSAMPLED), colour(0.0), colour(1.0)]
-    nothing = draw.heat(torch.full((2, 2), float("nan")))
-    assert (nothing == draw.UNSAMPLED).all()
-    assert len({tuple(p) for p in draw.heat(torch.full((2, 2), 7.0)).reshape(-1, 3)}) == 1
+@pytest.mark.parametrize(
+    ("values", "ends", "expected"),
+    [
+        ([2.0, 3.0, 4.0], {}, [0.0, 0.5, 1.0]),
+        ([-2.0, -1.0, 0.0, 5.0], {"low": -2.0, "high": 0.0}, [0.0, 0.5, 1.0, 1.0]),
+        ([-1.0, 0.0, 2.0, 4.0], {"low": 0.0}, [0.0, 0.0, 0.5, 1.0]),  # an end of 0 is an end
+        ([7.0, 7.0], {}, [0.0, 0.0]),
+        ([math.nan, 1.0, 3.0], {}, [None, 0.0, 1.0]),  # an unsampled place
+        ([math.nan, math.nan], {}, [None, None]),
+    ],
+)
+def test_heat(values: list[float], ends: dict[str, float], expected: list[float | None]) -> None:
+    picture = draw.heat(torch.tensor([values]), **ends)
+    colours = [list(draw.UNSAMPLED) if place is None else colour(place) for place in expected]
+    assert picture.tolist() == [colours]
 
 
 # ------------------------------------------------------------------------------- layout
