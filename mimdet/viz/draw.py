@@ -351,11 +351,7 @@ def mask_of(entry: dict[str, Any], size: Sequence[int]) -> Crops | None:
 
 
 def image_panels(
-    sizes: Sequence[Size],
-    columns: int,
-    group: int = 1,
-    widest: float = 3.2,
-    heading: float = 0.23,
+    sizes: Sequence[Size], columns: int, group: int = 1, widest: float = 3.2, heading: float = 0.23
 ) -> tuple[NotebookFigure, list[Axes]]:
     """A figure with one frameless panel per image, in rows of `columns`, room for a title on each.
 

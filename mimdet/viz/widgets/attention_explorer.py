@@ -59,9 +59,8 @@ class AttentionExplorer(ImagePanel):
         }
         self.part = dropdown("part", [part for part, names in self.names.items() if names])
         self.block, self.head = dropdown("block", []), dropdown("head", [])
-        self.rollout = ipywidgets.Checkbox(
-            description="rollout", indent=False, layout={"width": "90px"}
-        )
+        self.rollout = ipywidgets.Checkbox(description="rollout", indent=False)
+        self.rollout.layout.width = "90px"
         self.picture = PatchCanvas(tool="select", show_grid=True)
         self.map = PatchCanvas(tool="select")
         self.canvases = [self.picture, self.map]

@@ -170,13 +170,10 @@ def dropdown(description: str, options: Any) -> Any:
 
 
 def toggles(description: str, options: Sequence[str], value: str) -> Any:
-    """Buttons of which one is pressed, each as wide as its text."""
+    """Buttons of which one is pressed."""
+    style = {"button_width": "90px"}
     return ipywidgets.ToggleButtons(
-        options=options,
-        value=value,
-        description=description,
-        style={"button_width": "max-content"},
-        layout={"width": "max-content"},
+        options=options, value=value, description=description, style=style
     )
 
 

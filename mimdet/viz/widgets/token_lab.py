@@ -88,10 +88,9 @@ class TokenLab(ImagePanel):
     @property
     def sample(self) -> Sample:
         """The tokens that are kept now, on the panel's grid."""
-        gone = set(self.canvas.dropped)
-        grid = (self.canvas.rows, self.canvas.columns)
-        kept = [place for place in range(grid[0] * grid[1]) if place not in gone]
-        return Sample([torch.tensor(kept, dtype=torch.long)], grid)
+        kept = torch.ones(self.canvas.rows * self.canvas.columns)
+        kept[self.canvas.dropped] = 0
+        return Sample([kept.nonzero()[:, 0]], (self.canvas.rows, self.canvas.columns))
 
     # --------------------------------------------------------------------------- the widgets
 
