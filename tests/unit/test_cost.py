@@ -1,10 +1,11 @@
-"""Multiply-adds and parameters, against sums done by hand."""
+"""Multiply-adds, parameters and bytes kept, against sums done by hand."""
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from mimdet.analysis.cost import cost_of, cost_table, multiply_adds
+from mimdet.analysis.cost import cost_of, cost_table, kept_bytes, multiply_adds
 from mimdet.config import BackboneConfig, Config, DetectorConfig
 from mimdet.presets import PRESETS
 
@@ -93,3 +94,20 @@ def test_table() -> None:
     table = cost_table(rows).splitlines()
     assert len(table) == 2 + 2 and all(line.count("|") == 8 for line in table)
     assert table[2].startswith("| tiny | 2.02 | 1.97 | 256x256 | 1 | 0.548 | 1.43 |")
+
+
+def test_kept_bytes_by_hand() -> None:
+    # A linear layer keeps its input, 4 x 8 numbers; the ReLU its output, 4 x 16; the second layer
+    # the same tensor, which counts once. Weights do not count.
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+    inputs = torch.rand(4, 8)
+    assert kept_bytes(lambda: net(inputs), net) == 4 * (4 * 8 + 4 * 16)
+    with torch.no_grad():
+        assert kept_bytes(lambda: net(inputs), net) == 0
+
+
+def test_recomputation_keeps_the_inputs_only() -> None:
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+    inputs = torch.rand(4, 8, requires_grad=True)
+    kept = kept_bytes(lambda: checkpoint(net, inputs, use_reentrant=False), net)
+    assert kept <= 4 * 4 * 8

@@ -1,32 +1,10 @@
-"""Bytes kept for the backward pass, by hand; the learning rates as they are drawn."""
+"""The learning rates as they are drawn."""
 
 import pytest
-import torch
-from torch import nn
 
 from mimdet import presets
-from mimdet.analysis.cost import kept_bytes
 from mimdet.config import TrainingConfig
 from mimdet.viz import group_rates, show_schedule
-
-
-def test_kept_bytes_by_hand() -> None:
-    # A linear layer keeps its input, 4 x 8 numbers; the ReLU its output, 4 x 16; the second layer
-    # the same tensor, which counts once. Weights do not count.
-    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
-    inputs = torch.rand(4, 8)
-    assert kept_bytes(lambda: net(inputs), net) == 4 * (4 * 8 + 4 * 16)
-    with torch.no_grad():
-        assert kept_bytes(lambda: net(inputs), net) == 0
-
-
-def test_recomputation_keeps_the_inputs_only() -> None:
-    from torch.utils.checkpoint import checkpoint
-
-    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
-    inputs = torch.rand(4, 8, requires_grad=True)
-    kept = kept_bytes(lambda: checkpoint(net, inputs, use_reentrant=False), net)
-    assert kept <= 4 * 4 * 8
 
 
 def test_rates_of_the_paper() -> None:
