@@ -4,6 +4,7 @@ The import statements are read, not executed, also those inside functions.
 """
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,12 @@ from typing import NamedTuple
 
 import pytest
 
+from tools import count_code
+
 ROOT = Path(__file__).resolve().parents[2]
-MAX_LINES = 1020
+MAX_LINES = 500  # of a file, blank ones and docstrings included
+MAX_FILES = 85
+MAX_CODE = {"the package": 11_500, "the core path of the paper": 4_500}  # code lines
 
 # A part may import from the rows above its own, and from itself. The parts of the first row are
 # plain data and may use each other; any other two parts of one row may not.
@@ -199,6 +204,54 @@ def test_what_an_import_costs(statement: str, not_loaded: set[str]) -> None:
 def test_files_are_short(module: str) -> None:
     lines = len(modules()[module].read_text(encoding="utf-8").splitlines())
     assert lines <= MAX_LINES, f"{module} has {lines} lines: one idea a file; split it by idea"
+
+
+def test_the_package_is_compact() -> None:
+    """An issue that adds to it may raise a budget by what it adds, and says so."""
+    counts, core = count_code.count(count_code.PACKAGE), count_code.core_files()
+    lines = {"the package": sum(counts.values())}
+    lines["the core path of the paper"] = sum(counts[name] for name in core)
+    too_long = [
+        f"{what} has {lines[what]:,} code lines, more than {most:,}: see python tools/count_code.py"
+        for what, most in MAX_CODE.items()
+        if lines[what] > most
+    ]
+    if len(counts) > MAX_FILES:
+        too_long.append(f"the package has {len(counts)} files, more than {MAX_FILES}")
+    assert not too_long, "\n".join(too_long)
+
+
+def test_every_file_of_the_core_path_exists() -> None:
+    gone = [name for name in count_code.CORE if not list(count_code.PACKAGE.glob(name))]
+    assert not gone, f"tools/count_code.py: CORE names {gone}, which are not there"
+
+
+def test_code_lines_are_counted_without_comments_and_docstrings() -> None:
+    source = '''"""A docstring
+of two lines."""
+
+X = 1  # a comment behind code
+# a comment alone
+
+def f(
+    a,
+):
+    """A docstring."""
+    return """a string
+    of two lines"""
+'''
+    assert count_code.code_lines(source) == 6
+
+
+def test_no_import_cycle() -> None:
+    """Imports inside functions count too. CycleError names the modules of a cycle."""
+    known = modules()
+    graph: dict[str, set[str]] = {}
+    for module, path in known.items():
+        names = {i.name.partition(".")[2] for i in imports_of(path.read_text("utf-8"), module)}
+        targets = {name if name in known else name.rpartition(".")[0] for name in names}
+        graph[module] = targets & known.keys() - {module}
+    list(graphlib.TopologicalSorter(graph).static_order())
 
 
 def test_map_of_the_code_lists_every_module() -> None:
