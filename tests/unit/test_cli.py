@@ -135,7 +135,7 @@ def test_evaluating_other_data_leaves_the_run_s_predictions(run, tmp_path, capsy
 
 
 def test_files_that_would_be_ignored_are_refused(tmp_path):
-    with pytest.raises(SystemExit, match=r"data.val_json is 'my.json', but data.source='shapes'"):
+    with pytest.raises(SystemExit, match=r"data.source='shapes' does not read data.val_json"):
         cli.main(["train", "tiny", str(tmp_path / "run"), *TINY, "--val-json", "my.json"])
     assert not (tmp_path / "run").exists()
 
