@@ -347,7 +347,7 @@ from mimdet.viz import PyramidViewer
 viewer = PyramidViewer(
     {"ConvStem, trained": trained, "patchify, random": fresh["patchify"]}, pictures.images[:8]
 )
-viewer.one_scale.value = False
+viewer.scale.value = False
 viewer.level.value = "c3"
 viewer
 
