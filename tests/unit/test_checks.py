@@ -1,4 +1,5 @@
-"""check-data: every kind of fault, planted into a clean data set, is found where it was planted."""
+"""check-data: every kind of fault, planted into a clean data set, is found where it was planted.
+Hostile files and values are findings too, and real data sets have none."""
 
 import json
 from collections.abc import Callable
@@ -7,38 +8,33 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 
 from mimdet.data.checks import KINDS, Report, check_dataset
 
-WIDTH, HEIGHT, IMAGES = 64, 48, 6
+WIDTH, HEIGHT = 64, 48
 
 
-def write_clean_set(folder: Path) -> dict[str, Any]:
-    """Six noise images, two objects each: image 11 has a crowd (run lengths as a list), image 12 a
-    compressed mask, all other masks are polygons. Object 2i and 2i + 1 of image i: ids 101 + index.
+def write_clean_set(folder: Path, count: int = 6) -> dict[str, Any]:
+    """`count` noise images, two objects each (annotation ids from 101): image 11 has a crowd (run
+    lengths as a list), image 12 a compressed mask, all other masks are polygons.
     """
     rng = np.random.default_rng(0)
     images, annotations = [], []
-    for i in range(IMAGES):
+    for i in range(count):
         name = f"scene{i}.png"
         noise = rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / name)
         images.append({"id": 11 + i, "file_name": name, "width": WIDTH, "height": HEIGHT})
         for x, y, w, h in ((4 + i, 6, 20, 16), (34, 20 + i, 24, 18)):
-            corners = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-            annotations.append(
-                {
-                    "id": 101 + len(annotations),
-                    "image_id": 11 + i,
-                    "category_id": (1, 3)[len(annotations) % 2],
-                    "bbox": [x, y, w, h],
-                    "area": w * h,
-                    "iscrowd": 0,
-                    "segmentation": corners,
-                }
-            )
+            number = len(annotations)
+            item = {"id": 101 + number, "image_id": 11 + i, "category_id": (1, 3)[number % 2]}
+            item |= {"bbox": [x, y, w, h], "area": w * h, "iscrowd": 0}
+            item["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            annotations.append(item)
     annotations[1] |= {"iscrowd": 1, "segmentation": rle_of(annotations[1]["bbox"], False)}
     annotations[3]["segmentation"] = rle_of(annotations[3]["bbox"], True)
     categories = [{"id": 1, "name": "cell"}, {"id": 3, "name": "nucleus"}]
@@ -68,6 +64,9 @@ GONE = object()
 AT = {"annotations": 4, "images": 2, "categories": 1}
 """The entry of each section that is spoilt."""
 SIZE = [HEIGHT, WIDTH]
+MISMATCH = "segmentation-box-mismatch"
+Plant = Callable[[dict[str, Any], Path], Any]
+"""Changes the content, which it may return as another one, or the files."""
 
 FIELDS: list[tuple[Any, ...]] = [
     # (kind, section, fields that are set, further kinds that rightly follow)
@@ -107,7 +106,7 @@ FIELDS: list[tuple[Any, ...]] = [
     ("image-size-wrong", "images", {"width": HEIGHT, "height": WIDTH}),
     ("empty-box", "annotations", {"bbox": [6, 6, 0, 16]}),
     ("empty-box", "annotations", {"bbox": [26, 6, -20, 16]}),
-    ("box-outside", "annotations", {"bbox": [106, 6, 20, 16]}, "segmentation-box-mismatch"),
+    ("box-outside", "annotations", {"bbox": [106, 6, 20, 16]}, MISMATCH),
     ("box-exceeds-image", "annotations", {"bbox": [-1.5, 6, 24, 16]}),
     ("area-missing", "annotations", {"area": GONE}),
     ("bad-area", "annotations", {"area": 0}),
@@ -138,46 +137,24 @@ FIELDS: list[tuple[Any, ...]] = [
     ("polygon-too-short", "annotations", {"segmentation": [[6, 6, 26, 22]]}),
     ("segmentation-empty", "annotations", {"segmentation": [[6, 6, 26, 6, 6, 6]]}),
     ("segmentation-empty", "annotations", {"segmentation": {"size": SIZE, "counts": [3072]}}),
-    (
-        "segmentation-box-mismatch",
-        "annotations",
-        {"segmentation": [[36, 6, 56, 6, 56, 22, 36, 22]]},
-    ),
+    (MISMATCH, "annotations", {"segmentation": [[36, 6, 56, 6, 56, 22, 36, 22]]}),
 ]
 
 
-@pytest.mark.parametrize(
-    ("kind", "section", "fields", "also"),
-    [pytest.param(*row[:3], set(row[3:]), id=f"{row[0]}-{row[2]!s:.40}") for row in FIELDS],
-)
-def test_a_spoilt_field_is_found_and_named(
-    kind: str, section: str, fields: dict[str, Any], also: set[str], tmp_path: Path
-) -> None:
-    data = write_clean_set(tmp_path)
-    entry = data[section][AT[section]]
-    entry |= fields
-    for key in [key for key, value in fields.items() if value is GONE]:
-        del entry[key]
-    report = check(data, tmp_path)
-    assert set(report.by_kind()) == {kind, *also}
-    (problem,) = report.by_kind()[kind]
-    assert problem.where.startswith(f"{section}[{AT[section]}]")
-    assert report.ok == all(KINDS[found].severity == "warning" for found in report.by_kind())
-    assert f"{kind} (1)\n    {problem.where}: {problem.message}" in report.table()
-    assert json.loads(json.dumps(report.to_dict()))["problems"]
+def sets(section: str, fields: dict[str, Any]) -> Plant:
+    def plant(data: dict[str, Any], folder: Path) -> None:
+        entry = data[section][AT[section]] | fields
+        sound = {key: value for key, value in entry.items() if value is not GONE}
+        data[section][AT[section]] = sound
+
+    return plant
 
 
-def test_a_place_names_annotation_image_and_file(tmp_path: Path) -> None:
-    data = write_clean_set(tmp_path)
-    data["annotations"][4]["area"] = -1
-    data["images"][5]["height"] = 7.5
-    first, second = check(data, tmp_path).problems
-    assert first.where == "images[5], image 16 'scene5.png'"
-    assert "Expected `int`, got `float` - at `$.height`" in first.message
-    assert second.where == "annotations[4], annotation 105, image 13 'scene2.png'"
+def adds(section: str, entry: Any) -> Plant:
+    return lambda data, folder: data[section].append(entry)
 
 
-def every_annotation(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[..., None]:
+def every_annotation(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Plant:
     def plant(data: dict[str, Any], folder: Path) -> None:
         for annotation in data["annotations"]:
             annotation |= change(annotation)
@@ -212,75 +189,58 @@ def cut_off(data: dict[str, Any], folder: Path) -> None:
     runs["counts"] = runs["counts"][:-3]
 
 
-MISMATCH = "segmentation-box-mismatch"
+def sixteen_bit(data: dict[str, Any], folder: Path) -> None:
+    Image.fromarray(np.zeros((HEIGHT, WIDTH), np.uint16)).save(folder / "scene2.png")
+
+
+def outside(data: dict[str, Any], folder: Path) -> None:
+    data["images"][2]["file_name"] = f"../{folder.name}/scene2.png"
+
+
+def not_an_image(data: dict[str, Any], folder: Path) -> None:
+    (folder / "scene2.png").write_text("<html>404</html>")
+
+
+def copied(data: dict[str, Any], folder: Path) -> None:
+    (folder / "scene3.png").write_bytes((folder / "scene2.png").read_bytes())
+
+
+def crowd(annotation: dict[str, Any]) -> dict[str, Any]:
+    return {"iscrowd": 1, "segmentation": rle_of(annotation["bbox"], True)}
+
+
+SPOT = {"id": 4, "name": "spot"}
+TWIN = {"id": 113, "image_id": 13, "category_id": 1, "bbox": [6, 6, 20, 16]}
+TWIN |= {"area": 320, "iscrowd": 0, "segmentation": [[6, 6, 26, 6, 26, 22, 6, 22]]}
 FAULTS: list[tuple[Any, ...]] = [
-    # (kind, place, change of the content, which may be another one, or of the files, more kinds)
+    # (kind, place, what plants it, further kinds that rightly follow)
+    *((row[0], f"{row[1]}[{AT[row[1]]}]", sets(*row[1:3]), *row[3:]) for row in FIELDS),
     ("not-coco", "", lambda data, folder: data["annotations"]),
     ("not-coco", "", lambda data, folder: 3),
     ("not-coco", "", lambda data, folder: data.pop("annotations") and None),
     ("empty-section", "", lambda data, folder: data | {"categories": []}, "unknown-category"),
-    ("bad-field", "annotations[12]", lambda data, folder: data["annotations"].append("text")),
-    ("bad-field", "images[6]", lambda data, folder: data["images"].append([1])),
-    ("bad-field", "categories[2]", lambda data, folder: data["categories"].append(None)),
-    (
-        "duplicate-category-id",
-        "categories[2]",
-        lambda data, folder: data["categories"].append({"id": 3, "name": "spot"}),
-    ),
-    (
-        "duplicate-category-name",
-        "",
-        lambda data, folder: data["categories"][1].update(name="cell"),
-    ),
-    (
-        "category-unused",
-        "",
-        lambda data, folder: data["categories"].append({"id": 4, "name": "spot"}),
-    ),
-    (
-        "duplicate-annotation",
-        "annotations[12], annotation 113",
-        lambda data, folder: data["annotations"].append(data["annotations"][4] | {"id": 113}),
-    ),
-    (
-        "file-name-leaves-folder",
-        "images[2]",
-        lambda data, folder: data["images"][2].update(file_name=f"../{folder.name}/scene2.png"),
-    ),
-    (
-        "image-unreadable",
-        "images[2]",
-        lambda data, folder: (folder / "scene2.png").write_text("<html>404</html>") and None,
-    ),
+    ("bad-field", "annotations[12]", adds("annotations", "text")),
+    ("bad-field", "images[6]", adds("images", [1])),
+    ("bad-field", "categories[2]", adds("categories", None)),
+    ("duplicate-category-id", "categories[2]", adds("categories", SPOT | {"id": 3})),
+    ("duplicate-category-name", "", sets("categories", {"name": "cell"})),
+    ("category-unused", "", adds("categories", SPOT)),
+    ("duplicate-annotation", "annotations[12], annotation 113", adds("annotations", TWIN)),
+    ("file-name-leaves-folder", "images[2]", outside),
+    ("image-unreadable", "images[2]", not_an_image),
     ("image-rotated", "images[2]", rotated),
     ("image-float", "images[2], image 13 'scene2.tif'", floating),
-    (
-        "image-16-bit",
-        "images[2]",
-        lambda data, folder: Image.fromarray(np.zeros((HEIGHT, WIDTH), np.uint16)).save(
-            folder / "scene2.png"
-        ),
-    ),
-    (
-        "duplicate-image-content",
-        "images[3]",
-        lambda data, folder: (
-            (folder / "scene3.png").write_bytes((folder / "scene2.png").read_bytes()) and None
-        ),
-    ),
+    ("image-16-bit", "images[2]", sixteen_bit),
+    ("duplicate-image-content", "images[3]", copied),
     (
         "mostly-empty-images",
         "",
-        lambda data, folder: data.update(annotations=data["annotations"][:4]),
+        lambda data, folder: data | {"annotations": data["annotations"][:4]},
     ),
     ("bad-segmentation", "annotations[3], annotation 104", cut_off),
     ("boxes-look-xyxy", "", every_annotation(xyxy), MISMATCH, "box-exceeds-image"),
     ("boxes-look-normalised", "", every_annotation(normalised), MISMATCH),
-    (
-        "mostly-crowds",
-        "",
-        every_annotation(lambda a: {"iscrowd": 1, "segmentation": rle_of(a["bbox"], True)}),
-    ),
+    ("mostly-crowds", "", every_annotation(crowd)),
 ]
 
 
@@ -288,8 +248,8 @@ FAULTS: list[tuple[Any, ...]] = [
     ("kind", "place", "plant", "also"),
     [pytest.param(*row[:3], set(row[3:]), id=row[0]) for row in FAULTS],
 )
-def test_other_faults_are_found_and_named(
-    kind: str, place: str, plant: Callable[..., Any], also: set[str], tmp_path: Path
+def test_a_fault_is_found_and_named(
+    kind: str, place: str, plant: Plant, also: set[str], tmp_path: Path
 ) -> None:
     data = write_clean_set(tmp_path)
     changed = plant(data, tmp_path)
@@ -298,18 +258,14 @@ def test_other_faults_are_found_and_named(
     (problem,) = report.by_kind()[kind]
     assert problem.where.startswith(place) and problem.file == str(tmp_path / "set.json")
     assert report.ok == all(KINDS[found].severity == "warning" for found in report.by_kind())
+    text = f"{kind} (1)\n    {problem.where or problem.file}: {problem.message}"
+    assert text in report.table()
+    assert json.loads(json.dumps(report.to_dict()))["problems"]
 
 
 def test_every_kind_is_planted() -> None:
-    planted = {row[0] for row in (*FIELDS, *FAULTS)}
+    planted = {row[0] for row in FAULTS}
     assert set(KINDS) - planted == {"json-unreadable", "folder-missing"}  # tested by themselves
-
-
-def test_missing_folder_is_one_finding(tmp_path: Path) -> None:
-    (tmp_path / "set.json").write_text(json.dumps(write_clean_set(tmp_path)))
-    (problem,) = check_dataset(tmp_path / "set.json", tmp_path / "images").problems
-    assert problem.kind == "folder-missing"
-    assert str(tmp_path / "images") in problem.message
 
 
 # ---- clean sets ----------------------------------------------------------------------------------
@@ -338,11 +294,8 @@ def test_summary_by_hand(tmp_path: Path) -> None:
     data["annotations"] = [a for a in data["annotations"] if a["image_id"] != 16]
     data["annotations"][0]["area"] = 1024  # no longer small; its mask covers 320
     summary = check(data, tmp_path).summary
-    assert summary["images"] == 6
-    assert summary["empty_images"] == 1
-    assert summary["annotations"] == 10
-    assert summary["crowds"] == 1
-    assert summary["with_masks"] == 10
+    counts = {"images": 6, "empty_images": 1, "annotations": 10, "crowds": 1, "with_masks": 10}
+    assert {key: summary[key] for key in counts} == counts
     assert summary["class_histogram"] == {"cell": 5, "nucleus": 4}  # the crowd is not counted
     assert summary["instances_per_image"] == {"min": 0, "25%": 2, "50%": 2, "75%": 2, "max": 2}
     assert summary["image_width"]["max"] == WIDTH
@@ -382,3 +335,126 @@ def test_table_shows_a_few_examples_of_many(tmp_path: Path) -> None:
     assert "... and 10 more" in table
     assert "annotation 102" in table
     assert "annotation 103" not in table
+
+
+# ---- the file itself -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"images: []",
+        b"\xff\xfe\xfa",
+        b"\x89PNG\r\n",
+        b"[" * 200_000,
+        b'{"images": ' + b"1" * 10_000 + b"}",
+        *(0.01, 0.3, 0.6, 0.99),
+    ],
+    ids=["empty", "yaml", "bytes", "png", "deep", "long-number", *["cut off"] * 4],
+)
+def test_not_json(content: bytes | float, tmp_path: Path) -> None:
+    if isinstance(content, float):
+        sound = json.dumps(write_clean_set(tmp_path)).encode()
+        content = sound[: int(len(sound) * content)]
+    (tmp_path / "set.json").write_bytes(content)
+    (problem,) = check_dataset(tmp_path / "set.json", tmp_path).problems
+    assert problem.kind in ("json-unreadable", "not-coco")
+    assert KINDS[problem.kind].severity == "error"
+
+
+def test_missing_file_and_missing_folder_are_findings(tmp_path: Path) -> None:
+    report = check_dataset(tmp_path / "absent.json", tmp_path)
+    assert "absent.json" in report.table()
+    assert not report.ok
+    (tmp_path / "set.json").write_text(json.dumps(write_clean_set(tmp_path)))
+    (problem,) = check_dataset(tmp_path / "set.json", tmp_path / "images").problems
+    assert problem.kind == "folder-missing"
+    assert str(tmp_path / "images") in problem.message
+
+
+REAL_SETS = [
+    ("coco/annotations/instances_train2017.json", "coco/train2017"),
+    ("coco/annotations/instances_val2017.json", "coco/val2017"),
+    ("nuclei/annotations/instances_train.json", "nuclei/train"),
+    ("nuclei/annotations/instances_train_rle.json", "nuclei/train"),
+    ("nuclei/annotations/instances_val.json", "nuclei/val"),
+    ("nuclei/annotations/instances_val_rle.json", "nuclei/val"),
+]
+
+
+@pytest.mark.parametrize(("annotations", "images"), REAL_SETS)
+def test_real_sets_have_no_error(annotations: str, images: str, shared_data: Path) -> None:
+    report = check_dataset(shared_data / annotations, shared_data / images)
+    assert report.ok, report.table()
+    # One COCO crowd has an area that is not its mask's; 3 of the 80 classes are not in this val.
+    expected = {"area-mismatch": 1} if "coco/train" in images else {}
+    expected |= {"category-unused": 3} if "coco/val" in images else {}
+    assert {kind: len(found) for kind, found in report.by_kind().items()} == expected
+
+
+@pytest.mark.parametrize(("annotations", "images"), [REAL_SETS[1], REAL_SETS[4]])
+def test_real_boxes_stored_as_xyxy_are_noticed(
+    annotations: str, images: str, shared_data: Path, tmp_path: Path
+) -> None:
+    data = json.loads((shared_data / annotations).read_text())
+    every_annotation(xyxy)(data, tmp_path)
+    (tmp_path / "set.json").write_text(json.dumps(data))
+    report = check_dataset(tmp_path / "set.json", shared_data / images, decode=False)
+    assert "boxes-look-xyxy" in report.by_kind()
+
+
+# ---- properties ----------------------------------------------------------------------------------
+
+
+NASTY: list[Any] = [
+    *(None, True, 0, -1, 3, 10**18, 10**400, -(10**400), 0.5, 1e308, -1e308),
+    *(float("nan"), float("inf"), "", "3", "\0", "\ud800", "\x1b[31m", "../../x", "a" * 300),
+    *([], [[]], [[[]]], {}, {"counts": []}, {"size": [2, 2], "counts": "\ud800"}, [0, 0, 0, 0]),
+    {"size": [10**8, 10**8], "counts": [0, 10**16]},
+    {"size": [48, 64], "counts": [10**400]},
+]
+KEYS = ["id", "images", "annotations", "categories", "image_id", "bbox", "size", "counts"]
+JUNK = st.recursive(
+    st.sampled_from(NASTY) | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    (folder / "clean.json").write_text(json.dumps(write_clean_set(folder, 2)))
+    return folder
+
+
+def survives(content: Any, folder: Path) -> None:
+    report = check(content, folder)
+    report.table().encode("utf-8")  # what a terminal is given
+    content = json.loads(json.dumps(report.to_dict()))
+    assert report.ok == all(problem["severity"] == "warning" for problem in content["problems"])
+
+
+@settings(max_examples=150)
+@given(content=JUNK)
+def test_junk_never_raises(content: Any, folder: Path) -> None:
+    survives(content, folder)
+
+
+@settings(max_examples=300)
+@given(data=st.data())
+def test_junk_in_one_place_never_raises(data: st.DataObject, folder: Path) -> None:
+    """A random key of a random entry (or the entry itself) is replaced by junk."""
+    content = json.loads((folder / "clean.json").read_text())
+    section = data.draw(st.sampled_from(sorted(content)))
+    index = data.draw(st.integers(0, len(content[section]) - 1))
+    entry = content[section][index]
+    key = data.draw(st.sampled_from([*sorted(entry), None]))
+    if key is None:
+        content[section][index] = data.draw(JUNK)
+    else:
+        entry[key] = data.draw(JUNK)
+    survives(content, folder)

@@ -1,6 +1,5 @@
 """COCO files, their cached tables, and the data set a config names."""
 
-import copy
 import json
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,6 @@ from mimdet.analysis.metrics import coco_metrics
 from mimdet.config import DataConfig
 from mimdet.data import coco
 from mimdet.data.coco import CocoDataset, build_dataset
-from mimdet.data.coco_file import clipped_box
 from mimdet.structures import crops_to_bitmaps
 
 SQUARE = [[2.0, 2.0, 10.0, 2.0, 10.0, 10.0, 2.0, 10.0]]
@@ -32,34 +30,24 @@ def cache(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def content() -> dict:
     """Three images of 20 x 30 (H x W): one with all kinds of annotations, one empty, one crowd."""
-    images = [
-        {"id": "left", "file_name": "a.png", "height": 20, "width": 30},
-        {"id": 7, "file_name": "b.png", "height": 20, "width": 30},
-        {"id": 3, "file_name": "c.png", "height": 20, "width": 30},
-    ]
+    names = {"left": "a.png", 7: "b.png", 3: "c.png"}
+    images = [{"id": i, "file_name": n, "height": 20, "width": 30} for i, n in names.items()]
     first = {"image_id": "left", "iscrowd": 0}
+    strip = {"category_id": 5, "bbox": [0, 0, 2, 20], "segmentation": RUNS}
     annotations = [
         {"id": 0, "category_id": 90, "bbox": [2, 2, 8, 8], "segmentation": SQUARE} | first,
-        {"id": 1, "category_id": 5, "bbox": [0, 0, 2, 20], "segmentation": RUNS} | first,
-        {
-            "id": 2,
-            "image_id": 3,
-            "category_id": 5,
-            "bbox": [0, 0, 2, 20],
-            "segmentation": RUNS,
-            "iscrowd": 1,
-            "area": 33,
-        },
+        {"id": 1} | strip | first,
+        {"id": 2, "image_id": 3, "iscrowd": 1, "area": 33} | strip,
     ]
     categories = [{"id": 90, "name": "cup"}, {"id": 5, "name": "cat"}]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def write(folder: Path, content: object) -> tuple[Path, Path]:
+def write(folder: Path, content: dict) -> tuple[Path, Path]:
     """-> (json file, image folder) with a grey PNG for every image of the content."""
     path = folder / "instances.json"
     path.write_text(json.dumps(content))
-    for image in content["images"] if isinstance(content, dict) else []:
+    for image in content["images"]:
         Image.new("RGB", (30, 20), (1, 2, 3)).save(folder / image["file_name"])
     return path, folder
 
@@ -123,19 +111,15 @@ def test_limit_and_skip_empty(tmp_path, content):
         CocoDataset(*write(tmp_path, content), skip_empty=True)
 
 
-def test_boxes_are_clipped_and_empty_ones_left_out(tmp_path, content):
-    assert clipped_box([-5, 3, 10, 100], 20, 30) == (0, 3, 5, 20)
+def test_boxes_are_clipped_and_empty_boxes_and_masks_left_out(tmp_path, content):
     content["annotations"][0]["bbox"] = [-5, 3, 10, 100]
     content["annotations"][1]["bbox"] = [4, 4, 0, 7]
     with pytest.warns(UserWarning, match=r"annotations 1, \.\.\. have an empty box"):
         dataset = CocoDataset(*write(tmp_path, content))
     assert dataset[0].target.boxes.tolist() == [[0, 3, 5, 20]]
     assert len(dataset.ground_truth()["annotations"]) == 3
-
-
-def test_empty_masks_are_left_out(tmp_path, content):
     content["annotations"][0]["segmentation"] = [[1, 1, 5, 5]]
-    content["annotations"][1]["segmentation"] = {"size": [20, 30], "counts": [600]}
+    content["annotations"][1] |= {"segmentation": RUNS | {"counts": [600]}, "bbox": [0, 0, 2, 20]}
     with pytest.warns(UserWarning, match=r"annotations 0, 1, \.\.\."):
         dataset = CocoDataset(*write(tmp_path, content))
     assert len(dataset[0].target) == 0
@@ -151,53 +135,40 @@ def test_boxes_only(tmp_path, content):
     assert dataset.ground_truth()["annotations"][0]["area"] == 64
 
 
-FAULTS = {
-    "some have none.*annotations 1": lambda c: c["annotations"][1].pop("segmentation"),
-    "missing required field `images`": lambda c: c.pop("images"),
-    "has no categories": lambda c: c.update(categories=[]),
-    r"categories.2.*id 5 is also that of categories.1": lambda c: c["categories"].append(
-        {"id": 5, "name": "x"}
-    ),
-    r"categories.0.: .*got `bool` - at `\$.id`": lambda c: c["categories"][0].update(id=True),
-    "annotation 0.*missing required field `bbox`": lambda c: c["annotations"][0].pop("bbox"),
-    "annotation 1.*`array` of length 4": lambda c: c["annotations"][1].update(bbox=[1, 2, 3]),
-    r"annotation 2.*got `str` - at `\$.bbox.2.`": lambda c: c["annotations"][2].update(
-        bbox=[0, 0, float("nan"), 2]
-    ),
-    r"annotation 0.*`float`, got `str` - at `\$.bbox": lambda c: c["annotations"][0].update(
-        bbox=list("abcd")
-    ),
-    r"annotation 0.*at `\$.iscrowd`": lambda c: c["annotations"][0].update(iscrowd="false"),
-    r"annotation 0.*got `float` - at `\$.category_id`": lambda c: c["annotations"][0].update(
-        category_id=1.7
-    ),
-    "odd number of coordinates": lambda c: c["annotations"][0].update(segmentation=[[1, 2, 3]]),
-    "runs cover 3 of 600": lambda c: set_runs(c, {"size": [20, 30], "counts": [1, 2]}),
-    "runs cover 44 of 600": lambda c: set_runs(c, {"size": [20, 30], "counts": "0X14"}),
-    "annotation 1.*malformed": lambda c: set_runs(c, {"size": [20, 30], "counts": "ooo"}),
-    r"for \(9, 9\) pixels": lambda c: set_runs(c, {"size": [9, 9], "counts": "abc"}),
-    r"for \(30, 20\).*height comes first": lambda c: set_runs(c, {"size": [30, 20], "counts": ""}),
-    "annotation 0.*category_id 77 is not": lambda c: c["annotations"][0].update(category_id=77),
-    "annotation 0.*image_id 'gone' is not": lambda c: c["annotations"][0].update(image_id="gone"),
-    r"images.2.*id 7 is also that of images.1": lambda c: c["images"][2].update(id=7),
-    "missing required field `file_name`": lambda c: c["images"][0].pop("file_name"),
-    r"`int` >= 1 - at `\$.height`": lambda c: c["images"][0].update(height=0),
-    r"images.0., .*`int . str`, got `array` - at `\$.id`": lambda c: c["images"][0].update(id=[1]),
-}
+GONE = object()
+"""As the value of a field: it is taken out."""
+FAULTS = [
+    # (message, section, entry, fields that are set); check-data's tests plant every kind
+    ("some have none.*annotations 1", "annotations", 1, {"segmentation": GONE}),
+    (r"categories.1.*id 90 is also that of categories.0", "categories", 1, {"id": 90}),
+    (r"categories.0.: .*got `bool` - at `\$.id`", "categories", 0, {"id": True}),
+    ("annotation 0.*missing required field `bbox`", "annotations", 0, {"bbox": GONE}),
+    ("annotation 1.*`array` of length 4", "annotations", 1, {"bbox": [1, 2, 3]}),
+    (r"annotation 2.*`str` - at `\$.bbox.2.`", "annotations", 2, {"bbox": [0, 0, float("nan"), 2]}),
+    (r"annotation 0.*at `\$.iscrowd`", "annotations", 0, {"iscrowd": "false"}),
+    (r"annotation 0.*got `float` - at `\$.category_id`", "annotations", 0, {"category_id": 1.7}),
+    ("odd number of coordinates", "annotations", 0, {"segmentation": [[1, 2, 3]]}),
+    ("runs cover 3 of 600", "annotations", 1, {"segmentation": RUNS | {"counts": [1, 2]}}),
+    ("runs cover 44 of 600", "annotations", 1, {"segmentation": RUNS | {"counts": "0X14"}}),
+    ("annotation 1.*malformed", "annotations", 1, {"segmentation": RUNS | {"counts": "ooo"}}),
+    (r"for \(9, 9\) pixels", "annotations", 1, {"segmentation": RUNS | {"size": [9, 9]}}),
+    ("height comes first", "annotations", 1, {"segmentation": RUNS | {"size": [30, 20]}}),
+    ("annotation 0.*category_id 77 is not", "annotations", 0, {"category_id": 77}),
+    ("annotation 0.*image_id 'gone' is not", "annotations", 0, {"image_id": "gone"}),
+    (r"images.2.*id 7 is also that of images.1", "images", 2, {"id": 7}),
+    (r"`int` >= 1 - at `\$.height`", "images", 0, {"height": 0}),
+    (r"images.0., .*`int . str`, got `array` - at `\$.id`", "images", 0, {"id": [1]}),
+]
 
 
-def set_runs(content: dict, runs: dict) -> None:
-    content["annotations"][1]["segmentation"] = runs
-
-
-@pytest.mark.parametrize("message", FAULTS)
-def test_faults_name_file_and_entry(tmp_path, content, cache, message):
-    faulty = copy.deepcopy(content)
-    FAULTS[message](faulty)
-    paths = write(tmp_path, content)[0], tmp_path
-    paths[0].write_text(json.dumps(faulty))
+@pytest.mark.parametrize(("message", "section", "index", "fields"), FAULTS)
+def test_faults_name_file_and_entry(tmp_path, content, cache, message, section, index, fields):
+    path, folder = write(tmp_path, content)
+    entry = content[section][index] | fields
+    content[section][index] = {key: value for key, value in entry.items() if value is not GONE}
+    path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message) as caught:
-        CocoDataset(*paths)
+        CocoDataset(path, folder)
     assert "instances.json" in str(caught.value)
     assert message.startswith("some") or not list(cache.glob("*"))
 
@@ -209,9 +180,14 @@ def test_files_that_are_not_there_or_not_json(tmp_path, content):
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ValueError, match=r"instances.json: it is not a json file"):
         CocoDataset(path, folder)
-    path.write_text("[1, 2]")
-    with pytest.raises(ValueError, match=r"not a COCO instances file"):
-        CocoDataset(path, folder)
+    for message, text in {
+        "not a COCO instances file": "[1, 2]",
+        "missing required field `images`": "{}",
+        "has no categories": json.dumps(content | {"categories": []}),
+    }.items():
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"instances.json: .*{message}"):
+            CocoDataset(path, folder)
 
 
 def test_missing_and_wrong_images(tmp_path, content):
@@ -274,26 +250,26 @@ def test_a_data_set_travels_to_another_process(tmp_path, content):
     assert copied.ground_truth() == dataset.ground_truth()
 
 
-def test_build_dataset_says_what_is_missing(tmp_path, content):
-    with pytest.raises(ValueError, match=r"data.train_json is empty"):
-        build_dataset(DataConfig(source="coco"), "train")
-    with pytest.raises(ValueError, match=r"data.val_images is empty"):
-        build_dataset(DataConfig(source="coco", val_json="x.json"), "val")
-    with pytest.raises(ValueError, match=r"data.hub_name is empty"):
-        build_dataset(DataConfig(source="hub"), "train")
-    with pytest.raises(ValueError, match=r"data.source='voc'"):
-        build_dataset(DataConfig(source="voc"), "train")
-    with pytest.raises(ValueError, match=r"split='test'"):
-        build_dataset(DataConfig(), "test")
-    json_path, folder = (str(path) for path in write(tmp_path, content))
-    cfg = DataConfig(
-        source="coco",
-        train_json=json_path,
-        train_images=folder,
-        val_json=json_path,
-        val_images=folder,
-        limit_val=2,
-    )
+@pytest.mark.parametrize(
+    ("message", "split", "fields"),
+    [
+        ("data.train_json is empty", "train", {"source": "coco"}),
+        ("data.val_images is empty", "val", {"source": "coco", "val_json": "x.json"}),
+        ("data.hub_name is empty", "train", {"source": "hub"}),
+        ("data.source='voc'", "train", {"source": "voc"}),
+        ("does not read data.train_json", "val", {"train_json": "x.json"}),
+        ("split='test'", "test", {}),
+    ],
+)
+def test_build_dataset_says_what_is_missing(message, split, fields):
+    with pytest.raises(ValueError, match=message):
+        build_dataset(DataConfig(**fields), split)
+
+
+def test_build_dataset_opens_coco_files(tmp_path, content):
+    path, folder = (str(path) for path in write(tmp_path, content))
+    cfg = DataConfig(source="coco", train_json=path, train_images=folder, limit_val=2)
+    cfg.val_json, cfg.val_images = path, folder
     assert len(build_dataset(cfg, "train")) == 1  # only there are empty images left out
     assert len(build_dataset(cfg, "val")) == 2
 
@@ -307,30 +283,35 @@ def test_build_dataset_makes_shapes():
     assert not torch.equal(train[0].image, build_dataset(cfg, "train", seed=4)[0].image)
 
 
-@pytest.mark.parametrize(("split", "images"), [("train", 268), ("val", 75)])
-def test_real_coco(shared_data, split, images):
+def overlaps(mine: np.ndarray, theirs: np.ndarray) -> list[float]:
+    """IoU of each pair of masks, both (N, H, W) bool."""
+    both, either = (mine & theirs).sum((1, 2)), (mine | theirs).sum((1, 2))
+    return (both / either.clip(1)).tolist()
+
+
+def full_masks(dataset: CocoDataset, index: int) -> np.ndarray:
+    return crops_to_bitmaps(dataset[index].target.masks, *dataset.image_size(index)).numpy()
+
+
+@pytest.mark.parametrize(("split", "images", "objects"), [("train", 268, 2300), ("val", 75, 674)])
+def test_real_coco(shared_data, split, images, objects):
     """Every third image loads; masks agree with pycocotools on the full image."""
     folder = shared_data / "coco"
-    dataset = CocoDataset(
-        folder / "annotations" / f"instances_{split}2017.json", folder / f"{split}2017"
-    )
+    path = folder / "annotations" / f"instances_{split}2017.json"
+    dataset = CocoDataset(path, folder / f"{split}2017")
     assert len(dataset) == images and dataset.categories[0] == "person"
-    truth = dataset.ground_truth()
-    assert len(truth["annotations"]) == {"train": 2300, "val": 674}[split]
-    overlaps = []
+    truth = dataset.ground_truth()["annotations"]
+    assert len(truth) == objects
+    found = []
     for index in range(0, len(dataset), 3):
-        record = dataset[index]
-        height, width = dataset.image_size(index)
-        objects = [
-            a for a in truth["annotations"] if a["image_id"] == record.image_id and not a["iscrowd"]
-        ]
-        for mine, item in zip(
-            crops_to_bitmaps(record.target.masks, height, width).numpy(), objects, strict=True
-        ):
-            runs = coco_mask.merge(coco_mask.frPyObjects(item["segmentation"], height, width))
-            theirs = coco_mask.decode(runs).astype(bool)
-            overlaps.append((mine & theirs).sum() / max(1, (mine | theirs).sum()))
-    assert np.mean(overlaps) > 0.97 and np.min(overlaps) > 0.8
+        mine = full_masks(dataset, index)
+        theirs = np.zeros_like(mine)
+        single = [a for a in truth if a["image_id"] == dataset.image_id(index) and not a["iscrowd"]]
+        for mask, item in zip(theirs, single, strict=True):
+            parts = coco_mask.frPyObjects(item["segmentation"], *dataset.image_size(index))
+            mask[:] = coco_mask.decode(coco_mask.merge(parts))
+        found += overlaps(mine, theirs)
+    assert np.mean(found) > 0.97 and np.min(found) > 0.8
 
 
 def test_real_nuclei_polygons_and_runs_agree(shared_data):
@@ -340,13 +321,9 @@ def test_real_nuclei_polygons_and_runs_agree(shared_data):
         for name in ("instances_val.json", "instances_val_rle.json")
     )
     assert len(polygons) == len(runs) == 60
-    overlaps = []
+    found = []
     for index in range(len(polygons)):
-        a, b = polygons[index].target, runs[index].target
-        assert torch.equal(a.boxes, b.boxes)
-        height, width = polygons.image_size(index)
-        first, second = (crops_to_bitmaps(t.masks, height, width).numpy() for t in (a, b))
-        both, either = (first & second).sum((1, 2)), (first | second).sum((1, 2))
-        overlaps += (both / either.clip(1)).tolist()
-    assert len(overlaps) == 1649
-    assert np.mean(overlaps) > 0.999 and np.min(overlaps) > 0.95
+        assert torch.equal(polygons[index].target.boxes, runs[index].target.boxes)
+        found += overlaps(full_masks(polygons, index), full_masks(runs, index))
+    assert len(found) == 1649
+    assert np.mean(found) > 0.999 and np.min(found) > 0.95

@@ -2,6 +2,7 @@
 
 import pickle
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -15,15 +16,12 @@ SQUARE = [[2.0, 2.0, 10.0, 2.0, 10.0, 10.0, 2.0, 10.0]]
 
 def hub_table(boxes: list[list[float]], nested: bool = False, **more):
     """One image of 30 x 20 (W x H) with these boxes; the second image has none."""
-    import datasets
-
     picture = Image.new("RGB", (30, 20), (1, 2, 3))
     kinds = datasets.ClassLabel(names=["cat", "cup"])
     columns = {"bbox": boxes, "category": [1] * len(boxes)} | more
     fields = {"bbox": datasets.List(datasets.Value("float64")), "category": kinds}
     if "segmentation" in more:
-        inner = datasets.List(datasets.List(datasets.Value("float64")))
-        fields["segmentation"] = inner
+        fields["segmentation"] = datasets.List(fields["bbox"])
     if nested:
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         objects, feature = [rows, []], datasets.List(fields)
@@ -52,11 +50,9 @@ def test_hub_table(bbox_format, box, nested):
     torch.testing.assert_close(record.target.boxes, torch.tensor([[3.0, 4.0, 9.0, 12.0]]))
     assert record.target.labels.tolist() == [1] and record.target.masks is None
     assert record.image[:, 0, 0].tolist() == [1, 2, 3] and record.image_id == 0
-    truth = dataset.ground_truth()
-    assert truth["annotations"][0]["bbox"] == pytest.approx([3, 4, 6, 8])
-    assert truth["annotations"][0]["area"] == pytest.approx(48)
-    assert truth["annotations"][0]["id"] == 1
-    assert truth["annotations"][0]["category_id"] == dataset.category_ids[1]
+    (item,) = dataset.ground_truth()["annotations"]
+    assert item["bbox"] == pytest.approx([3, 4, 6, 8]) and item["area"] == pytest.approx(48)
+    assert item["id"] == 1 and item["category_id"] == dataset.category_ids[1]
     skipped = HubDataset(hub_table([box], nested), bbox_format=bbox_format, skip_empty=True)
     assert len(skipped) == 1 and skipped.version == dataset.version
     other = HubDataset(hub_table([box, box], nested), bbox_format=bbox_format)
@@ -65,8 +61,6 @@ def test_hub_table(bbox_format, box, nested):
 
 
 def test_rows_without_objects_categories_or_size():
-    import datasets
-
     picture = Image.new("RGB", (30, 20))
     one = {"bbox": [[1.0, 1, 5, 5]], "category": ["dog"]}
     two = {"bbox": [[1.0, 1, 5, 5]], "category": ["ant"]}
@@ -83,8 +77,6 @@ def test_rows_without_objects_categories_or_size():
 
 
 def test_faulty_rows_are_named():
-    import datasets
-
     unequal = {"bbox": [[1.0, 1, 5, 5]], "category": [0, 1]}
     pictures = [Image.new("RGB", (30, 20))]
     table = datasets.Dataset.from_dict({"image": pictures, "objects": [unequal]})
@@ -129,21 +121,16 @@ def test_hub_box_format_is_never_guessed(bbox_format, box, message):
 
 
 def test_hub_columns_are_checked_and_names_may_be_plain(tmp_path):
-    import datasets
-
     with pytest.raises(ValueError, match=r"needs `image` and `objects`"):
         HubDataset(datasets.Dataset.from_dict({"pixels": [1]}), bbox_format="xywh")
     table = hub_table([[3, 4, 6, 8]])
+    pictures = [Image.new("RGB", (30, 20))]
+    content = {"image": pictures, "objects": [{"box": [[1, 1, 5, 5]], "label": ["dog"]}]}
     with pytest.raises(ValueError, match=r"it needs `bbox`"):
-        HubDataset(renamed(table, "bbox", "box"), bbox_format="xywh")
-    strings = datasets.Dataset.from_dict(
-        {
-            "image": [Image.new("RGB", (30, 20))],
-            "objects": [{"bbox": [[1, 1, 5, 5], [2, 2, 5, 5]], "label": ["dog", "ant"]}],
-            "image_id": ["first"],
-        }
-    )
-    dataset = HubDataset(strings, bbox_format="xywh")
+        HubDataset(datasets.Dataset.from_dict(content), bbox_format="xywh")
+    objects = [{"bbox": [[1, 1, 5, 5], [2, 2, 5, 5]], "label": ["dog", "ant"]}]
+    content = {"image": pictures, "objects": objects, "image_id": ["first"]}
+    dataset = HubDataset(datasets.Dataset.from_dict(content), bbox_format="xywh")
     assert dataset.categories == ["ant", "dog"] and dataset.category_ids == [1, 2]
     assert dataset[0].target.labels.tolist() == [1, 0] and dataset.image_id(0) == "first"
 
@@ -152,10 +139,3 @@ def test_hub_columns_are_checked_and_names_may_be_plain(tmp_path):
     assert len(build_dataset(cfg, "train")) == 1  # without the empty image
     with pytest.raises(ValueError, match=r"no split 'validation'; it has .'train'."):
         build_dataset(cfg, "val")
-
-
-def renamed(table, old: str, new: str):
-    import datasets
-
-    objects = [{(new if k == old else k): v for k, v in row.items()} for row in table["objects"]]
-    return datasets.Dataset.from_dict({"image": table["image"], "objects": objects})

@@ -7,6 +7,9 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
 
 from mimdet.data.scenes import LEVELS
 from mimdet.data.shapes import ShapesCOCO, export
@@ -67,14 +70,13 @@ def test_a_scene_depends_on_level_size_seed_split_and_index_only():
         return ShapesCOCO(**arguments).scene(index).image.tobytes()
 
     assert picture() == picture() == picture(length=4)
-    others = [
-        picture(4),
-        picture(seed=2),
-        picture(split="val"),
-        picture(level="shapes-v1-hard"),
-        picture(size=65),
-    ]
+    others = [picture(4), picture(seed=2), picture(split="val"), picture(size=65)]
+    others.append(picture(level="shapes-v1-hard"))
     assert len({picture(), *others}) == 6
+    dataset = ShapesCOCO(size=64, length=6)
+    backwards = [dataset[i].image for i in reversed(range(6))][::-1]
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert all(torch.equal(copy[i].image, backwards[i]) for i in range(6))
 
 
 def test_bytes_of_the_revision():
@@ -87,13 +89,6 @@ def test_bytes_of_the_revision():
             digest.update(dataset.scene(index).image.tobytes())
     assert dataset.version.endswith("/r1")
     assert digest.hexdigest()[:16] == "a7a82e96a64e8062"
-
-
-def test_order_of_drawing_and_pickling_do_not_matter():
-    dataset = ShapesCOCO(size=64, length=6)
-    backwards = [dataset[i].image for i in reversed(range(6))][::-1]
-    copy = pickle.loads(pickle.dumps(dataset))
-    assert all(torch.equal(copy[i].image, backwards[i]) for i in range(6))
 
 
 def test_record_holds_the_exact_extents():
@@ -125,12 +120,11 @@ def test_any_size(size):
 
 
 def test_objects_grow_with_the_scene():
-    def mean_area(size):
-        dataset = ShapesCOCO(size=size, length=40)
-        areas = [dataset.scene(i).masks.sum((1, 2)) for i in range(40)]
-        return np.concatenate(areas).mean() / size**2
-
-    assert mean_area(256) == pytest.approx(mean_area(128), rel=0.3)
+    small, large = (
+        np.concatenate([dataset.scene(i).masks.sum((1, 2)) for i in range(40)]).mean()
+        for dataset in (ShapesCOCO(size=128, length=40), ShapesCOCO(size=256, length=40))
+    )
+    assert large / 256**2 == pytest.approx(small / 128**2, rel=0.3)
 
 
 @pytest.mark.parametrize(
@@ -146,16 +140,11 @@ def test_objects_grow_with_the_scene():
 def test_arguments_that_cannot_be_used(arguments, message):
     with pytest.raises(ValueError, match=message):
         ShapesCOCO(**arguments)
-
-
-def test_index_outside():
     with pytest.raises(IndexError, match="scene 3 of 3"):
         ShapesCOCO(length=3)[3]
 
 
 def test_ground_truth_is_exact_and_kept():
-    from pycocotools import mask as coco_mask
-
     dataset = ShapesCOCO(length=6, split="val")
     truth = dataset.ground_truth()
     assert dataset.ground_truth() is truth
@@ -172,9 +161,6 @@ def test_ground_truth_is_exact_and_kept():
 
 
 def test_export_round_trip(tmp_path):
-    from PIL import Image
-    from pycocotools.coco import COCO
-
     dataset = ShapesCOCO(length=4, split="val", seed=5)
     folder = tmp_path / "a" / "shapes"
     export(dataset, folder)
