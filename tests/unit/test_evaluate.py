@@ -130,15 +130,6 @@ def test_ratio_rows_by_hand(model, scenes, tmp_path):
     assert "±" not in ratio_table(rows).splitlines()[2]
 
 
-def test_evaluation_leaves_the_model_in_its_mode(model, scenes):
-    model.train()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    evaluate(model, scenes)
-    assert model.training
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    model.eval()
-
-
 def test_small_means_small_on_a_coco_sized_image(model, scenes):
     small_ends = evaluate(model, scenes).metrics.area_ranges["small"][1]
     assert small_ends == pytest.approx((32 * 64 / 640) ** 2)

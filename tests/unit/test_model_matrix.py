@@ -1,7 +1,6 @@
-"""Every backbone, neck, stem, fill and norm through everything a detector has to do.
+"""Every backbone, neck, stem, sampler, fill and norm through everything a detector has to do.
 
-Each case is a tiny preset, or one changed in a single field. The sampled tokens are tested by
-test_models_matrix.py.
+Each case is a tiny preset, or one changed in a field or two.
 """
 
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from mimdet.models.official import export_detectron2
 from mimdet.models.rcnn import PYRAMID
 from mimdet.models.sampling import Sample, Sampling
 from mimdet.presets import PRESETS
-from mimdet.structures import Detections, Target
+from mimdet.structures import Target
 from mimdet.training.optim import parameter_groups
 
 TINY = [name for name in PRESETS if name.startswith("tiny")]
@@ -30,7 +29,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in TINY},
     "mask token": ("tiny", {"backbone.decoder_fill": "mask_token"}),
     "patch stem, mask token": ("tiny_patch_stem", {"backbone.decoder_fill": "mask_token"}),
-    "padded": ("tiny", {"backbone.keep": "padded"}),
+    "grid sampler, padded": ("tiny", {"backbone.sampler": "grid", "backbone.keep": "padded"}),
+    "block sampler": ("tiny", {"backbone.sampler": "block"}),
     "simple pyramid": ("tiny", {"detector.neck": "simple_pyramid"}),
     "LN": ("tiny_vitdet", {"detector.norm": "LN"}),
     "GN": ("tiny", {"detector.norm": "GN"}),
@@ -101,6 +101,7 @@ def test_shapes(case: str, height: int, width: int) -> None:
             assert m.shape[2:] == (-(-height // stride), -(-width // stride))
             assert channels is None or m.shape[1] == channels
             assert m.isfinite().all()
+    assert torch.equal(pyramid["p6"], pyramid["p5"][:, :, ::2, ::2])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -113,6 +114,15 @@ def test_every_parameter_learns(case: str) -> None:
         assert gradient is not None, name
         assert gradient.isfinite().all(), name
         assert gradient.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("case", ["tiny", "mask token"])
+def test_at_ratio_1_only_the_fill_learns_nothing(case: str) -> None:
+    """Every place is taken by an encoded token; the fill stays in the graph with gradient 0."""
+    _, gradients = training_step(detector(case, sample_ratio=1.0))
+    for name, gradient in gradients.items():
+        assert gradient is not None
+        assert (gradient.abs().max() == 0) == name.startswith("backbone.decoder.fill."), name
 
 
 @pytest.mark.parametrize("case", TINY)
@@ -179,16 +189,6 @@ def test_detections_and_their_file(case: str, tmp_path: Path) -> None:
         assert torch.equal(getattr(found, part), getattr(same, part))
 
 
-@pytest.mark.parametrize("case", TINY)
-def test_prediction_is_in_the_images_pixels(case: str) -> None:
-    model = detector(case).eval()
-    model.roi_heads.score_threshold = 0.0
-    found: Detections = mimdet.predict(model, scenes(1)[0][0][:, :60, :117])
-    assert found.image_size == (60, 117)
-    assert len(found) > 0 and (found.boxes >= 0).all()
-    assert found.boxes[:, 0::2].max() <= 117 and found.boxes[:, 1::2].max() <= 60
-
-
 @pytest.mark.parametrize("case", BASELINE_PRESETS)
 def test_a_baseline_samples_nothing(case: str) -> None:
     model = detector(case).eval()
@@ -243,9 +243,8 @@ def test_rates_and_weight_decay(case: str) -> None:
             else:
                 assert decay[name], name
     cfg.training.decay_biases = False
-    groups = parameter_groups(model, cfg.training)
-    decay = {name: group["weight_decay"] > 0 for group in groups for name in group["names"]}
-    assert not any(decay[name] for name in decay if name.endswith("bias"))
+    plain = [group for group in parameter_groups(model, cfg.training) if group["weight_decay"] > 0]
+    assert not any(name.endswith("bias") for group in plain for name in group["names"])
 
 
 @pytest.mark.parametrize("case", ["tiny_swin", "tiny_vitdet"])

@@ -7,9 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import MultiScaleRoIAlign
 
 from mimdet.models.rcnn import (
     IMAGENET_MEAN,
@@ -77,16 +74,12 @@ def test_anchors_by_hand() -> None:
 
 
 def test_anchors_of_p6_keep_stride_64_and_are_not_rounded() -> None:
-    """At height 800 p6 has 13 rows; torchvision derives a stride of 800 // 13 = 61 from them."""
+    """At height 800 p6 has 13 rows; 800 // 13 would be a stride of 61."""
     ours = AnchorGrid((512,), (0.5, 1.0, 2.0), (64,))([(13, 21)])[0].view(13, 21, 3, 4)
     centre = (ours[..., :2] + ours[..., 2:]) / 2
     assert centre[12, 20].tolist() == [[1280, 768]] * 3
     width = ours[0, 0, 0, 2] - ours[0, 0, 0, 0]
     assert width.item() == pytest.approx(512 * 2**0.5, rel=1e-6)  # 724.08, not 724
-
-    images = ImageList(torch.zeros(1, 3, 800, 1344), [(800, 1333)])
-    theirs = AnchorGenerator(((512,),), ((0.5, 1.0, 2.0),))(images, [torch.zeros(1, 1, 13, 21)])[0]
-    assert (theirs.view(13, 21, 3, 4)[12, 20, 0, 1] - ours[12, 20, 0, 1]).abs() > 30
 
 
 def test_one_anchor_size_a_level() -> None:
@@ -119,22 +112,6 @@ def test_a_size_delta_is_clamped_from_above_only() -> None:
     assert (huge[3] - huge[1]).item() == pytest.approx(0, abs=1e-6)
 
 
-coordinates = st.floats(0, 1000, width=32)
-sides = st.floats(1, 500, width=32)
-
-
-@given(st.tuples(coordinates, coordinates, sides, sides, coordinates, coordinates, sides, sides))
-def test_decoding_undoes_encoding(numbers: tuple[float, ...]) -> None:
-    x, y, w, h, x2, y2, w2, h2 = numbers
-    reference, box = torch.tensor([[[x, y, x + w, y + h]], [[x2, y2, x2 + w2, y2 + h2]]])
-    if max(w2 / w, h2 / h) > 60:
-        return  # clamped
-    for weights in ((1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0)):
-        coder = BoxCoder(weights)
-        decoded = coder.decode(reference, coder.encode(reference, box))
-        torch.testing.assert_close(decoded, box, rtol=1e-4, atol=2e-2)
-
-
 def test_decoding_is_float32_whatever_the_heads_computed_in() -> None:
     decoded = BoxCoder().decode(torch.rand(3, 4), torch.zeros(3, 4, dtype=torch.bfloat16))
     assert decoded.dtype == torch.float32
@@ -161,15 +138,6 @@ def test_pooling_a_ramp_gives_the_centres_of_the_bins(side: float) -> None:
     centres = (torch.arange(7) + 0.5) * side / 7
     torch.testing.assert_close(pooled[0, 0], (100 + centres).expand(7, 7))
     torch.testing.assert_close(pooled[0, 1], (60 + centres)[:, None].expand(7, 7))
-
-
-def test_torchvisions_pooling_sits_half_a_cell_off() -> None:
-    """The reason for AlignedRoIPool: if this fails, torchvision's own pooling could be used."""
-    named = {str(i): ramp(stride) for i, stride in enumerate(STRIDES)}
-    pool = MultiScaleRoIAlign(list(named), 7, 2)
-    box = torch.tensor([[100.0, 60.0, 324.0, 284.0]])
-    pooled = pool(named, [box], [(512, 768)])
-    assert (pooled[0, 0, 0, 0] - (100 + 16)).item() == pytest.approx(8, abs=0.1)  # stride 16
 
 
 def test_boxes_go_to_their_image_and_come_back_in_order() -> None:
@@ -248,10 +216,6 @@ def test_subsample_counts(positives: int, negatives: int, total: int, share: flo
 def test_subsample_takes_a_permutation() -> None:
     chosen = subsample(torch.arange(10, 20), torch.arange(50, 90), 8, 0.25, in_order)
     assert [part.tolist() for part in chosen] == [[10, 11], [50, 51, 52, 53, 54, 55]]
-    draws = {
-        tuple(subsample(torch.arange(9), torch.arange(9), 4, 0.5)[0].tolist()) for _ in range(9)
-    }
-    assert len(draws) > 1
 
 
 # ------------------------------------------------------------------ small ones
@@ -284,8 +248,5 @@ def test_norms(name: str, channels: int) -> None:
         y, axes = y.unflatten(1, (norm.num_groups, -1)), (2, 3, 4)
     assert y.mean(dim=axes).abs().max() < 1e-4
     assert (y.var(dim=axes, unbiased=False) - 1).abs().max() < 1e-3
-
-
-def test_an_unknown_norm() -> None:
     with pytest.raises(ValueError, match="'BN', 'GN' or 'LN'"):
-        make_norm("SyncBN")
+        make_norm(f"Sync{name}")

@@ -1,15 +1,32 @@
-"""Stems, encoder and decoder: counts by hand, timm's ViT, and what must not matter."""
+"""Stems, encoders, decoder, position tables: numbers by hand, timm, and what must not matter."""
 
+import math
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from mimdet.models.baselines import (
+    RelativePositionBias,
+    WindowedEncoder,
+    global_block_places,
+    relative_index,
+)
 from mimdet.models.sampling import Sample, select
 from mimdet.models.stem import STEMS, ConvStem, PatchStem
-from mimdet.models.vit import Decoder, Encoder, MaskTokenFill, StemFill, init_like_mae, resize_table
+from mimdet.models.vit import (
+    Decoder,
+    Encoder,
+    MaskTokenFill,
+    StemFill,
+    init_like_mae,
+    resize_table,
+    sincos_table,
+)
 
 GRID = (4, 6)
 LENGTH = 24
@@ -36,25 +53,9 @@ def encoder(**settings: object) -> Encoder:
 
 
 @pytest.mark.parametrize("name", STEMS)
-def test_shapes_of_a_stem(name: str) -> None:
-    c2, c3, tokens = STEMS[name](DIM)(torch.randn(2, 3, 64, 96))
-    assert c2.shape == (2, DIM // 4, 16, 24)
-    assert c3.shape == (2, DIM // 2, 8, 12)
-    assert tokens.shape == (2, DIM, 4, 6)
-
-
-@pytest.mark.parametrize("name", STEMS)
 def test_a_stem_halves_its_width_three_times(name: str) -> None:
     with pytest.raises(ValueError, match=r"embed_dim=36: .* multiple of 8"):
         STEMS[name](36)
-
-
-def test_parameters_of_the_base_stem_by_hand() -> None:
-    convolutions = 9 * (3 * 96 + 96 * 192 + 192 * 384 + 384 * 768)
-    norms = 2 * (96 + 192 + 384 + 768)
-    last = 768 * 768 + 768
-    count = sum(p.numel() for p in ConvStem(768).parameters())
-    assert count == convolutions + norms + last == 4_079_712
 
 
 def test_conv_stem_normalises_over_all_of_an_image() -> None:
@@ -113,27 +114,17 @@ def test_an_image_alone_equals_the_image_in_a_batch() -> None:
             torch.testing.assert_close(alone, together[i], rtol=0, atol=1e-5)
 
 
-def test_what_is_not_kept_does_not_matter() -> None:
+def test_neither_dropped_tokens_nor_the_order_of_kept_ones_matter() -> None:
     made, sample = encoder(), half(1)
-    tokens = torch.randn(1, LENGTH, DIM)
-    changed = torch.randn(1, LENGTH, DIM)
-    changed[0, sample.keep[0]] = tokens[0, sample.keep[0]]
-    assert torch.equal(made(tokens, sample)[0], made(changed, sample)[0])
-
-
-def test_the_order_of_kept_tokens_does_not_matter() -> None:
-    made, tokens, sample = encoder(), torch.randn(1, LENGTH, DIM), half(1)
-    order = torch.randperm(len(sample.keep[0]))
-    shuffled = Sample([sample.keep[0][order]], GRID)
-    straight, permuted = made(tokens, sample)[0], made(tokens, shuffled)[0]
+    (keep,) = sample.keep
+    tokens, changed = torch.randn(2, 1, LENGTH, DIM)
+    changed[0, keep] = tokens[0, keep]
+    straight = made(tokens, sample)[0]
+    assert torch.equal(straight, made(changed, sample)[0])
+    order = torch.randperm(len(keep))
+    permuted = made(tokens, Sample([keep[order]], GRID))[0]
     assert not torch.allclose(straight, permuted)
     torch.testing.assert_close(straight[order], permuted, rtol=1e-5, atol=1e-5)
-
-
-def test_positions_reach_the_tokens() -> None:
-    """Equal tokens at two places differ after the encoder."""
-    encoded = encoder()(torch.zeros(1, LENGTH, DIM), everything(1))[0]
-    assert (encoded[0] - encoded[1]).abs().max() > 1e-2
 
 
 def test_drop_path_grows_linearly() -> None:
@@ -148,48 +139,11 @@ def test_an_empty_sample_gives_the_stem_fill() -> None:
     nothing = Sample([torch.zeros(0, dtype=torch.long)], GRID)
     encoded = encoder()(tokens, nothing)
     assert encoded[0].shape == (0, DIM)
-    assert Decoder(DIM, 16, 1, 2, StemFill(DIM, 16))(encoded, nothing, tokens).shape == (
-        1,
-        16,
-        *GRID,
-    )
+    decoder = Decoder(DIM, 16, 1, 2, StemFill(DIM, 16))
+    assert decoder(encoded, nothing, tokens).shape == (1, 16, *GRID)
 
 
 # ------------------------------------------------------------------ decoder
-
-
-def decoders() -> tuple[Decoder, Decoder]:
-    """Version 2 and version 1 with all shared weights equal."""
-    v2 = Decoder(DIM, 16, 2, 2, StemFill(DIM, 16), position_grid=5)
-    token = MaskTokenFill(DIM, 16)
-    nn.init.normal_(token.token)
-    v1 = Decoder(DIM, 16, 2, 2, token, position_grid=5)
-    left_over = v1.load_state_dict(v2.state_dict(), strict=False)
-    assert left_over.missing_keys == ["fill.token"]
-    assert left_over.unexpected_keys == ["fill.proj.weight", "fill.proj.bias"]
-    return v2, v1
-
-
-def decode(decoder: Decoder, sample: Sample, encoded: list[Tensor], stem: Tensor) -> Tensor:
-    with torch.inference_mode():
-        return decoder(encoded, sample, stem)
-
-
-def test_both_fills_are_equal_when_every_token_is_kept() -> None:
-    v2, v1 = decoders()
-    stem, encoded = torch.randn(2, LENGTH, DIM), list(torch.randn(2, LENGTH, DIM))
-    c4 = decode(v2, everything(2), encoded, stem)
-    assert c4.shape == (2, 16, *GRID)
-    assert torch.equal(c4, decode(v1, everything(2), encoded, stem))
-
-
-def test_fills_differ_below_ratio_1_and_only_v2_sees_the_stem() -> None:
-    v2, v1 = decoders()
-    sample, encoded = half(1), [torch.randn(LENGTH // 2, DIM)]
-    one, other = torch.randn(2, 1, LENGTH, DIM)
-    assert not torch.allclose(decode(v2, sample, encoded, one), decode(v1, sample, encoded, one))
-    assert not torch.allclose(decode(v2, sample, encoded, one), decode(v2, sample, encoded, other))
-    assert torch.equal(decode(v1, sample, encoded, one), decode(v1, sample, encoded, other))
 
 
 @pytest.mark.parametrize("kind", [StemFill, MaskTokenFill])
@@ -197,14 +151,15 @@ def test_what_the_decoder_sees_by_hand(kind: type[StemFill]) -> None:
     """Depth 0: kept places hold embed(token), the others the fill, positions added to both."""
     decoder = Decoder(DIM, 16, 0, 2, kind(DIM, 16))
     decoder.norm = nn.Identity()  # type: ignore[assignment]
+    for parameter in decoder.fill.parameters():
+        nn.init.normal_(parameter)
     sample = Sample([torch.tensor([5, 2])], GRID)
     token, stem = torch.randn(2, DIM), torch.randn(1, LENGTH, DIM)
-    seen = decode(decoder, sample, [token], stem)[0].flatten(1).T  # (L, C)
-
-    fill = decoder.fill
-    expected = fill.proj(stem)[0] if kind is StemFill else fill.token[0].repeat(24, 1)
-    expected = expected.detach().clone()
-    expected[5], expected[2] = decoder.embed(token).detach()
+    with torch.inference_mode():
+        seen = decoder([token], sample, stem)[0].flatten(1).T  # (L, C)
+        fill = decoder.fill
+        expected = fill.proj(stem)[0] if kind is StemFill else fill.token[0].repeat(24, 1)
+        expected[5], expected[2] = decoder.embed(token)
     torch.testing.assert_close(seen, expected + resize_table(decoder.pos_embed, GRID)[0])
 
 
@@ -228,23 +183,120 @@ def test_every_layer_norm_has_the_detectors_epsilon() -> None:
         assert [norm.eps for norm in norms] == [1e-5] * 5
 
 
-def test_position_tables_are_stored_but_not_trained() -> None:
-    for part in (Encoder(8, 1, 1), Decoder(8, 8, 1, 1, StemFill(8, 8))):
-        assert "pos_embed" in part.state_dict() and not part.pos_embed.requires_grad
-        assert part.pos_embed.shape == (1, 2501, 8)
+# ------------------------------------------------------------------ position tables
 
 
-def test_checkpointing_recomputes_the_same_drop_path() -> None:
-    gradients = []
-    tokens = torch.randn(3, LENGTH, DIM)
-    made = encoder(drop_path=0.5).train()
-    for mode in ("on", "off", "auto"):
-        made.checkpointing = mode
-        made.zero_grad()
-        torch.manual_seed(3)
-        torch.stack(made(tokens, everything(3))).square().sum().backward()
-        gradients.append([p.grad for p in made.parameters() if p.grad is not None])
-    for others in gradients[1:]:
-        assert len(others) == len(gradients[0]) == 3 * 12 + 2
-        for a, b in zip(gradients[0], others, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+def test_a_table_of_2x2_by_hand() -> None:
+    # Four channels a coordinate: frequencies 1 and 1/100, sines before cosines.
+    zero = [0.0, 0.0, 1.0, 1.0]
+    one = [math.sin(1), math.sin(0.01), math.cos(1), math.cos(0.01)]
+    expected = [
+        [0.0] * 8,  # MAE's class token
+        zero + zero,
+        one + zero,  # row 0, column 1: the first half is the column
+        zero + one,  # row 1, column 0
+        one + one,
+    ]
+    table = sincos_table(8, 2)
+    assert table.shape == (1, 5, 8) and table.dtype == torch.float32
+    torch.testing.assert_close(table[0], torch.tensor(expected))
+
+
+def test_a_width_that_cannot_be_split_in_four() -> None:
+    with pytest.raises(ValueError, match="divisible by 4, not 6"):
+        sincos_table(6, 2)
+
+
+def test_resizing_keeps_axes_apart() -> None:
+    """A value that depends on the row alone still does so on a wide grid, and the other way; the
+    stored grid is returned unchanged."""
+    row, column = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
+    places = torch.stack([row, column], dim=-1).view(1, 16, 2)
+    table = torch.cat([torch.full((1, 1, 2), 1e6), places], dim=1)  # class row: must not leak in
+    assert torch.equal(resize_table(table, (4, 4)), table[:, 1:])
+    resized = resize_table(table, (3, 8)).view(3, 8, 2)
+    assert resized.abs().max() < 4
+    for i in range(3):
+        torch.testing.assert_close(resized[i, :, 0], resized[i, :1, 0].expand(8))
+    for j in range(8):
+        torch.testing.assert_close(resized[:, j, 1], resized[:1, j, 1].expand(3))
+    assert (resized[:, 0, 0].diff() > 0).all() and (resized[0, :, 1].diff() > 0).all()
+
+
+def test_resizing_is_bicubic_without_antialiasing() -> None:
+    """By hand: PyTorch's cubic kernel (a = -0.75) halfway between 0, 0, 1, 1 and its neighbours."""
+    table = torch.tensor([0.0, 0, 1, 1]).repeat(4)[None, :, None]  # a step from column 1 to 2
+    resized = resize_table(torch.cat([torch.zeros(1, 1, 1), table], dim=1), (4, 2))
+    half = torch.tensor([-0.09375, 0.59375, 0.59375, -0.09375])  # weights of the four neighbours
+    left = (half * torch.tensor([0.0, 0, 0, 1])).sum()  # places -1, 0, 1, 2; the edge repeats
+    right = (half * torch.tensor([0.0, 1, 1, 1])).sum()
+    torch.testing.assert_close(resized.view(4, 2), torch.stack([left, right]).expand(4, 2))
+
+
+def test_the_table_of_mae(golden: Path) -> None:
+    """The reference holds MAE's table plus noise of 0.02; a wrong axis or frequency is off by 1."""
+    weights = load_file(golden / "mae_small" / "mae_model.safetensors")
+    for name in ("pos_embed", "decoder_pos_embed"):
+        expected = weights[name]
+        side = math.isqrt(expected.shape[1] - 1)
+        ours = sincos_table(expected.shape[2], side)
+        assert (ours - expected).abs().max() < 0.1
+        assert (ours - expected).std().item() == pytest.approx(0.02, rel=0.05)
+
+
+# ------------------------------------------------------------------ windows
+
+
+def test_relative_positions_by_hand() -> None:
+    """Two rows of three: the index is (rows apart + 1) * 5 + columns apart + 2."""
+    index = relative_index(2, 3)
+    for a in range(6):
+        for b in range(6):
+            rows, columns = a // 3 - b // 3, a % 3 - b % 3
+            assert index[a, b] == (rows + 1) * 5 + columns + 2
+
+
+@pytest.mark.parametrize("grid", [(5, 2), (2, 2), (7, 3)])
+def test_bias_of_another_grid(grid: tuple[int, int]) -> None:
+    """A table that rises with the rows apart still does after resizing; no offset stays at 0."""
+    bias = RelativePositionBias(3, 1)
+    rising = torch.arange(-2.0, 3).repeat_interleave(5)[:, None]  # 5 x 5 offsets
+    bias.relative_position_bias_table.data = rising
+    values = bias(grid)[0]
+    h, w = grid
+    assert values.shape == (h * w, h * w)
+    torch.testing.assert_close(values.diagonal(), torch.zeros(h * w), atol=1e-6, rtol=0)
+    down = values.unflatten(0, (h, w)).unflatten(2, (h, w))[:, 0, 0, 0]  # from the first place
+    assert (down.diff() > 0).all()
+    torch.testing.assert_close(values, -values.T)
+
+
+def test_global_blocks_end_equal_parts() -> None:
+    for depth, count, places in ((12, 4, (2, 5, 8, 11)), (4, 4, (0, 1, 2, 3)), (6, 1, (5,))):
+        assert global_block_places(depth, count) == places
+    for depth, count in ((12, 5), (12, 0), (3, 4)):
+        with pytest.raises(ValueError, match=f"global_blocks={count} cannot be spread evenly"):
+            global_block_places(depth, count)
+
+
+def reached(encoder: WindowedEncoder, grid: tuple[int, int]) -> list[Tensor]:
+    """Which places of each map change when the first token does: one (h, w) bool a map."""
+    x = torch.randn(1, 16, *grid, dtype=torch.float64)
+    moved = x.clone()
+    moved[:, :, 0, 0] += torch.randn(16)
+    with torch.no_grad():
+        pairs = zip(encoder(x), encoder(moved), strict=True)
+        return [((a - b).abs() > 1e-9).any(dim=1)[0] for a, b in pairs]
+
+
+def test_a_token_reaches_its_window_first_and_all_others_by_global_blocks() -> None:
+    torch.manual_seed(0)
+    encoder = WindowedEncoder(16, 4, 2, 0.0, 6, window_size=4, global_blocks=2).double().eval()
+    assert all(m.all() for m in reached(encoder, (6, 6)))
+    encoder.blocks[1] = torch.nn.Identity()  # the first global block
+    encoder.blocks[1].forward = lambda x, attn_mask=None: x  # type: ignore[method-assign]
+    first_map, second_map = reached(encoder, (6, 6))
+    window = torch.zeros(6, 6, dtype=torch.bool)
+    window[:4, :4] = True
+    assert torch.equal(first_map, window)
+    assert second_map.all()

@@ -18,11 +18,10 @@ from mimdet.models.detector import build_detector
 from mimdet.models.mae import MAE
 from mimdet.models.official import (
     class_names,
-    detectron2_rules,
     export_detectron2,
     load_official,
 )
-from mimdet.models.weights import HF_RULES, MAE_RULES, load_mae, load_mae_model, save_mae, translate
+from mimdet.models.weights import load_mae, load_mae_model, save_mae
 from mimdet.presets import PRESETS
 from tests.small import small
 
@@ -212,19 +211,6 @@ def test_a_detector_in_one_file(cfg, tmp_path, half: bool) -> None:
     model.slots = {"sampler": len}
     with pytest.raises(ValueError, match="share the run's directory"):
         mimdet.save_detector(model, tmp_path / "two.safetensors")
-
-
-@pytest.mark.parametrize("rules", [detectron2_rules(), detectron2_rules(1, 1), MAE_RULES, HF_RULES])
-def test_tables_are_one_to_one(rules) -> None:
-    """Each start translates to the other side and back, whatever the order of the rules."""
-    first = {"fpn_lateral{}": 2, "fpn_output{}": 2, "conv{}": 1, "mask_fcn{}": 1}
-    for theirs, _, shift in rules:
-        number = next((n for start, n in first.items() if start in theirs), 0)
-        name = theirs.format(number) + ("weight" if theirs.endswith(".") else "")
-        ours = translate(name, rules)
-        if rules is not HF_RULES:  # two spellings of the hub lead to one of ours
-            assert translate(ours, rules, back=True) == name
-        assert ("{}" not in theirs) or str(number + shift) in ours
 
 
 # ------------------------------------------------------------------ what is refused
