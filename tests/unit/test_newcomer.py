@@ -1,7 +1,7 @@
 """A newcomer's six changes, as notebook 10 shows them: few lines, trained, kept, compared."""
 
 import ast
-import importlib.util
+import importlib
 from pathlib import Path
 from types import ModuleType
 
@@ -24,8 +24,16 @@ EXAMPLES = {
     "dataset": "foggy",
 }
 """Slot -> the notebook's function or class."""
+IMPORTS = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+from mimdet.models.rcnn import Losses
+from mimdet.models.stem import StemFeatures
+"""
 
 
+@pytest.fixture(scope="module")
 def texts() -> dict[str, str]:
     """Slot -> the text of the notebook's example."""
     source = NOTEBOOK.read_text(encoding="utf-8")
@@ -37,18 +45,19 @@ def texts() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def cell(tmp_path_factory) -> ModuleType:
+def cell(texts, tmp_path_factory) -> ModuleType:
     """The examples in a file, where their text is found again as it is in a notebook."""
-    file = tmp_path_factory.mktemp("cell") / "newcomer_cell.py"
-    imports = ["import torch", "import torch.nn.functional as F", "from torch import nn"]
-    imports += ["from mimdet.models.rcnn import Losses"]
-    imports += ["from mimdet.models.stem import StemFeatures"]
-    file.write_text("\n\n\n".join(["\n".join(imports), *texts().values()]) + "\n")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    folder = tmp_path_factory.mktemp("cell")
+    (folder / "newcomer_cell.py").write_text("\n\n\n".join([IMPORTS, *texts.values()]) + "\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        return importlib.import_module("newcomer_cell")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> list[float]:
+    """The losses with the library's own parts."""
+    return [step.loss for step in mimdet.train(config(), tmp_path_factory.mktemp("plain") / "run")]
 
 
 def config() -> Config:
@@ -61,22 +70,17 @@ def config() -> Config:
 
 
 @pytest.mark.parametrize("slot", EXAMPLES)
-def test_an_example_has_few_lines(slot) -> None:
-    assert sum(bool(line.strip()) for line in texts()[slot].splitlines()) <= LINES
-
-
-@pytest.mark.parametrize("slot", EXAMPLES)
-def test_an_example_trains_and_comes_back(slot, cell, tmp_path) -> None:
+def test_an_example_is_short_trains_and_comes_back(slot, texts, cell, plain, tmp_path) -> None:
+    assert sum(bool(line.strip()) for line in texts[slot].splitlines()) <= LINES
     part = getattr(cell, EXAMPLES[slot])
     made = part() if isinstance(part, type) else part
     losses = [step.loss for step in mimdet.train(config(), tmp_path / "own", **{slot: made})]
-    plain = [step.loss for step in mimdet.train(config(), tmp_path / "plain")]
     assert len(losses) == 2 and losses != plain  # it is used
     with pytest.raises(PermissionError, match="trust_code=True"):
         mimdet.load_detector(tmp_path / "own")
     model = mimdet.load_detector(tmp_path / "own", trust_code=True)
-    again = list(mimdet.train(config(), tmp_path / "own", **{slot: made}))
-    assert again == []  # the same code is the same run
+    again = mimdet.train(config(), tmp_path / "own", **{slot: made})
+    assert list(again) == []  # the same code is the same run
     assert torch.isfinite(model.detect([torch.zeros(3, 64, 64, dtype=torch.uint8)])[0].boxes).all()
 
 

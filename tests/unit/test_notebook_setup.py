@@ -1,21 +1,25 @@
-"""The first cell of a notebook, its checks, and the figure that is redrawn while training runs."""
+"""The cells of a notebook: the first one, checks, the live figure, and what they open."""
 
 import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import mimdet
 from mimdet import check, notebook, notebook_setup
-from mimdet.notebook import watch
+from mimdet.data.coco import build_dataset
+from mimdet.notebook import open_detector, open_mae, open_pictures, watch
 from mimdet.training.trainer import Step
 from mimdet.viz import new_figure
 from mimdet.viz.style import NotebookFigure
+from tests.small import write_coco
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +33,7 @@ def same_threads() -> Iterator[None]:
 # ------------------------------------------------------------------------------- the first cell
 
 
-def test_quick_mode_says_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_quick_mode_says_what_it_is_and_trains(capsys) -> None:
     cfg = notebook_setup("quick", seed=3, minutes={"quick": 1.5, "full": 9})
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert list(lines) == ["mode", "device", "versions", "time", "data"]
@@ -39,29 +43,21 @@ def test_quick_mode_says_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"torch {torch.__version__}" in lines["versions"]
     assert cfg.training.seed == 3
 
-
-def test_quick_config_builds_and_fits_its_data() -> None:
-    cfg = notebook_setup("quick")
     data = mimdet.build_dataset(cfg.data, "train")
-    model = mimdet.build_detector(cfg)
-    losses = model.train()([data[0].image], [data[0].target])
+    losses = mimdet.build_detector(cfg).train()([data[0].image], [data[0].target])
     assert all(torch.isfinite(loss) for loss in losses.values())
     assert cfg.detector.num_classes == len(data.categories)
     assert cfg.data.test_short_side == data.image_size(0)[0]  # seen as drawn, not enlarged
 
 
 def test_setup_repeats_every_random_number() -> None:
-    def draw() -> tuple[float, float, float]:
+    def drawn(seed: int) -> tuple[float, float, float]:
+        notebook_setup("quick", seed=seed)
         return random.random(), float(np.random.rand()), float(torch.rand(()))
 
-    notebook_setup("quick", seed=1)
-    first = draw()
-    other = draw()
-    notebook_setup("quick", seed=1)
-    assert draw() == first
-    assert first != other
-    notebook_setup("quick", seed=2)
-    assert draw() != first
+    first = drawn(1)
+    assert drawn(1) == first
+    assert all(a != b for a, b in zip(drawn(2), first, strict=True))
 
 
 def test_steps_override_the_modes_own() -> None:
@@ -69,34 +65,22 @@ def test_steps_override_the_modes_own() -> None:
     assert notebook_setup("quick").training.steps == notebook.quick_config().training.steps > 7
 
 
-@pytest.fixture
-def coco(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def test_full_mode_takes_coco_from_the_variable(tmp_path, monkeypatch, capsys) -> None:
     for place in notebook.COCO_LAYOUT.values():
         path = tmp_path / place
         path.parent.mkdir(exist_ok=True)
-        if path.suffix:
-            path.write_text("{}")
-        else:
-            path.mkdir()
+        path.touch() if path.suffix else path.mkdir()
     monkeypatch.setenv("MIMDET_COCO", str(tmp_path))
-    return tmp_path
-
-
-def test_full_mode_takes_coco_from_the_variable(
-    coco: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
     cfg = notebook_setup("full", minutes={"quick": 1})
     assert cfg.preset == "mimdet_base"
     assert cfg.data.source == "coco"
-    assert cfg.data.train_json == str(coco / "annotations" / "instances_train2017.json")
-    assert cfg.data.val_images == str(coco / "val2017")
+    assert cfg.data.train_json == str(tmp_path / "annotations" / "instances_train2017.json")
+    assert cfg.data.val_images == str(tmp_path / "val2017")
     told = capsys.readouterr().out
     assert cfg.data.train_json in told
     assert "not measured" in told  # a time that nobody measured is not made up
 
-
-def test_full_mode_names_what_is_missing(coco: Path) -> None:
-    (coco / "val2017").rmdir()
+    (tmp_path / "val2017").rmdir()
     with pytest.raises(FileNotFoundError, match=r"val2017 is missing: MIMDET_COCO="):
         notebook_setup("full")
 
@@ -106,35 +90,26 @@ def test_full_mode_names_what_is_missing(coco: Path) -> None:
     [
         ("3", 16, 0.0, 3),  # said by the user
         ("", 2, 0.0, 1),
-        ("", 16, 0.0, 4),
         ("", 6, 0.0, 3),
         ("", 16, 9.0, 1),  # others are at work
         ("many", 2, 0.0, 1),
         ("0", 16, 0.0, 4),
     ],
 )
-def test_threads(
-    monkeypatch: pytest.MonkeyPatch, wanted: str, cores: int, load: float, threads: int
-) -> None:
+def test_threads(monkeypatch, wanted: str, cores: int, load: float, threads: int) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", wanted)
     monkeypatch.setattr(notebook, "usable_cores", lambda: cores)
     monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load), raising=False)
     assert notebook.sensible_threads() == threads
 
 
-# ------------------------------------------------------------------------------- sanity checks
-
-
-def test_check_prints_a_tick(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_prints_a_tick_or_fails_with_the_text(capsys) -> None:
     check("rows sum to 1", torch.ones(()) == 1, "they are probabilities")
     check("kept", np.True_)
     assert capsys.readouterr().out == "✓ rows sum to 1: they are probabilities\n✓ kept\n"
-
-
-@pytest.mark.parametrize("condition", [False, torch.tensor(False), np.False_, 0, [], None])
-def test_check_fails_with_the_text(condition: object, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(AssertionError, match=r"✗ rows sum to 1 \(they are probabilities\)"):
-        check("rows sum to 1", condition, "they are probabilities")
+    for condition in (False, torch.tensor(False), np.False_, []):
+        with pytest.raises(AssertionError, match=r"✗ rows sum to 1 \(they are probabilities\)"):
+            check("rows sum to 1", condition, "they are probabilities")
     assert capsys.readouterr().out == ""
 
 
@@ -152,7 +127,7 @@ def steps(count: int) -> Iterator[Step]:
 
 
 @pytest.fixture
-def shown(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+def shown(monkeypatch) -> list[list[str]]:
     """A notebook is pretended; the alt texts of every drawing are noted, a list for each output."""
     outputs: list[list[str]] = []
 
@@ -168,15 +143,14 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return outputs
 
 
-def test_watch_outside_a_notebook_only_passes_steps_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_watch_outside_a_notebook_only_passes_steps_on(capsys) -> None:
     assert not notebook.in_notebook()
     assert [step.number for step in watch(steps(5), lambda: 1 / 0, every=0)] == [1, 2, 3, 4, 5]
     assert capsys.readouterr().out == ""
 
 
-def test_watch_redraws_the_same_outputs_and_never_twice_the_same(
-    shown: list[list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_watch_redraws_the_same_outputs_and_never_twice_the_same(shown, monkeypatch) -> None:
+    assert list(watch(steps(0), every=0)) == shown == []
     seconds = iter(range(0, 1000, 10))  # every look at the clock is 10 s after the last
     monkeypatch.setattr(notebook, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
     extra = new_figure(1, 1)
@@ -189,7 +163,7 @@ def test_watch_redraws_the_same_outputs_and_never_twice_the_same(
     assert detections == ["detections"] * 2
 
 
-def test_watch_draws_after_an_interruption(shown: list[list[str]]) -> None:
+def test_watch_draws_after_an_interruption(shown) -> None:
     def interrupted() -> Iterator[Step]:
         yield from steps(3)
         raise KeyboardInterrupt
@@ -216,6 +190,96 @@ def test_watch_closes_the_training_when_the_loop_is_left() -> None:
     assert saved == [True]
 
 
-def test_watch_without_a_step_draws_nothing(shown: list[list[str]]) -> None:
-    assert list(watch(steps(0), every=0)) == []
-    assert shown == []
+# ------------------------------------------------------------------------------- what it opens
+
+
+def test_quick_mode_opens_held_out_scenes_and_the_shipped_models() -> None:
+    pictures = open_pictures(count=3)
+    assert len(pictures.images) == len(pictures.targets) == 3
+    assert len(pictures.categories) == 12
+    again = build_dataset(pictures.data, "val")[2]  # how a configuration names them
+    assert torch.equal(again.image, pictures.images[2])
+    assert torch.equal(again.target.boxes, pictures.targets[2].boxes)
+    detector, mae = open_detector(), open_mae()
+    assert not detector.training
+    assert not mae.training
+    assert len(detector.detect(pictures.images[:1])) == 1
+
+
+def test_a_photo(tmp_path) -> None:
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (30, 20), (10, 20, 30)).save(photo)
+    pictures = open_pictures(str(photo))
+    assert pictures.images[0].shape == (3, 20, 30)
+    assert pictures.images[0][:, 0, 0].tolist() == [10, 20, 30]
+    assert len(pictures.targets[0]) == 0
+    assert pictures.dataset is None
+    assert pictures.categories == []
+
+
+def test_a_folder_and_how_a_configuration_names_it(tmp_path) -> None:
+    write_coco(tmp_path, [[[2, 3, 10, 5]], []], size=(30, 20))
+    pictures = open_pictures(tmp_path)
+    assert [len(target) for target in pictures.targets] == [1, 0]
+    assert pictures.targets[0].boxes.tolist() == [[2, 3, 12, 8]]
+    assert pictures.categories == ["cell"]
+    assert [record.image_id for record in open_pictures(tmp_path, count=1).records] == [1]
+    for split in ("train", "val"):
+        assert len(build_dataset(pictures.data, split)) > 0
+
+
+def test_what_cannot_be_opened(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jpg does not exist: give a photo"):
+        open_pictures("nowhere.jpg")
+    (tmp_path / "notes.txt").write_text("not an image")
+    with pytest.raises(ValueError, match=r"notes\.txt cannot be read as an image"):
+        open_pictures(tmp_path / "notes.txt")
+    write_coco(tmp_path, [])
+    with pytest.raises(ValueError, match="no images"):
+        open_pictures(tmp_path)
+    for missing in ("annotations.json", "images"):
+        (tmp_path / missing).rename(tmp_path / "elsewhere")
+        with pytest.raises(FileNotFoundError, match=r"annotations\.json .* and images/"):
+            open_pictures(tmp_path)
+        (tmp_path / "elsewhere").rename(tmp_path / missing)
+
+
+def opened_pictures(mode: str) -> notebook.Pictures:
+    return open_pictures(mode=mode)
+
+
+@pytest.mark.parametrize("opened", [notebook_setup, opened_pictures, open_detector, open_mae])
+def test_an_unknown_mode_is_refused(opened) -> None:
+    with pytest.raises(ValueError, match=r"MODE='fast': use one of \['quick', 'full'\]"):
+        opened("fast")
+
+
+@pytest.mark.parametrize("opened", [notebook_setup, opened_pictures])
+def test_full_mode_without_coco(monkeypatch, opened) -> None:
+    monkeypatch.delenv("MIMDET_COCO", raising=False)
+    with pytest.raises(ValueError, match=r"set the environment variable MIMDET_COCO.*val2017"):
+        opened("full")
+
+
+BASE = "mimdet_vit_base_mask_rcnn_fpn_sr_0p5_800_1333_4xdec_coco_3x.pth"
+MAE = "mae_visualize_vit_base.pth"
+
+
+@pytest.mark.parametrize(
+    ("opened", "name", "file", "loader"),
+    [
+        (open_detector, "mimdet-base", BASE, "training.run.load_detector"),
+        (open_mae, "mae-base-visualize", MAE, "models.weights.load_mae_model"),
+    ],
+)
+def test_full_mode_opens_downloaded_weights_or_says_how_to_get_them(
+    monkeypatch, tmp_path: Path, opened, name: str, file: str, loader: str
+) -> None:
+    monkeypatch.setenv("MIMDET_WEIGHTS", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=f"mimdet download {name}.*MIMDET_WEIGHTS"):
+        opened("full")
+    (tmp_path / file).touch()
+    load = Mock()
+    monkeypatch.setattr(f"mimdet.{loader}", load)
+    opened("full")
+    load.assert_called_once_with(str(tmp_path / file))

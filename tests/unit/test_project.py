@@ -20,30 +20,23 @@ INSTALL_AND_RUN = "pip install -e . && mimdet demo"
 INSTALL_AND_TEST = 'pip install -e ".[test]" && pytest -n 2 -m "not slow and not gpu"'
 
 
-# ------------------------------------------------------------------------------- public names
-
-
-@pytest.mark.parametrize("name", mimdet.__all__)
-def test_public_name_is_there(name: str) -> None:
-    assert name in dir(mimdet)
-    assert getattr(mimdet, name) is not None
+def text(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
 
 
 def test_unknown_name_lists_the_choices() -> None:
+    assert set(mimdet.__all__) <= set(dir(mimdet))
     with pytest.raises(AttributeError, match=r"no 'bild_detector'.*build_detector"):
         mimdet.bild_detector  # noqa: B018
 
 
-# ------------------------------------------------------------------------------- dependencies
-
-
 def test_environment_follows_pyproject() -> None:
-    written = (ROOT / "environment.yml").read_text(encoding="utf-8")
-    assert written == environment.environment_text(PYPROJECT), "run python tools/environment.py"
+    expected = environment.environment_text(PYPROJECT)
+    assert text("environment.yml") == expected, "run python tools/environment.py"
 
 
 def test_environment_by_hand() -> None:
-    text = environment.environment_text(
+    written = environment.environment_text(
         """
         [project]
         name = "kit"
@@ -53,7 +46,7 @@ def test_environment_by_hand() -> None:
         optional-dependencies = { notebooks = ["ipykernel>=7"], test = ["ipykernel>=7"] }
         """
     )
-    assert text.split("dependencies:\n")[1].splitlines() == [
+    assert written.split("dependencies:\n")[1].splitlines() == [
         '  - "python >=3.11,<3.13"',
         '  - "pip"',
         '  - "matplotlib-base >=3.8,<4"',
@@ -103,28 +96,17 @@ def _plain(name: str) -> str:
     return name.lower().replace("_", "-")
 
 
-# ------------------------------------------------------------------------------- what is told
-
-
-def test_readme_shows_the_two_commands() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert INSTALL_AND_RUN in readme
-    assert INSTALL_AND_TEST in readme
-
-
-def test_ci_runs_the_readmes_test_command() -> None:
-    script = ROOT / ".ci" / "run"
-    assert INSTALL_AND_TEST.split(" && ")[1] in script.read_text(encoding="utf-8")
-    assert script.stat().st_mode & stat.S_IXUSR
+def test_readme_is_short_and_its_commands_are_those_of_ci() -> None:
+    assert len(text("README.md").split()) <= 1600
+    assert INSTALL_AND_RUN in text("README.md")
+    assert INSTALL_AND_TEST in text("README.md")
+    assert INSTALL_AND_TEST.split(" && ")[1] in text(".ci/run")
+    assert (ROOT / ".ci" / "run").stat().st_mode & stat.S_IXUSR
 
 
 def test_this_version_is_told() -> None:
-    assert f"## [{mimdet.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert f"version: {mimdet.__version__}" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
-
-
-def test_readme_is_a_page_one_reads() -> None:
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1600
+    assert f"## [{mimdet.__version__}]" in text("CHANGELOG.md")
+    assert f"version: {mimdet.__version__}" in text("CITATION.cff")
 
 
 @pytest.mark.parametrize(
@@ -133,7 +115,7 @@ def test_readme_is_a_page_one_reads() -> None:
 def test_links_lead_to_files(page: str) -> None:
     """And a link into a page to one of its headings."""
     path = ROOT / page
-    links = re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", path.read_text(encoding="utf-8"))
+    links = re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", text(page))
     for file, heading in links:
         if file.startswith("http"):
             continue
