@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mimdet import presets
 from mimdet.config import Config
+from mimdet.models.detector import Detector, build_detector
 from mimdet.training.checkpoints import CheckpointStore
 from mimdet.training.run import MetricsFile
 
@@ -42,6 +43,14 @@ def small(steps: int = 4) -> Config:
     cfg.training.evaluate_every_steps = 3
     cfg.training.keep_checkpoints = 9
     return cfg
+
+
+def small_detector() -> Detector:
+    """An untrained one of `small()`: sure of nothing, so every detection counts."""
+    torch.manual_seed(3)
+    cfg = small()
+    cfg.detector.score_threshold = 0.0
+    return build_detector(cfg).eval()
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:

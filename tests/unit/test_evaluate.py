@@ -16,7 +16,7 @@ from mimdet.analysis.evaluate import (
     ratio_table,
 )
 from mimdet.structures import Detections
-from tests.small import small
+from tests.small import small_detector
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +26,7 @@ def scenes():
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(3)
-    cfg = small()
-    cfg.detector.score_threshold = 0.0
-    return mimdet.build_detector(cfg).eval()
+    return small_detector()
 
 
 def test_a_detector_that_returns_the_truth_scores_one(model, scenes, monkeypatch):
@@ -40,17 +37,10 @@ def test_a_detector_that_returns_the_truth_scores_one(model, scenes, monkeypatch
         found = []
         for image in images:
             target = scenes[next(truth)].target
-            scale = image.shape[1] / 64
+            boxes = target.masks.boxes * (image.shape[1] / 64)
             cells = target.masks.bitmaps.float()  # (N, 112, 112): the crop's own grid
-            found.append(
-                Detections(
-                    target.masks.boxes * scale,
-                    torch.ones(len(target)),
-                    target.labels,
-                    tuple(image.shape[1:]),
-                    cells,
-                )
-            )
+            sure = torch.ones(len(target))
+            found.append(Detections(boxes, sure, target.labels, tuple(image.shape[1:]), cells))
         return found
 
     monkeypatch.setattr(model, "detect", oracle)

@@ -1,4 +1,4 @@
-"""predict: any input, one or many, the same result alone and in company."""
+"""predict: any input, one or many, alone or in company; and its masks in the image's pixels."""
 
 import sys
 from contextlib import nullcontext
@@ -6,19 +6,20 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 import mimdet
 from mimdet.inference import run_detector
-from tests.small import small
+from mimdet.structures import bitmap_to_rle, paste, probabilities_to_rle, rle_to_bitmap
+from tests.small import small_detector
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(3)
-    cfg = small()
-    cfg.detector.score_threshold = 0.0  # an untrained model is sure of nothing
-    return mimdet.build_detector(cfg).eval()
+    return small_detector()
 
 
 @pytest.fixture(scope="module")
@@ -26,33 +27,24 @@ def picture():
     return mimdet.ShapesCOCO(size=96, length=1, split="val")[0].image
 
 
-def same(a, b, tolerance=1e-5):
+def same(a, b):
     assert a.image_size == b.image_size
     assert a.labels.tolist() == b.labels.tolist()
-    torch.testing.assert_close(a.boxes, b.boxes, atol=tolerance * 100, rtol=tolerance)
-    torch.testing.assert_close(a.scores, b.scores, atol=tolerance, rtol=tolerance)
-    torch.testing.assert_close(
-        a.mask_probabilities, b.mask_probabilities, atol=tolerance, rtol=tolerance
-    )
+    torch.testing.assert_close(a.boxes, b.boxes, atol=1e-3, rtol=1e-5)
+    for part in ("scores", "mask_probabilities"):
+        torch.testing.assert_close(getattr(a, part), getattr(b, part), atol=1e-5, rtol=1e-5)
 
 
 def test_every_kind_of_input_gives_the_same(model, picture, tmp_path):
     array = picture.permute(1, 2, 0).contiguous().numpy()
-    Image.fromarray(array).save(tmp_path / "x.png")
+    pil = Image.fromarray(array)
+    pil.save(tmp_path / "x.png")
     expected = mimdet.predict(model, picture)
     assert len(expected) > 0
-    for image in (array, Image.fromarray(array), tmp_path / "x.png", str(tmp_path / "x.png")):
+    for image in (array, pil, pil.convert("RGBA"), tmp_path / "x.png", str(tmp_path / "x.png")):
         same(mimdet.predict(model, image), expected)
-
-
-def test_grey_and_transparent_pictures(model, picture):
     grey = picture.float().mean(0).to(torch.uint8).numpy()
-    same(
-        mimdet.predict(model, grey),
-        mimdet.predict(model, Image.fromarray(grey)),
-    )
-    rgba = Image.fromarray(picture.permute(1, 2, 0).numpy()).convert("RGBA")
-    same(mimdet.predict(model, rgba), mimdet.predict(model, picture))
+    same(mimdet.predict(model, grey), mimdet.predict(model, Image.fromarray(grey)))
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 1.0])
@@ -72,16 +64,12 @@ def test_seed_decides_the_tokens_below_ratio_one_only(model, picture):
 
 
 def test_ready_sample_is_used(model, picture):
-    resized = mimdet.predict(model, picture).image_size
-    assert resized == (96, 96)
-    grid = (2, 4)  # 64 pixels short side, padded to 64 x 64
-    grid = (4, 4)
-    everything = mimdet.Sample([torch.arange(16)], grid)
-    same(mimdet.predict(model, picture, sample=everything), mimdet.predict(model, picture))
-    few = mimdet.Sample([torch.tensor([0, 5])], grid)
-    assert not torch.equal(
-        mimdet.predict(model, picture, sample=few).scores, mimdet.predict(model, picture).scores
+    plain = mimdet.predict(model, picture)
+    everything, few = (
+        mimdet.Sample([torch.tensor(places)], (4, 4)) for places in (list(range(16)), [0, 5])
     )
+    same(mimdet.predict(model, picture, sample=everything), plain)
+    assert not torch.equal(mimdet.predict(model, picture, sample=few).scores, plain.scores)
 
 
 def test_boxes_are_in_the_pictures_own_pixels(model, picture):
@@ -125,3 +113,60 @@ def test_who_asks_for_float32_gets_it_here_too(model, picture, monkeypatch, trai
     monkeypatch.setattr(model.config.training, "precision", trained)
     mimdet.predict(model, picture)
     assert seen == [computed]
+
+
+# ------------------------------------------------------------------ masks
+
+
+def test_full_mask_fills_its_box_to_the_pixel_centres():
+    boxes = torch.tensor([[2.0, 1.0, 6.0, 4.0]])
+    mask = paste(torch.ones(1, 28, 28), boxes, 6, 8)[0]
+    expected = torch.zeros(6, 8, dtype=torch.bool)
+    expected[1:4, 2:6] = True
+    assert torch.equal(mask, expected)
+
+
+def test_half_mask_covers_half_the_box():
+    probabilities = torch.zeros(1, 28, 28)
+    probabilities[:, :, 14:] = 1
+    mask = paste(probabilities, torch.tensor([[0.0, 0.0, 8.0, 4.0]]), 4, 8)[0]
+    assert mask[:, 4:].all() and not mask[:, :4].any()
+
+
+side = st.floats(-20, 60, width=32)
+extent = st.floats(0, 50, width=32)
+
+
+@given(
+    st.lists(st.tuples(side, side, extent, extent), min_size=1, max_size=6),
+    st.integers(0, 1000),
+    st.sampled_from([0.3, 0.5, 0.9]),
+)
+def test_run_lengths_equal_the_pasted_bitmaps(corners, seed, threshold):
+    """Boxes partly or wholly outside, thin, empty: the same pixels either way."""
+    height, width = 31, 43
+    boxes = torch.tensor([(x, y, x + w, y + h) for x, y, w, h in corners])
+    generator = torch.Generator().manual_seed(seed)
+    cells = torch.rand(len(boxes), 7, 7, generator=generator)
+    pasted = paste(cells, boxes, height, width, threshold).numpy()
+    rles = probabilities_to_rle(cells, boxes, height, width, threshold)
+    for bitmap, rle in zip(pasted, rles, strict=True):
+        assert rle["size"] == [height, width]
+        # Rounding may decide a pixel that lies on the threshold to 1e-6.
+        assert np.count_nonzero(rle_to_bitmap(rle) != bitmap) <= 1
+
+
+def test_no_masks_and_thresholds_that_would_fill_the_image():
+    assert probabilities_to_rle(torch.zeros(0, 28, 28), torch.zeros(0, 4), 5, 5) == []
+    for threshold in (0.0, 1.1):
+        with pytest.raises(ValueError, match="threshold"):
+            probabilities_to_rle(torch.ones(1, 2, 2), torch.zeros(1, 4), 5, 5, threshold)
+
+
+def test_bitmaps_and_run_lengths_are_inverse():
+    bitmap = torch.zeros(5, 4, dtype=torch.bool)
+    bitmap[1:3, 2] = True
+    rle = bitmap_to_rle(bitmap.numpy())
+    assert isinstance(rle["counts"], str)
+    assert coco_mask.area(rle) == 2
+    assert np.array_equal(rle_to_bitmap(rle), bitmap.numpy())
