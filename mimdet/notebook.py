@@ -18,7 +18,7 @@ from torch import Tensor
 from mimdet import __version__
 from mimdet.config import Config, DataConfig, change
 from mimdet.data.coco import build_dataset
-from mimdet.data.shapes import LEVELS
+from mimdet.data.scenes import LEVELS
 from mimdet.downloads import files_named
 from mimdet.images import read_image
 from mimdet.presets import mimdet_base, tiny

@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mimdet.analysis.metrics import coco_metrics
-from mimdet.data.shapes import LEVELS, ShapesCOCO
+from mimdet.data.scenes import LEVELS
+from mimdet.data.shapes import ShapesCOCO
 from mimdet.files import write_json
 
 SMALL = 32**2

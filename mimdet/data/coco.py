@@ -12,7 +12,7 @@ import os
 import pkgutil
 import uuid
 import warnings
-from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +20,14 @@ import numpy as np
 from torch import Tensor
 
 from mimdet.config import DataConfig
-from mimdet.data.coco_file import CocoReader, coco_ground_truth, has_mask, make_target
+from mimdet.data.coco_file import (
+    Annotation,
+    CocoReader,
+    Read,
+    coco_ground_truth,
+    has_mask,
+    make_target,
+)
 from mimdet.images import read_image
 from mimdet.structures import Record
 
@@ -69,11 +76,13 @@ def _build(path: Path, cached: Path) -> None:
     """Write the table beside its place and rename it: there is never a partial one to be found."""
     import pyarrow as pa
 
-    reader = CocoReader(path)
+    reader, schema = CocoReader(path), _schema()
+    rows = map(_row, reader.rows())
     batches: list[pa.RecordBatch] = []
     head: dict[str, Any] = {"without_mask": [], "with_mask": False, "unusable": []}
-    for rows in _batches(reader):
-        for annotation in (one for row in rows for one in row["annotations"]):
+    # As Python objects rows take ten times the memory: some at a time.
+    while some := list(islice(rows, 1000)):
+        for annotation in (one for row in some for one in row["annotations"]):
             if annotation["iscrowd"]:
                 continue
             if has_mask(annotation):
@@ -82,9 +91,9 @@ def _build(path: Path, cached: Path) -> None:
                 head["without_mask"].append(annotation["source_id"])
             if not annotation["usable"] and len(head["unusable"]) < 5:
                 head["unusable"].append(annotation["source_id"])
-        batches.append(pa.RecordBatch.from_pylist(rows, schema=_schema()))
+        batches.append(pa.RecordBatch.from_pylist(some, schema=schema))
     head["categories"] = sorted(reader.categories.items())
-    schema = _schema().with_metadata({"mimdet": json.dumps(head)})
+    schema = schema.with_metadata({"mimdet": json.dumps(head)})
     cached.parent.mkdir(parents=True, exist_ok=True)
     partial = cached.with_name(f"{cached.name}.{uuid.uuid4().hex}.partial")
     try:
@@ -100,25 +109,17 @@ def _build(path: Path, cached: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _batches(reader: CocoReader, images: int = 1000) -> Iterator[list[dict[str, Any]]]:
-    """Rows of the table, some at a time: as Python objects they take ten times the memory."""
-    rows = []
-    for read, pairs in reader.rows():
-        image, annotations = read.entry, [annotation for _, annotation in pairs]
-        rows.append(
-            {
-                "image_id": json.dumps(image.id),
-                "file_name": image.file_name,
-                "height": image.height,
-                "width": image.width,
-                "usable": sum(annotation["usable"] for annotation in annotations),
-                "annotations": annotations,
-            }
-        )
-        if len(rows) == images:
-            yield rows
-            rows = []
-    yield rows
+def _row(pair: tuple[Read, list[tuple[Read, Annotation]]]) -> dict[str, Any]:
+    """A row of the table: an image with its annotations."""
+    image, annotations = pair[0].entry, [annotation for _, annotation in pair[1]]
+    return {
+        "image_id": json.dumps(image.id),
+        "file_name": image.file_name,
+        "height": image.height,
+        "width": image.width,
+        "usable": sum(annotation["usable"] for annotation in annotations),
+        "annotations": annotations,
+    }
 
 
 def _schema() -> Any:

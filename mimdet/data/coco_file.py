@@ -146,6 +146,14 @@ class Read(NamedTuple):
     """One of the types above; where it is none of them, a dictionary or anything else."""
 
 
+PLACES = {
+    "images": {"image_id": "id", "file_name": "file_name"},
+    "annotations": {"annotation_id": "id", "image_id": "image_id"},
+    "categories": {},
+}
+"""What names an entry, as far as it is sound: field of a `Problem` -> field of the entry."""
+
+
 class CocoReader:
     """A COCO instances file, entry by entry.
 
@@ -169,7 +177,10 @@ class CocoReader:
         if read is not None:
             entry = read.entry
             fields = msgspec.structs.asdict(entry) if isinstance(entry, Struct) else entry
-            place = _place(read.section, fields if isinstance(fields, dict) else {})
+            for name, field in PLACES[read.section].items():
+                value = fields.get(field) if isinstance(fields, dict) else None
+                if type(value) in (int, str):
+                    place[name] = value
             image = self.images.get(place.get("image_id", ""))
             if image is not None:
                 place.setdefault("file_name", image.entry.file_name)
@@ -246,16 +257,6 @@ class CocoReader:
                 if isinstance(entry, dict) and type(entry.get("id")) in (int, str):
                     self.unsound[section].add(entry["id"])
                 self.problem("bad-field", str(error), Read(section, index, entry))
-
-
-def _place(section: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """What names an entry: the place's fields of a `Problem`, as far as they are sound."""
-    place = {}
-    if section == "images":
-        place = {"image_id": fields.get("id"), "file_name": fields.get("file_name")}
-    elif section == "annotations":
-        place = {"annotation_id": fields.get("id"), "image_id": fields.get("image_id")}
-    return {name: value for name, value in place.items() if type(value) in (int, str)}
 
 
 _SEGMENTATION = msgspec.json.Decoder(Mask)

@@ -68,7 +68,8 @@ class HubDataset:
         self.version = f"{self.name} {split} objects sha256:{digest}"
         if names is not None:
             values = list(range(len(names)))
-        self._value_ids = _category_ids(values)
+        numbered = all(isinstance(value, int) for value in values)  # names are numbered from 1
+        self._value_ids = {v: v if numbered else rank for rank, v in enumerate(values, start=1)}
         self.category_ids = list(self._value_ids.values())
         self.categories = names or [str(value) for value in values]
         self._label_of = {number: label for label, number in enumerate(self.category_ids)}
@@ -98,10 +99,8 @@ class HubDataset:
         """From the columns `height` and `width`, else from the header of the image."""
         if index not in self._known_sizes:
             row = self._table[index]
-            if row.get("height") and row.get("width"):
-                self._known_sizes[index] = int(row["height"]), int(row["width"])
-            else:
-                self._known_sizes[index] = stored_size(self._source(index))
+            size = row.get("height"), row.get("width")
+            self._known_sizes[index] = size if all(size) else stored_size(self._source(index))
         return self._known_sizes[index]
 
     def image_id(self, index: int) -> int | str:
@@ -230,13 +229,6 @@ def _check_columns(table: "Table", name: str) -> tuple["Table", str, list[str] |
         )
     names = getattr(getattr(feature[key], "feature", feature[key]), "names", None)
     return table.cast_column("image", datasets.Image(decode=False)), key, names
-
-
-def _category_ids(values: list[Any]) -> dict[Any, int]:
-    """Category values -> COCO ids: whole numbers are kept, names are numbered from 1."""
-    if all(isinstance(value, int) for value in values):
-        return {value: value for value in values}
-    return {value: number for number, value in enumerate(values, start=1)}
 
 
 def _listed(objects: Any) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ import pickle
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -205,14 +204,8 @@ def _padded_area(sizes: NDArray[np.int64]) -> int:
     return int(len(sizes) * sizes[:, 0].max() * sizes[:, 1].max())
 
 
-class Dataset(Protocol):
-    """What a data set must offer; any class with these attributes will do."""
-
-    categories: list[str]
-    """Names; the position is our label."""
-    category_ids: list[int]
-    """COCO id of each label."""
-    has_masks: bool
+class Images(Protocol):
+    """What pre-training asks of images; any class with these four will do."""
 
     @property
     def version(self) -> str:
@@ -221,17 +214,27 @@ class Dataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Record: ...
-
     def image(self, index: int) -> Tensor:
-        """(3, H, W) uint8: the record's image alone, which is all that evaluation reads."""
+        """(3, H, W) uint8 RGB: a record's image alone, which is all that evaluation reads."""
         ...
+
+    def image_id(self, index: int) -> int | str: ...
+
+
+class Dataset(Images, Protocol):
+    """What a data set must offer; any class with these attributes will do."""
+
+    categories: list[str]
+    """Names; the position is our label."""
+    category_ids: list[int]
+    """COCO id of each label."""
+    has_masks: bool
+
+    def __getitem__(self, index: int) -> Record: ...
 
     def image_size(self, index: int) -> tuple[int, int]:
         """(height, width), without decoding the image."""
         ...
-
-    def image_id(self, index: int) -> int | str: ...
 
     def ground_truth(self) -> dict[str, Any]:
         """COCO dictionary for evaluation: crowds included, annotation ids from 1."""
@@ -255,26 +258,23 @@ class StepLoader:
     """Endless micro-batches, addressed by step: nothing has to be remembered to resume.
 
     plan: `micro_batches(step)` lists the `accumulate` micro-batches of a step, over all processes;
-    rank r of `world` processes gets r, r + world, ... of every step. load: (number, items) ->
-    MicroBatch, picklable. workers: loader processes; 0 loads in this one.
+    rank r of `world` processes gets r, r + world, ... of every step. workers: loader processes; 0
+    loads in this one.
     """
 
-    def __init__(
-        self,
-        plan: Any,
-        load: Callable[[tuple[int, list[Item]]], "MicroBatch"],
-        rank: int,
-        world: int,
-        workers: int,
-    ) -> None:
+    def __init__(self, plan: Any, rank: int, world: int, workers: int) -> None:
         if plan.accumulate % world:
             raise ValueError(
                 f"accumulate={plan.accumulate} micro-batches cannot be shared by {world} "
                 f"processes; make training.accumulate a multiple of {world} (and batch_size "
                 "smaller in turn)"
             )
-        self.plan, self.load = plan, load
+        self.plan = plan
         self.rank, self.world, self.workers = rank, world, workers
+
+    def load(self, key: tuple[int, list[Item]]) -> MicroBatch:
+        """Read one micro-batch of the plan: its number within the step, and its items."""
+        raise NotImplementedError
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[list[MicroBatch]]:
         """For each step in [start_step, stop_step): this process's micro-batches, in order."""
@@ -302,27 +302,23 @@ class TrainLoader(StepLoader):
         world: int = 1,
         workers: int = 0,
     ) -> None:
-        plan = Plan(dataset, cfg, batch_size, accumulate, seed)
-        super().__init__(plan, partial(_train_batch, dataset, cfg, seed), rank, world, workers)
+        super().__init__(Plan(dataset, cfg, batch_size, accumulate, seed), rank, world, workers)
+        self.dataset, self.cfg, self.seed = dataset, cfg, seed
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps that read the data set once, rounded to a whole number, at least 1."""
         return max(1, round(self.plan.length / self.plan.step_images))
 
-
-def _train_batch(
-    dataset: Dataset, cfg: DataConfig, seed: int, key: tuple[int, list[Item]]
-) -> MicroBatch:
-    number, items = key
-    batch = MicroBatch([], [], [], number)
-    for item in items:
-        record = dataset[item.image]
-        rng = rng_for("geometry", seed, *item)
-        height, width = record.image.shape[1:]
-        geometry = draw_geometry(cfg, height, width, rng, train=True)
-        image, target = apply(geometry, record)
-        batch.images.append(image)
-        batch.targets.append(target)
-        batch.image_ids.append(record.image_id)
-    return batch
+    def load(self, key: tuple[int, list[Item]]) -> MicroBatch:
+        number, items = key
+        batch = MicroBatch([], [], [], number)
+        for item in items:
+            record = self.dataset[item.image]
+            rng = rng_for("geometry", self.seed, *item)
+            height, width = record.image.shape[1:]
+            image, target = apply(draw_geometry(self.cfg, height, width, rng, train=True), record)
+            batch.images.append(image)
+            batch.targets.append(target)
+            batch.image_ids.append(record.image_id)
+        return batch

@@ -3,41 +3,21 @@
 import hashlib
 import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from mimdet.config import PicturesConfig
 from mimdet.data.augment import Geometry, rng_for, transform_image
-from mimdet.data.loader import Item, MicroBatch, Order, StepLoader
+from mimdet.data.loader import Images, Item, MicroBatch, Order, StepLoader
 from mimdet.data.shapes import ShapesCOCO
 from mimdet.images import pil_to_rgb, read_image, resize_image
 
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 TRIES = 10
 """Draws of a crop before the whole image is taken."""
-
-
-class Images(Protocol):
-    """Anything with these four will do, so any `mimdet.data.loader.Dataset` too."""
-
-    @property
-    def version(self) -> str:
-        """What exactly the data is: goes into the run's record."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def image(self, index: int) -> Tensor:
-        """(3, h, w) uint8 RGB."""
-        ...
-
-    def image_id(self, index: int) -> int | str:
-        """What to call an image in messages."""
-        ...
 
 
 class FolderImages:
@@ -142,23 +122,20 @@ class ImageLoader(StepLoader):
         world: int = 1,
     ) -> None:
         plan = ImagePlan(len(images), batch_size, accumulate, seed)
-        load = partial(_crop_batch, images, cfg, side, seed)
-        super().__init__(plan, load, rank, world, cfg.workers)
+        super().__init__(plan, rank, world, cfg.workers)
+        self.images, self.cfg, self.side, self.seed = images, cfg, side, seed
 
-
-def _crop_batch(
-    images: Images, cfg: PicturesConfig, side: int, seed: int, key: tuple[int, list[Item]]
-) -> MicroBatch:
-    number, items = key
-    batch = MicroBatch([], [], [], number)
-    for item in items:
-        image = images.image(item.image)
-        rng = rng_for("geometry", seed, *item)
-        crop = draw_crop(cfg, image.shape[1], image.shape[2], rng)
-        geometry = Geometry(crop, (side, side), flip_h=bool(rng.random() < 0.5))
-        batch.images.append(transform_image(geometry, image))
-        batch.image_ids.append(images.image_id(item.image))
-    return batch
+    def load(self, key: tuple[int, list[Item]]) -> MicroBatch:
+        number, items = key
+        batch = MicroBatch([], [], [], number)
+        for item in items:
+            image = self.images.image(item.image)
+            rng = rng_for("geometry", self.seed, *item)
+            crop = draw_crop(self.cfg, image.shape[1], image.shape[2], rng)
+            geometry = Geometry(crop, (self.side, self.side), flip_h=bool(rng.random() < 0.5))
+            batch.images.append(transform_image(geometry, image))
+            batch.image_ids.append(self.images.image_id(item.image))
+        return batch
 
 
 def draw_crop(

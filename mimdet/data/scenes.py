@@ -152,9 +152,10 @@ class _Patch:
 class _Canvas:
     """A scene while it is painted: colours, and the object that each pixel belongs to."""
 
-    def __init__(self, image: Plane) -> None:
-        self.image = image  # (3, H, W), 0..1
-        self.size = image.shape[1]
+    def __init__(self, size: int, draws: Draws) -> None:
+        self.draws = draws
+        self.image = textures.background(size, draws)  # (3, H, W), 0..1
+        self.size = size
         self.scale = self.size / 128
         self.owner = np.zeros((self.size, self.size), dtype=np.intp)  # 0: none; k: object k
         self.labels = [-1]
@@ -162,11 +163,11 @@ class _Canvas:
         self.seen = np.zeros(1, dtype=np.int64)  # those of them that are visible so far
         self.centres = [(0.0, 0.0, 0.0)]  # x, y and radius of object k, in pixels
 
-    def patch(self, outline: Outline, side: float, x: float, y: float, draws: Draws) -> _Patch:
+    def patch(self, outline: Outline, side: float, x: float, y: float) -> _Patch:
         """Turn and stretch an outline at random; its area becomes side^2 pixels around (x, y)."""
         radius = side / math.sqrt(_AREAS[outline])
-        stretch = draws.between(0.9, 1.11)
-        cosine, sine = draws.turn()
+        stretch = self.draws.between(0.9, 1.11)
+        cosine, sine = self.draws.turn()
         reach = 1.2 * radius + 1.0
         left, right = max(int(x - reach), 0), min(int(x + reach) + 1, self.size)
         top, bottom = max(int(y - reach), 0), min(int(y + reach) + 1, self.size)
@@ -199,14 +200,12 @@ class _Canvas:
             self.centres.append((x, y, patch.radius))
         return True
 
-    def paint(
-        self, patch: _Patch, hue: float, rims: float, opacity: float, kind: str, draws: Draws
-    ) -> None:
+    def paint(self, patch: _Patch, hue: float, rims: float, opacity: float, kind: str) -> None:
         """Fill a patch with two tones of a hue in a texture; some get a rim; light from above."""
         target = self.image[(slice(None), *patch.window)]
         under = target[:, target.shape[1] // 2, target.shape[2] // 2].tolist()
-        main, second, rim = _tones(hue, under, draws)
-        dense, angle, rimmed = draws.unit(3)
+        main, second, rim = _tones(hue, under, self.draws)
+        dense, angle, rimmed = self.draws.unit(3)
         period = max(2.0 * patch.radius / (2.0 + 2.0 * dense), 3.2)  # pixels; finer ones alias
         cycles = patch.radius / period
         share = textures.texture(kind, patch.u + (angle - 0.5), patch.v, cycles, period)
@@ -235,14 +234,14 @@ class _Canvas:
 
 def draw_scene(level: Level, size: int, draws: Draws) -> Scene:
     """Background, fragments behind, objects from large to small, fragments in front, grain."""
-    canvas = _Canvas(textures.background(size, draws))
+    canvas = _Canvas(size, draws)
     for _ in range(draws.integer(*level.behind)):
-        _add_fragment_behind(canvas, draws)
+        _add_fragment_behind(canvas)
     count = draws.integer(*level.instances)
     for side in _sides(level, count, draws):
-        _add_object(canvas, level, side, draws)
+        _add_object(canvas, level, side)
     for _ in range(draws.integer(*level.in_front)):
-        _add_fragment_in_front(canvas, draws)
+        _add_fragment_in_front(canvas)
     canvas.image += (draws.plane(size, size) - 0.5) * (2.0 * level.grain)
     return canvas.finish()
 
@@ -257,35 +256,35 @@ def _sides(level: Level, count: int, draws: Draws) -> list[float]:
     return [side for _, side in sorted(zip(order, sides, strict=True), reverse=True)]
 
 
-def _add_object(canvas: _Canvas, level: Level, side: float, draws: Draws) -> None:
+def _add_object(canvas: _Canvas, level: Level, side: float) -> None:
     """Paint one object where it and all earlier ones stay recognisable; none after TRIES draws."""
-    side = side * canvas.scale
+    draws, side = canvas.draws, side * canvas.scale
     label = draws.integer(0, len(level.classes) - 1)
     name = level.classes[label]
     for _ in range(TRIES):
-        x, y = _somewhere(canvas, side, level.overlap, draws)
-        patch = canvas.patch(OUTLINES[name], side, x, y, draws)
+        x, y = _somewhere(canvas, side, level.overlap)
+        patch = canvas.patch(OUTLINES[name], side, x, y)
         if canvas.cover(patch, label, x, y):
             kind = TYPICAL_TEXTURES[name]
             if not draws.chance(level.typical_texture):
                 kind = draws.pick(TEXTURES)
             hue = HUES[name] + level.hue_spread * draws.normal()
-            canvas.paint(patch, hue, level.rims, 1.0, kind, draws)
+            canvas.paint(patch, hue, level.rims, 1.0, kind)
             return
 
 
-def _add_fragment_behind(canvas: _Canvas, draws: Draws) -> None:
+def _add_fragment_behind(canvas: _Canvas) -> None:
     """Paint a more or less opaque piece of no class anywhere."""
+    draws = canvas.draws
     side = canvas.scale * draws.between_log(4.0, 16.0)
     x, y = draws.between(0.0, canvas.size), draws.between(0.0, canvas.size)
-    patch = canvas.patch(draws.pick(CLUTTER), side, x, y, draws)
-    opacity = draws.between(0.3, 0.9)
-    hue, kind = draws.between(0.0, 360.0), draws.pick(TEXTURES)
-    canvas.paint(patch, hue, FRAGMENT_RIMS, opacity, kind, draws)
+    patch = canvas.patch(draws.pick(CLUTTER), side, x, y)
+    _paint_fragment(canvas, patch, draws.between(0.3, 0.9))
 
 
-def _add_fragment_in_front(canvas: _Canvas, draws: Draws) -> None:
+def _add_fragment_in_front(canvas: _Canvas) -> None:
     """Paint a thin piece of no class across an object, where it hides none too far."""
+    draws = canvas.draws
     for _ in range(TRIES):
         x, y, radius = canvas.centres[draws.integer(1, len(canvas.centres) - 1)]
         away = radius * draws.between(0.0, 0.7)
@@ -293,15 +292,21 @@ def _add_fragment_in_front(canvas: _Canvas, draws: Draws) -> None:
         x = _clamp(x + away * cosine, 0.0, canvas.size)
         y = _clamp(y + away * sine, 0.0, canvas.size)
         side = canvas.scale * draws.between_log(3.5, 9.0)
-        patch = canvas.patch(draws.pick(CLUTTER), side, x, y, draws)
+        patch = canvas.patch(draws.pick(CLUTTER), side, x, y)
         if canvas.cover(patch, None, x, y):
-            hue, kind = draws.between(0.0, 360.0), draws.pick(TEXTURES)
-            canvas.paint(patch, hue, FRAGMENT_RIMS, 1.0, kind, draws)
+            _paint_fragment(canvas, patch, 1.0)
             return
 
 
-def _somewhere(canvas: _Canvas, side: float, overlap: float, draws: Draws) -> tuple[float, float]:
+def _paint_fragment(canvas: _Canvas, patch: _Patch, opacity: float) -> None:
+    draws = canvas.draws
+    hue, kind = draws.between(0.0, 360.0), draws.pick(TEXTURES)
+    canvas.paint(patch, hue, FRAGMENT_RIMS, opacity, kind)
+
+
+def _somewhere(canvas: _Canvas, side: float, overlap: float) -> tuple[float, float]:
     """A centre inside the image: over the rim of an earlier object with a chance of `overlap`."""
+    draws = canvas.draws
     low, high = 0.45 * side, canvas.size - 0.45 * side
     if len(canvas.centres) == 1 or not draws.chance(overlap):
         return draws.between(low, high), draws.between(low, high)

@@ -18,11 +18,9 @@ from torch import Tensor
 
 from mimdet.data.coco_file import Annotation, coco_ground_truth
 from mimdet.data.rasters import crops_from_bitmaps, extent
-from mimdet.data.scenes import LEVELS, REVISION, Level, Scene, draw_scene
+from mimdet.data.scenes import LEVELS, REVISION, Scene, draw_scene
 from mimdet.data.textures import Draws
 from mimdet.structures import Record, Target, bitmap_to_rle
-
-__all__ = ["LEVELS", "REVISION", "Level", "Scene", "ShapesCOCO", "export"]
 
 SPLITS = ("train", "val")
 SMALLEST = 32

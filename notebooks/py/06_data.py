@@ -420,7 +420,7 @@ show_batches(every)
 # first fault. First the files of this notebook, then a copy with one fault of each kind.
 
 # %%
-from mimdet.data.checks import KINDS
+from mimdet.data.checks import ERRORS
 
 report = mimdet.check_dataset(annotations, images, decode=len(dataset) < 200)
 print(report.table(examples=1))
@@ -440,7 +440,8 @@ entries[1]["width"] += 10  # not the size of the file
 Path("runs/06-data/broken.json").write_text(json.dumps(broken))
 found = mimdet.check_dataset("runs/06-data/broken.json", images)
 for kind, problems in found.by_kind().items():
-    print(f"{KINDS[kind].severity:8}{kind:28}{problems[0].where}: {problems[0].message}")
+    severity = "error" if kind in ERRORS else "warning"
+    print(f"{severity:8}{kind:28}{problems[0].where}: {problems[0].message}")
 
 # %%
 planted = {"empty-box", "unknown-category", "unknown-image", "box-outside", "image-size-wrong"}
@@ -453,7 +454,7 @@ for entry in corners["annotations"]:
 Path("runs/06-data/corners.json").write_text(json.dumps(corners))
 kinds = mimdet.check_dataset("runs/06-data/corners.json", images, decode=False).by_kind()
 check("a file full of corners is recognised", "boxes-look-xyxy" in kinds)
-print(KINDS["boxes-look-xyxy"].remedy)
+print(ERRORS["boxes-look-xyxy"])
 
 # %% [markdown]
 # Some bring others with them: a box moved away no longer fits its mask. Each finding says where and
