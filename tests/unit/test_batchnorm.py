@@ -9,7 +9,6 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from mimdet.models.batchnorm import SyncedBatchNorm
-from mimdet.models.rcnn import make_norm
 
 STEPS = 3
 COUNTS = ((3, 2), (1, 4), (4, 0), (0, 1), (0, 0))  # images, or RoIs, of the two processes
@@ -89,15 +88,14 @@ def test_two_processes_equal_one_batchnorm_on_both_batches(results, case):
     expected = train(nn.BatchNorm2d(case[1][0]), case)
     for step, one in enumerate(expected):
         first, second = results[0][case][step], results[1][case][step]
-        for name in ("output", "x"):
-            both = torch.cat([first[name], second[name]])
-            assert_equal_but_for_rounding(both, one[name], f"step {step}, {name}")
-        for name in ("weight", "bias"):  # summed with all other gradients at the end of a step
-            both = first[name] + second[name]
-            assert_equal_but_for_rounding(both, one[name], f"step {step}, {name}")
+        both = {name: torch.cat([first[name], second[name]]) for name in ("output", "x")}
+        # Summed with all other gradients at the end of a step.
+        both |= {name: first[name] + second[name] for name in ("weight", "bias")}
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             assert torch.equal(first[name], second[name]), f"step {step}, {name}"
-            assert_equal_but_for_rounding(first[name], one[name], f"step {step}, {name}")
+            both[name] = first[name]
+        for name, value in both.items():
+            assert_equal_but_for_rounding(value, one[name], f"step {step}, {name}")
 
 
 def test_a_mean_far_from_zero_costs_no_digits_of_the_variance(results):
@@ -135,7 +133,3 @@ def test_alone_it_is_batchnorm_bit_for_bit(training):
         assert torch.equal(theirs.weight.grad, ours.weight.grad)
         for name, value in theirs.state_dict().items():
             assert torch.equal(value, ours.state_dict()[name]), name
-
-
-def test_the_detector_uses_it():
-    assert make_norm("BN") is SyncedBatchNorm

@@ -255,14 +255,11 @@ def test_only_released_models_have_the_originals_names(case: str, tmp_path: Path
         export_detectron2(model, tmp_path / "exported.pth")
 
 
-def test_an_unknown_neck_is_explained() -> None:
+def test_an_unknown_neck_and_an_image_larger_than_the_canvas_are_explained() -> None:
     cfg = config("tiny")
     cfg.detector.neck = "giraffe"
     with pytest.raises(ValueError, match=r"neck='giraffe' is not known: use one of \['fpn', 'sim"):
         build_detector(cfg)
-
-
-def test_an_image_larger_than_the_canvas_is_explained() -> None:
     model = build_detector(config("tiny_benchmarking_vit"))
     with pytest.raises(ValueError, match=r"300x200 does not fit .*canvas=256: set .*max_side"):
         model.detect([torch.zeros(3, 300, 200, dtype=torch.uint8)])

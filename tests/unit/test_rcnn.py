@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from mimdet.models.batchnorm import SyncedBatchNorm
 from mimdet.models.rcnn import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -157,22 +158,17 @@ def test_no_boxes_leave_a_path_for_the_gradient() -> None:
     assert all(f.grad is not None and f.grad.abs().sum() == 0 for f in features)
 
 
-@pytest.mark.parametrize(
-    ("side", "level"),
-    [(0, "p2"), (1, "p2"), (111, "p2"), (112, "p3"), (223, "p3"), (224, "p4"), (447, "p4"),
-     (448, "p5"), (5000, "p5")],
-)  # fmt: skip
-def test_level_of_a_box(side: float, level: str) -> None:
-    pool = AlignedRoIPool(7, STRIDES)
-    square = torch.tensor([[10.0, 20.0, 10 + side, 20 + side]])
-    oblong = torch.tensor([[0.0, 0.0, side / 2, side * 2]])  # the area decides
-    for box in (square, oblong):
-        assert ("p2", "p3", "p4", "p5")[pool.level_of(box).item()] == level
-
-
-def test_canonical_size_moves_the_levels() -> None:
-    box = torch.tensor([[0.0, 0.0, 112.0, 112.0]])
-    assert AlignedRoIPool(7, STRIDES, 112.0).level_of(box).item() == 2
+def test_the_area_of_a_box_decides_its_level() -> None:
+    features = [torch.full((1, 1, 512 // s, 512 // s), i + 2.0) for i, s in enumerate(STRIDES)]
+    sides = torch.tensor([0.0, 1, 111, 112, 223, 224, 447, 448, 5000])
+    squares = torch.stack([0 * sides, 0 * sides, sides, sides], dim=1)
+    for boxes in (squares, squares * torch.tensor([1, 1, 0.5, 2])):
+        pooled = AlignedRoIPool(2, STRIDES)(features, [boxes])
+        levels = AlignedRoIPool(2, STRIDES).level_of(boxes) + 2
+        assert levels.tolist() == [2, 2, 2, 3, 3, 4, 4, 5, 5]
+        assert torch.equal(pooled[1:8, 0, 0, 0], levels[1:8].float())
+    moved = AlignedRoIPool(2, STRIDES, canonical_size=112.0)(features, [squares[3:4]])
+    assert moved[0, 0, 0, 0] == 4
 
 
 # ------------------------------------------------------------------ matching
@@ -241,6 +237,7 @@ def test_l1_is_plain() -> None:
 def test_norms(name: str, channels: int) -> None:
     norm = make_norm(name)(channels)
     x = 3 + 2 * torch.randn(4, channels, 6, 6)
+    assert isinstance(norm, SyncedBatchNorm) == (name == "BN")
     axes = {"BN": (0, 2, 3), "GN": None, "LN": (1,)}[name]
     y = norm(x)
     if axes is None:
