@@ -52,6 +52,8 @@ def test_test_transform_draws_nothing():
     assert geometry == Geometry((0, 0, 640, 480), (800, 1067))
     assert rng.bit_generator.state == before
     assert geometry == draw_geometry(DataConfig(augment="none"), 480, 640, rng, train=True)
+    with pytest.raises(ValueError, match=r"'rotate'.*lsj"):
+        draw_geometry(DataConfig(augment="rotate"), 9, 9, rng, train=True)
 
 
 def test_random_streams_do_not_collide():
@@ -146,16 +148,9 @@ def test_what_leaves_the_picture_is_dropped():
     _, target = apply(Geometry((0, 0, 48, 100), (100, 48)), boxes_only)
     assert target.labels.tolist() == [0, 1] and target.masks is None
 
-
-def test_an_image_without_objects_passes():
     image, target = apply(Geometry((0, 0, 20, 10), (20, 40), flip_h=True), record_of(10, 20))
     assert image.shape == (3, 20, 40) and image.dtype == torch.uint8
     assert target.boxes.shape == (0, 4) and target.masks.bitmaps.shape == (0, 112, 112)
-
-
-def test_unknown_recipe_is_an_error():
-    with pytest.raises(ValueError, match=r"'rotate'.*lsj"):
-        draw_geometry(DataConfig(augment="rotate"), 9, 9, rng_for("geometry", 0), True)
 
 
 PAPER = DataConfig(short_sides=(48, 64, 90), crop_short_sides=(50, 60), crop_sides=(30, 55))

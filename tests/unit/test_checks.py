@@ -57,6 +57,11 @@ def check(content: Any, folder: Path, **options: Any) -> Report:
     return check_dataset(path, folder, **options)
 
 
+@pytest.fixture
+def data(tmp_path: Path) -> dict[str, Any]:
+    return write_clean_set(tmp_path)
+
+
 # ---- planted faults ------------------------------------------------------------------------------
 
 GONE = object()
@@ -249,9 +254,8 @@ FAULTS: list[tuple[Any, ...]] = [
     [pytest.param(*row[:3], set(row[3:]), id=row[0]) for row in FAULTS],
 )
 def test_a_fault_is_found_and_named(
-    kind: str, place: str, plant: Plant, also: set[str], tmp_path: Path
+    kind: str, place: str, plant: Plant, also: set[str], data: dict[str, Any], tmp_path: Path
 ) -> None:
-    data = write_clean_set(tmp_path)
     changed = plant(data, tmp_path)
     report = check(data if changed is None else changed, tmp_path)
     assert set(report.by_kind()) == {kind, *also}
@@ -271,15 +275,14 @@ def test_every_kind_is_planted() -> None:
 # ---- clean sets ----------------------------------------------------------------------------------
 
 
-def test_clean_set_has_no_problem(tmp_path: Path) -> None:
-    report = check(write_clean_set(tmp_path), tmp_path)
+def test_clean_set_has_no_problem(data: dict[str, Any], tmp_path: Path) -> None:
+    report = check(data, tmp_path)
     assert report.problems == []
     assert report.ok
     assert report.table().endswith("0 errors, 0 warnings")
 
 
-def test_boxes_only_and_unusual_ids_are_clean(tmp_path: Path) -> None:
-    data = write_clean_set(tmp_path)
+def test_boxes_only_and_unusual_ids_are_clean(data: dict[str, Any], tmp_path: Path) -> None:
     for image in data["images"]:
         image["id"] = f"scan/{image['id']}"
     for annotation in data["annotations"]:
@@ -289,8 +292,7 @@ def test_boxes_only_and_unusual_ids_are_clean(tmp_path: Path) -> None:
     assert check(data, tmp_path).problems == []
 
 
-def test_summary_by_hand(tmp_path: Path) -> None:
-    data = write_clean_set(tmp_path)
+def test_summary_by_hand(data: dict[str, Any], tmp_path: Path) -> None:
     data["annotations"] = [a for a in data["annotations"] if a["image_id"] != 16]
     data["annotations"][0]["area"] = 1024  # no longer small; its mask covers 320
     summary = check(data, tmp_path).summary
@@ -303,31 +305,27 @@ def test_summary_by_hand(tmp_path: Path) -> None:
     assert summary["size_share"] == pytest.approx({"small": 8 / 9, "medium": 1 / 9, "large": 0})
 
 
-def test_without_decoding_only_headers_are_read(tmp_path: Path) -> None:
-    data = write_clean_set(tmp_path)
+def test_without_decoding_only_headers_are_read(data: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "scene2.png"
     path.write_bytes(path.read_bytes()[:-2000])
     assert check(data, tmp_path, decode=False).ok
     assert not check(data, tmp_path, decode=True).ok
 
 
-def test_one_pixel_beyond_the_border_is_tolerated(tmp_path: Path) -> None:
-    data = write_clean_set(tmp_path)
+def test_one_pixel_beyond_the_border_is_tolerated(data: dict[str, Any], tmp_path: Path) -> None:
     data["annotations"][5] |= {"bbox": [34, 30, 31, 18], "area": 558}  # to x = 65 of 64
     data["annotations"][5]["segmentation"] = [[34, 30, 65, 30, 65, 48, 34, 48]]
     assert check(data, tmp_path).problems == []
 
 
-def test_missing_image_is_looked_for_elsewhere(tmp_path: Path) -> None:
-    data = write_clean_set(tmp_path)
+def test_missing_image_is_looked_for_elsewhere(data: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "part1").mkdir()
     (tmp_path / "scene2.png").rename(tmp_path / "part1" / "scene2.png")
     (problem,) = check(data, tmp_path).problems
     assert "part1/scene2.png" in problem.message
 
 
-def test_table_shows_a_few_examples_of_many(tmp_path: Path) -> None:
-    data = write_clean_set(tmp_path)
+def test_table_shows_a_few_examples_of_many(data: dict[str, Any], tmp_path: Path) -> None:
     for annotation in data["annotations"]:
         annotation["category_id"] = 77
     table = check(data, tmp_path).table(examples=2)

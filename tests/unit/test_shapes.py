@@ -113,8 +113,7 @@ def test_record_holds_the_exact_extents():
 def test_any_size(size):
     dataset = ShapesCOCO(size=size, length=3)
     record = dataset[0]
-    assert record.image.shape == (3, size, size)
-    assert dataset.image_size(0) == (size, size)
+    assert record.image.shape == (3, size, size) and dataset.image_size(0) == (size, size)
     assert dataset.version == f"shapes-v1-medium@{size}/r1"
     assert (record.target.boxes >= 0).all() and (record.target.boxes <= size).all()
 
