@@ -23,7 +23,7 @@ from mimdet.training.job import ERROR, Child
 from mimdet.training.optim import Schedule
 from mimdet.training.run import MetricsFile, Run, alone_in, load_detector
 from mimdet.training.signals import TrainingStopped, end_with_parent
-from mimdet.training.slots import check_slots, write_slots
+from mimdet.training.slots import check_slots
 from mimdet.training.train import adapt_to_data, resume
 
 RATIOS = "ratios.json"
@@ -294,8 +294,7 @@ def run_all(runs: Sequence[PlannedRun], places: list[dict[str, str]], logs: Path
 def start(run: PlannedRun, place: dict[str, str], logs: Path) -> Child:
     """Make the run's folder and start its process."""
     _check_folder(run)
-    Run(run.path, run.cfg)
-    write_slots(run.path / "slots", run.arm.code)
+    Run(run.path, run.cfg).keep(run.arm.code)
     words = ["-m", "mimdet.experiments.runs", str(run.path), str(run.draws), *map(str, run.ratios)]
     return Child(words, logs / f"{run.name}.txt", place, tied=True)
 

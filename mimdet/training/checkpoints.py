@@ -62,12 +62,11 @@ class CheckpointStore:
         """Make the pointer file `last` or `best` name a checkpoint."""
         write_text(self.folder / name, target + "\n")
 
-    def pointed(self, name: str) -> Path | None:
-        """The checkpoint a pointer names, or None."""
-        pointer = self.folder / name
-        if not pointer.exists():
-            return None
-        place = self.folder / pointer.read_text().strip()
+    def find(self, name: str | int) -> Path | None:
+        """The checkpoint of a step, or the one that `last` or `best` points to; else None."""
+        pointer = self.folder / str(name)
+        target = pointer.read_text().strip() if pointer.is_file() else str(name).zfill(6)
+        place = self.folder / target
         return place if (place / WEIGHTS).exists() else None
 
     def steps(self) -> list[int]:
@@ -88,7 +87,7 @@ class CheckpointStore:
         return Checkpoint(steps[-1], read_safetensors(place / WEIGHTS)[0], optimizer)
 
     def _drop_old(self) -> None:
-        best = self.pointed("best")
+        best = self.find("best")
         for step in self.steps()[: -self.keep]:
             place = self.folder / f"{step:06d}"
             if place != best:

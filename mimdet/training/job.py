@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from tqdm import tqdm
 
 from mimdet.config import Config, PretrainConfig
@@ -290,8 +291,7 @@ class Job:
         trust_code: `resume` may execute the code that the run holds or names. Raises
         FileNotFoundError when the folder holds no run.
         """
-        if not (Path(run) / "config.json").exists():
-            raise FileNotFoundError(f"{run} holds no run: there is no config.json in it")
+        stored_config(Path(run))
         return cls(run, trust_code)
 
     def resume(self, processes: int = 0) -> None:
@@ -416,8 +416,6 @@ class Job:
 
 def default_processes(cfg: Config | PretrainConfig) -> int:
     """One per GPU, as far as they can share a step's micro-batches; one on a CPU."""
-    import torch
-
     gpus = torch.cuda.device_count() if cfg.training.device in ("auto", "cuda") else 0
     shared = [n for n in range(1, gpus + 1) if cfg.training.accumulate % n == 0]
     return max(shared, default=1)
@@ -428,7 +426,5 @@ def _environment(cfg: Config | PretrainConfig, processes: int) -> dict[str, str]
 
     And time for torchrun's processes to end a step that takes long.
     """
-    import torch
-
     count = cfg.training.threads or max(1, torch.get_num_threads() // processes)
     return {"OMP_NUM_THREADS": str(count), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(STOP_SECONDS)}

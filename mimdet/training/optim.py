@@ -95,8 +95,7 @@ def rate_factor(step: int, total: int, warmup: int, cfg: TrainingConfig) -> floa
     ramp = min(1.0, (step + 1) / warmup) if warmup else 1.0
     if cfg.schedule == "multistep":
         return ramp * 0.1 ** sum(step >= round(milestone * total) for milestone in cfg.milestones)
-    progress = torch.tensor(step / max(1, total), dtype=torch.float64)
-    return ramp * float(0.5 * (1 + torch.cos(torch.pi * progress)))
+    return ramp * 0.5 * (1 + math.cos(math.pi * step / max(1, total)))
 
 
 class Schedule:

@@ -20,7 +20,7 @@ from mimdet.models.mae import MAE
 from mimdet.models.rcnn import IMAGENET_MEAN, IMAGENET_STD, pad_and_normalise
 from mimdet.models.weights import load_exactly, load_mae_model, save_mae
 from mimdet.training.optim import Schedule
-from mimdet.training.run import MAE_FILE, Run
+from mimdet.training.run import MAE_FILE, Run, weights_of
 from mimdet.training.trainer import Step, Trainer, set_up
 
 SHOWN = 6
@@ -71,10 +71,8 @@ class PreTrainer(Trainer):
         source = self.cfg.training.init_from
         if not source:
             return
-        if (Path(source) / MAE_FILE).exists():  # a run of `mimdet pretrain`
-            source = str(Path(source) / MAE_FILE)
         heads = self.model.num_heads, self.model.decoder_heads
-        found = load_mae_model(source)
+        found = load_mae_model(weights_of(source))
         if (found.num_heads, found.decoder_heads) != heads:
             raise ValueError(
                 f"{source} has {found.num_heads} attention heads and {found.decoder_heads} in its "

@@ -32,7 +32,7 @@ from mimdet.models.official import (
 from mimdet.models.weights import LoadReport, load_mae
 from mimdet.training.checkpoints import WEIGHTS, CheckpointStore
 from mimdet.training.signals import TrainingStopped
-from mimdet.training.slots import SlotText, check_slots, check_trust, load_slots, write_slots
+from mimdet.training.slots import SlotText, check_slots, load_slots, write_slots
 
 MAE_FILE = "mae.safetensors"
 """What `mimdet pretrain` leaves in its run for others to read."""
@@ -103,17 +103,13 @@ class Run:
                 stack.enter_context(_reported(self.path, total, done))
             yield
 
-    def begun(self) -> bool:
-        """Whether a training has started here."""
-        return (self.path / "environment.json").exists()
-
     def keep(self, texts: dict[str, SlotText]) -> None:
         """Keep the code of parts that were written in a notebook, or see that it is the same."""
-        folder = self.path / "slots"
-        if self.begun() or (folder / "slots.json").exists():
+        begun = ("environment.json", "slots/slots.json")
+        if any((self.path / name).exists() for name in begun):
             check_slots(self.path, texts)
         elif processes.rank() == 0:
-            write_slots(folder, texts)
+            write_slots(self.path, texts)
 
     def append(self, row: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl."""
@@ -123,6 +119,10 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl: one per step and one per evaluation."""
         return MetricsFile(self.metrics_path).read()
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The rows of evaluations: {"step", "data", "evaluation", "time"}."""
+        return [row for row in self.metrics() if "evaluation" in row]
 
     def forget_after(self, step: int) -> None:
         """Drop metrics of steps that will be done again."""
@@ -298,11 +298,7 @@ def initialise(
     checkpoint folder or a run. Of a detector every tensor of equal name and shape is taken, so that
     another class count or another norm is no obstacle.
     """
-    if (Path(source) / MAE_FILE).exists():  # a run of `mimdet pretrain`
-        source = Path(source) / MAE_FILE
-    elif Path(source).is_dir():
-        last = CheckpointStore(Path(source) / "checkpoints").pointed("last") or Path(source)
-        source = last / WEIGHTS
+    source = weights_of(source)
     file = read_checkpoint(source)
     if not holds_detector(file):
         load_mae(model, source, decoder=decoder)
@@ -310,6 +306,16 @@ def initialise(
     d = model.config.detector
     rules = detectron2_rules(d.box_convs, d.rpn_convs, model.config.backbone.kind)
     warm_start(model, from_detectron2(file, rules), str(source))
+
+
+def weights_of(source: str | Path) -> str | Path:
+    """The file of weights in a checkpoint's folder or a run, of either kind; another source."""
+    folder = Path(source)
+    if (folder / MAE_FILE).exists():  # a run of `mimdet pretrain`
+        return folder / MAE_FILE
+    if folder.is_dir():
+        return (CheckpointStore(folder / "checkpoints").find("last") or folder) / WEIGHTS
+    return source
 
 
 def warm_start(model: Detector, weights: dict[str, Tensor], source: str) -> None:
@@ -358,22 +364,16 @@ def load_detector(
     if cfg is not None:
         raise ValueError(f"{path} is a run and has its own configuration: leave cfg out")
     cfg = load_config(path / "config.json")
-    check_trust(path, cfg, trust_code)
-    slots = load_slots(path / "slots", trust_code)
+    slots = load_slots(path, cfg, trust_code)
     slots.pop("dataset", None)
     model = build_detector(cfg, **slots)
     store = CheckpointStore(path / "checkpoints")
-    checkpoint = str(checkpoint)
-    place = store.pointed(checkpoint)
-    if place is None and checkpoint.isdecimal():
-        place = store.folder / f"{int(checkpoint):06d}"
-    if place is None or not place.exists():
+    place = store.find(checkpoint)
+    if place is None:
         raise FileNotFoundError(
             f"{path} has no checkpoint {checkpoint!r}; it has steps {store.steps()}, "
             "and the names 'last' and (after an evaluation) 'best'"
         )
     model.load_state_dict(read_safetensors(place / WEIGHTS)[0])
-    categories = path / "categories.json"
-    if categories.exists():
-        model.categories = json.loads(categories.read_text())
+    model.categories = read_json(path / "categories.json")
     return model.eval().to(device)

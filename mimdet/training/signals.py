@@ -17,7 +17,6 @@ class TrainingStopped(Exception):
             f"stopped by {signal.Signals(signal_number).name}: step {step} is saved in {run}; "
             "run the same command again to resume"
         )
-        self.step = step
         self.signal_number = signal_number
 
     def _render_traceback_(self) -> list[str]:
@@ -43,15 +42,15 @@ class StopSignals:
         self._interruptible = False
 
     @contextmanager
-    def handled(self) -> Iterator["StopSignals"]:
+    def handled(self) -> Iterator[None]:
         """Install the handlers; put the old ones back on leaving."""
         if threading.current_thread() is not threading.main_thread():
-            yield self
+            yield
             return
         numbers = [signal.SIGINT, signal.SIGTERM]
         old = [signal.signal(number, self._handle) for number in numbers]
         try:
-            yield self
+            yield
         finally:
             for number, handler in zip(numbers, old, strict=True):
                 signal.signal(number, handler)

@@ -7,16 +7,16 @@ executes it, so that needs the reader's consent.
 
 import ast
 import builtins
-import dis
 import hashlib
 import inspect
 import linecache
+import symtable
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -55,10 +55,8 @@ class SlotText:
     """A part as text, which stays what it is when its cell or file is changed."""
 
     slot: str
-    kind: str
-    """`function` or `class`."""
     object: str
-    """Its name in the text."""
+    """Name of its function or class in the text."""
     text: str
 
     @property
@@ -77,7 +75,7 @@ class SlotText:
     @property
     def entry(self) -> dict[str, str]:
         """The contents of slots.json."""
-        return {"kind": self.kind, "object": self.object, "sha256": self.sha256}
+        return {"object": self.object, "sha256": self.sha256}
 
 
 def read_slots(slots: Mapping[str, Any]) -> dict[str, SlotText]:
@@ -89,8 +87,7 @@ def read_slots(slots: Mapping[str, Any]) -> dict[str, SlotText]:
     """
     texts = {}
     for slot, part in slots.items():
-        is_function = inspect.isfunction(part)
-        definition = part if is_function or inspect.isclass(part) else type(part)
+        definition = part if inspect.isfunction(part) or inspect.isclass(part) else type(part)
         try:
             source = HEADER + textwrap.dedent(source_of(definition))
         except (OSError, TypeError) as error:
@@ -98,8 +95,7 @@ def read_slots(slots: Mapping[str, Any]) -> dict[str, SlotText]:
                 f"the source of the {slot} {part!r} cannot be read, so the run could not be loaded "
                 "again: define it with def or class in a cell or a file"
             ) from error
-        kind = "function" if is_function else "class"
-        texts[slot] = SlotText(slot, kind, definition.__name__, source)
+        texts[slot] = SlotText(slot, definition.__name__, source)
         with torch.random.fork_rng(devices=[]):  # a stem draws its weights
             again = _made(texts[slot], Path(f"{slot}.py"))
         if definition is not part:
@@ -113,23 +109,22 @@ def name_dataset(cfg: Config, texts: Mapping[str, SlotText]) -> None:
         cfg.data.source = texts["dataset"].address
 
 
-def write_slots(folder: Path, texts: Mapping[str, SlotText]) -> None:
+def write_slots(run: Path, texts: Mapping[str, SlotText]) -> None:
     """Write `slots/<name>.py` and its sha256 for every part."""
     for slot, part in texts.items():
-        write_text(folder / f"{slot}.py", part.text)
+        write_text(run / "slots" / f"{slot}.py", part.text)
     if texts:
-        write_json(folder / "slots.json", {slot: part.entry for slot, part in texts.items()})
+        entries = {slot: part.entry for slot, part in texts.items()}
+        write_json(run / "slots" / "slots.json", entries)
 
 
-def load_slots(folder: Path, trust_code: bool) -> dict[str, Any]:
-    """The parts of a run, by slot name. PermissionError without consent; ValueError if edited."""
-    index = _index(folder)
-    if index and not trust_code:
-        raise PermissionError(f"{folder} holds code of others, to be run with trust_code=True only")
+def load_slots(run: Path, cfg: Config | PretrainConfig, trust_code: bool) -> dict[str, Any]:
+    """The parts of a run, by slot name. PermissionError as `check_trust`; ValueError if edited."""
+    check_trust(run, cfg, trust_code)
     slots = {}
-    for slot, entry in index.items():
-        path = folder / f"{slot}.py"
-        kept = SlotText(slot, entry["kind"], entry["object"], path.read_text(encoding="utf-8"))
+    for slot, entry in _entries(run).items():
+        path = run / "slots" / f"{slot}.py"
+        kept = SlotText(slot, entry["object"], path.read_text(encoding="utf-8"))
         if kept.entry != entry:
             raise ValueError(f"{path} was changed after the run wrote it: its sha256 differs")
         slots[slot] = _made(kept, path)
@@ -138,7 +133,7 @@ def load_slots(folder: Path, trust_code: bool) -> dict[str, Any]:
 
 def check_slots(run: Path, texts: Mapping[str, SlotText]) -> None:
     """ValueError when the run holds parts with other code than `texts`."""
-    old, new = _index(run / "slots"), {slot: part.entry for slot, part in texts.items()}
+    old, new = _entries(run), {slot: part.entry for slot, part in texts.items()}
     if new != old:
         names = ", ".join(sorted({*old, *new}))
         raise ValueError(
@@ -150,7 +145,7 @@ def check_slots(run: Path, texts: Mapping[str, SlotText]) -> None:
 def check_trust(run: Path, cfg: Config | PretrainConfig, trust_code: bool) -> None:
     """PermissionError where a run holds code, or names some in its configuration `cfg`."""
     named = [f"{name}={value}" for name, value in flat(cfg).items() if name in SLOTS]
-    code = [*_index(run / "slots"), *(text for text in named if ":" in text)]
+    code = [*_entries(run), *(text for text in named if ":" in text)]
     if code and not trust_code:
         raise PermissionError(
             f"{run} holds or names code ({', '.join(sorted(code))}), under slots/ and in "
@@ -177,8 +172,9 @@ def source_of(definition: Any) -> str:
     raise OSError(f"no text of {definition.__name__} was found")
 
 
-def _index(folder: Path) -> dict[str, dict[str, str]]:
-    file = folder / "slots.json"
+def _entries(run: Path) -> dict[str, dict[str, str]]:
+    """Slot -> `SlotText.entry` of the parts that a run holds."""
+    file = run / "slots" / "slots.json"
     found: dict[str, dict[str, str]] = read_json(file) if file.exists() else {}
     return found
 
@@ -188,23 +184,21 @@ def _made(part: SlotText, path: Path) -> Any:
 
     ValueError for a name that the text lacks, and for a class that needs arguments.
     """
-    module = ModuleType(part.module)
-    module.__file__ = str(path)
-    sys.modules[part.module] = module  # so that it can be imported, and its source is found again
-    code = compile(part.text, str(path), "exec", dont_inherit=True)
-    try:
-        exec(code, module.__dict__)
-        outside = set(_globals_in(code)) - vars(module).keys() - vars(builtins).keys()
-    except NameError as error:  # of a default value, an annotation, a base class
-        outside = {str(error.name)}
+    names = symtable.symtable(part.text, str(path), "exec")
+    own = {symbol.get_name() for symbol in names.get_symbols() if symbol.is_assigned()}
+    outside = set(_globals_in(names)) - own - set(HEADER_NAMES) - vars(builtins).keys()
     if outside:
         raise ValueError(
             f"the {part.slot} {part.object} uses {', '.join(sorted(outside))} from outside itself: "
             "move it inside the function, so that the run can be loaded again (known are "
             f"{', '.join(HEADER_NAMES)})"
         )
+    module = ModuleType(part.module)
+    module.__file__ = str(path)
+    sys.modules[part.module] = module  # so that it can be imported, and its source is found again
+    exec(compile(part.text, str(path), "exec", dont_inherit=True), module.__dict__)
     made = getattr(module, part.object)
-    if part.kind == "function":
+    if inspect.isfunction(made):
         return made
     try:
         inspect.signature(made).bind()
@@ -216,14 +210,11 @@ def _made(part: SlotText, path: Path) -> Any:
     return made()
 
 
-def _globals_in(code: CodeType) -> Iterator[str]:
-    """Names that a text takes from its module, in all its functions."""
-    for instruction in dis.get_instructions(code):
-        if instruction.opname == "LOAD_GLOBAL":
-            yield instruction.argval
-    for part in code.co_consts:
-        if isinstance(part, CodeType):
-            yield from _globals_in(part)
+def _globals_in(names: symtable.SymbolTable) -> Iterator[str]:
+    """Names that a text takes from its module, in all its functions and classes."""
+    yield from (symbol.get_name() for symbol in names.get_symbols() if symbol.is_global())
+    for part in names.get_children():
+        yield from _globals_in(part)
 
 
 def _check_same(slot: str, part: Any, again: Any) -> None:

@@ -13,10 +13,9 @@ from mimdet.data.coco import build_dataset
 from mimdet.data.loader import Dataset, MicroBatch, TrainLoader
 from mimdet.files import read_json, write_json
 from mimdet.models.detector import Detector, build_detector
-from mimdet.training.checkpoints import CheckpointStore
 from mimdet.training.optim import Schedule
 from mimdet.training.run import Run, initialise, load_detector
-from mimdet.training.slots import check_trust, load_slots, name_dataset, read_slots
+from mimdet.training.slots import load_slots, name_dataset, read_slots
 from mimdet.training.trainer import Step, Trainer, set_up, show_progress
 
 DatasetFunction = Callable[[DataConfig, Literal["train", "val"]], Dataset]
@@ -89,9 +88,7 @@ def resume(run: str | Path, *, trust_code: bool = False, locked: bool = False) -
 
         yield from pretrain(cfg, path)
         return
-    check_trust(path, cfg, trust_code)
-    slots = load_slots(path / "slots", trust_code)
-    yield from train(cfg, path, locked=locked, **slots)
+    yield from train(cfg, path, locked=locked, **load_slots(path, cfg, trust_code))
 
 
 class DetectorTrainer(Trainer):
@@ -134,15 +131,11 @@ class DetectorTrainer(Trainer):
         )
         if processes.rank() == 0:
             save_results(evaluation.results, self.run.path / "predictions.json")
-            if evaluation.box["AP"] > self.best_so_far():
+            earlier = [row["evaluation"]["box"]["AP"] for row in self.run.evaluations()]
+            best = max((ap for ap in earlier if ap is not None), default=-1.0)
+            if evaluation.box["AP"] > best:
                 self.run.store.point("best", f"{self.done:06d}")
         return evaluation.metrics.to_dict()
-
-    def best_so_far(self) -> float:
-        """Highest box AP on record; -1 before the first evaluation."""
-        done = [row["evaluation"] for row in self.run.metrics() if "evaluation" in row]
-        scores = [evaluation["box"].get("AP") for evaluation in done]
-        return max((score for score in scores if score is not None), default=-1.0)
 
 
 def rows_from_training(run: str | Path, data: str) -> list[dict[str, Any]]:
@@ -151,16 +144,16 @@ def rows_from_training(run: str | Path, data: str) -> list[dict[str, Any]]:
     It fits when it was made with the newest weights, on the data set of version `data`, and with
     all tokens: below ratio 1 an evaluation while training is one draw only.
     """
-    path = Path(run)
-    cfg = load_config(path / "config.json")
-    done = [row for row in Run(path, cfg).metrics() if "evaluation" in row]
-    steps = CheckpointStore(path / "checkpoints").steps()
-    if not done or not steps or cfg.backbone.sample_ratio_eval < 1:
+    cfg = load_config(Path(run) / "config.json")
+    record = Run(run, cfg)
+    if cfg.backbone.sample_ratio_eval < 1:
         return []
-    last = done[-1]
-    if (last["step"], last["data"]) != (steps[-1], data):
-        return []
-    return [ratio_row(1.0, [last["evaluation"]], last["time"]["seconds"])]
+    newest = record.store.steps()[-1:]
+    return [
+        ratio_row(1.0, [row["evaluation"]], row["time"]["seconds"])
+        for row in record.evaluations()[-1:]
+        if [row["step"]] == newest and row["data"] == data
+    ]
 
 
 def check_model(model: Detector, cfg: Config, categories: list[str]) -> None:

@@ -7,13 +7,14 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mimdet import processes
 from mimdet.config import Config, PretrainConfig, TrainingConfig
+from mimdet.data.loader import StepLoader
 from mimdet.files import write_json
 from mimdet.models.detector import autocast
 from mimdet.training.checkpoints import Checkpoint
@@ -44,14 +45,6 @@ class Step:
     """Metrics, when this step ended with an evaluation."""
 
 
-class Loader(Protocol):
-    """`TrainLoader` and `ImageLoader`: micro-batches addressed by step."""
-
-    def batches(self, start_step: int, stop_step: int) -> Iterator[list[Any]]:
-        """This process's micro-batches of each step, with `images`, `image_ids` and `number`."""
-        ...
-
-
 class Trainer:
     """Everything of a training between two steps; `steps` is the loop.
 
@@ -63,7 +56,7 @@ class Trainer:
         cfg: Config | PretrainConfig,
         run: Run,
         model: nn.Module,
-        loader: Loader,
+        loader: StepLoader,
         schedule: Schedule,
         data: str,
         held_out: str,
@@ -148,10 +141,8 @@ class Trainer:
         self, micro_batches: list[Any], found: list[dict[str, Tensor]]
     ) -> dict[str, float]:
         """Over all micro-batches of all processes. FloatingPointError where one is not finite."""
-        sums: dict[str, Tensor] = {}
-        for losses in found:
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0) + value / self.cfg.training.accumulate
+        share = 1 / self.cfg.training.accumulate
+        sums = {name: torch.stack([x[name] for x in found]).sum() * share for name in found[0]}
         processes.sum_in_place(list(sums.values()))
         means = {name: float(value) for name, value in sums.items()}
         if not all(map(math.isfinite, means.values())):
@@ -233,12 +224,10 @@ class Trainer:
         try:
             yield
         except StepAbandoned:
-            self.save()
             raise TrainingStopped(self.done, self.run.path, self.signals.received) from None
         except processes.ProcessLost as lost:
             # First the message: torchrun is about to end the processes that are left.
             print(f"\n{lost}; run the same command again to resume", file=sys.stderr)
-            self.save()
             raise TrainingStopped(self.done, self.run.path, signal.SIGTERM) from None
         finally:
             self.save()
@@ -312,8 +301,7 @@ class Trainer:
         if last is None:
             if processes.rank() == 0:
                 self.start()
-                about = environment(self.cfg, self.data)
-                write_json(self.run.path / "environment.json", about)
+                write_json(self.run.path / "environment.json", environment(self.cfg, self.data))
             processes.copy_first(self.model.state_dict().values())
         else:
             self.model.load_state_dict(last.weights)
@@ -328,8 +316,7 @@ class Trainer:
             )
         if processes.rank() == 0:
             self.run.forget_after(self.done)
-            rows = [row["step"] for row in self.run.metrics() if "evaluation" in row]
-            self.evaluated = rows[-1] if rows else -1
+            self.evaluated = max((row["step"] for row in self.run.evaluations()), default=-1)
         self.evaluated = processes.from_first(self.evaluated)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
+from mimdet.config import Config
 from mimdet.models.sampling import Grid
 from mimdet.models.stem import StemFeatures
 from mimdet.training.slots import load_slots, read_slots, source_of, write_slots
@@ -42,7 +43,7 @@ def cell() -> dict[str, Any]:
 def kept(folder: Path, **parts: Any) -> dict[str, Any]:
     """The parts as a run makes them again."""
     write_slots(folder, read_slots(parts))
-    return load_slots(folder, trust_code=True)
+    return load_slots(folder, Config(), trust_code=True)
 
 
 def test_classes_and_functions_of_a_cell_are_found_and_run_again(cell, tmp_path) -> None:
@@ -53,7 +54,7 @@ def test_classes_and_functions_of_a_cell_are_found_and_run_again(cell, tmp_path)
     assert slots["sampler"](torch.ones(3, 4), (1, 3), None).tolist() == [2, 2, 2]
     assert slots["loss"].boxes(torch.ones(1, 4), torch.zeros(1, 4)) == 2
     with pytest.raises(PermissionError, match="trust_code=True"):
-        load_slots(tmp_path, trust_code=False)
+        load_slots(tmp_path, Config(), trust_code=False)
 
 
 ALPHA = 2.0

@@ -202,7 +202,7 @@ def test_folder_of_another_configuration_or_with_code_from_elsewhere_is_refused(
     Run(run.path, run.cfg)
     with pytest.raises(ValueError, match=r"training.steps: 4 -> 5[^$]*by name="):
         plan(small(5), grid, seeds=1, runs=tmp_path)
-    write_slots(run.path / "slots", arms_of(small(), {"backbone.sampler": [strongest]})[0].code)
+    write_slots(run.path, arms_of(small(), {"backbone.sampler": [strongest]})[0].code)
     with pytest.raises(ValueError, match=r"other code for: sampler[^$]*by name="):
         plan(small(), grid, seeds=1, runs=tmp_path)
 
@@ -211,7 +211,7 @@ def first_weights(run: PlannedRun) -> dict[str, torch.Tensor]:
     """Of a training of one step at the rate 0."""
     run.cfg.training.steps, run.cfg.training.learning_rate = 1, 0.0
     Run(run.path, run.cfg)
-    write_slots(run.path / "slots", run.arm.code)
+    write_slots(run.path, run.arm.code)
     torch.manual_seed(7)  # whatever happened before
     assert len(list(resume(run.path, trust_code=True))) == 1
     return load_detector(run.path, trust_code=True).state_dict()
