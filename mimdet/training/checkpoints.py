@@ -37,10 +37,11 @@ class CheckpointStore:
         self.folder = folder
         self.keep = keep
 
-    def save(self, checkpoint: Checkpoint) -> Path:
+    def save(self, checkpoint: Checkpoint) -> None:
         """Write beside, flush, rename; then move `last` and drop the oldest ones."""
         place = self.folder / f"{checkpoint.step:06d}"
-        self._clear()
+        for left in self.folder.glob(f"{PARTIAL}*"):  # by a killed process; none other trains here
+            shutil.rmtree(left, ignore_errors=True)
         partial = self.folder / f"{PARTIAL}{place.name}"
         partial.mkdir(parents=True)
         try:
@@ -55,8 +56,11 @@ class CheckpointStore:
             shutil.rmtree(partial, ignore_errors=True)
         sync(self.folder)
         self.point("last", place.name)
-        self._drop_old()
-        return place
+        best = self.find("best")
+        for step in self.steps()[: -self.keep]:
+            old = self.folder / f"{step:06d}"
+            if old != best:
+                self._delete(old)
 
     def point(self, name: str, target: str) -> None:
         """Make the pointer file `last` or `best` name a checkpoint."""
@@ -86,21 +90,9 @@ class CheckpointStore:
         optimizer = torch.load(place / OPTIMIZER, map_location=device, weights_only=True)
         return Checkpoint(steps[-1], read_safetensors(place / WEIGHTS)[0], optimizer)
 
-    def _drop_old(self) -> None:
-        best = self.find("best")
-        for step in self.steps()[: -self.keep]:
-            place = self.folder / f"{step:06d}"
-            if place != best:
-                self._delete(place)
-
     def _delete(self, place: Path) -> None:
         """Out of sight first: a process that is killed meanwhile leaves no half of a checkpoint."""
         partial = self.folder / f"{PARTIAL}{place.name}-old"
         shutil.rmtree(partial, ignore_errors=True)
         os.replace(place, partial)
         shutil.rmtree(partial)
-
-    def _clear(self) -> None:
-        """Remove what killed processes left; only one process at a time trains in a run."""
-        for left in self.folder.glob(f"{PARTIAL}*"):
-            shutil.rmtree(left, ignore_errors=True)

@@ -1,4 +1,21 @@
-"""A run is a directory: configuration, environment, metrics, checkpoints, predictions."""
+"""A run is the directory of one training:
+
+    config.json       every number of the run; another configuration is refused here
+    metrics.jsonl     a line a step (losses, gradient norm, rate, times), a line an evaluation
+    checkpoints       weights and optimiser state of the last two steps saved, and of the best
+    eval.json         metrics of the last evaluation
+    predictions.json  its detections in COCO's results format
+    evaluation.json   metrics at several sample ratios, from `mimdet evaluate`
+    categories.json   class names, so that the folder alone is enough to predict
+    slots             code of parts that were written in a notebook
+    environment.json  versions, machine, seed, fingerprint of the data
+    log.txt           what a job printed that was started from a notebook
+    job.json          its process, so that it can be found again
+    status.json       how the last training ended
+    lock              held while a process trains here: a second one is refused
+
+A run of `mimdet pretrain` holds mae.safetensors and pictures of reconstructions besides.
+"""
 
 import json
 import os
@@ -37,23 +54,6 @@ from mimdet.training.slots import SlotText, check_slots, load_slots, write_slots
 MAE_FILE = "mae.safetensors"
 """What `mimdet pretrain` leaves in its run for others to read."""
 
-CONTENTS = {
-    "config.json": "every number of the run; another configuration is refused here",
-    "metrics.jsonl": "a line a step (losses, gradient norm, rate, times), a line an evaluation",
-    "checkpoints": "weights and optimiser state of the last two steps saved, and of the best",
-    "eval.json": "metrics of the last evaluation",
-    "predictions.json": "its detections in COCO's results format",
-    "evaluation.json": "metrics at several sample ratios, from `mimdet evaluate`",
-    "categories.json": "class names, so that the folder alone is enough to predict",
-    "slots": "code of parts that were written in a notebook",
-    "environment.json": "versions, machine, seed, fingerprint of the data",
-    "log.txt": "what a job printed that was started from a notebook",
-    "job.json": "its process, so that it can be found again",
-    "status.json": "how the last training ended",
-    "lock": "held while a process trains here: a second one is refused",
-}
-"""What a detector's run holds, by name."""
-
 
 class Run:
     """The directory of one training. Same configuration: resumed. Another one: an error."""
@@ -66,7 +66,7 @@ class Run:
         self.locked = locked
         self.cfg = cfg
         self.store = CheckpointStore(self.path / "checkpoints", cfg.training.keep_checkpoints)
-        self.metrics_path = self.path / "metrics.jsonl"
+        self.rows = MetricsFile(self.path / "metrics.jsonl")
         existing = self.path / "config.json"
         if existing.exists():
             changed = difference(load_config(existing, type(cfg)), cfg)
@@ -113,12 +113,12 @@ class Run:
 
     def append(self, row: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl."""
-        with self.metrics_path.open("a", encoding="utf-8") as file:
+        with self.rows.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl: one per step and one per evaluation."""
-        return MetricsFile(self.metrics_path).read()
+        return self.rows.read()
 
     def evaluations(self) -> list[dict[str, Any]]:
         """The rows of evaluations: {"step", "data", "evaluation", "time"}."""
@@ -127,7 +127,7 @@ class Run:
     def forget_after(self, step: int) -> None:
         """Drop metrics of steps that will be done again."""
         kept = [json.dumps(row) for row in self.metrics() if row["step"] <= step]
-        write_text(self.metrics_path, "".join(line + "\n" for line in kept))
+        write_text(self.rows.path, "".join(line + "\n" for line in kept))
 
 
 class MetricsFile:

@@ -22,7 +22,7 @@ from mimdet.models.detector import build_detector
 from mimdet.models.weights import load_mae, load_mae_model
 from mimdet.presets import PRETRAIN_PRESETS, tiny_mae
 from mimdet.training.pretrain import build_mae, look, pretrain
-from tests.small import small
+from tests.small import assert_same_end, rows_of, small
 
 
 def small_mae(steps: int = 4) -> PretrainConfig:
@@ -54,8 +54,7 @@ def test_it_learns(tmp_path) -> None:
 
 
 def test_a_run_leaves_weights_metrics_and_pictures(undisturbed) -> None:
-    rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
-    evaluations = [row for row in rows if "evaluation" in row]
+    evaluations = [row for row in rows_of(undisturbed) if "evaluation" in row]
     assert [row["step"] for row in evaluations] == [3, 4]
     assert evaluations[-1]["evaluation"]["held_out"]["loss"] > 0
     picture = Image.open(undisturbed / "reconstructions/000004.png")
@@ -83,9 +82,7 @@ def test_resumed_run_is_bit_identical(undisturbed, tmp_path, stop: int) -> None:
         if step.number == stop:
             break
     list(pretrain(small_mae(), tmp_path / "run"))
-    ours, theirs = (load_mae_model(p / "mae.safetensors") for p in (tmp_path / "run", undisturbed))
-    for name, value in theirs.state_dict().items():
-        assert torch.equal(ours.state_dict()[name], value), name
+    assert_same_end(tmp_path / "run", undisturbed)
 
 
 def test_without_held_out_images_there_are_weights_but_no_loss(tmp_path) -> None:
@@ -179,19 +176,6 @@ def test_a_folder_is_split_and_cropped(folder) -> None:
     )
     first_epoch = [name for batch in steps[0] for name in batch.image_ids][:3]
     assert sorted(first_epoch) == sorted(train.image_id(i) for i in range(3))
-
-
-def test_processes_share_the_steps(folder) -> None:
-    cfg = PicturesConfig(source="folder", folder=str(folder), held_out=1, workers=0)
-    train, _ = build_images(cfg, 0)
-    alone = ImageLoader(train, cfg, 16, 2, 4, seed=3)
-    shares = [ImageLoader(train, cfg, 16, 2, 4, 3, rank, 2) for rank in (0, 1)]
-    whole = next(iter(alone.batches(5, 6)))
-    parts = [next(iter(share.batches(5, 6))) for share in shares]
-    joined = sorted(parts[0] + parts[1], key=lambda batch: batch.number)
-    for a, b in zip(whole, joined, strict=True):
-        assert a.number == b.number
-        assert all(torch.equal(x, y) for x, y in zip(a.images, b.images, strict=True))
 
 
 def test_crops_cover_the_shares_asked_for() -> None:

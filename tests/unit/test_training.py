@@ -19,7 +19,7 @@ from mimdet.training.optim import (
     rate_factor,
     scaled_rate,
 )
-from mimdet.training.run import Run, load_detector
+from mimdet.training.run import load_detector
 from mimdet.training.signals import TrainingStopped
 from mimdet.training.train import fit, resume, train
 from tests.small import assert_same_end, small
@@ -70,27 +70,6 @@ def test_schedules_by_hand():
 
 
 # ---------------------------------------------------------------- run directory
-
-
-def test_other_configuration_is_refused_with_the_difference(tmp_path):
-    Run(tmp_path / "x", small())
-    Run(tmp_path / "x", small())
-    with pytest.raises(ValueError, match=r"training.steps: 4 -> 5"):
-        Run(tmp_path / "x", small(5))
-
-
-def test_foreign_folder_is_refused(tmp_path):
-    (tmp_path / "thesis.txt").write_text("keep me")
-    with pytest.raises(ValueError, match="holds no run"):
-        Run(tmp_path, small())
-
-
-def test_metrics_of_steps_that_are_done_again_are_forgotten(tmp_path):
-    run = Run(tmp_path / "x", small())
-    run.append({"step": 1})
-    run.append({"step": 2})
-    run.forget_after(1)
-    assert run.metrics_path.read_text() == '{"step": 1}\n'
 
 
 def test_checkpoints_are_complete_or_absent(tmp_path, monkeypatch):
