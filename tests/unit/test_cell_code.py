@@ -97,11 +97,6 @@ class Power:
         return self.p * tokens.norm(dim=1)
 
 
-class Scaled:
-    def __call__(self, tokens, grid, generator):
-        return ALPHA * tokens.norm(dim=1)
-
-
 class Longer(Power):
     pass
 
@@ -126,7 +121,6 @@ class Needy:
         (defaulted, "uses ALPHA from outside itself"),
         (inside, "uses ALPHA from outside itself"),
         (enclosing(), "uses beta from outside itself"),
-        (Scaled(), "uses ALPHA from outside itself"),
         (Longer(), "uses Power from outside itself"),
         (Needy(3), "'dim'.*give every constructor argument a default"),
         (Power(p=-1.0), r"Power\(\) made without arguments differs in p"),

@@ -170,21 +170,14 @@ def test_metrics_are_read_while_they_are_written(tmp_path) -> None:
     assert [row["step"] for row in file.read()] == [1, 2]
     state = job_state("training", file.rows, 5, "")
     assert (file.step, state.losses) == (2, {"loss": 3.0, "loss_cls": 1.0})
-    assert state.seconds_left == 6.0 and state.images_per_second == 2.0
     assert str(state) == "training, step 2 of 5, loss 3, 2.0 images/s, about 00:06 left"
-    Run(tmp_path / "other", easy())
+    evaluated = {"step": 2, "evaluation": {"box": {"AP": 0.5}}, "time": {"seconds": 6.0}}
+    state = job_state("training", [*file.rows, evaluated], 5, "")
+    assert state.seconds_left == 3 * 5.0 and state.images_per_second == 2.0  # 10 s for two steps
+    assert job_state("starting", [], 0, "").seconds_left is None
     os.replace(file.path, tmp_path / "old")
     file.path.write_text(lines[0])  # a training that resumes writes it anew, without step 2
     assert [row["step"] for row in file.read()] == [1]
-
-
-def test_time_left_by_hand() -> None:
-    # Four steps of 2 s and an evaluation of 12 s: 5 s a step.
-    rows = [{"step": s, "loss": 1.0, "images": 4, "time": {"seconds": 2.0}} for s in (1, 2, 3, 4)]
-    rows.append({"step": 4, "evaluation": {"box": {"AP": 0.5}}, "time": {"seconds": 12.0}})
-    state = job_state("training", rows, 18, "")
-    assert state.seconds_left == 14 * 5.0 and state.images_per_second == 2.0
-    assert job_state("starting", [], 0, "").seconds_left is None
 
 
 def test_a_log_shows_the_last_state_of_a_bar(tmp_path) -> None:

@@ -12,6 +12,7 @@ import mimdet
 from mimdet import presets
 from mimdet.analysis.evaluate import evaluate
 from mimdet.data.coco import build_dataset
+from mimdet.files import read_json
 from mimdet.training.checkpoints import Checkpoint, CheckpointStore
 from mimdet.training.optim import (
     Schedule,
@@ -178,8 +179,8 @@ def test_non_finite_loss_stops_with_image_ids_and_keeps_the_last_step(tmp_path):
 
 
 def test_warm_start_from_another_class_count(tmp_path, capsys):
-    first = small(1)
-    fit(first, "first", runs=tmp_path)
+    model = fit(small(1), "first", runs=tmp_path)
+    assert model.categories and not model.training
     second = small(1)
     second.data.shapes_level = "shapes-v1-easy"
     second.training.init_from = str(tmp_path / "first")
@@ -188,16 +189,6 @@ def test_warm_start_from_another_class_count(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "new: roi_heads.box_head.cls_score.weight" in printed
     assert "new: backbone.stem" not in printed
-
-
-def test_evaluation_results_are_on_disk(tmp_path):
-    model = fit(small(3), "x", runs=tmp_path)
-    assert model.categories and not model.training
-    assert load_detector(tmp_path / "x", checkpoint=2)
-    assert json.loads((tmp_path / "x" / "eval.json").read_text())["step"] == 3
-    assert isinstance(json.loads((tmp_path / "x" / "predictions.json").read_text()), list)
-    environment = json.loads((tmp_path / "x" / "environment.json").read_text())
-    assert environment["data"].startswith("shapes-v1-medium@64")
 
 
 # ---------------------------------------------------------------- slots written in a cell
@@ -230,8 +221,11 @@ def test_parts_and_data_from_a_cell_are_trained_kept_and_reloaded_only_with_cons
     model = load_detector(run, trust_code=True)
     assert model.backbone.sampler.__name__ == "stem_response_sampler"
     held_out = build_dataset(model.config.data, "val")  # in any process that has read the run
-    recorded = json.loads((run / "eval.json").read_text())
+    recorded = read_json(run / "eval.json")
     assert (held_out.version, len(held_out)) == (recorded["data"], 3)
+    assert recorded["step"] == 5 and isinstance(read_json(run / "predictions.json"), list)
+    assert read_json(run / "environment.json")["data"].startswith("shapes-v1-easy@64")
+    assert load_detector(run, checkpoint=2, trust_code=True)
     slot = run / "slots" / "sampler.py"
     slot.write_text(slot.read_text() + "# edited\n")
     with pytest.raises(ValueError, match="sha256"):
@@ -306,17 +300,14 @@ def test_validation_data_are_opened_before_anything_is_written(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_slot_that_does_not_stand_alone_is_refused(tmp_path):
+def test_a_model_or_a_part_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ValueError, match="OUTSIDE from outside itself"):
         next(train(small(1), tmp_path / "x", sampler=leaning_sampler))
-    model = mimdet.build_detector(small(1))
-    with pytest.raises(ValueError, match="the model is complete: give sampler to build_detector"):
-        next(train(small(1), tmp_path / "x", model=model, sampler=stem_response_sampler))
-    assert not (tmp_path / "x").exists()
-
-
-def test_trainer_needs_as_many_classes_as_the_data(tmp_path):
     cfg = small(1)
     cfg.detector.num_classes = 3
+    model = mimdet.build_detector(cfg)
     with pytest.raises(ValueError, match=r"detector\.num_classes=12"):
-        next(train(cfg, tmp_path / "x", model=mimdet.build_detector(cfg)))
+        next(train(cfg, tmp_path / "x", model=model))
+    with pytest.raises(ValueError, match="the model is complete: give sampler to build_detector"):
+        next(train(cfg, tmp_path / "x", model=model, sampler=stem_response_sampler))
+    assert not (tmp_path / "x").exists()
