@@ -12,7 +12,7 @@ from mimdet.config import Config, from_dict, to_dict
 from mimdet.files import write_file
 from mimdet.models.checkpoint_files import CheckpointFile, read_checkpoint
 from mimdet.models.detector import Detector, build_detector
-from mimdet.models.weights import LoadReport, Rule, load_exactly, translate
+from mimdet.models.weights import LoadReport, Rule, load_exactly, stored, translate
 from mimdet.presets import PRESETS
 
 _BOTTOM_UP = "backbone.bottom_up"
@@ -98,9 +98,8 @@ def load_official(source: str | Path, cfg: Config | None = None) -> Detector:
     model = build_detector(cfg)
     load_exactly(model, tensors, file.name)
     model.categories = class_names(cfg.detector.num_classes)
-    print(
-        LoadReport(f"{file.name} as {cfg.preset or 'cfg'}", list(tensors), [], [], [], file.notes)
-    )
+    name = f"{file.name} as {cfg.preset or 'cfg'}"
+    print(LoadReport(name, list(tensors), [], [], notes=file.notes))
     return model.eval()
 
 
@@ -214,14 +213,11 @@ def save_detector(model: Detector, path: str | Path, *, half: bool = False) -> N
             f"the detector has parts of its own ({', '.join(model.slots)}), whose code one file of "
             "weights cannot hold: share the run's directory instead"
         )
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    if half:
-        state = {n: v.half() if v.is_floating_point() else v for n, v in state.items()}
     metadata = {
         "config": json.dumps(to_dict(model.config)),
         "categories": json.dumps(model.categories),
     }
-    write_file(path, lambda partial: save_file(state, partial, metadata))
+    write_file(path, lambda partial: save_file(stored(model, half), partial, metadata))
 
 
 def describes_itself(file: CheckpointFile) -> bool:
@@ -240,9 +236,6 @@ def load_single_file(file: CheckpointFile) -> Detector:
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file.name}: its configuration cannot be read: {error}") from error
     model = build_detector(cfg)
-    dtypes = {name: value.dtype for name, value in model.state_dict().items()}
-    load_exactly(
-        model, {n: v.to(dtypes.get(n, torch.float32)) for n, v in file.tensors.items()}, file.name
-    )
+    load_exactly(model, file.tensors, file.name)
     model.categories = categories
     return model.eval()

@@ -314,8 +314,7 @@ def save_mae(model: MAE, path: str | Path, *, half: bool = False) -> None:
     also keeps the number of heads and norm_pix_loss. half: as float16."""
     from safetensors.torch import save_file
 
-    dtype = torch.float16 if half else torch.float32
-    state = {n: v.detach().cpu().to(dtype).contiguous() for n, v in model.state_dict().items()}
+    state = stored(model, half)
     if Path(path).suffix == ".safetensors":
         metadata = {
             "num_heads": str(model.num_heads),
@@ -325,6 +324,12 @@ def save_mae(model: MAE, path: str | Path, *, half: bool = False) -> None:
         write_file(path, lambda partial: save_file(state, partial, metadata))
     else:
         write_file(path, lambda partial: torch.save({"model": state}, partial))
+
+
+def stored(model: nn.Module, half: bool) -> dict[str, Tensor]:
+    """A model's tensors as a file holds them; half: floating-point ones as float16."""
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    return {n: v.half() if half and v.is_floating_point() else v for n, v in state.items()}
 
 
 def load_exactly(model: nn.Module, tensors: dict[str, Tensor], name: str) -> None:
