@@ -50,6 +50,12 @@ def pad_and_normalise(images: Sequence[Tensor], device: torch.device) -> Batch:
     return Batch(batch, sizes, images)
 
 
+def to_uint8(images: Tensor) -> Tensor:
+    """Normalised images (..., 3, H, W), as models take them -> uint8 on the CPU, to be shown."""
+    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD])[..., None, None]
+    return (images.float().cpu() * std + mean).clamp(0, 255).round().to(torch.uint8)
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """float16 and bfloat16 become float32; float64 stays (training.precision="fp64")."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

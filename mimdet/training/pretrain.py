@@ -17,7 +17,7 @@ from mimdet.files import write_file
 from mimdet.inference import generator_for
 from mimdet.models.detector import autocast
 from mimdet.models.mae import MAE
-from mimdet.models.rcnn import IMAGENET_MEAN, IMAGENET_STD, pad_and_normalise
+from mimdet.models.rcnn import pad_and_normalise, to_uint8
 from mimdet.models.weights import load_exactly, load_mae_model, save_mae
 from mimdet.training.optim import Schedule
 from mimdet.training.run import MAE_FILE, Run, weights_of
@@ -123,7 +123,7 @@ def look(
             shown = model.reconstruct(
                 batch.float(), out._replace(prediction=out.prediction.float())
             )
-            rows = [as_uint8(x[:SHOWN]) for x in (batch, shown.visible, shown.pasted)]
+            rows = [to_uint8(x[:SHOWN]) for x in (batch, shown.visible, shown.pasted)]
     model.train(training)
     picture = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
     return total / len(images), picture
@@ -132,10 +132,3 @@ def look(
 def dtype_of(model: MAE) -> torch.dtype:
     """That of its weights: float64 with training.precision="fp64", else float32."""
     return model.cls_token.dtype
-
-
-def as_uint8(images: Tensor) -> Tensor:
-    """Normalised (B, 3, H, W) -> uint8, on the CPU."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device)[:, None, None]
-    std = torch.tensor(IMAGENET_STD, device=images.device)[:, None, None]
-    return (images.float() * std + mean).round().clamp(0, 255).to(torch.uint8).cpu()

@@ -13,7 +13,7 @@ from mimdet.analysis.cost import transformer_cost
 from mimdet.images import Resize, resize_image, shortest_edge
 from mimdet.inference import device_of, generator_for, run_detector
 from mimdet.models.mae import MAE, Reconstruction
-from mimdet.models.rcnn import IMAGENET_MEAN, IMAGENET_STD, pad_and_normalise
+from mimdet.models.rcnn import pad_and_normalise, to_uint8
 from mimdet.models.sampling import (
     PATCH,
     SAMPLERS,
@@ -208,12 +208,6 @@ def _show(pictures: Sequence[tuple[str, Tensor]], columns: int) -> NotebookFigur
     for ax, (title, picture) in zip(axes, pictures, strict=True):
         draw_image(ax, picture, title)
     return fig
-
-
-def to_uint8(picture: Tensor) -> Tensor:
-    """A normalised (3, H, W) image, as models take it -> uint8 on the CPU, to be shown."""
-    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD])[..., None, None]
-    return (picture.float().cpu() * std + mean).clamp(0, 255).round().to(torch.uint8)
 
 
 # ------------------------------------------------------------------------- two models, one grid
