@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,12 +28,10 @@ def show_attention(
     query: Place,
     *,
     heads: bool = False,
-    index: int = 0,
-    columns: int = 5,
 ) -> NotebookFigure:
     """What the token at `query` takes from every other: a panel per block, or per head of each.
 
-    image: uint8 (3, H, W) as fed to the network, before padding, with place `index` in its batch.
+    image: uint8 (3, H, W) as fed to the network, before padding, the first of its batch.
     names: recorded attention, or patterns of it. query: (row, column) on the grid, or row * width +
     column. heads: one panel a head instead of their mean. Bright is much: each panel has a scale of
     its own, from 0 to the share in its title (colours follow its square root, so that little is
@@ -44,20 +41,19 @@ def show_attention(
     """
     place = place_on(seen, query)
     chosen = chosen_names(seen, names)
-    panels, said = [], []
+    panels = []
     for name in chosen:
-        rows = seen.row(name, place, index)  # (heads, N)
-        title, short = block_title(seen, name), block_title(seen, name, chosen)
+        rows = seen.row(name, place)  # (heads, N)
+        title = block_title(seen, name, chosen)
         drawn = {f", head {i}": row for i, row in enumerate(rows)} if heads else {"": rows.mean(0)}
         for head, row in drawn.items():
-            values, high = seen.on_grid(name, row, index), float(row.max())
-            panels.append(Shares(f"{short}{head}: ≤ {share(high)}", values, high))
-            said.append(f"{title}{head} at most {share(high)} {_where(values)}")
-    fig = _over_picture(image, seen, chosen[0], place, index, columns, panels)
+            high = float(row.max())
+            panels.append((f"{title}{head}: ≤ {share(high)}", seen.on_grid(name, row), high))
+    fig = _over_picture(image, seen, chosen[0], place, panels)
     kind = "per head" if heads else "mean of the heads"
     fig.alt_text = (
         f"Attention of the token in {_in_words(place, seen)}, {kind}, over the picture: "
-        f"{'; '.join(said)}."
+        f"{'; '.join(title for title, _, _ in panels)}."
     )
     return fig
 
@@ -67,9 +63,6 @@ def show_rollout(
     seen: Recording,
     names: str | Sequence[str],
     query: Place,
-    *,
-    index: int = 0,
-    columns: int = 5,
 ) -> NotebookFigure:
     """How much of every token reaches the one at `query` after 1, 2, ... of the named blocks.
 
@@ -78,19 +71,17 @@ def show_rollout(
     """
     place = place_on(seen, query)
     chosen = chosen_names(seen, names)
-    panels, said = [], []
+    panels = []
     for count, name in enumerate(chosen, start=1):
-        values, own = rolled_out(seen, chosen[:count], place, index)
-        title, short = block_title(seen, chosen[0]), block_title(seen, chosen[0], chosen)
+        values, own = rolled_out(seen, chosen[:count], place)
+        title = block_title(seen, chosen[0], chosen)
         if count > 1:
-            span = f"-{_number(name)}"
-            title, short = (t.replace("block ", "blocks ") + span for t in (title, short))
-        panels.append(Shares(f"{short}: itself {share(own)}", values, largest_other(values, place)))
-        said.append(f"{title}: {share(own)} of itself")
-    fig = _over_picture(image, seen, chosen[0], place, index, columns, panels)
+            title = f"{title.replace('block ', 'blocks ')}-{_number(name)}"
+        panels.append((f"{title}: itself {share(own)}", values, largest_other(values, place)))
+    fig = _over_picture(image, seen, chosen[0], place, panels)
     fig.alt_text = (
         f"Attention rolled out for the token in {_in_words(place, seen)}, over the picture: "
-        f"{'; '.join(said)}, the rest spread over the tokens of the panel."
+        f"{'; '.join(title for title, _, _ in panels)}."
     )
     return fig
 
@@ -98,14 +89,12 @@ def show_rollout(
 # ------------------------------------------------------------------------------- numbers
 
 
-def rolled_out(
-    seen: Recording, names: Sequence[str], place: int, index: int = 0
-) -> tuple[Tensor, float]:
+def rolled_out(seen: Recording, names: Sequence[str], place: int) -> tuple[Tensor, float]:
     """Rollout through the named blocks: (h, w) shares of the token at `place`, and its own one."""
-    position = seen.position(names[0], place, index)
-    row = rollout([seen[name][index] for name in names])[position]
+    position = seen.position(names[0], place)
+    row = rollout([seen[name][0] for name in names])[position]
     own = float(row[position])
-    return seen.on_grid(names[0], row[seen.prefix :], index), own
+    return seen.on_grid(names[0], row[seen.prefix :]), own
 
 
 def chosen_names(seen: Recording, names: str | Sequence[str]) -> list[str]:
@@ -182,11 +171,6 @@ def largest_other(values: Tensor, place: int) -> float:
     return float(flat.max())
 
 
-def _where(values: Tensor) -> str:
-    best = int(values.flatten().nan_to_num(-1).argmax())
-    return f"(row {best // values.shape[1]}, column {best % values.shape[1]})"
-
-
 def _in_words(place: int, seen: Recording) -> str:
     return f"row {place // seen.grid[1]}, column {place % seen.grid[1]}"
 
@@ -194,26 +178,17 @@ def _in_words(place: int, seen: Recording) -> str:
 # ------------------------------------------------------------------------------- drawing
 
 
-class Shares(NamedTuple):
-    """A panel: what a token takes from the others."""
-
-    title: str
-    values: Tensor
-    """(h, w); NaN where no token was sampled."""
-    high: float
-    """The share that is drawn brightest."""
-
-
 def _over_picture(
     image: Tensor,
     seen: Recording,
     name: str,
     place: int,
-    index: int,
-    columns: int,
-    panels: Sequence[Shares],
+    panels: Sequence[tuple[str, Tensor, float]],
 ) -> NotebookFigure:
-    """The picture with its unsampled tokens grey, then every panel laid over it."""
+    """The picture with its unsampled tokens grey, then every panel laid over it.
+
+    panels: title, (h, w) shares with NaN where no token was sampled, the share drawn brightest.
+    """
     own, grid = token_grid(*image_size(image)), seen.grid
     if seen.patch == PATCH and (own[0] > grid[0] or own[1] > grid[1]):
         raise ValueError(
@@ -223,14 +198,14 @@ def _over_picture(
     height, width = grid[0] * seen.patch, grid[1] * seen.patch  # with padding
     visible = torch.ones(grid)
     if name not in seen.full_grid and seen.sample is not None:
-        visible = seen.on_grid(name, torch.ones(len(seen.sample.keep[index])), index)
+        visible = seen.on_grid(name, torch.ones(len(seen.sample.keep[0])))
     part = "decoder" if name in seen.full_grid else "encoder"
     layer = np.zeros((*grid, 4), np.uint8)
     layer[visible.isnan().numpy()] = (*UNSAMPLED, round(255 * UNKNOWN))
     total = grid[0] * grid[1]
     layers = [(image, f"{part}: {int(visible.nansum())} of {total} tokens", layer)]
-    layers += [(greyed(image), p.title, overlay(p.values, p.high)) for p in panels]
-    fig, axes = image_panels([(height, width)] * len(layers), columns)
+    layers += [(greyed(image), title, overlay(values, high)) for title, values, high in panels]
+    fig, axes = image_panels([(height, width)] * len(layers), columns=5)
     row, column = divmod(place, grid[1])
     corner = (column * seen.patch, row * seen.patch)
     for ax, (picture, title, layer) in zip(axes, layers, strict=True):
