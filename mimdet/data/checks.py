@@ -8,6 +8,7 @@ set as a whole. It never raises for what it finds. What may be found is listed i
 import hashlib
 import os
 import textwrap
+import tomllib
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -29,90 +30,11 @@ from mimdet.data.coco_file import (
     mask_area,
 )
 
-ERRORS: dict[str, str] = {
-    # The file and the layout of all boxes.
-    "json-unreadable": "Check the path, or export or copy the file again.",
-    "not-coco": "Give an object with the lists images, annotations and categories.",
-    "empty-section": "Check that the right file was exported, and to its end.",
-    "folder-missing": "Check the path of the image folder.",
-    "boxes-look-xyxy": "Write x, y, width, height: subtract x1, y1 from x2, y2.",
-    "boxes-look-normalised": (
-        "COCO boxes are in pixels: multiply x and width by the image's width, y and height by its "
-        "height (and move x, y to the corner if they are centres, as in YOLO files)."
-    ),
-    # Entries and their ids.
-    "bad-field": (
-        "Add or correct the field. Ids are whole numbers (of images also text); bbox is x, y, "
-        "width, height in pixels; iscrowd is 1 for a region of many objects, else 0."
-    ),
-    "duplicate-image-id": "Number the images anew and adapt image_id.",
-    "duplicate-annotation-id": "Number the annotations from 1.",
-    "duplicate-category-id": "Number the categories and adapt category_id.",
-    "unknown-image": "Correct image_id, list the image or remove the annotation.",
-    "unknown-category": "Correct category_id, or list the category.",
-    # Images.
-    "duplicate-file-name": (
-        "Merge the entries: in each the objects of the other look like background."
-    ),
-    "image-missing": "Copy it into the folder, or correct file_name.",
-    "image-unreadable": "Copy it again, or remove it and its annotations.",
-    "image-size-wrong": (
-        "If the image was resized, resize its boxes and masks too; then write the file's own size."
-    ),
-    "image-float": "Scale its floating point pixels to 0..255, save with 8 bits.",
-    # Boxes.
-    "empty-box": "Redraw or remove it (mimdet leaves it out).",
-    "box-outside": "Check image_id and the units; redraw or remove it.",
-    "bad-area": "Write the mask's area in pixels.",
-    # Masks.
-    "segmentation-missing": "Add the masks, or remove all to train on boxes only.",
-    "bad-segmentation": (
-        "Write [[x0, y0, x1, y1, ...], ...] or {size: [height, width], counts: ...} with runs "
-        "that fill the image."
-    ),
-    "polygon-too-short": "Give this part at least 3 points, or remove it.",
-    "segmentation-empty": "Redraw the mask, or remove the annotation.",
-    "segmentation-box-mismatch": "The box must be the mask's extent: look at both.",
-}
+_KINDS = tomllib.loads(Path(__file__).with_name("check_kinds.toml").read_text("utf-8"))
+ERRORS: dict[str, str] = _KINDS["errors"]
 """Kinds of faults that spoil training or its numbers, and what to do about each."""
-
-WARNINGS: dict[str, str] = {
-    # Entries and their ids.
-    "duplicate-category-name": "Merge the two, or tell them apart by name.",
-    "annotation-id": (
-        "Number from 1: COCO's own evaluation needs ids, takes 0 for 'not matched' and counts "
-        "that object as missed. mimdet numbers anew before it evaluates."
-    ),
-    "category-unused": "Nothing can be learned for it: are annotations lost?",
-    # Images.
-    "file-name-leaves-folder": "Give it relative to the image folder.",
-    "image-rotated": (
-        "Viewers turn it, mimdet reads the pixels as stored: turn them and remove the tag, unless "
-        "the boxes were drawn on the unturned image."
-    ),
-    "image-16-bit": (
-        "0..65535 is mapped to 0..255, which leaves a 12-bit camera's image nearly black: scale "
-        "it to the range it uses and save it with 8 bits."
-    ),
-    "duplicate-image-content": "Keep one of the files, with all annotations.",
-    "mostly-empty-images": "They count as pure background: is anything lost?",
-    # Boxes.
-    "box-exceeds-image": "Cut it at the border (1 pixel is tolerated).",
-    "duplicate-annotation": "Remove one: image, class and box are the same.",
-    "area-missing": "Add it: AP of small, medium and large objects reads it.",
-    "area-mismatch": (
-        "Write the mask's area, not the box's; without masks, width x height of the box."
-    ),
-    "iscrowd-missing": "Add it: 0 is meant here, COCO's own evaluation stops.",
-    "mostly-crowds": (
-        "Regions of many objects are left out of training. Some tools mark every object stored as "
-        "run lengths: set iscrowd to 0 for single objects."
-    ),
-    # Masks.
-    "crowd-with-polygon": "Set iscrowd to 0 if this is a single object.",
-}
+WARNINGS: dict[str, str] = _KINDS["warnings"]
 """Kinds that may be meant so, and what to do if not."""
-
 KINDS = ERRORS | WARNINGS
 """Every kind with its remedy, in the order in which findings are printed."""
 
