@@ -140,12 +140,8 @@ def test_complete_download_is_recorded(remote, file, tmp_path):
     assert files_in(path.parent) == {"weights.pth", "downloads.json"}
     entry = json.loads((path.parent / "downloads.json").read_text())["weights.pth"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", entry.pop("date"))
-    assert entry == {
-        "address": remote.address,
-        "bytes": 10240,
-        "sha256": SHA256,
-        "licence": "CC0",
-    }
+    expected = {"address": remote.address, "bytes": 10240, "sha256": SHA256, "licence": "CC0"}
+    assert entry == expected
 
 
 DATE = "Wed, 06 Apr 2022 10:00:00 GMT"
@@ -161,22 +157,35 @@ def test_broken_connection_is_continued(remote, file, tmp_path, headers):
     assert remote.statuses == [200, 200, 206, 206]
 
 
-def interrupted(remote, file, folder, monkeypatch):
-    """A download that ended after 6,000 bytes."""
+@pytest.fixture
+def part(remote, file, tmp_path, monkeypatch) -> Path:
+    """What a download leaves that ended after 6,000 bytes."""
     remote.cuts = [0, 6000]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(downloads.time, "sleep", Mock(side_effect=KeyboardInterrupt))
-        fetch(file, folder)
+        fetch(file, tmp_path)
     remote.asked.clear()
-
-
-def test_a_later_run_continues(remote, file, tmp_path, monkeypatch):
-    interrupted(remote, file, tmp_path, monkeypatch)
     (part,) = tmp_path.iterdir()
-    assert part.suffix == ".part" and part.stat().st_size == 6000
+    assert part.suffix == ".part" and part.read_bytes() == CONTENT[:6000]
+    return part
+
+
+@pytest.mark.parametrize(
+    ("bytes_there", "asked"),
+    # Complete as after a kill between the last byte and the new name: nothing is fetched again.
+    [(6000, ["", "bytes=6000-"]), (len(CONTENT), [""])],
+)
+def test_a_later_run_continues(remote, file, tmp_path, part, bytes_there, asked):
+    part.write_bytes(CONTENT[:bytes_there])
     assert fetch(file, tmp_path).read_bytes() == CONTENT
-    assert remote.asked == ["", "bytes=6000-"]
+    assert remote.asked == asked
     assert files_in(tmp_path) == {"weights.pth", "downloads.json"}
+
+
+def test_too_long_a_part(file, tmp_path, part):
+    part.write_bytes(CONTENT + b"more")
+    with pytest.raises(ValueError, match=r"weights\.pth.*\.part is longer .* delete it"):
+        fetch(file, tmp_path)
 
 
 @pytest.mark.parametrize("headers", [{"ETag": '"one"'}, {}])
@@ -186,8 +195,7 @@ def test_without_ranges_or_versions_it_starts_over(remote, file, tmp_path, heade
     assert remote.statuses == [200, 200, 200]
 
 
-def test_two_versions_are_not_glued(remote, file, tmp_path, monkeypatch):
-    interrupted(remote, file, tmp_path, monkeypatch)
+def test_two_versions_are_not_glued(remote, file, tmp_path, part):
     remote.content = CONTENT[::-1]
     remote.headers["ETag"] = '"two"'
     assert fetch(file, tmp_path).read_bytes() == CONTENT[::-1]
@@ -211,18 +219,6 @@ def test_server_that_always_stops_early(remote, file, tmp_path):
     with pytest.raises(ConnectionError, match=r"after 6000 of 10240 bytes; .*part is kept"):
         fetch(file, tmp_path)
     assert len(remote.asked) == 2 + downloads.TRIES  # the first try brought something
-
-
-def test_complete_or_too_long_a_part(remote, file, tmp_path, monkeypatch):
-    """Complete as after a kill between the last byte and the new name: nothing is fetched again."""
-    interrupted(remote, file, tmp_path, monkeypatch)
-    (part,) = tmp_path.iterdir()
-    part.write_bytes(CONTENT + b"more")
-    with pytest.raises(ValueError, match=r"weights\.pth.*\.part is longer .* delete it"):
-        fetch(file, tmp_path)
-    part.write_bytes(CONTENT)
-    assert fetch(file, tmp_path).read_bytes() == CONTENT
-    assert remote.asked == ["", ""]  # a look each
 
 
 @pytest.mark.parametrize(
@@ -288,13 +284,6 @@ def test_file_from_elsewhere(file, tmp_path):
 # ------------------------------------------------------------------------------ asking
 
 
-def test_refuses_without_a_terminal(remote, listed, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
-    with pytest.raises(ValueError, match="add --yes"):
-        download(["small"], tmp_path)
-    assert remote.asked == [] and files_in(tmp_path) == set()
-
-
 @pytest.mark.parametrize("answer", ["n\n", "\n", "", "maybe\n", "y\n"])
 def test_only_yes_is_yes(remote, listed, tmp_path, monkeypatch, capsys, answer):
     monkeypatch.setattr(sys, "stdin", Keyboard(answer))
@@ -305,6 +294,9 @@ def test_only_yes_is_yes(remote, listed, tmp_path, monkeypatch, capsys, answer):
         assert part in printed
     assert files_in(tmp_path) == ({"weights.pth", "downloads.json"} if paths else set())
     assert ("nothing was downloaded" in printed) == (not paths)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))  # no terminal
+    with pytest.raises(ValueError, match="add --yes"):
+        download(["small"], tmp_path / "other")
 
 
 def test_command(remote, listed, tmp_path, monkeypatch, capsys):
@@ -313,13 +305,14 @@ def test_command(remote, listed, tmp_path, monkeypatch, capsys):
     cli.main(["download", "small", "--to", str(tmp_path / "w"), "--yes"])
     assert (tmp_path / "w" / "weights.pth").read_bytes() == CONTENT
     assert "complete and checked" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"no public file 'smal'; `mimdet download` lists"):
-        cli.main(["download", "smal"])
     remote.status = 404
-    with pytest.raises(SystemExit, match=r"error: .*404"):
-        cli.main(["download", "small", "--to", str(tmp_path / "v"), "--yes"])
-    with pytest.raises(SystemExit, match="none of them is named"):
-        cli.main(["download", "small", "--unpack", "--yes"])
+    for words, said in (
+        (["smal"], r"no public file 'smal'; `mimdet download` lists"),
+        (["small", "--to", str(tmp_path / "v"), "--yes"], r"error: .*404"),
+        (["small", "--unpack", "--yes"], "none of them is named"),
+    ):
+        with pytest.raises(SystemExit, match=said):
+            cli.main(["download", *words])
 
 
 # ------------------------------------------------------------------------------ the hub
@@ -341,17 +334,11 @@ def test_hub_file_goes_to_the_hubs_cache(remote, tmp_path):
     remote.headers |= {"ETag": f'"{SHA256}"', "X-Repo-Commit": "a" * 40}
     server = remote.address.rsplit("/", 1)[0]
     settings = {"HF_ENDPOINT": server, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0"}
-
-    def run(sha256: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-c", HUB_RUN, sha256],
-            cwd=tmp_path,
-            env=os.environ | settings,
-            capture_output=True,
-            text=True,
-        )
-
-    first, second, wrong = run(SHA256), run(SHA256), run("0" * 64)
+    options = {"cwd": tmp_path, "env": os.environ | settings, "capture_output": True, "text": True}
+    first, second, wrong = (
+        subprocess.run([sys.executable, "-c", HUB_RUN, sha256], **options)
+        for sha256 in (SHA256, SHA256, "0" * 64)
+    )
     there, *_, path = first.stdout.split()
     assert there == "False" and second.stdout.split()[0] == "True"
     assert Path(path).is_relative_to(tmp_path / "hub") and Path(path).read_bytes() == CONTENT
@@ -373,26 +360,21 @@ def zipped(path: Path, entries: dict[str | zipfile.ZipInfo, bytes]) -> Path:
 IMAGES = {"val2017/": b"", "val2017/1.jpg": b"first" * 100, "val2017/2.jpg": b"second" * 100}
 
 
-def test_unpack_coco(remote, file, tmp_path, monkeypatch):
+def test_unpack_coco_and_go_on_with_what_is_incomplete(remote, file, tmp_path, monkeypatch, capsys):
     remote.content = zipped(tmp_path / "source.zip", IMAGES).read_bytes()
     archive = replace(file, address=remote.address.replace("weights.pth", "val2017.zip"))
     monkeypatch.setattr(downloads, "CATALOGUE", (archive,))
-    cli.main(["download", "small", "--to", str(tmp_path / "d"), "--yes", "--unpack"])
-    for name in ("1.jpg", "2.jpg"):
-        unpacked = tmp_path / "d" / "coco" / "val2017" / name
-        assert unpacked.read_bytes() == IMAGES[f"val2017/{name}"]
-
-
-def test_unpacking_goes_on_with_what_is_incomplete(tmp_path):
-    archive = zipped(tmp_path / "a.zip", IMAGES)
-    assert "2 files unpacked, 0 were there" in unzip(archive, tmp_path / "coco")
-    first, second = (tmp_path / "coco" / "val2017" / name for name in ("1.jpg", "2.jpg"))
+    first, second = (tmp_path / "d/coco" / name for name in ("val2017/1.jpg", "val2017/2.jpg"))
+    command = ["download", "small", "--to", str(tmp_path / "d"), "--yes", "--unpack"]
+    cli.main(command)
+    assert "2 files unpacked, 0 were there" in capsys.readouterr().out
     written = first.stat().st_mtime_ns
-    second.write_bytes(b"SECOND" * 100)  # same size, another CRC
-    assert "1 files unpacked, 1 were there" in unzip(archive, tmp_path / "coco")
-    second.write_bytes(b"sec")
-    assert "1 files unpacked, 1 were there" in unzip(archive, tmp_path / "coco")
-    assert second.read_bytes() == IMAGES["val2017/2.jpg"]
+    for damaged in (b"SECOND" * 100, b"sec"):  # the same size with another CRC, and too short
+        second.write_bytes(damaged)
+        cli.main(command)
+        assert "1 files unpacked, 1 were there" in capsys.readouterr().out
+        assert second.read_bytes() == IMAGES["val2017/2.jpg"]
+    assert first.read_bytes() == IMAGES["val2017/1.jpg"]
     assert first.stat().st_mtime_ns == written
     assert files_in(first.parent) == {"1.jpg", "2.jpg"}
 
@@ -415,27 +397,28 @@ def test_damaged_archive_and_full_disk(tmp_path, monkeypatch):
         unzip(archive, tmp_path / "coco")
     content = bytearray(archive.read_bytes())
     content[content.index(b"1.jpg") + 8] ^= 0xFF
-    archive.write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.zip is damaged .*download again"):
-        unzip(archive, tmp_path / "coco")
-    archive.write_bytes(b"no zip at all")
-    with pytest.raises(ValueError, match="is damaged"):
-        unzip(archive, tmp_path / "coco")
+    for damaged in (content, b"no zip at all"):
+        archive.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"a\.zip is damaged .*download again"):
+            unzip(archive, tmp_path / "coco")
 
 
 # ------------------------------------------------------------------------------ the catalogue
 
 
-@pytest.mark.parametrize("entry", CATALOGUE, ids=lambda entry: entry.name)
-def test_entry_is_well_formed(entry):
-    assert re.fullmatch(r"https?://[\w.-]+/[\w./-]+\.(pth|bin|safetensors|zip)", entry.address)
-    assert entry.page.startswith("https://") and entry.licence and entry.good_for
-    assert re.fullmatch(r"([0-9a-f]{64})?", entry.sha256)
-    assert re.fullmatch(r"([0-9a-f]{6})?", entry.md5_start)
-    assert re.fullmatch(r"([\d.]+ [MG]B)?", entry.size)
-    assert re.fullmatch(r"[\w.-]+", entry.file_name)
-    if entry.hub_file:
-        assert entry.page == f"https://huggingface.co/{entry.name}"
+def test_entries_are_well_formed_and_in_the_table():
+    lines = table().splitlines()
+    assert len(lines) == 1 + len(CATALOGUE) + len(GROUPS)
+    for entry, line in zip(CATALOGUE, lines[1:], strict=False):
+        assert re.fullmatch(r"https?://[\w.-]+/[\w./-]+\.(pth|bin|safetensors|zip)", entry.address)
+        assert entry.page.startswith("https://")
+        assert re.fullmatch(r"([0-9a-f]{64})?", entry.sha256)
+        assert re.fullmatch(r"([0-9a-f]{6})?", entry.md5_start)
+        assert re.fullmatch(r"([\d.]+ [MG]B)?", entry.size)
+        assert not entry.hub_file or entry.page == f"https://huggingface.co/{entry.name}"
+        assert entry.licence and entry.good_for
+        for told in (entry.name, entry.size, entry.licence, entry.good_for):
+            assert told in line
 
 
 def test_names_are_unique_on_the_command_line_and_on_disk():
@@ -447,17 +430,6 @@ def test_names_are_unique_on_the_command_line_and_on_disk():
 
 def test_names_and_groups():
     coco = files_named("coco")
-    assert [entry.file_name for entry in coco] == [
-        "train2017.zip",
-        "val2017.zip",
-        "annotations_trainval2017.zip",
-    ]
+    expected = ["train2017.zip", "val2017.zip", "annotations_trainval2017.zip"]
+    assert [entry.file_name for entry in coco] == expected
     assert files_named("coco-val2017", "coco") == [coco[1], coco[0], coco[2]]
-
-
-def test_table_shows_everything():
-    lines = table().splitlines()
-    assert len(lines) == 1 + len(CATALOGUE) + len(GROUPS)
-    for entry, line in zip(CATALOGUE, lines[1:], strict=False):
-        for part in (entry.name, entry.size, entry.licence, entry.good_for):
-            assert part in line

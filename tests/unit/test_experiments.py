@@ -34,7 +34,7 @@ from mimdet.training.run import MetricsFile, Run, in_use, load_detector
 from mimdet.training.slots import write_slots
 from mimdet.training.train import resume
 from mimdet.viz import save_figures, show_arms, show_learning_curves, show_matrix
-from tests.small import small
+from tests.small import small, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,24 +60,17 @@ class OwnStem(nn.Module):
 # ------------------------------------------------------------------------------- the grid
 
 
-def test_arms_are_all_combinations_in_order() -> None:
+def test_arms_are_all_combinations_in_order_or_those_of_a_list() -> None:
     grid = {"backbone.sample_ratio": [0.25, 1], "detector.norm": ["BN", "GN"]}
     base = small()
     arms = arms_of(base, grid)
-    assert [arm.label for arm in arms] == [
-        "sample_ratio=0.25,norm=BN",
-        "sample_ratio=0.25,norm=GN",
-        "sample_ratio=1,norm=BN",
-        "sample_ratio=1,norm=GN",
-    ]
+    quarters = ["sample_ratio=0.25,norm=BN", "sample_ratio=0.25,norm=GN"]
+    assert [arm.label for arm in arms[:2]] == quarters
+    assert [arm.label for arm in arms[2:]] == ["sample_ratio=1,norm=BN", "sample_ratio=1,norm=GN"]
     assert arms[3].cfg.backbone.sample_ratio == 1.0 and arms[3].cfg.detector.norm == "GN"
     assert base == small()
-
-
-def test_a_list_of_arms_takes_the_rest_from_the_base() -> None:
-    arms = arms_of(small(), [{"detector.norm": "GN"}, {"backbone.depth": 1}])
-    found = [tuple(arm.values.values()) for arm in arms]
-    assert found == [("GN", 2), ("BN", 1)]
+    listed = arms_of(base, [{"detector.norm": "GN"}, {"backbone.depth": 1}])
+    assert [tuple(arm.values.values()) for arm in listed] == [("GN", 2), ("BN", 1)]
 
 
 def elsewhere(tokens, grid, generator):
@@ -111,8 +104,8 @@ def test_what_cannot_be_run_is_said_before_anything_starts(
 ) -> None:
     monkeypatch.setitem(PRESETS, "twin", PRESETS["tiny"])
     with pytest.raises(ValueError, match=said):
-        experiment(small(), grid, runs=tmp_path / "runs")
-    assert not (tmp_path / "runs").exists()
+        experiment(small(), grid, runs=tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -161,16 +154,6 @@ def test_a_baseline_is_evaluated_with_every_token_only(tmp_path) -> None:
     assert [run.ratios for run in planned] == [(0.25, 0.5), (1.0,)]
 
 
-def test_seeds_of_numpy_and_lists_in_the_base(tmp_path) -> None:
-    cfg = small()
-    cfg.data.short_sides = [64]
-    options = {"seeds": np.arange(1, 3), "runs": tmp_path}
-    first, second = plan(cfg, {"backbone.depth": [1]}, **options)
-    assert [type(run.seed) for run in (first, second)] == [int, int]
-    Run(first.path, first.cfg)
-    assert len(plan(cfg, {"backbone.depth": [1]}, **options)) == 2  # not another configuration
-
-
 def test_what_was_planned_is_trained_although_the_file_changes(tmp_path, monkeypatch) -> None:
     file = tmp_path / "samplers_of_mine.py"
     text = "def own(tokens, grid, generator):\n    return tokens.norm(dim=1)\n"
@@ -187,24 +170,30 @@ def test_runs_come_seed_by_seed_and_know_their_data(tmp_path) -> None:
     cfg = small(0)
     cfg.training.epochs = 2.0
     cfg.detector.num_classes = 80
-    runs = plan(cfg, {"backbone.depth": [1, 2]}, seeds=2, runs=tmp_path)
-    assert [run.name for run in runs] == ["depth=1-s0", "depth=2-s0", "depth=1-s1", "depth=2-s1"]
-    assert [run.cfg.training.seed for run in runs] == [0, 0, 1, 1]
-    assert runs[0].path.parent == tmp_path / "depth"
-    assert (runs[0].images, runs[0].steps) == (10, 5)  # 2 epochs of 10 images, 4 a step
-    assert runs[0].cfg.detector.num_classes == 12 and cfg.detector.num_classes == 80
+    cfg.data.short_sides = [64]  # as a notebook may write it
+    planned = plan(cfg, {"backbone.depth": [1, 2]}, seeds=np.arange(2), runs=tmp_path)
+    assert [run.name for run in planned] == [f"depth={d}-s{s}" for s in (0, 1) for d in (1, 2)]
+    assert [run.cfg.training.seed for run in planned] == [0, 0, 1, 1]
+    assert {type(run.seed) for run in planned} == {int}
+    first = planned[0]
+    assert first.path.parent == tmp_path / "depth"
+    assert (first.images, first.steps) == (10, 5)  # 2 epochs of 10 images, 4 a step
+    assert first.cfg.detector.num_classes == 12 and cfg.detector.num_classes == 80
     assert list(tmp_path.iterdir()) == []
 
 
 def test_folder_of_another_configuration_or_with_code_from_elsewhere_is_refused(tmp_path) -> None:
     grid = {"backbone.depth": [1]}
-    (run,) = plan(small(), grid, seeds=1, runs=tmp_path)
+    cfg, longer = small(), small(5)
+    cfg.data.short_sides = longer.data.short_sides = [64]
+    (run,) = plan(cfg, grid, seeds=1, runs=tmp_path)
     Run(run.path, run.cfg)
+    assert len(plan(cfg, grid, seeds=1, runs=tmp_path)) == 1  # not another configuration
     with pytest.raises(ValueError, match=r"training.steps: 4 -> 5[^$]*by name="):
-        plan(small(5), grid, seeds=1, runs=tmp_path)
+        plan(longer, grid, seeds=1, runs=tmp_path)
     write_slots(run.path, arms_of(small(), {"backbone.sampler": [strongest]})[0].code)
     with pytest.raises(ValueError, match=r"other code for: sampler[^$]*by name="):
-        plan(small(), grid, seeds=1, runs=tmp_path)
+        plan(cfg, grid, seeds=1, runs=tmp_path)
 
 
 def first_weights(run: PlannedRun) -> dict[str, torch.Tensor]:
@@ -405,7 +394,7 @@ def test_two_processes_never_work_on_one_run(tmp_path, monkeypatch, capsys) -> N
 # ------------------------------------------------------------------------------- grid files
 
 GRID = """
-from tests.small import small
+from tests.small import small, wait_until
 
 def own(tokens, grid, generator):
     return tokens.norm(dim=1)
@@ -535,13 +524,6 @@ def start_cell(folder: Path) -> subprocess.Popen:
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-
-
-def wait_until(condition, what: str, seconds: float = 180) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"{what}: not in {seconds} s"
-        time.sleep(0.02)
 
 
 def steps_done(run: Path) -> int:
