@@ -7,7 +7,6 @@ import math
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -421,12 +420,12 @@ def test_ablate_lists_the_runs_or_prints_and_writes_the_result(tmp_path, capsys)
     assert content["command"] == f"mimdet ablate {file}" and len(content["rows"]) == 12
 
 
-@pytest.mark.parametrize("text", ["grid = {}", "base, grid = 1, {}", GRID.replace("grid", "x")])
-def test_grid_file_that_lacks_something(tmp_path, text) -> None:
+def test_grid_file_that_lacks_something(tmp_path) -> None:
     file = tmp_path / "grid.py"
-    file.write_text(text)
-    with pytest.raises(ValueError, match=r"must define `base`, a Config .*, and `grid`"):
-        read_grid(file)
+    for text in ("grid = {}", "base, grid = 1, {}", GRID.replace("grid", "x")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"must define `base`, a Config .*, and `grid`"):
+            read_grid(file)
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "notebooks" / "ablations").glob("*.py")))
@@ -507,23 +506,12 @@ names = dict(experiment=experiment, base=load_config(sys.argv[1]), runs=sys.argv
 InteractiveShell.instance(user_ns=names, colors="NoColor").run_cell(sys.argv[3])
 """
 STEPS = 60  # one of two runs must not be done before the other has begun
-RUNS = [f"sampler={sampler}-s{seed}" for seed in (0, 1) for sampler in ("random", "strongest")]
 
 
 def base_config() -> Config:
     cfg = small(STEPS)
-    cfg.training.evaluate_every_steps = STEPS // 5
+    cfg.training.evaluate_every_steps = STEPS // 2
     return cfg
-
-
-def start_cell(folder: Path) -> subprocess.Popen:
-    """The cell in a process that reads it as a notebook's kernel does."""
-    save_config(base_config(), folder / "base.json")
-    words = [str(folder / "base.json"), str(folder / "runs"), CELL]
-    command = [sys.executable, "-c", NOTEBOOK, *words]
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
 
 
 def steps_done(run: Path) -> int:
@@ -531,34 +519,45 @@ def steps_done(run: Path) -> int:
     return rows[-1]["step"] if rows else 0
 
 
-def stop_in_the_middle(folder: Path, runs: list[Path], number: int) -> dict:
-    """Start the cell, send its process a signal when its first two runs have done some steps."""
-    before = [steps_done(run) for run in runs]
-    parent = start_cell(folder)
-    wait_until(
-        lambda: all(steps_done(r) >= b + 2 for r, b in zip(runs, before, strict=True)), "steps"
+def stop_in_the_middle(folder: Path, runs: list[Path], number: int) -> str:
+    """Start the cell as a notebook's kernel does; signal it when its runs have done some steps.
+
+    What it printed. All runs end soon, and every step they did is saved.
+    """
+    save_config(base_config(), folder / "base.json")
+    words = [str(folder / "base.json"), str(folder / "runs"), CELL]
+    begun = {run: steps_done(run) for run in runs}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", NOTEBOOK, *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
+    wait_until(lambda: all(steps_done(run) >= begun[run] + 2 for run in runs), "steps")
     parent.send_signal(number)
-    begin = time.monotonic()
     printed, _ = parent.communicate(timeout=60)
-    wait_until(lambda: not any(in_use(run) for run in runs), "the end of the runs", 20)
-    return {
-        "printed": printed,
-        "ended_in": time.monotonic() - begin,
-        "done": [steps_done(run) for run in runs],
-        "saved": [CheckpointStore(run / "checkpoints").steps()[-1] for run in runs],
-    }
+    wait_until(lambda: not any(in_use(run) for run in runs), "the end of the runs", 60)
+    done = [steps_done(run) for run in runs]
+    assert [CheckpointStore(run / "checkpoints").steps()[-1] for run in runs] == done
+    assert max(done) < STEPS
+    return printed
 
 
 @pytest.fixture(scope="module")
-def interrupted(tmp_path_factory) -> dict:
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("experiment")
+
+
+@pytest.fixture(scope="module")
+def interrupted(folder) -> Experiment:
     """The cell: SIGINT in the middle, SIGKILL of the notebook's process later, then to its end."""
-    folder = tmp_path_factory.mktemp("experiment")
-    runs = [folder / "runs" / "samplers" / name for name in RUNS]
-    stopped = stop_in_the_middle(folder, runs[:2], signal.SIGINT)
-    killed = stop_in_the_middle(folder, runs[:2], signal.SIGKILL)
-    noted = {"folder": folder, "runs": runs, "stopped": stopped, "killed": killed}
-    return noted | {"result": call(folder)}
+    runs = [folder / "runs" / "samplers" / f"sampler={name}-s0" for name in ("random", "strongest")]
+    printed = stop_in_the_middle(folder, runs, signal.SIGINT)
+    assert "stopped: 0 of 4 runs in" in printed and "the same call resumes them" in printed
+    assert "Traceback" not in printed
+    stop_in_the_middle(folder, runs, signal.SIGKILL)
+    return call(folder)
 
 
 def call(folder: Path, **options) -> Experiment:
@@ -567,17 +566,10 @@ def call(folder: Path, **options) -> Experiment:
     return experiment(base_config(), grid, name="samplers", runs=folder / "runs", **options)
 
 
-def test_ctrl_c_and_a_killed_notebook_save_all_runs(interrupted) -> None:
-    printed = interrupted["stopped"]["printed"]
-    assert "stopped: 0 of 4 runs in" in printed and "the same call resumes them" in printed
-    assert "Traceback" not in printed
-    for noted in (interrupted["stopped"], interrupted["killed"]):
-        assert noted["ended_in"] < 20
-        assert noted["saved"] == noted["done"] and max(noted["done"]) < STEPS
-
-
-def test_table_and_json_are_complete_after_both(interrupted, tmp_path) -> None:
-    result = interrupted["result"]
+def test_table_and_json_are_complete_after_ctrl_c_and_a_killed_notebook(
+    interrupted, folder, tmp_path
+) -> None:
+    result = interrupted
     table = result.table
     assert len(table) == 8 and result.errors == {}
     key = ["backbone.sampler", "seed", "evaluate_ratio"]
@@ -595,31 +587,29 @@ def test_table_and_json_are_complete_after_both(interrupted, tmp_path) -> None:
     assert "CPU cores" in content["hardware"] and content["environment"]["torch"]
     assert content["base"]["training"]["steps"] == STEPS
     assert [row["pairs"] for row in content["summary"]["box_ap"]] == [0, 0, 2, 2]
-    random, own = interrupted["runs"][:2]
-    assert "tokens.norm(dim=1)" in (own / "slots" / "sampler.py").read_text()
-    assert not (random / "slots").exists()
+    runs = folder / "runs" / "samplers"
+    own = runs / "sampler=strongest-s0" / "slots" / "sampler.py"
+    assert "tokens.norm(dim=1)" in own.read_text()
+    assert not (runs / "sampler=random-s0" / "slots").exists()
 
 
 def files_of(folder: Path) -> dict[str, int]:
     return {str(p): p.stat().st_mtime_ns for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_complete_runs_are_not_touched(interrupted, capsys) -> None:
-    before = files_of(interrupted["folder"])
-    again = call(interrupted["folder"])
-    assert files_of(interrupted["folder"]) == before and capsys.readouterr().out == ""
-    assert again.table.equals(interrupted["result"].table)
-    assert len(call(interrupted["folder"], seeds=1, evaluate_ratios=(1,)).table) == 2
-    assert files_of(interrupted["folder"]) == before
+def test_complete_runs_are_not_touched(interrupted, folder, capsys) -> None:
+    before = files_of(folder)
+    again = call(folder)
+    assert capsys.readouterr().out == "" and again.table.equals(interrupted.table)
+    assert len(call(folder, seeds=1, evaluate_ratios=(1,)).table) == 2
+    assert files_of(folder) == before
 
-
-def test_other_code_under_the_same_name_is_refused(interrupted) -> None:
-    def strongest(tokens, grid, generator):
+    def strongest(tokens, grid, generator):  # other code under the same name
         return -tokens.norm(dim=1)
 
     grid = {"backbone.sampler": ["random", strongest]}
     with pytest.raises(ValueError, match=r"backbone.sampler: \w+:strongest -> \w+:strongest"):
-        experiment(base_config(), grid, 2, name="samplers", runs=interrupted["folder"] / "runs")
+        experiment(base_config(), grid, 2, name="samplers", runs=folder / "runs")
 
 
 @pytest.fixture(scope="module")
@@ -634,7 +624,7 @@ def one_at_a_time(tmp_path_factory) -> Experiment:
 
 def test_two_at_once_interrupted_twice_equal_one_at_a_time(interrupted, one_at_a_time) -> None:
     both = []
-    for result in (interrupted["result"], one_at_a_time):
+    for result in (interrupted, one_at_a_time):
         scores = ["evaluate_ratio", "box_ap", "mask_ap", "box_ap_large"]
         course = ["step", "loss", "box_ap"]
         for rows, columns in ((result.table, scores), (result.curves, course)):

@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from PIL import Image
 
 import mimdet
 from mimdet import ShapesCOCO, cli, processes
@@ -23,7 +22,7 @@ from mimdet.structures import Crops, Target
 from mimdet.training.checkpoints import CheckpointStore
 from mimdet.training.run import load_detector
 from mimdet.training.train import train
-from tests.small import small
+from tests.small import rows_of, small, write_coco
 
 SIZES = (
     "--embed-dim 32 --depth 2 --num-heads 2 --decoder-dim 32 --decoder-depth 1 --decoder-heads 2 "
@@ -70,8 +69,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def steps(run: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "time"} for row in rows if "loss" in row]
+    return [row for row in rows_of(run) if "loss" in row]
 
 
 # ------------------------------------------------------------------ the same training
@@ -92,26 +90,24 @@ def two(tmp_path_factory) -> tuple[Path, str]:
 
 
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory) -> Path:
+def nodes(tmp_path_factory) -> tuple[Path, str]:
     """The same training on two machines of one process each, both of them this one."""
     run = tmp_path_factory.mktemp("nodes") / "run"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1"]
+    launcher = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1"]
+    launcher.append(f"--master-port={port}")
     command = ["train", "tiny", str(run), *WORDS, *EXACT]
-    machines = [
-        start([*shared, f"--master-port={port}", f"--node-rank={node}"], command) for node in (0, 1)
-    ]
-    printed = [finish(machine) for machine in machines]
-    assert "done: " in printed[0] and printed[1] == ""
-    return run
+    machines = [start([*launcher, f"--node-rank={node}"], command) for node in (0, 1)]
+    first, second = [finish(machine) for machine in machines]
+    assert "done: " in first and second == ""
+    return run, first
 
 
 @pytest.mark.parametrize("other", ["two", "nodes"])
 def test_two_processes_equal_one(one, other, request):
-    found = request.getfixturevalue(other)
-    run = found if isinstance(found, Path) else found[0]
+    run, _ = request.getfixturevalue(other)
     expected, actual = steps(one), steps(run)
     assert [row["step"] for row in actual] == list(range(1, 11))
     for a, b in zip(expected, actual, strict=True):
@@ -137,13 +133,12 @@ def test_one_micro_batch_a_process_is_bit_identical_and_starts_from_given_weight
 
 
 def test_only_the_first_process_prints_and_writes(two):
-    run, printed = two
+    printed = two[1]
     lines = [line for line in re.split(r"[\r\n]+", printed) if line.strip()]
     told = [line for line in lines if "step/s" not in line and "s/step" not in line]  # not the bar
     assert len(told) == len(set(told))
     assert sum(line.startswith("done: ") for line in told) == 1
     assert sum(line.startswith("step 10: box AP") for line in told) == 1
-    assert [row["step"] for row in steps(run)] == list(range(1, 11))
 
 
 # ------------------------------------------------------------------ evaluation
@@ -194,20 +189,10 @@ def test_evaluation_of_fewer_images_than_processes(one, seen):
 @pytest.fixture(scope="module")
 def mostly_empty(tmp_path_factory) -> list[str]:
     """Four images, an object on one of them: with two images a step, some process has none."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    images = []
-    for i in range(1, 5):
-        pixels = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-        images.append({"id": i, "file_name": f"{i}.png", "height": 64, "width": 64})
-    thing = {"id": 1, "image_id": 3, "category_id": 1, "bbox": [8, 8, 32, 40], "area": 1280}
-    thing |= {"iscrowd": 0, "segmentation": [[8, 8, 40, 8, 40, 48, 8, 48]]}
-    data = {"images": images, "annotations": [thing], "categories": [{"id": 1, "name": "thing"}]}
-    (folder / "set.json").write_text(json.dumps(data))
+    file = write_coco(tmp_path_factory.mktemp("data"), [[], [], [[8, 8, 32, 40]], []])
     words = ["--source", "coco", "--no-skip-empty", "--batch-size", "1", "--accumulate", "2"]
     for part in ("train", "val"):
-        words += [f"--{part}-json", str(folder / "set.json"), f"--{part}-images", str(folder)]
+        words += [f"--{part}-json", str(file), f"--{part}-images", str(file.parent / "images")]
     return words
 
 
@@ -232,11 +217,8 @@ def test_heads_without_a_single_roi_stay_in_the_graph(norm):
     masks = Crops(torch.zeros(0, 4), torch.zeros(0, 112, 112, dtype=torch.uint8))
     nothing = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), masks)
     losses = heads.losses(features, [torch.zeros(0, 4)], [nothing])
-    assert {name: value.item() for name, value in losses.items()} == {
-        "loss_cls": 0,
-        "loss_box_reg": 0,
-        "loss_mask": 0,
-    }
+    found = {name: value.item() for name, value in losses.items()}
+    assert found == {"loss_cls": 0, "loss_box_reg": 0, "loss_mask": 0}
     sum(losses.values()).backward()
     for tensor in [*features, *heads.parameters()]:
         assert tensor.grad is not None and tensor.grad.abs().sum() == 0
@@ -254,9 +236,8 @@ def work(rank: int, folder: str, run: str) -> None:
     both.grad = torch.full((2,), rank + 1.0)
     first.grad = torch.ones(2) if rank == 0 else None
     processes.sum_gradients([both, first, none])
-    seen["gradients"] = [
-        p.grad.tolist() if p.grad is not None else None for p in (both, first, none)
-    ]
+    gradients = [parameter.grad for parameter in (both, first, none)]
+    seen["gradients"] = [None if grad is None else grad.tolist() for grad in gradients]
     seen["rows"] = processes.gather_rows(torch.tensor([rank, 5])).tolist()
     seen["lists"] = processes.gather_lists([rank] * rank)
     seen["any"] = processes.any_process(rank == 1, torch.device("cpu"))
@@ -291,24 +272,20 @@ def seen(one, tmp_path_factory) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
-def test_exchanges_by_hand(seen):
+def test_exchanges_by_hand_and_equal_weights_at_the_start(seen):
     for part in seen:
         assert part["gradients"] == [[3, 3], [1, 1], None]  # missing only where all miss it
         assert part["rows"] == [[0, 5], [1, 5]]
         assert part["any"]
     assert [part["lists"] for part in seen] == [[1], []]
-
-
-def test_all_start_from_the_first_ones_weights(seen):
     first, second = (part["weights"] for part in seen)
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
 def test_a_loss_that_is_not_finite_stops_all_and_names_the_images_of_one(seen):
-    assert seen[0]["error"] == seen[1]["error"]
-    named = re.search(
-        r"step 2: the loss is not finite .* for the images \[(.*?)\]", seen[0]["error"]
-    )
+    first, second = (part["error"] for part in seen)
+    assert first == second
+    named = re.search(r"step 2: the loss is not finite .* for the images \[(.*?)\]", first)
     assert named is not None and len(named[1].split(",")) == 2  # of the step's four
 
 
