@@ -53,31 +53,23 @@ def test_by_hand(iou_type: IouType) -> None:
     expected = {"images": 2, "gained": 1, "lost": 1, "same": 0, "found_1": 2, "found_2": 3}
     expected |= {"mean_ap_1": (51 / 101 + 1) / 2, "mean_ap_2": 0.85}
     assert comparison.summary() == pytest.approx(expected)
-
-
-def test_table() -> None:
-    assert compare_runs(*three_images()).table().splitlines() == [
-        "segm, from early to late: of 2 images 1 gained, 1 lost, 0 kept their AP",
+    assert comparison.table().splitlines() == [
+        f"{iou_type}, from early to late: of 2 images 1 gained, 1 lost, 0 kept their AP",
         "mean AP of an image 75.2 -> 85.0, objects found 2 -> 3",
         "gained  image 1: AP 50.5 -> 100.0, found 1 -> 2 of 2",
         "lost    image 3: AP 100.0 -> 70.0, found 1 -> 1 of 1",
     ]
 
 
-def test_a_wrong_class_spoils_the_ranking_of_its_image() -> None:
-    """The first of two detections is wrong: precision 1/2 at recall 1."""
-    truth = truth_of(A, categories=2)
-    called_2 = found(0.9, A, category_id=2)
-    comparison = compare_runs(truth, {"a": [called_2, found(0.8, A)], "b": [found(0.8, A)]})
-    assert list(comparison.images["ap_1"]) == pytest.approx([0.5])
-
-
-def test_crowds_are_neither_found_nor_wrong() -> None:
-    crowd = NOTHING | {"iscrowd": 1}
+def test_wrong_classes_and_crowds() -> None:
+    """The first of two detections is wrong: precision 1/2 at recall 1; in a crowd it is neither
+    right nor wrong."""
+    truth = truth_of(A, NOTHING | {"iscrowd": 1}, categories=2)
+    right, called_2 = found(0.8, A), found(0.9, A, category_id=2)
     inside = found(0.9, rectangle(155, 155, 10, 10))
-    comparison = compare_runs(truth_of(A, crowd), {"a": [inside, found(0.8, A)], "b": []})
-    (row,) = comparison.images.itertuples()
-    assert (row.objects, row.ap_1, row.ap_2, row.wrong_score_1) == (1, 1.0, 0.0, 0.0)
+    (row,) = compare_runs(truth, {"a": [called_2, right], "b": [inside, right]}).images.itertuples()
+    assert (row.objects, row.wrong_score_1, row.wrong_score_2) == (1, 0.9, 0)
+    assert (row.ap_1, row.ap_2) == pytest.approx((0.5, 1))
 
 
 def test_largest_changes_first() -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mimdet.analysis.cost import cost_of, cost_table, kept_bytes, multiply_adds
+from mimdet.analysis.cost import cost_of, cost_table, kept_bytes
 from mimdet.config import BackboneConfig, Config, DetectorConfig
 from mimdet.presets import PRESETS
 
@@ -48,13 +48,6 @@ def test_mimdet_by_hand(preset: str, ratio: float) -> None:
     # The image's own grid is 16 x 24 as well: 250 and 377 pixels touch all of its tokens.
     assert (cost.backbone_and_neck, cost.heads) == by_hand(cfg, 16, 24, int(ratio * 16 * 24))
     assert cost.detector == cost.backbone_and_neck + cost.heads
-
-
-def test_a_layer_by_hand() -> None:
-    with torch.device("meta"):
-        layer = nn.Conv2d(3, 8, 5, padding=2)
-        assert multiply_adds(lambda: layer(torch.empty(2, 3, 10, 12))) == 2 * 120 * 8 * 3 * 25
-        assert multiply_adds(lambda: nn.LayerNorm(7)(torch.empty(4, 7))) == 0
 
 
 def test_trainable_and_frozen() -> None:
@@ -104,10 +97,6 @@ def test_kept_bytes_by_hand() -> None:
     assert kept_bytes(lambda: net(inputs), net) == 4 * (4 * 8 + 4 * 16)
     with torch.no_grad():
         assert kept_bytes(lambda: net(inputs), net) == 0
-
-
-def test_recomputation_keeps_the_inputs_only() -> None:
-    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
-    inputs = torch.rand(4, 8, requires_grad=True)
-    kept = kept_bytes(lambda: checkpoint(net, inputs, use_reentrant=False), net)
-    assert kept <= 4 * 4 * 8
+    # Recomputation keeps the inputs only.
+    inputs.requires_grad_()
+    assert kept_bytes(lambda: checkpoint(net, inputs, use_reentrant=False), net) <= 4 * 4 * 8

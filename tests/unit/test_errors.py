@@ -17,7 +17,7 @@ from pycocotools import mask as coco_mask
 
 from mimdet.analysis import errors
 from mimdet.analysis.errors import ErrorReport, find_errors
-from mimdet.analysis.matching import KINDS
+from mimdet.analysis.matching import KINDS, VERDICTS, Kind, are
 from mimdet.analysis.metrics import IouType, coco_metrics
 from mimdet.structures import bitmap_to_rle
 from tests.unit.test_metrics import found, random_case, rectangle, truth_of
@@ -314,11 +314,6 @@ def test_overlap_of_each_type() -> None:
     assert [e.true for e in report.errors("both")] == ["kind 1"]
 
 
-def test_missed_objects_come_largest_first() -> None:
-    report = find_errors(truth_of(rectangle(0, 0, 9, 9), A, rectangle(80, 80, 20, 20)), [])
-    assert [e.truth["area"] for e in report.errors("missed") if e.truth] == [1600, 400, 81]
-
-
 def test_by_class() -> None:
     """Kind 1: A and the small one, wrong (.8), wrong (.6): AP 0; fixed, A is right at place 1 of 2
     (the first wrong one has left): half of the objects, 51/101. Kind 2: AP 0, fixed B is right at
@@ -400,41 +395,37 @@ def test_table_and_json() -> None:
     assert written["dap"]["classification"] == pytest.approx(report.dap["classification"])
 
 
-def test_names_as_image_ids_and_annotation_id_0() -> None:
-    truth = truth_of(A, B)
+def test_names_as_image_ids_annotation_id_0_and_missed_objects_largest_first() -> None:
+    truth = truth_of(rectangle(0, 0, 9, 9), A, rectangle(80, 80, 20, 20))
     truth["images"][0]["id"] = "a.png"
     for annotation in truth["annotations"]:
         annotation |= {"id": annotation["id"] - 1, "image_id": "a.png"}
-    results = [found(0.9, A, image_id="a.png")]
-    report = check(truth, results, 51 / 101, missed=(1, 50 / 101))
-    assert report.errors("missed")[0].image_id == "a.png"
+    report = check(truth, [found(0.9, A, image_id="a.png")], 34 / 101, missed=(2, 67 / 101))
+    small = [truth["annotations"][2], truth["annotations"][0]]
+    assert [(e.image_id, e.truth) for e in report.errors("missed")] == [("a.png", a) for a in small]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("ask", "message"),
     [
         ({"iou_type": "boxes"}, "iou_types"),
         ({"background_threshold": 0.5}, "background_threshold=0.5, iou_threshold=0.5"),
         ({"background_threshold": 0.0}, "background_threshold=0.0"),
         ({"iou_threshold": 1.5}, "iou_threshold=1.5"),
         ({"area_scale": 0}, "area_scale=0"),
+        ({"results": [found(0.9, A, image_id=9)]}, r"results\[0\]: image_id 9"),
+        (lambda report: report.errors("wrong"), "kind='wrong': use one of classification"),
+        (lambda report: report.errors("missed", true="cat"), "true='cat': use one of kind 1"),
+        (lambda report: report.curves((0.1,)), r"iou_thresholds: 0\.1 is not in"),
     ],
 )
-def test_arguments_that_cannot_be_used(arguments: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_answered(ask: Any, message: str) -> None:
+    """Arguments of find_errors, and questions to a report."""
     with pytest.raises(ValueError, match=message):
-        find_errors(truth_of(A), [], **arguments)
-
-
-def test_what_a_report_cannot_answer() -> None:
-    report = find_errors(truth_of(A), [found(0.9, A)])
-    with pytest.raises(ValueError, match="kind='wrong': use one of classification"):
-        report.errors("wrong")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="true='cat': use one of kind 1"):
-        report.errors("missed", true="cat")
-    with pytest.raises(ValueError, match=r"iou_thresholds: 0\.1 is not in"):
-        report.curves((0.1,))
-    with pytest.raises(ValueError, match=r"results\[0\]: image_id 9"):
-        find_errors(truth_of(A), [found(0.9, A, image_id=9)])
+        if callable(ask):
+            ask(find_errors(truth_of(A), []))
+        else:
+            find_errors(truth_of(A), **{"results": []} | ask)
 
 
 # --- any scene ----------------------------------------------------------------------------------
@@ -488,68 +479,39 @@ def random_scenes(
     return truth, [results[i] for i in rng.permutation(len(results))]
 
 
-class Plain:
-    """The same judgement in plain loops over single detections, for one type of IoU."""
-
-    def __init__(self, truth: dict[str, Any], results: list[dict[str, Any]], iou_type: str) -> None:
-        self.iou_type = iou_type
-        self.kind: dict[int, str] = {}  # by place in results; "correct" and "ignored" are kinds too
-        self.repair: dict[int, int] = {}  # place in results -> place in annotations
-        self.missed: set[int] = set()
-        for image in truth["images"]:
-            inside = [i for i, a in enumerate(truth["annotations"]) if a["image_id"] == image["id"]]
-            said = [i for i, r in enumerate(results) if r["image_id"] == image["id"]]
-            said.sort(key=lambda i: -results[i]["score"])
-            self.image({i: truth["annotations"][i] for i in inside}, {i: results[i] for i in said})
-
-    def image(self, annotations: dict[int, Any], results: dict[int, Any]) -> None:
-        real = {i: a for i, a in annotations.items() if not a["iscrowd"]}
-        crowds = [a for a in annotations.values() if a["iscrowd"]]
-        taken = set()
-        for place, result in results.items():
-            mine = {i: self.iou(result, a) for i, a in real.items() if self.same(result, a)}
-            free = {i: iou for i, iou in mine.items() if i not in taken and iou >= 0.5}
-            inside = [self.iou(result, c, crowd=True) for c in crowds if self.same(result, c)]
-            if free:
-                taken.add(max(free, key=lambda i: free[i]))
-                self.kind[place] = "correct"
-            elif max(inside, default=0) >= 0.5:
-                self.kind[place] = "ignored"
-        better = set(taken)
-        for place, result in results.items():
-            if place in self.kind:
+def plain_types(
+    truth: dict[str, Any], results: list[dict[str, Any]], iou_type: IouType
+) -> list[str]:
+    """The type of each result, in plain loops over single detections."""
+    types, taken = [""] * len(results), set()
+    shape = "bbox" if iou_type == "bbox" else "segmentation"
+    for place in sorted(range(len(results)), key=lambda i: -results[i]["score"]):
+        result, own, others, in_crowd = results[place], {}, {}, 0.0
+        for i, a in enumerate(truth["annotations"]):
+            if a["image_id"] != result["image_id"]:
                 continue
-            ious = {i: self.iou(result, a) for i, a in real.items()}
-            own = {i: iou for i, iou in ious.items() if self.same(result, real[i])}
-            others = {i: iou for i, iou in ious.items() if i not in own}
-            if 0.1 <= max(own.values(), default=0) <= 0.5:
-                self.kind[place], meant = "localisation", max(own, key=lambda i: own[i])
-            elif max(others.values(), default=0) >= 0.5:
-                self.kind[place], meant = "classification", max(others, key=lambda i: others[i])
-            else:
-                most = max(ious.values(), default=0)
-                is_again = max(own.values(), default=0) > 0.5
-                rest = "background" if most <= 0.1 else "both"
-                self.kind[place] = "duplicate" if is_again else rest
-                continue
-            if meant not in better:
-                self.repair[place] = meant
-                better.add(meant)
-        self.missed |= set(real) - better
-
-    def same(self, result: dict[str, Any], annotation: dict[str, Any]) -> bool:
-        return result["category_id"] == annotation["category_id"]
-
-    def iou(self, a: dict[str, Any], b: dict[str, Any], crowd: bool = False) -> float:
-        if self.iou_type == "segm":
-            one, two = (coco_mask.decode(x["segmentation"]).astype(bool) for x in (a, b))
-            common, size, other = (one & two).sum(), one.sum(), two.sum()
+            is_own = a["category_id"] == result["category_id"]
+            ((iou,),) = coco_mask.iou([result[shape]], [a[shape]], [a["iscrowd"]])
+            if not a["iscrowd"]:
+                (own if is_own else others)[i] = iou
+            elif is_own:
+                in_crowd = max(in_crowd, iou)
+        free = {i: iou for i, iou in own.items() if i not in taken and iou >= 0.5}
+        mine, other = (max(ious.values(), default=0) for ious in (own, others))
+        if free:
+            taken.add(max(free, key=lambda i: free[i]))
+            types[place] = "correct"
+        elif in_crowd >= 0.5:
+            types[place] = "ignored"
+        elif 0.1 <= mine <= 0.5:
+            types[place] = "localisation"
+        elif other >= 0.5:
+            types[place] = "classification"
+        elif mine > 0.5:
+            types[place] = "duplicate"
         else:
-            (x, y, w, h), (u, v, p, q) = a["bbox"], b["bbox"]
-            common = max(0, min(x + w, u + p) - max(x, u)) * max(0, min(y + h, v + q) - max(y, v))
-            size, other = w * h, p * q
-        whole = size if crowd else size + other - common
-        return common / whole if whole else 0.0
+            types[place] = "background" if max(mine, other) <= 0.1 else "both"
+    return types
 
 
 def ap50(truth: dict[str, Any], results: list[dict[str, Any]], iou_type: IouType) -> float:
@@ -558,21 +520,23 @@ def ap50(truth: dict[str, Any], results: list[dict[str, Any]], iou_type: IouType
 
 
 def after_fix(
-    truth: dict[str, Any], results: list[dict[str, Any]], plain: Plain, kind: str
+    truth: dict[str, Any], results: list[dict[str, Any]], report: ErrorReport, kind: Kind
 ) -> float:
     """AP50 of files in which the errors of a type were corrected by hand."""
-    if kind != "missed":
-        corrected = []
-        for place, result in enumerate(results):
-            if plain.kind[place] != kind:
-                corrected.append(result)
-            elif place in plain.repair:
-                right = truth["annotations"][plain.repair[place]]
-                keys = ("category_id", "bbox", "segmentation")
-                corrected.append(result | {key: right[key] for key in keys})
-        return ap50(truth, corrected, plain.iou_type)  # type: ignore[arg-type]
-    annotations = [a for i, a in enumerate(truth["annotations"]) if i not in plain.missed]
-    return ap50(truth | {"annotations": annotations}, results, plain.iou_type)  # type: ignore[arg-type]
+    verdicts = report.verdicts()
+    wrong = verdicts[are(verdicts.verdict, kind)]
+    annotations, results = list(truth["annotations"]), list(results)
+    for place, meant, repairs in zip(wrong.result, wrong.annotation, wrong.repairs, strict=True):
+        if kind == "missed":
+            annotations[meant] = None
+        elif repairs:
+            shape = {key: annotations[meant][key] for key in ("bbox", "segmentation")}
+            category = annotations[meant]["category_id"]
+            results[place] = results[place] | shape | {"category_id": category}
+        else:
+            results[place] = None
+    left = truth | {"annotations": [a for a in annotations if a]}
+    return ap50(left, [r for r in results if r], report.iou_type)
 
 
 seeds = st.integers(0, 2**32 - 1)
@@ -583,26 +547,28 @@ def any_scenes(seed: int, mixed: bool) -> tuple[dict[str, Any], list[dict[str, A
     return random_case(seed) if mixed else random_scenes(seed, crowds=True, tied=True)
 
 
+any_report = given(seeds, st.sampled_from(IOU_TYPES), st.booleans())
+
+
 @settings(max_examples=30)
-@given(seeds, st.booleans(), st.sampled_from(IOU_TYPES))
+@any_report
 def test_types_are_those_of_plain_loops_and_a_fix_is_an_edit(
-    seed: int, crowds: bool, iou_type: IouType
+    seed: int, iou_type: IouType, crowds: bool
 ) -> None:
     """Every result has the type that loops over single detections give it, and each dAP is the
     difference of two COCO evaluations: of the files as they are, and corrected by hand."""
     truth, results = random_scenes(seed, crowds=crowds, tied=crowds)
     report = find_errors(truth, results, iou_type)
-    plain = Plain(truth, results, iou_type)
-    for kind in FALSE_POSITIVES:
-        ours = {id(error.result) for error in report.errors(kind)}  # type: ignore[arg-type]
-        theirs = {id(results[place]) for place, name in plain.kind.items() if name == kind}
-        assert ours == theirs
-    missed = {id(error.truth) for error in report.errors("missed")}
-    assert missed == {id(truth["annotations"][place]) for place in plain.missed}
     for kind in KINDS:
-        fixed = after_fix(truth, results, plain, kind)
+        fixed = after_fix(truth, results, report, kind)
         assert report.ap + report.dap[kind] == pytest.approx(fixed, abs=1e-9)
-    right = [r for place, r in enumerate(results) if plain.kind[place] == "correct"]
+    verdicts = report.verdicts()
+    types = ["ignored"] * len(results)
+    for place, verdict in zip(verdicts.result, verdicts.verdict, strict=True):
+        if place >= 0:
+            types[place] = VERDICTS[verdict]
+    assert types == plain_types(truth, results, iou_type)
+    right = [r for r, name in zip(results, types, strict=True) if name == "correct"]
     without = ap50(truth, right, iou_type) - report.ap
     assert report.special["false positives"] == pytest.approx(without, abs=1e-9)
 
@@ -615,8 +581,8 @@ def test_the_scenes_have_errors_of_every_type() -> None:
 
 
 @settings(max_examples=30)
-@given(seeds, st.sampled_from(IOU_TYPES), st.booleans())
-def test_numbers_add_up(seed: int, iou_type: IouType, mixed: bool) -> None:
+@any_report
+def test_numbers_add_up_and_fixes_reach_100(seed: int, iou_type: IouType, mixed: bool) -> None:
     truth, results = any_scenes(seed, mixed)
     before = copy.deepcopy((truth, results))
     report = find_errors(truth, results, iou_type)
@@ -643,29 +609,21 @@ def test_numbers_add_up(seed: int, iou_type: IouType, mixed: bool) -> None:
     assert report.confusions()["errors"].sum() == report.counts["classification"]
     assert (truth, results) == before
 
-
-@settings(max_examples=30)
-@given(seeds, st.sampled_from(IOU_TYPES), st.booleans())
-def test_a_fix_never_costs_and_all_of_them_reach_100(
-    seed: int, iou_type: IouType, mixed: bool
-) -> None:
-    truth, results = any_scenes(seed, mixed)
-    report = find_errors(truth, results, iou_type)
     if not report.objects:
         assert math.isnan(report.ap)
         return
+    # A fix never costs, and all of them reach 100.
     reached = [report.ap, *report.progressive.values()]
     assert all(after >= before - 1e-12 for before, after in itertools.pairwise(reached))
     assert report.progressive["missed"] == pytest.approx(1, abs=1e-12)
     assert min([*report.dap.values(), *report.special.values()]) >= -1e-12
-    classes, sizes = report.by_class(), report.by_size()
     for kind in KINDS:
         assert classes[f"dap_{kind}"].min() >= -1e-12 and sizes[f"dap_{kind}"].min() >= -1e-12
         assert classes[f"dap_{kind}"].mean() == pytest.approx(report.dap[kind], abs=1e-12)
 
 
 @settings(max_examples=30)
-@given(seeds, st.sampled_from(IOU_TYPES), st.booleans())
+@any_report
 def test_ap_is_that_of_coco(seed: int, iou_type: IouType, mixed: bool) -> None:
     """At IoU .5, and through the curves at all ten thresholds, of each class and their mean."""
     truth, results = any_scenes(seed, mixed)

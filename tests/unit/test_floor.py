@@ -7,12 +7,6 @@ from mimdet.data.shapes import ShapesCOCO
 from tools.measure_floor import class_hues, connected_components, otsu, threshold_floor
 
 
-def test_components_by_hand():
-    bands = np.array([[1, 1, 0, 2], [0, 1, 2, 2], [3, 0, 1, 2]])
-    assert connected_components(bands).tolist() == [[1, 1, 0, 2], [0, 1, 2, 2], [3, 0, 4, 2]]
-    assert connected_components(np.zeros((4, 4), dtype=np.int64)).max() == 0
-
-
 def test_components_agree_with_flood_fill():
     bands = np.random.default_rng(0).integers(0, 3, (30, 40))
     got = connected_components(bands)

@@ -184,13 +184,6 @@ def test_a_wrong_detection_ranked_first_halves_ap() -> None:
         assert math.isnan(numbers["AP_small"]) and math.isnan(numbers["AR_large"])
 
 
-def test_iou_thresholds() -> None:
-    """IoU 0.82 counts at .50, .55, ..., .80: seven of ten thresholds."""
-    results = [found(0.9, rectangle(10, 10, 50, 41))]
-    metrics = coco_metrics(truth_of(rectangle(10, 10, 50, 50)), results)
-    assert metrics.box["AP"] == metrics.mask["AP"] == pytest.approx(0.7)
-
-
 def test_annotation_id_0_scores_1_on_itself() -> None:
     truth = truth_of(rectangle(10, 10, 40, 40), rectangle(80, 80, 20, 90), images=2)
     for annotation in truth["annotations"]:

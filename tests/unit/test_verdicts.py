@@ -72,10 +72,8 @@ def test_a_threshold_is_the_same_as_leaving_results_out(seed: int) -> None:
     score = statistics.median(result["score"] for result in results)
     fewer = [result for result in results if result["score"] >= score]
     assert 0 < len(fewer) < len(results)
-    expected, got = (
-        find_errors(truth, fewer).verdicts(0),
-        find_errors(truth, results).verdicts(score),
-    )
+    expected = find_errors(truth, fewer).verdicts(0)
+    got = find_errors(truth, results).verdicts(score)
     for name in ("verdict", "image", "said", "true", "area", "annotation"):
         np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
 
@@ -96,14 +94,6 @@ def test_chosen_by_hand() -> None:
     for wanted in ({"verdict": "wrong"}, {"category": "cat"}, {"size": "tiny"}):
         with pytest.raises(ValueError, match="use one of"):
             judged.chosen(verdicts, **wanted)  # type: ignore[arg-type]
-
-
-def test_crowds_are_neither_right_nor_wrong_nor_missed() -> None:
-    truth = truth_of(A | {"iscrowd": 1})
-    assert (
-        len(find_errors(truth, [found(0.9, A), found(0.8, rectangle(20, 20, 5, 5))]).verdicts())
-        == 0
-    )
 
 
 def test_scores_may_be_negative() -> None:
