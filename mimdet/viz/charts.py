@@ -344,8 +344,7 @@ def show_positions(
     ax.set_ylim(low - 0.45 * (1 - low), 1.03)  # room for the legend
     return fig.finish(
         f"Cosine similarity of one place's position to all others: the stored table of {side} x "
-        f"{side} places, the same resized to {grid[0]} x {grid[1]}, and both along a row, where "
-        "the resized curve follows the stored one over the same share of the image."
+        f"{side} places, the same resized to {grid[0]} x {grid[1]}, and both along a row."
     )
 
 
@@ -396,9 +395,8 @@ def show_schedule(cfg: TrainingConfig, images: int) -> NotebookFigure:
     right = axes_of(fig, 2, 2, "the stem's rate", "images a step", "learning rate (log scale)")
     _draw_rule(right, cfg)
     return fig.finish(
-        f"Learning rates of {total:,} steps: {', '.join(named.values())} at their highest, after a "
-        f"linear warm-up of {warmup:,} steps; then the schedule {cfg.schedule}. Beside it the "
-        "stem's rate against the images a step."
+        f"Learning rates of {total:,} steps: {', '.join(named.values())} at their highest, "
+        "beside the stem's rate against the images a step."
     )
 
 

@@ -78,14 +78,11 @@ def show_errors(reports: ErrorReport | Mapping[str, ErrorReport]) -> NotebookFig
     axes[1].set_xlabel("AP × 100 gained if fixed")
     if len(named) > 1:
         add_legend(axes[0], loc="lower right")
-    said = []
-    for name, report in named.items():
-        costs = [f"{kind} {100 * dap:.1f}" for kind, dap in (report.dap | report.special).items()]
-        said.append(
-            f"{name}: AP {100 * report.ap:.1f} at IoU {report.iou_threshold:g}; fixing all errors "
-            f"of a type adds: {', '.join(costs)}.".removeprefix(": ")
-        )
-    return fig.finish(" ".join(said))
+    said = [
+        f"{name} AP {100 * report.ap:.1f} at IoU {report.iou_threshold:g}".lstrip()
+        for name, report in named.items()
+    ]
+    return fig.finish(f"Bars of what each type of error costs: {'; '.join(said)}.")
 
 
 def show_precision_recall(
@@ -125,8 +122,7 @@ def show_precision_recall(
     heading = f"Precision over recall, AP × 100{note}"
     fig.suptitle(heading, x=0.01, ha="left", fontsize=LARGE, color=INK)
     numbers = ", ".join(f"{100 * c.ap:.1f} at IoU {c.iou_threshold:g}" for c in mean)
-    worst = f" The worst class is {classes[0]}." if classes else ""
-    return fig.finish(f"Precision over recall, mean AP {numbers}.{worst}")
+    return fig.finish(f"Precision over recall, mean AP {numbers}.")
 
 
 def show_comparison(comparison: RunComparison, count: int = 8) -> NotebookFigure:
@@ -250,10 +246,9 @@ def show_error_gallery(
         _draw_said(said, error, record, window, dataset)
         _draw_truth(truth, error, record, window, dataset)
     kinds = sorted({error.kind for error in errors})
-    said_of_first = f"{_said(errors[0])} in image {errors[0].image_id}, {_truth(errors[0])}"
     fig.alt_text = (
         f"{len(errors)} cut-outs of images with errors of type {', '.join(kinds)}: the detection "
-        f"on the left, the true objects on the right. The first: {said_of_first}."
+        "on the left, the true objects on the right."
     )
     return fig
 

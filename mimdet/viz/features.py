@@ -173,11 +173,11 @@ def show_pyramid(image: Tensor, maps: Mapping[str, Tensor]) -> NotebookFigure:
     return fig
 
 
-def show_channels(features: Tensor, count: int = 12, columns: int = 6) -> NotebookFigure:
+def show_channels(features: Tensor, count: int = 12) -> NotebookFigure:
     """The `count` channels of a map (C, h, w) that vary most, each on its own scale."""
     planes = {n: channel_map(features, n) for n in strongest_channels(features, count)}
     pictures = [(f"channel {n}: {_ends(values)}", heat(values)) for n, values in planes.items()]
-    fig = _grid(pictures, min(columns, len(pictures)), heading=0.23)
+    fig = _grid(pictures, min(6, len(pictures)), heading=0.23)
     names = ", ".join(map(str, planes))
     fig.alt_text = f"The {len(planes)} of {len(features)} channels that vary most: {names}."
     return fig

@@ -150,61 +150,43 @@ def show_reconstruction(
     mae: MAE,
     ratio: float = 0.25,
     *,
-    sample: Sample | None = None,
     seed: int = 0,
-    sampler: str | Sampler = "random",
 ) -> NotebookFigure:
     """A row an image: the patches seen, what is painted, seen pasted over painted, the original.
 
     images: uint8 (3, H, W), one or several, of any size; each is resized to what the autoencoder
-    was trained on. ratio: share of the patches KEPT; seed, sampler: how they are drawn. sample:
-    the patches themselves, for all these images (then ratio, seed and sampler do not count).
-    Raises ValueError for no image, an unknown sampler, or a sample of another grid.
+    was trained on. ratio: share of the patches KEPT, drawn at random from `seed` + the row. Raises
+    ValueError for no image.
     """
     pictures = [images] if isinstance(images, Tensor) else list(images)
-    if isinstance(sampler, str):
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler={sampler!r}: use one of {sorted(SAMPLERS)}, or a function")
-        sampler = SAMPLERS[sampler]
-    if sample is not None and len(sample.keep) not in (1, len(pictures)):
-        raise ValueError(
-            f"the sample is one of {len(sample.keep)} images, there are {len(pictures)}: give a "
-            "sample of one image, for all, or of each"
-        )
     panels: list[tuple[str, Tensor]] = []
-    losses = 0.0
     for i, picture in enumerate(pictures):
         fitted, grid = fit_to_mae(picture, mae)
-        if sample is None:
-            own = draw_sample(mae, fitted, grid, ratio, seed + i, sampler)
-        else:
-            own = Sample([sample.keep[i % len(sample.keep)]], sample.grid)
+        own = draw_sample(mae, fitted, grid, ratio, seed + i, SAMPLERS["random"])
         row = paint(fitted, mae, own)
-        losses += row.loss
         panels += [
             (f"seen: {len(own.keep[0])} of {grid[0] * grid[1]} patches", row.seen),
             (f"painted (loss {row.loss:.3f})", row.painted),
             ("seen, pasted over painted", row.pasted),
             ("original", row.original),
         ]
-    fig = _show(panels, columns=4)
+    fig = _show(panels)
     fig.alt_text = (
         f"{plural(len(pictures), 'image')} through a masked autoencoder: the patches it saw, what "
-        f"it painted, both together, the original. Mean loss on unseen patches "
-        f"{losses / len(pictures):.3f}."
+        "it painted, both together, the original."
     )
     return fig
 
 
-def show_pictures(pictures: Mapping[str, Tensor], columns: int = 4) -> NotebookFigure:
+def show_pictures(pictures: Mapping[str, Tensor]) -> NotebookFigure:
     """Pictures, uint8 (3, H, W), in rows under their titles. Raises ValueError without any."""
-    fig = _show(list(pictures.items()), columns)
+    fig = _show(list(pictures.items()))
     fig.alt_text = f"Pictures: {'; '.join(pictures)}."
     return fig
 
 
-def _show(pictures: Sequence[tuple[str, Tensor]], columns: int) -> NotebookFigure:
-    fig, axes = image_panels([image_size(picture) for _, picture in pictures], columns)
+def _show(pictures: Sequence[tuple[str, Tensor]]) -> NotebookFigure:
+    fig, axes = image_panels([image_size(picture) for _, picture in pictures], columns=4)
     for ax, (title, picture) in zip(axes, pictures, strict=True):
         draw_image(ax, picture, title)
     return fig

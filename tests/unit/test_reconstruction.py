@@ -87,7 +87,7 @@ def test_equal_seeds_draw_equal_patches(mae):
 
 
 def test_figure_has_four_panels_an_image_and_says_what_was_seen(mae):
-    fig = show_reconstruction([noise(64, 64), noise(64, 96)], mae, ratio=0.25, sampler="grid")
+    fig = show_reconstruction([noise(64, 64), noise(64, 96)], mae, ratio=0.25)
     titles = [ax.get_title(loc="left") for ax in fig.axes]
     assert len(titles) == 8
     assert titles[0] == "seen: 4 of 16 patches"
@@ -96,24 +96,9 @@ def test_figure_has_four_panels_an_image_and_says_what_was_seen(mae):
     assert fig.alt_text.startswith("2 images through a masked autoencoder")
 
 
-def test_figure_takes_a_sample_as_it_is(mae):
-    sample = Sample([torch.tensor([3])], (4, 4))
-    fig = show_reconstruction(noise(64, 64), mae, sample=sample)
-    seen = torch.as_tensor(fig.axes[0].images[0].get_array())
-    assert (seen[:16, 48:] != 225).any()
-    assert (seen[16:] == 225).all() and (seen[:16, :48] == 225).all()
-
-
 def test_wrong_inputs_say_what_to_give(mae):
     with pytest.raises(ValueError, match="at least one"):
         show_reconstruction([], mae)
-    with pytest.raises(ValueError, match="'nearest'"):
-        show_reconstruction(noise(64, 64), mae, sampler="nearest")
-    with pytest.raises(ValueError, match=r"is not a grid of \(4, 5\)"):
-        show_reconstruction(noise(64, 64), mae, sample=Sample([torch.tensor([0])], (4, 5)))
-    with pytest.raises(ValueError, match="one of 2 images, there are 3"):
-        two = Sample([torch.tensor([0])] * 2, (4, 4))
-        show_reconstruction([noise(64, 64)] * 3, mae, sample=two)
     with pytest.raises(ValueError, match="whole_patches"):
         paint(noise(60, 64), mae, Sample([torch.tensor([0])], (4, 4)))
 
