@@ -302,6 +302,18 @@ class PretrainConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
 
+SLOTS = {
+    "backbone.sampler": "sampler",
+    "backbone.stem": "stem",
+    "backbone.kind": "backbone",
+    "backbone.decoder_fill": "fill",
+    "detector.neck": "neck",
+    "detector.loss": "loss",
+    "data.source": "dataset",
+}
+"""Field whose value may be "module:function" -> its slot, which takes the function itself."""
+
+
 def to_dict(cfg: Any) -> dict[str, Any]:
     """A configuration (this one, or another dataclass of sections) as nested dictionaries."""
     return dataclasses.asdict(cfg)
@@ -369,3 +381,12 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[prefix + name] = tuple(value) if isinstance(value, list) else value
     return found
+
+
+def named_code(cfg: Any) -> list[str]:
+    """ "field=module:function" of every part that a configuration takes from elsewhere.
+
+    Importing such a part runs its module, so a name that comes out of a file needs consent.
+    """
+    fields = flat(cfg).items()
+    return [f"{name}={value}" for name, value in fields if name in SLOTS and ":" in value]

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-from mimdet.config import Config, flat, from_dict, set_field, to_dict
+from mimdet.config import SLOTS, Config, flat, from_dict, set_field, to_dict
 from mimdet.presets import PRESETS
-from mimdet.training.slots import SLOTS, SlotText, read_slots
+from mimdet.training.slots import SlotText, read_slots
 
 Grid = Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]
 """{field: values} for all combinations, or a list of arms {field: value}."""

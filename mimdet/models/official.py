@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mimdet.config import Config, from_dict, to_dict
+from mimdet.config import Config, from_dict, named_code, to_dict
 from mimdet.files import write_file
 from mimdet.models.checkpoint_files import CheckpointFile, read_checkpoint
 from mimdet.models.detector import Detector, build_detector
@@ -235,6 +235,11 @@ def load_single_file(file: CheckpointFile) -> Detector:
         categories = json.loads(file.metadata["categories"])
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file.name}: its configuration cannot be read: {error}") from error
+    if named_code(cfg):
+        raise ValueError(
+            f"{file.name} names code of others ({', '.join(named_code(cfg))}), which a file of "
+            "weights may not run: ask for the run's directory instead"
+        )
     model = build_detector(cfg)
     load_exactly(model, file.tensors, file.name)
     model.categories = categories

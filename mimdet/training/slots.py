@@ -21,19 +21,8 @@ from typing import Any
 
 import torch
 
-from mimdet.config import Config, PretrainConfig, flat
+from mimdet.config import Config, PretrainConfig, named_code
 from mimdet.files import read_json, write_json, write_text
-
-SLOTS = {
-    "backbone.sampler": "sampler",
-    "backbone.stem": "stem",
-    "backbone.kind": "backbone",
-    "backbone.decoder_fill": "fill",
-    "detector.neck": "neck",
-    "detector.loss": "loss",
-    "data.source": "dataset",
-}
-"""Field whose value may be "module:function" -> its slot, which takes the function itself."""
 
 HEADER = """import math
 
@@ -144,8 +133,7 @@ def check_slots(run: Path, texts: Mapping[str, SlotText]) -> None:
 
 def check_trust(run: Path, cfg: Config | PretrainConfig, trust_code: bool) -> None:
     """PermissionError where a run holds code, or names some in its configuration `cfg`."""
-    named = [f"{name}={value}" for name, value in flat(cfg).items() if name in SLOTS]
-    code = [*_entries(run), *(text for text in named if ":" in text)]
+    code = [*_entries(run), *named_code(cfg)]
     if code and not trust_code:
         raise PermissionError(
             f"{run} holds or names code ({', '.join(sorted(code))}), under slots/ and in "

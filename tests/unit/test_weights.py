@@ -19,7 +19,7 @@ import mimdet
 from mimdet.cli import main
 from mimdet.config import Config
 from mimdet.data.shapes import ShapesCOCO
-from mimdet.models.checkpoint_files import SHIPPED, read_checkpoint, shipped
+from mimdet.models.checkpoint_files import SHIPPED, read_checkpoint, read_safetensors, shipped
 from mimdet.models.detector import build_detector
 from mimdet.models.mae import MAE
 from mimdet.models.official import (
@@ -423,3 +423,15 @@ def test_a_detector_starts_from_the_shipped_autoencoder(capsys) -> None:
     report = mimdet.load_mae(model, "tiny_mae")
     assert not report.missing and len(report.loaded) > 60
     assert "tiny_mae" in capsys.readouterr().out
+
+
+def test_a_file_of_weights_that_names_code_is_refused(cfg, tmp_path) -> None:
+    """Its configuration is data: what it names is looked up, never imported."""
+    file = tmp_path / "named.safetensors"
+    mimdet.save_detector(build_detector(cfg), file)
+    tensors, metadata = read_safetensors(file)
+    config = json.loads(metadata["config"])
+    config["backbone"]["stem"] = "os:_exit"
+    save_file(tensors, file, metadata | {"config": json.dumps(config)})
+    with pytest.raises(ValueError, match=r"named\.safetensors names code .*stem=os:_exit"):
+        mimdet.load_detector(file)
