@@ -395,8 +395,9 @@ def show_schedule(cfg: TrainingConfig, images: int) -> NotebookFigure:
     right = axes_of(fig, 2, 2, "the stem's rate", "images a step", "learning rate (log scale)")
     _draw_rule(right, cfg)
     return fig.finish(
-        f"Learning rates of {total:,} steps: {', '.join(named.values())} at their highest, "
-        "beside the stem's rate against the images a step."
+        f"Learning rates of {total:,} steps: {', '.join(named.values())} at their highest, after a "
+        f"linear warm-up of {warmup:,} steps; then the schedule {cfg.schedule}. Beside it the "
+        "stem's rate against the images a step."
     )
 
 
