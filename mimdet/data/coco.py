@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from mimdet.data.loader import Dataset
 
 
-FORMAT = 2
+FORMAT = 3
 """Part of the cache's file name; raised when the columns or the meaning of `usable` change."""
 
 

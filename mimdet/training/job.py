@@ -270,17 +270,23 @@ class Job:
         were written in the notebook, as for `build_detector` (sampler=..., stem=...). Raises
         ValueError when the folder holds another configuration or other code, or something else.
         """
+        if isinstance(cfg, Config) and "dataset" not in slots:
+            build_dataset(cfg.data, "train", cfg.training.seed)  # a wrong path fails here, at once
         job = cls.prepare(cfg, run, **slots)
         job.resume(processes)
         return job
 
     @classmethod
     def prepare(cls, cfg: Config | PretrainConfig, run: str | Path, **slots: Any) -> "Job":
-        """As `start`, without starting anything: the folder is made or checked, the data opened."""
+        """As `start`, without starting anything: the folder is made or checked.
+
+        The class count follows from the data where they can be opened already.
+        """
         path, cfg, texts = Path(run), copy.deepcopy(cfg), read_slots(slots)
         if isinstance(cfg, Config):
             name_dataset(cfg, texts)
-            adapt_to_data(cfg, build_dataset(cfg.data, "train", cfg.training.seed))
+            with suppress(ValueError, OSError):  # data that come later are opened when it starts
+                adapt_to_data(cfg, build_dataset(cfg.data, "train", cfg.training.seed))
         Run(path, cfg).keep(texts)
         return cls(path, trust_code=True)
 

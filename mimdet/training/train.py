@@ -1,5 +1,6 @@
 """Train a detector: a generator that can be stopped and resumed at any step."""
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -8,7 +9,14 @@ from torch import Tensor
 
 from mimdet import processes
 from mimdet.analysis.evaluate import evaluate, ids_of_labels, ratio_row, save_results
-from mimdet.config import Config, DataConfig, PretrainConfig, difference, load_config
+from mimdet.config import (
+    Config,
+    DataConfig,
+    PretrainConfig,
+    difference,
+    load_config,
+    save_config,
+)
 from mimdet.data.coco import build_dataset
 from mimdet.data.loader import Dataset, MicroBatch, TrainLoader
 from mimdet.files import read_json, write_json
@@ -88,7 +96,14 @@ def resume(run: str | Path, *, trust_code: bool = False, locked: bool = False) -
 
         yield from pretrain(cfg, path)
         return
-    yield from train(cfg, path, locked=locked, **load_slots(path, cfg, trust_code))
+    slots = load_slots(path, cfg, trust_code)
+    data = build_dataset(cfg.data, "train", cfg.training.seed)
+    adapted = copy.deepcopy(cfg)
+    adapt_to_data(adapted, data)
+    if adapted != cfg and processes.rank() == 0:  # it was written before the data were opened
+        save_config(adapted, path / "config.json")
+    processes.wait_for_all()
+    yield from train(adapted, path, train_data=data, locked=locked, **slots)
 
 
 class DetectorTrainer(Trainer):
