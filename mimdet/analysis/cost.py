@@ -57,6 +57,8 @@ def cost_of(
     height, width = (cfg.detector.canvas,) * 2 if cfg.detector.canvas else padded_size(*size)
     with torch.device("meta"), torch.no_grad():
         model = build_detector(cfg).eval()
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        model.requires_grad_(False)  # PyTorch's counter stumbles over a part that returns a weight
         images = torch.empty(1, 3, height, width)
         batch = Batch(images, [(height, width)], [])
         sampling = Sampling(sample_ratio)
@@ -65,7 +67,7 @@ def cost_of(
     return Cost(
         cfg.preset or cfg.backbone.kind,
         sum(p.numel() for p in model.parameters()),
-        sum(p.numel() for p in model.parameters() if p.requires_grad),
+        trainable,
         (height, width),
         ratio,
         backbone,

@@ -100,3 +100,13 @@ def test_kept_bytes_by_hand() -> None:
     # Recomputation keeps the inputs only.
     inputs.requires_grad_()
     assert kept_bytes(lambda: checkpoint(net, inputs, use_reentrant=False), net) <= 4 * 4 * 8
+
+
+def test_both_fills_can_be_counted() -> None:
+    cfg = PRESETS["tiny"]()
+    costs = []
+    for fill in ("stem", "mask_token"):
+        cfg.backbone.decoder_fill = fill
+        costs.append(cost_of(cfg, (128, 128), 0.5).detector)
+    width, channels = cfg.backbone.embed_dim, cfg.backbone.decoder_dim
+    assert costs[0] - costs[1] == 64 * width * channels  # the projection of 64 stem tokens
