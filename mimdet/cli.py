@@ -80,8 +80,8 @@ def from_presets(command: Any, presets: dict[str, Callable[[], Any]], words: lis
     choices = []
     for name, make in named.items():
         start = partial(command, config=make())
-        about = inspect.getdoc(make)
-        choices += [Annotated[Any, subcommand(name, constructor=start, description=about)]]
+        described = subcommand(name, constructor=start, description=inspect.getdoc(make))
+        choices += [Annotated[Any, described]]
     return Union[(*choices, Annotated[None, Suppress])]
 
 
@@ -294,7 +294,7 @@ def predict(
         print(f"{path}: {shown} objects with score >= {score} -> {out / stem}.json, .png")
 
 
-def errors(run: Run, against: str = "", out: str = "") -> None:
+def errors(run: Run, against: str = "", out: str = "", trust_code: bool = False) -> None:
     """Why a run's AP is what it is: errors by type and what fixing each would bring (TIDE).
 
     Reads RUN/predictions.json, as `mimdet evaluate` left it. Writes errors.json, the bars, the
@@ -304,21 +304,24 @@ def errors(run: Run, against: str = "", out: str = "") -> None:
         run: Directory of the run.
         against: Another run on the same data, to compare with image by image.
         out: Folder for the results; default: the run.
+        trust_code: Execute a data set that a notebook stored in the run.
     """
     from mimdet.analysis.comparison import compare_runs
     from mimdet.analysis.errors import find_errors
     from mimdet.data.coco import build_dataset
+    from mimdet.training.slots import load_slots
     from mimdet.viz import save_figure, show_comparison, show_errors, show_precision_recall
 
     found = {}
     for folder in filter(None, (against, run)):
-        if not (Path(folder) / "predictions.json").exists():
+        file = Path(folder, "predictions.json")
+        if not file.exists():
             raise FileNotFoundError(f"{folder} has no predictions.json: `mimdet evaluate` makes it")
-        found[folder] = read_json(Path(folder) / "predictions.json")
+        found[folder] = read_json(file)
     cfg = load_config(Path(run) / "config.json")
+    load_slots(Path(run), cfg, trust_code)  # the data may be one of them
     dataset = build_dataset(cfg.data, "val", cfg.training.seed)
-    truth = dataset.ground_truth()
-    scale = getattr(dataset, "area_scale", 1.0)
+    truth, scale = dataset.ground_truth(), getattr(dataset, "area_scale", 1.0)
     reports = {"box": find_errors(truth, found[run], "bbox", area_scale=scale)}
     if cfg.detector.masks and dataset.has_masks:
         reports["mask"] = find_errors(truth, found[run], "segm", area_scale=scale)
@@ -388,6 +391,7 @@ def ablate(
     """
     from mimdet.experiments.experiment import ablate
     from mimdet.experiments.runs import ExperimentStopped
+    from mimdet.viz.experiments import save_figures
 
     try:
         result = ablate(file, runs=runs, seeds=seeds, processes=processes, dry_run=dry_run, out=out)
@@ -397,8 +401,6 @@ def ablate(
     except RuntimeError as failed:  # every run failed, and the message says why
         sys.exit(f"error: {failed}")
     if result is not None:
-        from mimdet.viz.experiments import save_figures
-
         for path in save_figures(result, result.folder):
             print(f"figure: {path}")
 

@@ -127,23 +127,27 @@ def build_mimdet(
     encoder = Encoder(
         dim, cfg.depth, cfg.num_heads, cfg.drop_path, cfg.position_grid, cfg.checkpointing
     )
+    if fill is None:
+        fill = resolve(cfg.decoder_fill, FILLS, "decoder_fill")(dim, decoder_dim)
     decoder = Decoder(
         dim,
         decoder_dim,
         cfg.decoder_depth,
         cfg.decoder_heads,
-        fill or resolve(cfg.decoder_fill, FILLS, "decoder_fill")(dim, decoder_dim),
+        fill,
         cfg.position_grid,
         cfg.checkpointing,
     )
     encoder.apply(init_like_mae)
     decoder.apply(init_like_mae)
+    if stem is None:
+        stem = resolve(cfg.stem, STEMS, "stem")(dim)
     return MIMDetBackbone(
-        stem or resolve(cfg.stem, STEMS, "stem")(dim),
+        stem,
         encoder,
         decoder,
         channels={"c2": dim // 4, "c3": dim // 2, "c4": decoder_dim, "c5": decoder_dim},
-        sampler=sampler or resolve(cfg.sampler, SAMPLERS, "sampler"),
+        sampler=resolve(cfg.sampler, SAMPLERS, "sampler") if sampler is None else sampler,
         sample_ratio=cfg.sample_ratio,
         sample_ratio_eval=cfg.sample_ratio_eval,
         keep=cfg.keep,

@@ -216,8 +216,9 @@ def build_detector(
     elif (stem, sampler, fill) != (None, None, None):
         raise ValueError("backbone= is complete: give stem, sampler and fill to it, not beside it")
     d = cfg.detector
-    neck = neck or resolve(d.neck, NECKS, "neck")(backbone.channels, d.channels, make_norm(d.norm))
-    losses = loss or resolve(d.loss, LOSSES, "loss")()
+    if neck is None:
+        neck = resolve(d.neck, NECKS, "neck")(backbone.channels, d.channels, make_norm(d.norm))
+    losses = resolve(d.loss, LOSSES, "loss")() if loss is None else loss
     resize = Resize(cfg.data.test_short_side, cfg.data.max_side)
     rpn, roi_heads = build_rpn(d, losses), build_roi_heads(d, losses)
     detector = Detector(backbone, neck, rpn, roi_heads, resize=resize, canvas=d.canvas)

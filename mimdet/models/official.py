@@ -1,5 +1,6 @@
 """Released MIMDet detectors, in detectron2's layout: loaded, recognised, and written back."""
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -208,13 +209,17 @@ def save_detector(model: Detector, path: str | Path, *, half: bool = False) -> N
     half: store float16, half the size; scores change in the third digit. Raises ValueError for a
     detector with parts written in a notebook: a file of numbers cannot hold them, its run can.
     """
-    if model.slots:
+    cfg = copy.deepcopy(model.config)
+    if ":" in cfg.data.source:
+        cfg.data.source = "coco"  # a data set of one's own stays with the run
+    own = [*model.slots, *named_code(cfg)]
+    if own:
         raise ValueError(
-            f"the detector has parts of its own ({', '.join(model.slots)}), whose code one file of "
+            f"the detector has parts of its own ({', '.join(own)}), whose code one file of "
             "weights cannot hold: share the run's directory instead"
         )
     metadata = {
-        "config": json.dumps(to_dict(model.config)),
+        "config": json.dumps(to_dict(cfg)),
         "categories": json.dumps(model.categories),
     }
     write_file(path, lambda partial: save_file(stored(model, half), partial, metadata))

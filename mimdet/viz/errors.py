@@ -78,11 +78,14 @@ def show_errors(reports: ErrorReport | Mapping[str, ErrorReport]) -> NotebookFig
     axes[1].set_xlabel("AP × 100 gained if fixed")
     if len(named) > 1:
         add_legend(axes[0], loc="lower right")
-    said = [
-        f"{name} AP {100 * report.ap:.1f} at IoU {report.iou_threshold:g}".lstrip()
-        for name, report in named.items()
-    ]
-    return fig.finish(f"Bars of what each type of error costs: {'; '.join(said)}.")
+    said = "; ".join(f"{name} {_in_words(report)}".lstrip() for name, report in named.items())
+    return fig.finish(f"What each type of error costs, AP × 100. {said}.")
+
+
+def _in_words(report: ErrorReport) -> str:
+    costs = (report.dap | report.special).items()
+    said = ", ".join(f"{name} {100 * cost:.1f}" for name, cost in costs if not math.isnan(cost))
+    return f"AP {100 * report.ap:.1f} at IoU {report.iou_threshold:g}: {said}"
 
 
 def show_precision_recall(

@@ -212,6 +212,16 @@ def test_errors_of_a_run_and_against_another(run, tmp_path, capsys):
         assert (tmp_path / f"e/{name}.png").stat().st_size > 1000
 
 
+def test_errors_of_a_run_that_names_code_need_consent(run, tmp_path):
+    """A run's data may be a function; reading its errors must not import what a stranger names."""
+    other = shutil.copytree(run, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["data"]["source"] = "os:abort"
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match=r"data\.source=os:abort.*--trust-code"):
+        cli.main(["errors", str(other)])
+
+
 def test_pretrain_ablate_and_cost(tmp_path, capsys):
     words = "--image-size 64 --embed-dim 32 --depth 1 --num-heads 2 --decoder-dim 32 --steps 2"
     more = "--decoder-depth 1 --decoder-heads 2 --batch-size 2 --accumulate 2 --held-out 2"

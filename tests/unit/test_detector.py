@@ -170,6 +170,16 @@ def test_a_sampler_and_a_stem_of_ones_own() -> None:
     assert sorted(seen[0].keep[0].tolist()) == [5, 6, 9, 10]  # the middle of a 4 x 4 grid
 
 
+def test_a_part_that_is_empty_is_used_all_the_same() -> None:
+    """`nn.Sequential()` hands its input on, and counts as false."""
+    cfg = small_config()
+    cfg.backbone.decoder_dim = cfg.backbone.embed_dim
+    nothing = nn.Sequential()
+    model = build_detector(cfg, fill=nothing)
+    assert not nothing and model.backbone.decoder.fill is nothing
+    assert len(model([picture(64, 64)], [two_objects()])) == 5
+
+
 def test_scores_of_a_wrong_shape() -> None:
     model = build_detector(small_config(), sampler=lambda tokens, grid, generator: torch.rand(grid))
     with pytest.raises(ValueError, match=r"scores of shape \(4, 2\).*one score per token: \(8,\)"):

@@ -79,6 +79,8 @@ class Answer(BaseHTTPRequestHandler):
         start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
         partly = bool(asked) and remote.ranges and same
         body = remote.content[start:] if partly else remote.content
+        # Before the headers: a client that only looks asks again as soon as it has them.
+        cut = remote.cuts.pop(0) if sends_body and remote.cuts else len(body)
         self.send_response(206 if partly else 200)
         remote.statuses.append(206 if partly else 200)
         if partly:
@@ -89,7 +91,6 @@ class Answer(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if sends_body:
-            cut = remote.cuts.pop(0) if remote.cuts else len(body)
             self.wfile.write(body[:cut])
 
     def log_message(self, *args: object) -> None:

@@ -196,9 +196,15 @@ def test_a_detector_in_one_file(cfg, tmp_path, half: bool) -> None:
         assert ours.dtype == value.dtype
         expected = value.half().to(value.dtype) if half and value.is_floating_point() else value
         assert torch.equal(ours, expected), name
-    model.slots = {"sampler": len}
+    model.config.data.source = "mine:scenes"  # belongs to the run: predicting needs no data set
+    mimdet.save_detector(model, tmp_path / "two.safetensors")
+    assert mimdet.load_detector(tmp_path / "two.safetensors").config.data.source == "coco"
+    model.config.backbone.stem = "mine:Stem"
+    with pytest.raises(ValueError, match=r"stem=mine:Stem.*share the run's directory"):
+        mimdet.save_detector(model, tmp_path / "three.safetensors")
+    model.slots, model.config.backbone.stem = {"sampler": len}, "conv"
     with pytest.raises(ValueError, match="share the run's directory"):
-        mimdet.save_detector(model, tmp_path / "two.safetensors")
+        mimdet.save_detector(model, tmp_path / "three.safetensors")
 
 
 # ------------------------------------------------------------------ what is refused
