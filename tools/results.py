@@ -165,8 +165,8 @@ With the fill of the paper's version 2, the decoder gets the stem's tokens at th
 left out, and on scenes this simple those are apparently enough. So `tiny` is a model to look at,
 not evidence for the method, and its AP against ratio says little about its encoder. Version 1 fills
 those places with one learned vector, and then the encoder matters. The same preset with
-`decoder_fill = "mask_token"` after {use["mask_token"]["images_seen"]:,} scenes, a third of what \
-`tiny` saw; one seed, one draw:
+`decoder_fill = "mask_token"`, started from the autoencoder as `tiny` was, after \
+{use["mask_token"]["images_seen"]:,} scenes, a third of what `tiny` saw; one seed, one draw:
 
 | share of tokens the encoder sees | box AP | mask AP |
 |---|---|---|

@@ -305,11 +305,6 @@ class TrainLoader(StepLoader):
         super().__init__(Plan(dataset, cfg, batch_size, accumulate, seed), rank, world, workers)
         self.dataset, self.cfg, self.seed = dataset, cfg, seed
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps that read the data set once, rounded to a whole number, at least 1."""
-        return max(1, round(self.plan.length / self.plan.step_images))
-
     def load(self, key: tuple[int, list[Item]]) -> MicroBatch:
         number, items = key
         batch = MicroBatch([], [], [], number)
