@@ -132,8 +132,8 @@ def resume(run: Run, trust_code: bool = False) -> None:
 def _follow(steps: Iterator[Any], done: str, every: float = 1) -> None:
     """Run a training to its end; the first process has a progress bar, renewed `every` seconds."""
     from mimdet import processes
-    from mimdet.training.signals import TrainingStopped
-    from mimdet.training.trainer import show_progress
+    from mimdet.training.run import TrainingStopped
+    from mimdet.training.train import show_progress
 
     first = processes.first_of_torchrun()
     try:

@@ -124,8 +124,7 @@ def steps_that_fit(seconds: float, scenes: int, cfg: Config) -> int:
     """
     from tempfile import TemporaryDirectory
 
-    from mimdet.training.run import Run
-    from mimdet.training.signals import TrainingStopped
+    from mimdet.training.run import Run, TrainingStopped
     from mimdet.training.train import train
 
     begin = time.perf_counter()

@@ -14,8 +14,7 @@ from torch import Tensor
 from mimdet import presets
 from mimdet.config import Config
 from mimdet.models.detector import Detector, build_detector
-from mimdet.training.checkpoints import CheckpointStore
-from mimdet.training.run import MetricsFile
+from mimdet.training.run import CheckpointStore, MetricsFile
 
 
 def small(steps: int = 4) -> Config:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mimdet import processes
 from mimdet.analysis.metrics import IouType, Metrics, coco_metrics
-from mimdet.data.loader import Dataset, stream
+from mimdet.data.loader import Dataset, ids_of_labels, stream
 from mimdet.files import write_json
 from mimdet.images import Resize
 from mimdet.inference import (
@@ -24,7 +24,6 @@ from mimdet.inference import (
     generator_for,
 )
 from mimdet.models.detector import Detector
-from mimdet.models.official import generic_names
 from mimdet.models.sampling import Keep, Sampling
 from mimdet.structures import Detections, probabilities_to_rle
 
@@ -138,31 +137,6 @@ def evaluate(
         metrics = coco_metrics(dataset.ground_truth(), results, kinds, scale)
     metrics = processes.from_first(metrics)
     return Evaluation(metrics, results, sample_ratio, seed, time.perf_counter() - start)
-
-
-def ids_of_labels(categories: Sequence[str], dataset: Dataset) -> list[int | None]:
-    """COCO id of each of a detector's labels, by name; None for a class the data set lacks.
-
-    categories: the detector's; where it knows none, its labels are in the data set's order. Raises
-    ValueError naming the classes of the data set that the detector does not know.
-    """
-    unnamed = list(categories) in ([], generic_names(len(categories)))
-    if unnamed and categories and len(categories) != len(dataset.categories):
-        raise ValueError(
-            f"the detector has {len(categories)} classes without names, the data set "
-            f"{len(dataset.categories)}: they cannot be paired"
-        )
-    if unnamed or list(categories) == list(dataset.categories):
-        return list(dataset.category_ids)
-    unknown = [name for name in dataset.categories if name not in categories]
-    if unknown:
-        raise ValueError(
-            f"the detector does not know the classes {unknown} of the data set; it was trained on "
-            f"{list(categories)}. If they are the same under other names, in the same order, set "
-            "model.categories = dataset.categories"
-        )
-    ids = dict(zip(dataset.categories, dataset.category_ids, strict=True))
-    return [ids.get(name) for name in categories]
 
 
 def evaluate_ratios(

@@ -7,7 +7,7 @@ at any step, on any number of processes, with any number of workers, and sees th
 import io
 import pickle
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from mimdet.config import DataConfig
 from mimdet.data.augment import apply, draw_geometry, rng_for
-from mimdet.structures import PAD_MULTIPLE, Record, Target, padded_size
+from mimdet.structures import PAD_MULTIPLE, Record, Target, generic_names, padded_size
 
 Packed = tuple[Tensor, list[int], bytes]
 """All bytes of all tensors in one block; their lengths; everything else, pickled."""
@@ -239,6 +239,31 @@ class Dataset(Images, Protocol):
     def ground_truth(self) -> dict[str, Any]:
         """COCO dictionary for evaluation: crowds included, annotation ids from 1."""
         ...
+
+
+def ids_of_labels(categories: Sequence[str], dataset: Dataset) -> list[int | None]:
+    """COCO id of each of a detector's labels, by name; None for a class the data set lacks.
+
+    categories: the detector's; where it knows none, its labels are in the data set's order. Raises
+    ValueError naming the classes of the data set that the detector does not know.
+    """
+    unnamed = list(categories) in ([], generic_names(len(categories)))
+    if unnamed and categories and len(categories) != len(dataset.categories):
+        raise ValueError(
+            f"the detector has {len(categories)} classes without names, the data set "
+            f"{len(dataset.categories)}: they cannot be paired"
+        )
+    if unnamed or list(categories) == list(dataset.categories):
+        return list(dataset.category_ids)
+    unknown = [name for name in dataset.categories if name not in categories]
+    if unknown:
+        raise ValueError(
+            f"the detector does not know the classes {unknown} of the data set; it was trained on "
+            f"{list(categories)}. If they are the same under other names, in the same order, set "
+            "model.categories = dataset.categories"
+        )
+    ids = dict(zip(dataset.categories, dataset.category_ids, strict=True))
+    return [ids.get(name) for name in categories]
 
 
 @dataclass(slots=True)

@@ -19,10 +19,9 @@ from mimdet.experiments.grid import Arm, Grid, arms_of, short_names
 from mimdet.files import read_json, write_json
 from mimdet.models.backbones import BASELINES
 from mimdet.processes import usable_cores
-from mimdet.training.job import ERROR, Child
+from mimdet.training.job import ERROR, Child, end_with_parent
 from mimdet.training.optim import Schedule
-from mimdet.training.run import MetricsFile, Run, alone_in, load_detector
-from mimdet.training.signals import TrainingStopped, end_with_parent
+from mimdet.training.run import MetricsFile, Run, TrainingStopped, alone_in, load_detector
 from mimdet.training.slots import check_slots
 from mimdet.training.train import adapt_to_data, resume
 

@@ -15,6 +15,7 @@ from mimdet.models.checkpoint_files import CheckpointFile, read_checkpoint
 from mimdet.models.detector import Detector, build_detector
 from mimdet.models.weights import LoadReport, Rule, load_exactly, stored, translate
 from mimdet.presets import PRESETS
+from mimdet.structures import generic_names
 
 _BOTTOM_UP = "backbone.bottom_up"
 BACKBONE_RULES: dict[str, list[Rule]] = {
@@ -111,11 +112,6 @@ def class_names(count: int) -> list[str]:
     every_id = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # 0..90, with gaps
     coco = [name for name in every_id if name not in ("__background__", "N/A")]
     return coco if count == len(coco) else generic_names(count)
-
-
-def generic_names(count: int) -> list[str]:
-    """Of classes whose names nobody knows."""
-    return [f"class {i + 1}" for i in range(count)]
 
 
 def holds_detector(file: CheckpointFile) -> bool:

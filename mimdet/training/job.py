@@ -8,7 +8,8 @@
     child.stop(30)  # the same, waits, and kills what is left after 30 seconds
     child.ended()  # None while it runs, "" when all went well, else why it failed
 
-With `tied=True` it ends politely when this process ends, however that ends; else it outlives it.
+With `tied=True` one that calls `end_with_parent` ends politely when this process ends, however that
+ends; any other outlives it.
 
 `Job` is a training of a run in a child, started, watched and stopped from a notebook. The kernel
 stays free, and the training outlives it: a notebook that was closed attaches again. All that is
@@ -21,6 +22,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -38,15 +40,14 @@ from mimdet.files import read_json, write_json
 from mimdet.training.run import (
     MetricsFile,
     Run,
+    TrainingStopped,
     in_use,
     process_of,
     process_record,
     read_status,
 )
-from mimdet.training.signals import TIED, TrainingStopped
 from mimdet.training.slots import check_trust, name_dataset, read_slots
-from mimdet.training.train import adapt_to_data, stored_config
-from mimdet.training.trainer import summary
+from mimdet.training.train import adapt_to_data, stored_config, summary
 
 LOOK_EVERY = 0.1
 STOP_SECONDS = 600
@@ -75,7 +76,7 @@ class Child:
     ) -> None:
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
-        variables = os.environ | dict(environment or {}) | {TIED: str(int(tied))}
+        variables = os.environ | dict(environment or {})
         # Neither Ctrl-C in the terminal nor the end of this process reaches a group of its own.
         group: dict[str, Any] = {"start_new_session": True}
         if sys.platform == "win32":
@@ -112,6 +113,17 @@ class Child:
         """None while it runs, "" when all went well, else why it ended."""
         code = self.process.poll()
         return None if code is None else reason(code, self.log)
+
+
+def end_with_parent() -> None:
+    """In a tied child: SIGTERM to itself when its standard input, the parent's pipe, is closed."""
+
+    def wait_for_the_end() -> None:
+        while os.read(0, 1024):  # not sys.stdin: its lock must be free when Python exits
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait_for_the_end, daemon=True).start()
 
 
 def ask_to_end(process: psutil.Process) -> None:

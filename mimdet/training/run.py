@@ -20,35 +20,29 @@ A run of `mimdet pretrain` holds mae.safetensors and pictures of reconstructions
 import json
 import os
 import platform
+import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import torch
 from filelock import FileLock, Timeout
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mimdet import __version__, processes
 from mimdet.config import Config, PretrainConfig, difference, load_config, save_config
-from mimdet.files import read_json, write_json, write_text
+from mimdet.files import read_json, sync, write_json, write_text
 from mimdet.models.checkpoint_files import read_checkpoint, read_safetensors, shipped
 from mimdet.models.detector import Detector, build_detector
-from mimdet.models.official import (
-    describes_itself,
-    detectron2_rules,
-    from_detectron2,
-    holds_detector,
-    load_official,
-    load_single_file,
-)
-from mimdet.models.weights import LoadReport, load_mae
-from mimdet.training.checkpoints import WEIGHTS, CheckpointStore
-from mimdet.training.signals import TrainingStopped
+from mimdet.models.official import describes_itself, load_official, load_single_file
 from mimdet.training.slots import SlotText, check_slots, load_slots, write_slots
 
 MAE_FILE = "mae.safetensors"
@@ -167,6 +161,93 @@ class MetricsFile:
         return self.rows
 
 
+# ------------------------------------------------------------------------------- checkpoints
+
+WEIGHTS = "model.safetensors"
+OPTIMIZER = "optimizer.pt"
+PARTIAL = ".partial-"
+"""Begins the name of a folder that is being written or deleted."""
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """The state after an optimiser step."""
+
+    step: int
+    weights: dict[str, Tensor]
+    """Parameters and buffers of the detector."""
+    optimizer: dict[str, Any]
+    """State of the optimiser and of the gradient scaler."""
+
+
+class CheckpointStore:
+    """The folder `checkpoints/`: one folder per step, and the pointers `last` and `best`."""
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write beside, flush, rename; then move `last` and drop the oldest ones."""
+        place = self.folder / f"{checkpoint.step:06d}"
+        for left in self.folder.glob(f"{PARTIAL}*"):  # by a killed process; none other trains here
+            shutil.rmtree(left, ignore_errors=True)
+        partial = self.folder / f"{PARTIAL}{place.name}"
+        partial.mkdir(parents=True)
+        try:
+            save_file({k: v.contiguous() for k, v in checkpoint.weights.items()}, partial / WEIGHTS)
+            torch.save(checkpoint.optimizer, partial / OPTIMIZER)
+            for file in partial.iterdir():
+                sync(file)
+            if place.exists():  # not complete, or it would not be saved anew
+                self._delete(place)
+            os.replace(partial, place)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        sync(self.folder)
+        self.point("last", place.name)
+        best = self.find("best")
+        for step in self.steps()[: -self.keep]:
+            old = self.folder / f"{step:06d}"
+            if old != best:
+                self._delete(old)
+
+    def point(self, name: str, target: str) -> None:
+        """Make the pointer file `last` or `best` name a checkpoint."""
+        write_text(self.folder / name, target + "\n")
+
+    def find(self, name: str | int) -> Path | None:
+        """The checkpoint of a step, or the one that `last` or `best` points to; else None."""
+        pointer = self.folder / str(name)
+        target = pointer.read_text().strip() if pointer.is_file() else str(name).zfill(6)
+        place = self.folder / target
+        return place if (place / WEIGHTS).exists() else None
+
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, oldest first."""
+        if not self.folder.exists():
+            return []
+        places = [place for place in self.folder.iterdir() if place.name.isdecimal()]
+        files = (WEIGHTS, OPTIMIZER)
+        return sorted(int(p.name) for p in places if all((p / file).exists() for file in files))
+
+    def load_last(self, device: torch.device) -> Checkpoint | None:
+        """The newest complete checkpoint, or None in a fresh run."""
+        steps = self.steps()
+        if not steps:
+            return None
+        place = self.folder / f"{steps[-1]:06d}"
+        optimizer = torch.load(place / OPTIMIZER, map_location=device, weights_only=True)
+        return Checkpoint(steps[-1], read_safetensors(place / WEIGHTS)[0], optimizer)
+
+    def _delete(self, place: Path) -> None:
+        """Out of sight first: a process that is killed meanwhile leaves no half of a checkpoint."""
+        partial = self.folder / f"{PARTIAL}{place.name}-old"
+        shutil.rmtree(partial, ignore_errors=True)
+        os.replace(place, partial)
+        shutil.rmtree(partial)
+
+
 # ------------------------------------------------------------------------------- who trains here
 
 LOCK = "lock"
@@ -179,6 +260,21 @@ WAIT_SECONDS = 2.0
 
 class RunInUse(ValueError):
     """Another process trains in this run."""
+
+
+class TrainingStopped(Exception):
+    """Raised after the checkpoint is written; the same call resumes."""
+
+    def __init__(self, step: int, run: Path, signal_number: int) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(signal_number).name}: step {step} is saved in {run}; "
+            "run the same command again to resume"
+        )
+        self.signal_number = signal_number
+
+    def _render_traceback_(self) -> list[str]:
+        """One line in a notebook instead of a traceback."""
+        return [str(self)]
 
 
 @contextmanager
@@ -289,25 +385,6 @@ def git_state() -> str | None:
         return None
 
 
-def initialise(
-    model: Detector, source: str | Path, decoder: Literal["pretrained", "random"] = "pretrained"
-) -> None:
-    """Starting weights for a new run, from whatever `source` is; says what was taken.
-
-    source: a masked autoencoder (`mimdet.load_mae`), a released detector, a weights file, a
-    checkpoint folder or a run. Of a detector every tensor of equal name and shape is taken, so that
-    another class count or another norm is no obstacle.
-    """
-    source = weights_of(source)
-    file = read_checkpoint(source)
-    if not holds_detector(file):
-        load_mae(model, source, decoder=decoder)
-        return
-    d = model.config.detector
-    rules = detectron2_rules(d.box_convs, d.rpn_convs, model.config.backbone.kind)
-    warm_start(model, from_detectron2(file, rules), str(source))
-
-
 def weights_of(source: str | Path) -> str | Path:
     """The file of weights in a checkpoint's folder or a run, of either kind; another source."""
     folder = Path(source)
@@ -316,23 +393,6 @@ def weights_of(source: str | Path) -> str | Path:
     if folder.is_dir():
         return (CheckpointStore(folder / "checkpoints").find("last") or folder) / WEIGHTS
     return source
-
-
-def warm_start(model: Detector, weights: dict[str, Tensor], source: str) -> None:
-    """Take every tensor of equal name and shape; report those that keep their initial values."""
-    own = model.state_dict()
-    fitting = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
-    if len(fitting) < len(own) / 2:
-        raise ValueError(
-            f"{source} fits only {len(fitting)} of {len(own)} tensors of this model: "
-            "use the preset and the sizes it was trained with"
-        )
-    model.load_state_dict(fitting, strict=False)
-    new = [name for name in own if name not in fitting]
-    unused = [name for name in weights if name not in fitting]
-    print(LoadReport(f"warm start from {source}", list(fitting), new, unused))
-    for name in new:
-        print(f"  new: {name}")
 
 
 def load_detector(

@@ -1,7 +1,8 @@
 """Train a detector: a generator that can be stopped and resumed at any step."""
 
 import copy
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +21,14 @@ from mimdet.config import (
 from mimdet.data.coco import build_dataset
 from mimdet.data.loader import Dataset, MicroBatch, TrainLoader
 from mimdet.files import read_json, write_json
+from mimdet.models.checkpoint_files import read_checkpoint
 from mimdet.models.detector import Detector, build_detector
+from mimdet.models.official import detectron2_rules, from_detectron2, holds_detector
+from mimdet.models.weights import LoadReport, load_mae
 from mimdet.training.optim import Schedule
-from mimdet.training.run import Run, initialise, load_detector
+from mimdet.training.run import Run, load_detector, weights_of
 from mimdet.training.slots import load_slots, name_dataset, read_slots
-from mimdet.training.trainer import Step, Trainer, set_up, show_progress
+from mimdet.training.trainer import Step, Trainer, set_up
 
 DatasetFunction = Callable[[DataConfig, Literal["train", "val"]], Dataset]
 
@@ -208,3 +212,75 @@ def stored_config(path: Path) -> Config | PretrainConfig:
     kind = Config if "detector" in read_json(file) else PretrainConfig
     found: Config | PretrainConfig = load_config(file, kind)
     return found
+
+
+def initialise(
+    model: Detector, source: str | Path, decoder: Literal["pretrained", "random"] = "pretrained"
+) -> None:
+    """Starting weights for a new run, from whatever `source` is; says what was taken.
+
+    source: a masked autoencoder (`mimdet.load_mae`), a released detector, a weights file, a
+    checkpoint folder or a run. Of a detector every tensor of equal name and shape is taken, so that
+    another class count or another norm is no obstacle.
+    """
+    source = weights_of(source)
+    file = read_checkpoint(source)
+    if not holds_detector(file):
+        load_mae(model, source, decoder=decoder)
+        return
+    d = model.config.detector
+    rules = detectron2_rules(d.box_convs, d.rpn_convs, model.config.backbone.kind)
+    warm_start(model, from_detectron2(file, rules), str(source))
+
+
+def warm_start(model: Detector, weights: dict[str, Tensor], source: str) -> None:
+    """Take every tensor of equal name and shape; report those that keep their initial values."""
+    own = model.state_dict()
+    fitting = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
+    if len(fitting) < len(own) / 2:
+        raise ValueError(
+            f"{source} fits only {len(fitting)} of {len(own)} tensors of this model: "
+            "use the preset and the sizes it was trained with"
+        )
+    model.load_state_dict(fitting, strict=False)
+    new = [name for name in own if name not in fitting]
+    unused = [name for name in weights if name not in fitting]
+    print(LoadReport(f"warm start from {source}", list(fitting), new, unused))
+    for name in new:
+        print(f"  new: {name}")
+
+
+def show_progress(steps: Iterable[Step], every: float = 1) -> Iterator[Step]:
+    """Pass the steps on, drawing one tqdm line on standard output every so many seconds."""
+    from tqdm import tqdm
+
+    bar = tqdm(
+        unit="step",
+        mininterval=every,
+        maxinterval=max(10, every),
+        file=sys.stdout,
+        dynamic_ncols=True,
+    )
+    with bar:
+        for step in steps:
+            if bar.total is None:
+                bar.total, bar.n, bar.initial = step.total, step.number - 1, step.number - 1
+            bar.update()
+            speed = f"{step.images / step.seconds:.1f} img/s"
+            bar.set_postfix_str(f"loss {step.loss:.3g}, {speed}", refresh=False)
+            if step.evaluation:
+                bar.write(f"step {step.number}: {summary(step.evaluation)}")
+            yield step
+
+
+def summary(evaluation: dict) -> str:  # type: ignore[type-arg]
+    """`box AP 18.2, mask AP 14.9` of an evaluation's metrics; of an autoencoder its loss."""
+    if "held_out" in evaluation:
+        loss = evaluation["held_out"].get("loss")
+        return "" if loss is None else f"loss of held-out images {loss:.4f}"
+    parts = [
+        f"{kind} AP {100 * evaluation[kind]['AP']:.1f}"
+        for kind in ("box", "mask")
+        if evaluation.get(kind)
+    ]
+    return ", ".join(parts)

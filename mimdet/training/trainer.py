@@ -1,12 +1,14 @@
-"""One training between two steps: gradients, updates, checkpoints, evaluations."""
+"""One training between two steps: gradients, updates, checkpoints, evaluations, stop signals."""
 
 import math
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -17,10 +19,8 @@ from mimdet.config import Config, PretrainConfig, TrainingConfig
 from mimdet.data.loader import StepLoader
 from mimdet.files import write_json
 from mimdet.models.detector import autocast
-from mimdet.training.checkpoints import Checkpoint
 from mimdet.training.optim import Schedule, build_optimizer, scaled_rate
-from mimdet.training.run import Run, environment
-from mimdet.training.signals import StepAbandoned, StopSignals, TrainingStopped
+from mimdet.training.run import Checkpoint, Run, TrainingStopped, environment
 
 
 @dataclass(slots=True)
@@ -349,37 +349,57 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def show_progress(steps: Iterable[Step], every: float = 1) -> Iterator[Step]:
-    """Pass the steps on, drawing one tqdm line on standard output every so many seconds."""
-    from tqdm import tqdm
-
-    bar = tqdm(
-        unit="step",
-        mininterval=every,
-        maxinterval=max(10, every),
-        file=sys.stdout,
-        dynamic_ncols=True,
-    )
-    with bar:
-        for step in steps:
-            if bar.total is None:
-                bar.total, bar.n, bar.initial = step.total, step.number - 1, step.number - 1
-            bar.update()
-            speed = f"{step.images / step.seconds:.1f} img/s"
-            bar.set_postfix_str(f"loss {step.loss:.3g}, {speed}", refresh=False)
-            if step.evaluation:
-                bar.write(f"step {step.number}: {summary(step.evaluation)}")
-            yield step
+# ------------------------------------------------------------------------------- stop signals
 
 
-def summary(evaluation: dict) -> str:  # type: ignore[type-arg]
-    """`box AP 18.2, mask AP 14.9` of an evaluation's metrics; of an autoencoder its loss."""
-    if "held_out" in evaluation:
-        loss = evaluation["held_out"].get("loss")
-        return "" if loss is None else f"loss of held-out images {loss:.4f}"
-    parts = [
-        f"{kind} AP {100 * evaluation[kind]['AP']:.1f}"
-        for kind in ("box", "mask")
-        if evaluation.get(kind)
-    ]
-    return ", ".join(parts)
+class StepAbandoned(Exception):
+    """Leaves the middle of a step; never seen outside the training loop."""
+
+
+class StopSignals:
+    """Turns SIGINT and SIGTERM into `StepAbandoned`, but only where a step may be abandoned.
+
+    Elsewhere (optimiser step, checkpoint) the signal waits for `check`. Outside the main thread,
+    where Python allows no handlers, signals keep their usual meaning. With at_once=False signals
+    are only recorded in `received`: several processes must stop at the same place.
+    """
+
+    def __init__(self, at_once: bool = True) -> None:
+        self.at_once = at_once
+        self.received = 0
+        self._interruptible = False
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        """Install the handlers; put the old ones back on leaving."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        old = [signal.signal(number, self._handle) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, old, strict=True):
+                signal.signal(number, handler)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Inside, a signal abandons the work at once."""
+        self.check()
+        self._interruptible = True
+        try:
+            yield
+        finally:
+            self._interruptible = False
+        self.check()
+
+    def check(self) -> None:
+        if self.received and self.at_once:
+            raise StepAbandoned
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        if self._interruptible and self.at_once:
+            self._interruptible = False
+            raise StepAbandoned

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import mimdet
-from mimdet.training.checkpoints import CheckpointStore
+from mimdet.training.run import CheckpointStore
 from tests.browser.chromium import PICTURES, Page, skip_without_browser
 from tests.browser.lab import Notebook, Server
 

@@ -3,9 +3,8 @@
 import json
 import time
 
-from mimdet.training.checkpoints import CheckpointStore
 from mimdet.training.job import JOB, Job
-from mimdet.training.run import process_of, read_status
+from mimdet.training.run import CheckpointStore, process_of, read_status
 from tests.small import small
 
 STEPS = 30

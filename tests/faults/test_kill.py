@@ -12,8 +12,7 @@ import psutil
 import pytest
 
 from mimdet import cli
-from mimdet.training.checkpoints import CheckpointStore
-from mimdet.training.run import load_detector
+from mimdet.training.run import CheckpointStore, load_detector
 from tests.small import assert_same_end, rows_of, wait_until
 
 WORDS = (

@@ -14,8 +14,7 @@ from mimdet import cli, demo
 from mimdet.analysis.evaluate import evaluate
 from mimdet.config import Config, flat, load_config
 from mimdet.data.shapes import export
-from mimdet.training.run import Run
-from mimdet.training.signals import TrainingStopped
+from mimdet.training.run import Run, TrainingStopped
 
 TINY = (
     "--embed-dim 32 --depth 1 --num-heads 2 --decoder-dim 32 --decoder-depth 1 --decoder-heads 2 "

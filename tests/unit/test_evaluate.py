@@ -11,10 +11,10 @@ import mimdet
 from mimdet.analysis.evaluate import (
     evaluate,
     evaluate_ratios,
-    ids_of_labels,
     image_seed,
     ratio_table,
 )
+from mimdet.data.loader import ids_of_labels
 from mimdet.structures import Detections
 from tests.small import small_detector
 

@@ -15,20 +15,20 @@ import torch
 from mimdet.config import Config, load_config
 from mimdet.files import write_json
 from mimdet.training import job as jobs
-from mimdet.training.checkpoints import CheckpointStore
 from mimdet.training.job import JOB, Child, Job, JobFailed, job_state, last_lines
 from mimdet.training.run import (
     STATUS,
+    CheckpointStore,
     MetricsFile,
     Run,
     RunInUse,
+    TrainingStopped,
     alone_in,
     in_use,
     process_of,
     process_record,
     read_status,
 )
-from mimdet.training.signals import TrainingStopped
 from mimdet.training.train import resume, stored_config, train
 from tests.small import assert_same_end, small, wait_until
 

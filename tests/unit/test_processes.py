@@ -19,8 +19,7 @@ from mimdet import ShapesCOCO, cli, processes
 from mimdet.analysis.evaluate import evaluate
 from mimdet.models.detector import build_roi_heads
 from mimdet.structures import Crops, Target
-from mimdet.training.checkpoints import CheckpointStore
-from mimdet.training.run import load_detector
+from mimdet.training.run import CheckpointStore, load_detector
 from mimdet.training.train import train
 from tests.small import rows_of, small, write_coco
 

@@ -13,15 +13,13 @@ from mimdet import presets
 from mimdet.analysis.evaluate import evaluate
 from mimdet.data.coco import build_dataset
 from mimdet.files import read_json
-from mimdet.training.checkpoints import Checkpoint, CheckpointStore
 from mimdet.training.optim import (
     Schedule,
     parameter_groups,
     rate_factor,
     scaled_rate,
 )
-from mimdet.training.run import load_detector
-from mimdet.training.signals import TrainingStopped
+from mimdet.training.run import Checkpoint, CheckpointStore, TrainingStopped, load_detector
 from mimdet.training.train import fit, resume, train
 from tests.small import assert_same_end, small
 
@@ -83,7 +81,7 @@ def test_checkpoints_are_complete_or_absent(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("mimdet.training.checkpoints.torch.save", full_disk)
+    monkeypatch.setattr("mimdet.training.run.torch.save", full_disk)
     with pytest.raises(OSError, match="No space"):
         store.save(Checkpoint(4, {"w": torch.zeros(2)}, {}))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["000002", "000003", "best", "last"]

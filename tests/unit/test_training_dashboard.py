@@ -10,9 +10,8 @@ import torch
 from PIL import Image
 
 from mimdet.presets import tiny_mae
-from mimdet.training.checkpoints import CheckpointStore
 from mimdet.training.job import Job
-from mimdet.training.run import Run
+from mimdet.training.run import CheckpointStore, Run
 from mimdet.training.train import resume
 from mimdet.viz import TrainingDashboard
 from mimdet.viz.widgets import training_dashboard

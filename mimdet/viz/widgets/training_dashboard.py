@@ -16,9 +16,8 @@ from mimdet.config import Config
 from mimdet.data.coco import build_dataset
 from mimdet.inference import predict
 from mimdet.structures import Record
-from mimdet.training.checkpoints import CheckpointStore
 from mimdet.training.job import Job, JobState
-from mimdet.training.run import load_detector
+from mimdet.training.run import CheckpointStore, load_detector
 from mimdet.training.train import stored_config
 from mimdet.viz import draw
 from mimdet.viz.charts import show_training
