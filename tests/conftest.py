@@ -2,6 +2,7 @@
 
 import os
 import random
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,9 @@ from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 torch.set_num_threads(1)  # two test workers share two cores
+if "PYTEST_XDIST_WORKER" not in os.environ:  # whose parent has made one
+    CACHE = tempfile.TemporaryDirectory(prefix="mimdet-tests-")  # not the user's own
+    os.environ["MIMDET_CACHE"] = CACHE.name
 
 # The same examples on every run: a failure on one machine is a failure on all.
 settings.register_profile("mimdet", deadline=None, derandomize=True, max_examples=50)

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -400,59 +398,3 @@ def test_real_boxes_stored_as_xyxy_are_noticed(
     (tmp_path / "set.json").write_text(json.dumps(data))
     report = check_dataset(tmp_path / "set.json", shared_data / images, decode=False)
     assert "boxes-look-xyxy" in report.by_kind()
-
-
-# ---- properties ----------------------------------------------------------------------------------
-
-
-NASTY: list[Any] = [
-    *(None, True, 0, -1, 3, 10**18, 10**400, -(10**400), 0.5, 1e308, -1e308),
-    *(float("nan"), float("inf"), "", "3", "\0", "\ud800", "\x1b[31m", "../../x", "a" * 300),
-    *([], [[]], [[[]]], {}, {"counts": []}, {"size": [2, 2], "counts": "\ud800"}, [0, 0, 0, 0]),
-    {"size": [10**8, 10**8], "counts": [0, 10**16]},
-    {"size": [48, 64], "counts": [10**400]},
-]
-KEYS = ["id", "images", "annotations", "categories", "image_id", "bbox", "size", "counts"]
-JUNK = st.recursive(
-    st.sampled_from(NASTY) | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4)
-    ),
-    max_leaves=12,
-)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    (folder / "clean.json").write_text(json.dumps(write_clean_set(folder, 2)))
-    return folder
-
-
-def survives(content: Any, folder: Path) -> None:
-    report = check(content, folder)
-    report.table().encode("utf-8")  # what a terminal is given
-    content = json.loads(json.dumps(report.to_dict()))
-    assert report.ok == all(problem["severity"] == "warning" for problem in content["problems"])
-
-
-@settings(max_examples=150)
-@given(content=JUNK)
-def test_junk_never_raises(content: Any, folder: Path) -> None:
-    survives(content, folder)
-
-
-@settings(max_examples=300)
-@given(data=st.data())
-def test_junk_in_one_place_never_raises(data: st.DataObject, folder: Path) -> None:
-    """A random key of a random entry (or the entry itself) is replaced by junk."""
-    content = json.loads((folder / "clean.json").read_text())
-    section = data.draw(st.sampled_from(sorted(content)))
-    index = data.draw(st.integers(0, len(content[section]) - 1))
-    entry = content[section][index]
-    key = data.draw(st.sampled_from([*sorted(entry), None]))
-    if key is None:
-        content[section][index] = data.draw(JUNK)
-    else:
-        entry[key] = data.draw(JUNK)
-    survives(content, folder)

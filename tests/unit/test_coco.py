@@ -145,14 +145,10 @@ FAULTS = [
     # (message, section, entry, fields that are set); check-data's tests plant every kind
     ("some have none.*annotations 1", "annotations", 1, {"segmentation": GONE}),
     (r"categories.1.*id 90 is also that of categories.0", "categories", 1, {"id": 90}),
-    (r"categories.0.: .*got `bool` - at `\$.id`", "categories", 0, {"id": True}),
     ("annotation 0.*missing required field `bbox`", "annotations", 0, {"bbox": GONE}),
-    ("annotation 1.*`array` of length 4", "annotations", 1, {"bbox": [1, 2, 3]}),
     (r"annotation 2.*`str` - at `\$.bbox.2.`", "annotations", 2, {"bbox": [0, 0, float("nan"), 2]}),
     (r"annotation 0.*at `\$.iscrowd`", "annotations", 0, {"iscrowd": "false"}),
-    (r"annotation 0.*got `float` - at `\$.category_id`", "annotations", 0, {"category_id": 1.7}),
     ("odd number of coordinates", "annotations", 0, {"segmentation": [[1, 2, 3]]}),
-    ("runs cover 3 of 600", "annotations", 1, {"segmentation": RUNS | {"counts": [1, 2]}}),
     ("runs cover 44 of 600", "annotations", 1, {"segmentation": RUNS | {"counts": "0X14"}}),
     ("annotation 1.*malformed", "annotations", 1, {"segmentation": RUNS | {"counts": "ooo"}}),
     (r"for \(9, 9\) pixels", "annotations", 1, {"segmentation": RUNS | {"size": [9, 9]}}),
@@ -160,8 +156,6 @@ FAULTS = [
     ("annotation 0.*category_id 77 is not", "annotations", 0, {"category_id": 77}),
     ("annotation 0.*image_id 'gone' is not", "annotations", 0, {"image_id": "gone"}),
     (r"images.2.*id 7 is also that of images.1", "images", 2, {"id": 7}),
-    (r"`int` >= 1 - at `\$.height`", "images", 0, {"height": 0}),
-    (r"images.0., .*`int . str`, got `array` - at `\$.id`", "images", 0, {"id": [1]}),
 ]
 
 

@@ -42,9 +42,6 @@ def no_objects() -> Target:
     return Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), masks)
 
 
-# ------------------------------------------------------------------ sizes
-
-
 @pytest.mark.parametrize(
     ("name", "parameters", "trainable"),
     [
@@ -62,9 +59,6 @@ def test_parameter_counts_are_the_published_ones(
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     assert sum(n for n, _ in counts) == parameters
     assert sum(n for n, learns in counts if learns) == trainable
-
-
-# ------------------------------------------------------------------ training
 
 
 def test_a_batch_without_any_object_trains() -> None:
@@ -98,9 +92,6 @@ def test_wrong_targets_are_explained() -> None:
             model(images, [two_objects(), truth])
     with pytest.raises(ValueError, match="1 targets for 2 images"):
         model(images, [two_objects()])
-
-
-# ------------------------------------------------------------------ evaluation
 
 
 def test_detections_of_images_of_mixed_sizes() -> None:
@@ -149,9 +140,6 @@ def test_ratio_and_rule_of_a_phase_and_of_a_call() -> None:
     model.detect(images, sampling=Sampling(1.0))
     model.detect(images, sampling=Sampling(1.0, keep="padded"))
     assert seen[5:] == [[16, 8], [16, 16]]
-
-
-# ------------------------------------------------------------------ slots
 
 
 def test_a_sampler_and_a_stem_of_ones_own() -> None:

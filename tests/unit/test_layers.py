@@ -166,22 +166,6 @@ def test_wrong_imports_are_found(module: str, source: str, said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "source"),
-    [
-        ("models.vit", "from timm.models.vision_transformer import Block\nimport torch"),
-        ("models.vit", "from mimdet.config import BackboneConfig\nfrom . import posembed"),
-        ("data.coco", "def f():\n    import matplotlib.pyplot"),
-        ("presets", "from mimdet.config import Config"),
-        ("viz.widgets", "import anywidget\nfrom mimdet.training.run import Run"),
-        ("cli", "from mimdet import __version__\nfrom mimdet.viz import figures"),
-        ("data.shapes", "from torchvision import transforms"),
-    ],
-)
-def test_right_imports_pass(module: str, source: str) -> None:
-    assert problems_of(source, module) == []
-
-
-@pytest.mark.parametrize(
     ("statement", "not_loaded"),
     [
         ("import mimdet", {"torch", "numpy"}),

@@ -47,9 +47,6 @@ def encoder(**settings: object) -> Encoder:
     return made
 
 
-# ------------------------------------------------------------------ stems
-
-
 @pytest.mark.parametrize("name", STEMS)
 def test_a_stem_halves_its_width_three_times(name: str) -> None:
     with pytest.raises(ValueError, match=r"embed_dim=36: .* multiple of 8"):
@@ -61,9 +58,6 @@ def test_patch_stem_is_a_matrix_product_of_patches() -> None:
     patch = image[0, :, 16:32, 32:48].flatten()
     expected = stem.patchify.weight.flatten(1) @ patch + stem.patchify.bias
     torch.testing.assert_close(stem(image).tokens[0, :, 1, 2], expected, rtol=1e-4, atol=1e-5)
-
-
-# ------------------------------------------------------------------ encoder
 
 
 def test_encoder_equals_timm() -> None:
@@ -131,9 +125,6 @@ def test_an_empty_sample_gives_the_stem_fill() -> None:
     assert decoder(encoded, nothing, tokens).shape == (1, 16, *GRID)
 
 
-# ------------------------------------------------------------------ decoder
-
-
 @pytest.mark.parametrize("kind", [StemFill, MaskTokenFill])
 def test_what_the_decoder_sees_by_hand(kind: type[StemFill]) -> None:
     """Depth 0: kept places hold embed(token), the others the fill, positions added to both."""
@@ -151,9 +142,6 @@ def test_what_the_decoder_sees_by_hand(kind: type[StemFill]) -> None:
     torch.testing.assert_close(seen, expected + resize_table(decoder.pos_embed, GRID)[0])
 
 
-# ------------------------------------------------------------------ both
-
-
 def test_initialisation_is_maes() -> None:
     decoder = Decoder(256, 128, 1, 4, MaskTokenFill(256, 128))
     decoder.apply(init_like_mae)
@@ -162,9 +150,6 @@ def test_initialisation_is_maes() -> None:
     assert decoder.embed.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
     assert decoder.embed.bias.abs().max() == 0
     assert decoder.fill.token.std().item() == pytest.approx(0.02, rel=0.3)
-
-
-# ------------------------------------------------------------------ position tables
 
 
 def test_a_table_of_2x2_by_hand() -> None:
@@ -212,9 +197,6 @@ def test_resizing_is_bicubic_without_antialiasing() -> None:
     left = (half * torch.tensor([0.0, 0, 0, 1])).sum()  # places -1, 0, 1, 2; the edge repeats
     right = (half * torch.tensor([0.0, 1, 1, 1])).sum()
     torch.testing.assert_close(resized.view(4, 2), torch.stack([left, right]).expand(4, 2))
-
-
-# ------------------------------------------------------------------ windows
 
 
 def test_relative_positions_by_hand() -> None:
