@@ -16,7 +16,7 @@ from tyro.conf import Positional, Suppress, subcommand
 from mimdet import __version__
 from mimdet.config import Config, PretrainConfig, load_config
 from mimdet.demo import demo
-from mimdet.files import read_json, write_json
+from mimdet.files import write_json
 from mimdet.presets import PRESETS, PRETRAIN_PRESETS
 
 if TYPE_CHECKING:
@@ -308,20 +308,20 @@ def errors(run: Run, against: str = "", out: str = "", trust_code: bool = False)
     """
     from mimdet.analysis.comparison import compare_runs
     from mimdet.analysis.errors import find_errors
+    from mimdet.analysis.metrics import read_results
     from mimdet.data.coco import build_dataset
     from mimdet.training.slots import load_slots
     from mimdet.viz import save_figure, show_comparison, show_errors, show_precision_recall
 
-    found = {}
-    for folder in filter(None, (against, run)):
-        file = Path(folder, "predictions.json")
+    files = {folder: Path(folder, "predictions.json") for folder in (against, run) if folder}
+    for folder, file in files.items():
         if not file.exists():
             raise FileNotFoundError(f"{folder} has no predictions.json: `mimdet evaluate` makes it")
-        found[folder] = read_json(file)
     cfg = load_config(Path(run) / "config.json")
     load_slots(Path(run), cfg, trust_code)  # the data may be one of them
     dataset = build_dataset(cfg.data, "val", cfg.training.seed)
     truth, scale = dataset.ground_truth(), getattr(dataset, "area_scale", 1.0)
+    found = {folder: read_results(file, truth) for folder, file in files.items()}
     reports = {"box": find_errors(truth, found[run], "bbox", area_scale=scale)}
     if cfg.detector.masks and dataset.has_masks:
         reports["mask"] = find_errors(truth, found[run], "segm", area_scale=scale)

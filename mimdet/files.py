@@ -37,7 +37,7 @@ def read_json(path: str | Path) -> Any:
     """What a json file holds. FileNotFoundError, or ValueError naming a file that is no json."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not json: {error}") from error
 
 

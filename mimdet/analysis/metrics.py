@@ -14,7 +14,13 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
+
+import msgspec
+
+from mimdet.data.coco_file import Id, Number, RunLengths, Whole, compressed
+from mimdet.files import read_json
 
 IouType = Literal["bbox", "segm"]
 
@@ -195,6 +201,43 @@ def category_names(categories: list[dict[str, Any]]) -> list[str]:
     counts = Counter(category["name"] for category in categories)
     ordered = sorted(categories, key=lambda category: category["id"])
     return [f"{c['name']} (id {c['id']})" if counts[c["name"]] > 1 else c["name"] for c in ordered]
+
+
+class Result(msgspec.Struct):
+    """A detection as a results file has it: COCO's, or what `mimdet predict` writes."""
+
+    image_id: Id
+    category_id: Whole
+    score: Number
+    bbox: tuple[Number, Number, Number, Number] | None = None
+    segmentation: RunLengths | None = None
+
+
+def read_results(path: str | Path, ground_truth: dict[str, Any]) -> list[dict[str, Any]]:
+    """A COCO results file of these images, in which every entry has what the first one has.
+
+    ValueError naming file and entry for anything else, run lengths that do not fill their image
+    included: pycocotools would read beyond them.
+    """
+    entries = read_json(path)
+    if not isinstance(entries, list):
+        raise ValueError(f"{path} is no results file: it holds no list of detections")
+    sizes = {image["id"]: (image["height"], image["width"]) for image in ground_truth["images"]}
+    ids = {"image_id": set(sizes)}
+    ids["category_id"] = {category["id"] for category in ground_truth["categories"]}
+    needed: list[str] = []
+    for index, entry in enumerate(entries):
+        try:
+            result = msgspec.convert(entry, Result)
+            needed = needed or [name for name in ("bbox", "segmentation") if entry.get(name)]
+            _check_entry(entry, "it", ids, needed)
+            if result.segmentation is not None:
+                size = sizes[result.image_id]
+                counts = compressed(result.segmentation, *size)
+                entry["segmentation"] = {"size": list(size), "counts": counts}
+        except ValueError as error:
+            raise ValueError(f"{path}: results[{index}]: {error}") from error
+    return entries
 
 
 def check_results(

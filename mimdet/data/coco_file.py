@@ -268,7 +268,7 @@ def checked(entry: AnnotationEntry, mask: Mask, height: int, width: int) -> Anno
     Uncompressed run lengths are compressed. A box or mask that is only empty makes the annotation
     unusable; a mask that cannot be understood raises ValueError.
     """
-    runs = _compressed(mask, height, width) if isinstance(mask, RunLengths) else None
+    runs = compressed(mask, height, width) if isinstance(mask, RunLengths) else None
     polygons = mask if isinstance(mask, list) and mask else None
     if any(len(flat) % 2 for flat in polygons or []):
         raise ValueError("a polygon has an odd number of coordinates; write x0, y0, x1, y1, ...")
@@ -288,7 +288,7 @@ def checked(entry: AnnotationEntry, mask: Mask, height: int, width: int) -> Anno
     return annotation
 
 
-def _compressed(mask: RunLengths, height: int, width: int) -> str:
+def compressed(mask: RunLengths, height: int, width: int) -> str:
     """The text of run lengths that are known to fill the image: pycocotools does not look."""
     if mask.size != (height, width):
         swapped = " (height comes first)" if mask.size == (width, height) else ""

@@ -18,7 +18,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from mimdet.analysis.metrics import COLUMNS, Metrics, coco_metrics
+from mimdet.analysis.metrics import COLUMNS, Metrics, coco_metrics, read_results
 from mimdet.structures import bitmap_to_rle
 
 DATA = os.environ.get("MIMDET_DATA", "")
@@ -320,3 +320,35 @@ def test_truth_that_cannot_be_evaluated() -> None:
         coco_metrics(truth, [], area_scale=0)
     with pytest.raises(ValueError, match="iou_types"):
         coco_metrics(truth, [], iou_types=("boxes",))  # type: ignore[arg-type]
+
+
+GONE = object()
+"""As the value of a field: it is taken out."""
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"score": "0.9"}, r"`float`, got `str` - at `\$\.score`"),
+        ({"score": math.nan}, "got `float`|score"),
+        ({"category_id": 1.7}, r"`int`, got `float` - at `\$\.category_id`"),
+        ({"bbox": [1, 2, 3]}, "length 4"),
+        ({"bbox": GONE}, "it has no 'bbox'"),
+        ({"image_id": 7}, "image_id 7 is not among the images"),
+        ({"segmentation": {"size": [200, 200], "counts": [5]}}, "its runs cover 5 of 40000"),
+        ({"segmentation": {"size": [9, 9], "counts": [81]}}, r"for \(9, 9\) pixels"),
+        ({"segmentation": {"size": [200, 200], "counts": "o"}}, "malformed|cover"),
+    ],
+)
+def test_a_results_file_is_read_by_declared_types(
+    change: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    """Run lengths included: pycocotools would read beyond those that are cut off."""
+    truth, good = truth_of(rectangle(10, 10, 40, 40)), found(0.9, rectangle(10, 10, 40, 40))
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps([good, good]))
+    assert read_results(file, truth) == [good, good]
+    bad = {key: value for key, value in (good | change).items() if value is not GONE}
+    file.write_text(json.dumps([good, bad]))
+    with pytest.raises(ValueError, match=rf"results\.json: results\[1\]: .*({said})"):
+        read_results(file, truth)
