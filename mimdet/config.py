@@ -229,6 +229,8 @@ class TrainingConfig:
     """CPU threads of a process; 0 = PyTorch's choice. More than one pays on idle cores only."""
     device: str = "auto"
     """`auto` = cuda, then cpu; or any torch device."""
+    answer_minutes: float = 10.0
+    """One of several processes may keep the others waiting so long; then all of them end."""
 
 
 @dataclass(slots=True)

@@ -6,8 +6,12 @@ processes all of them must call the same functions in the same order.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import platform
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -17,12 +21,20 @@ from torch import Tensor, nn
 T = TypeVar("T")
 
 
+ANSWER_MINUTES = 10.0
+HURRIED = 12.0
+"""Seconds to wait for the others once this process was asked to stop; torchrun kills after 30."""
+
+
 class ProcessLost(ConnectionError):
-    """Another process ended, or cannot be reached, while this one waited for its answer."""
+    """Another process ended, or does not answer any more, while this one waited for it."""
 
 
-def join() -> None:
-    """Join the other processes that torchrun started; nothing to do without torchrun."""
+def join(answer_minutes: float = ANSWER_MINUTES) -> None:
+    """Join the other processes that torchrun started; nothing to do without torchrun.
+
+    answer_minutes: so long one of them may keep the others waiting; then they end with ProcessLost.
+    """
     if "RANK" not in os.environ or dist.is_initialized():
         return
     gpus, local = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
@@ -33,8 +45,12 @@ def join() -> None:
         )
     if gpus:
         torch.cuda.set_device(local)
-    # Each tensor takes the way of its device; plain Python objects take the CPU's.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+    # Each tensor takes the way of its device; plain Python objects take the CPU's. The limit of
+    # the group is for exchanges of a GPU; those of the CPU are watched here, and end before it.
+    limit = timedelta(minutes=answer_minutes, seconds=60)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=limit)
+    _waiting.seconds = 60 * answer_minutes
+    _store().set(f"process {rank()}", f"process {rank()} ({os.getpid()} on {platform.node()})")
 
 
 def leave() -> None:
@@ -56,20 +72,82 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-@contextmanager
-def _answers() -> Iterator[None]:
-    """Turns the many errors of a broken connection into one."""
+@dataclass(slots=True)
+class _Waiting:
+    seconds: float = 60 * ANSWER_MINUTES
+    """This process waits so long for the others."""
+    exchange: int = 0
+    """Number of the exchange it is at, which is the same in all of them."""
+
+
+_waiting = _Waiting()
+
+
+def hurry() -> None:
+    """Wait HURRIED seconds at most from now on: somebody wants this process to stop."""
+    _waiting.seconds = min(_waiting.seconds, HURRIED)
+
+
+def _exchange(start: Callable[..., dist.Work | None], *args: Any, **options: Any) -> None:
+    """Do an exchange of tensors. ProcessLost where one of the others fails or does not answer.
+
+    On the CPU the wait is cut in pieces, between which Python handles signals.
+    """
+    _waiting.exchange += 1
+    begin = time.monotonic()
     try:
-        yield
+        work = start(*args, **options, async_op=True)
+        assert work is not None
+        if any(_on_gpu(value) for value in args):
+            work.wait()
+            return
+        while not _done(work):
+            # Seen by those that give up on a silent process.
+            _store().set(f"waits {rank()}", str(_waiting.exchange))
+            if time.monotonic() - begin > _waiting.seconds:
+                raise ProcessLost(f"{_silent()} did not answer for {_waiting.seconds:.0f} s")
     except RuntimeError as error:
         reason = str(error).split(". ")[0]  # the rest is general advice
         raise ProcessLost(f"another process of this run has ended or failed ({reason})") from None
 
 
+def _on_gpu(value: Any) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return any(isinstance(v, Tensor) and v.is_cuda for v in values)
+
+
+def _done(work: dist.Work) -> bool:
+    """Wait a second for an exchange; whether it is over."""
+    try:
+        work.wait(timedelta(seconds=1))
+    except RuntimeError:
+        if work.is_completed():
+            raise
+        return False
+    return True
+
+
+def _store() -> dist.Store:
+    """Where processes leave notes for each other: torchrun itself keeps it."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def _silent() -> str:
+    """The processes that do not wait for this exchange, by name. Ends the exchange."""
+    store, silent = _store(), []
+    for other in range(world()):
+        key = f"waits {other}"
+        if not store.check([key]) or int(store.get(key)) < _waiting.exchange:
+            silent.append(store.get(f"process {other}").decode())
+    with suppress(RuntimeError):  # else leaving would wait for it
+        dist.group.WORLD._get_backend(torch.device("cpu")).abort()  # type: ignore[union-attr]
+    return ", ".join(silent) or "another process"
+
+
 def wait_for_all() -> None:
+    """Until all processes are here."""
     if world() > 1:
-        with _answers():
-            dist.barrier()
+        _exchange(dist.all_reduce, torch.zeros(1))
 
 
 def in_turn(make: Callable[[], T]) -> T:
@@ -107,8 +185,7 @@ def sum_in_place(tensors: list[Tensor]) -> None:
     if world() == 1:
         return
     flat = torch.cat([t.detach().flatten() for t in tensors])
-    with _answers():
-        dist.all_reduce(flat)
+    _exchange(dist.all_reduce, flat)
     for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.detach().copy_(part.view_as(tensor))
 
@@ -118,8 +195,7 @@ def gather_rows(row: Tensor) -> Tensor:
     if world() == 1:
         return row[None]
     rows = [torch.empty_like(row) for _ in range(world())]
-    with _answers():
-        dist.all_gather(rows, row)
+    _exchange(dist.all_gather, rows, row)
     return torch.stack(rows)
 
 
@@ -129,8 +205,7 @@ def copy_first(tensors: Iterable[Tensor]) -> None:
         return
     for tensor in tensors:
         first = tensor.detach().contiguous()
-        with _answers():
-            dist.broadcast(first, src=0)
+        _exchange(dist.broadcast, first, src=0)
         tensor.detach().copy_(first)
 
 
@@ -146,8 +221,8 @@ def from_first(value: Any) -> Any:
     if world() == 1:
         return value
     box = [value]
-    with _answers():
-        dist.broadcast_object_list(box, src=0)
+    wait_for_all()  # what follows cannot be interrupted
+    dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
@@ -156,8 +231,8 @@ def gather_lists(values: list[Any]) -> list[Any]:
     if world() == 1:
         return values
     parts: list[Any] = [None] * world()
-    with _answers():
-        dist.gather_object(values, parts if rank() == 0 else None, dst=0)
+    wait_for_all()
+    dist.gather_object(values, parts if rank() == 0 else None, dst=0)
     return [value for part in parts for value in part] if rank() == 0 else []
 
 

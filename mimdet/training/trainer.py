@@ -322,7 +322,7 @@ class Trainer:
 
 def set_up(cfg: TrainingConfig) -> None:
     """What every training begins with: the other processes, the seed, the CPU threads."""
-    processes.join()
+    processes.join(cfg.answer_minutes)
     seed_all(cfg.seed)
     use_threads(cfg.threads)
 
@@ -400,6 +400,8 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = number
+        if not self.at_once:
+            processes.hurry()
         if self._interruptible and self.at_once:
             self._interruptible = False
             raise StepAbandoned

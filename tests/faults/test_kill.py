@@ -39,9 +39,10 @@ def start(words: list[str]) -> subprocess.Popen:
     )
 
 
-def start_two(run: Path) -> subprocess.Popen:
-    torchrun = "torch.distributed.run --standalone --nproc-per-node=2 -m mimdet"
-    return start([*torchrun.split(), *command(run, STEPS, EVERY)])
+def start_several(run: Path, answer_minutes: float = 10, count: int = 2) -> subprocess.Popen:
+    torchrun = f"torch.distributed.run --standalone --nproc-per-node={count} -m mimdet".split()
+    words = [*command(run, STEPS, EVERY), "--answer-minutes", str(answer_minutes)]
+    return start([*torchrun, *words])
 
 
 def finish(process: subprocess.Popen, seconds: float = 120) -> str:
@@ -96,7 +97,7 @@ def test_killed_run_is_whole_and_resumes(tmp_path, number, code):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert "done: " in finish(start_two(run))
+    assert "done: " in finish(start_several(run))
     assert last_step(run) == STEPS
     return run
 
@@ -110,7 +111,7 @@ def family(torchrun: subprocess.Popen) -> dict[int, psutil.Process]:
 @pytest.mark.parametrize("victim", ["first", "second", "torchrun, politely"])
 def test_two_processes_end_together_and_the_run_goes_on(tmp_path, undisturbed, victim):
     run = tmp_path / "run"
-    torchrun = start_two(run)
+    torchrun = start_several(run)
     wait_for_step(run, EVERY + 3)
     members = family(torchrun)
     begin = time.monotonic()
@@ -133,7 +134,29 @@ def test_two_processes_end_together_and_the_run_goes_on(tmp_path, undisturbed, v
     else:
         assert printed.count("another process of this run has ended or failed") == 1
     load_detector(run)
-    assert "done: " in finish(start_two(run))
+    assert "done: " in finish(start_several(run))
+    assert_same_end(run, undisturbed)
+
+
+@pytest.mark.parametrize("politely", [False, True])
+def test_a_process_that_does_not_answer_ends_the_run_and_is_named(tmp_path, undisturbed, politely):
+    """SIGSTOP: it neither answers nor ends. SIGTERM is obeyed while the first one waits for it."""
+    run = tmp_path / "run"
+    torchrun = start_several(run, answer_minutes=10 if politely else 0.1)
+    wait_for_step(run, EVERY + 3)
+    stopped = family(torchrun)[1]
+    stopped.suspend()
+    begin = time.monotonic()
+    if politely:
+        time.sleep(2)  # the first process waits by now
+        torchrun.send_signal(signal.SIGTERM)
+    printed = finish(torchrun, seconds=200)
+    assert torchrun.returncode != 0 and not stopped.is_running()
+    assert f"process 1 ({stopped.pid} on " in printed and "did not answer for" in printed
+    assert "run the same command again to resume" in printed
+    assert time.monotonic() - begin < 150  # of which torchrun waits 30 before it kills
+    assert last_step(run) == len(rows_of(run)) < STEPS
+    assert "done: " in finish(start_several(run))
     assert_same_end(run, undisturbed)
 
 
