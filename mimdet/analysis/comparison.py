@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mimdet.analysis.errors import precisions
-from mimdet.analysis.matching import Ints, Overlaps, find_overlaps, match_at
+from mimdet.analysis.matching import find_overlaps, match_at
 from mimdet.analysis.metrics import IouType, check_results, image_numbers
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ class RunComparison:
     ap: mean over IoU .50:.95 of the image's own AP, all its detections in one ranking, each
     correct only for an object of its class; NaN in an image without objects;
     found: objects found at IoU .5;
-    matched_score, wrong_score: summed score of the detections that are correct, and that are wrong,
-    at IoU .5 (in crowd regions they are neither);
 
     and change: ap_2 - ap_1. In the order of the image ids."""
 
@@ -97,32 +95,17 @@ def compare_runs(
         raise ValueError(f"runs has {len(runs)} entries ({', '.join(runs)}): give two, by name")
     first, second = runs
     images = list(image_numbers(ground_truth))
-    columns: dict[str, Any] = {"image_id": images}
+    table = DataFrame({"image_id": images})
     for number, results in enumerate(runs.values(), start=1):
         check_results(ground_truth, results, (iou_type,))
         overlaps = find_overlaps(ground_truth, results, iou_type)
-        objects = np.bincount(overlaps.truths.image, minlength=len(images))
-        columns["objects"] = objects
-        of_run = _columns(overlaps, objects)
-        columns |= {f"{name}_{number}": values for name, values in of_run.items()}
-    table = DataFrame(columns)
+        table["objects"] = objects = np.bincount(overlaps.truths.image, minlength=len(images))
+        image, ap = overlaps.detections.image, np.zeros(len(images))
+        for threshold in THRESHOLDS:
+            match, ignored = match_at(overlaps, threshold)
+            ap += precisions(image[~ignored], match[~ignored] >= 0, objects).mean(1)
+        table[f"ap_{number}"] = np.where(objects > 0, ap / len(THRESHOLDS), np.nan)
+        match, _ = match_at(overlaps, 0.5)
+        table[f"found_{number}"] = np.bincount(image[match >= 0], minlength=len(images))
     table["change"] = table["ap_2"] - table["ap_1"]
     return RunComparison((first, second), iou_type, table)
-
-
-def _columns(overlaps: Overlaps, objects: Ints) -> dict[str, Any]:
-    """The columns of one run, an entry per image; objects: (images,)."""
-    image, score = overlaps.detections.image, overlaps.score
-    ap = np.zeros(len(objects))
-    for threshold in THRESHOLDS:
-        match, ignored = match_at(overlaps, threshold)
-        ap += precisions(image[~ignored], match[~ignored] >= 0, objects).mean(1)
-
-    match, ignored = match_at(overlaps, 0.5)
-    correct, wrong = match >= 0, (match < 0) & ~ignored
-    return {
-        "ap": np.where(objects > 0, ap / len(THRESHOLDS), np.nan),
-        "found": np.bincount(image[correct], minlength=len(objects)),
-        "matched_score": np.bincount(image[correct], score[correct], len(objects)),
-        "wrong_score": np.bincount(image[wrong], score[wrong], len(objects)),
-    }

@@ -117,8 +117,13 @@ def cost_table(costs: Sequence[Cost]) -> str:
         }
         for cost in costs
     ]
-    lines = [f"| {' | '.join(cells)} |" for cells in (rows[0], *(row.values() for row in rows))]
-    return "\n".join([lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]])
+    return markdown_table(rows)
+
+
+def markdown_table(rows: Sequence[dict[str, str]]) -> str:
+    """Column -> cell of every row, as Markdown."""
+    lines = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _giga(count: int) -> str:

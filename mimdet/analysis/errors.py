@@ -166,22 +166,18 @@ def precisions(group: Ints, correct: Bools, asked: Ints) -> Floats:
     order = np.argsort(group, kind="stable")
     ends = np.cumsum(np.bincount(group, minlength=len(asked)))
     parts = np.split(correct[order], ends[:-1])
-    rows = [_precision(parts[k], objects) for k, objects in enumerate(asked.tolist())]
-    return np.array(rows).reshape(-1, len(RECALLS))
-
-
-def _precision(correct: Bools, objects: int) -> Floats:
-    """(101,): the best precision at each recall or a higher one; 0 where none is as high.
-
-    correct: (n,) detections of one group, best score first.
-    """
-    if objects == 0:
-        return np.full(len(RECALLS), float(len(correct) == 0))
-    right = np.cumsum(correct)
-    precision = right / np.arange(1, len(correct) + 1)
-    best = np.maximum.accumulate(precision[::-1])[::-1]
-    reached = np.searchsorted(right / objects, RECALLS, side="left")
-    return np.append(best, 0.0)[reached]
+    rows = np.zeros((len(asked), len(RECALLS)))
+    for k, objects in enumerate(asked.tolist()):
+        of_group = parts[k]
+        if objects == 0:
+            rows[k] = len(of_group) == 0
+            continue
+        right = np.cumsum(of_group)
+        precision = right / np.arange(1, len(right) + 1)
+        best = np.maximum.accumulate(precision[::-1])[::-1]  # at this recall or a higher one
+        reached = np.searchsorted(right / objects, RECALLS, side="left")
+        rows[k] = np.append(best, 0.0)[reached]
+    return rows
 
 
 # --- the report ---------------------------------------------------------------------------------
@@ -290,7 +286,20 @@ class ErrorReport:
             chosen = chosen[chosen.true == _index("true", true, self.categories)]
         if kind == "missed":
             chosen = chosen[np.argsort(-chosen.area, kind="stable")]
-        return [self._error(kind, chosen, i) for i in range(len(chosen))]
+        annotations, errors = self.ground_truth["annotations"], []
+        for i, (result, truth) in enumerate(zip(chosen.result, chosen.annotation, strict=True)):
+            error = DetectionError(
+                kind=kind,
+                image_id=self.image_ids[chosen.image[i]],
+                score=float(chosen.score[i]),
+                said=self.categories[chosen.said[i]] if result >= 0 else "",
+                true=self.categories[chosen.true[i]] if truth >= 0 else "",
+                iou=float(chosen.iou[i]),
+                result=self.results[result] if result >= 0 else None,
+                truth=annotations[truth] if truth >= 0 else None,
+            )
+            errors.append(error)
+        return errors
 
     def verdicts(self, score_threshold: float = -np.inf) -> Verdicts:
         """What became of every detection of this score and more, and the objects then missed.
@@ -329,11 +338,9 @@ class ErrorReport:
 
         overlaps, verdicts = self._overlaps, self.verdicts()
         category = np.where(verdicts.said >= 0, verdicts.said, verdicts.true)
-        counts = _error_counts(verdicts, category, overlaps.categories)
-        none = are(verdicts.verdict)
-        ap = fixed_aps(overlaps, verdicts, none)
-        columns = {"objects": overlaps.objects, "correct": counts.pop("correct"), "ap": ap}
-        columns |= counts
+        ap = fixed_aps(overlaps, verdicts, are(verdicts.verdict))
+        counts = _counts(verdicts, category, overlaps.categories)
+        columns = {"objects": overlaps.objects, "correct": counts.pop("correct"), "ap": ap} | counts
         for kind in KINDS:
             fixed = fixed_aps(overlaps, verdicts, are(verdicts.verdict, kind))
             columns[f"dap_{kind}"] = fixed - ap
@@ -352,8 +359,7 @@ class ErrorReport:
         overlaps, verdicts = self._overlaps, self.verdicts()
         size = self._size_of(verdicts.area)
         objects = np.bincount(self._size_of(overlaps.truths.area), minlength=len(SIZES))
-        columns: dict[str, Any] = {"objects": objects}
-        columns |= _error_counts(verdicts, size, len(SIZES))
+        columns: dict[str, Any] = {"objects": objects, **_counts(verdicts, size, len(SIZES))}
         for kind in KINDS:
             of_kind = are(verdicts.verdict, kind)
             fixed = [fixed_aps(overlaps, verdicts, of_kind & (size == i)) for i in range(3)]
@@ -397,21 +403,8 @@ class ErrorReport:
         limits = [self.area_ranges[size][1] for size in SIZES[:-1]]
         return np.searchsorted(limits, area, side="right")
 
-    def _error(self, kind: Kind, verdicts: Verdicts, i: int) -> DetectionError:
-        result, truth = verdicts.result[i], verdicts.annotation[i]
-        return DetectionError(
-            kind=kind,
-            image_id=self.image_ids[verdicts.image[i]],
-            score=float(verdicts.score[i]),
-            said=self.categories[verdicts.said[i]] if result >= 0 else "",
-            true=self.categories[verdicts.true[i]] if truth >= 0 else "",
-            iou=float(verdicts.iou[i]),
-            result=self.results[result] if result >= 0 else None,
-            truth=self.ground_truth["annotations"][truth] if truth >= 0 else None,
-        )
 
-
-def _error_counts(verdicts: Verdicts, group: Ints, groups: int) -> dict[str, Ints]:
+def _counts(verdicts: Verdicts, group: Ints, groups: int) -> dict[str, Ints]:
     """How many there are in each group, correct and of each type; group: (N,)."""
     counts = np.zeros((len(VERDICTS), groups), dtype=np.int64)
     np.add.at(counts, (verdicts.verdict, group), 1)

@@ -43,8 +43,9 @@ def experiment(
     Raises ValueError, before anything starts, for a grid that cannot be used or a folder that holds
     runs of another configuration; RuntimeError when no run succeeds.
     """
-    options: dict[str, Any] = {"evaluate_ratios": evaluate_ratios, "draws": draws}
-    planned = plan(base, grid, seeds, name=name, runs=runs, **options)
+    planned = plan(
+        base, grid, seeds, name=name, runs=runs, evaluate_ratios=evaluate_ratios, draws=draws
+    )
     folder = planned[0].path.parent
     waiting = [run for run in planned if not run.complete()]
     errors: dict[str, str] = {}

@@ -28,6 +28,7 @@ OVERRIDDEN = {
 }
 """Field -> the one that counts instead of it where that is not 0."""
 LONGEST_LABEL = 80
+"""Characters; the file systems' limit for a name is 255 bytes."""
 
 
 @dataclass(slots=True)
@@ -52,14 +53,22 @@ def arms_of(base: Config, grid: Grid) -> list[Arm]:
     """
     combinations = _combinations(grid)
     fields = list(dict.fromkeys(name for combination in combinations for name in combination))
+    known = flat(Config())
     for name in fields:
-        _check_field(name)
+        if name in NOT_IN_A_GRID:
+            raise ValueError(f"{name} cannot be in a grid: {NOT_IN_A_GRID[name]}")
+        if name not in known:
+            near = " or ".join(get_close_matches(name, known))
+            hint = f": did you mean {near}?" if near else ""
+            raise ValueError(f"the configuration has no field {name!r}{hint}")
     short = short_names(fields)
     arms: dict[str, Arm] = {}
     for combination in combinations:
         arm = _arm(base, combination, fields)
         text = ",".join(f"{short[name]}={value_text(value)}" for name, value in arm.values.items())
-        arm.label = _label(text)
+        arm.label = re.sub(r"[^\w.=,+-]+", "-", text) or "base"
+        if len(arm.label) > LONGEST_LABEL:
+            arm.label = f"{arm.label[: LONGEST_LABEL - 9]}-{zlib.crc32(text.encode()):08x}"
         if arm.label in arms:
             raise ValueError(
                 f"two arms are both called {arm.label}: give each value once, and functions "
@@ -100,16 +109,6 @@ def _combinations(grid: Grid) -> list[dict[str, Any]]:
         if isinstance(values, str | Mapping) or not isinstance(values, Sequence) or not values:
             raise ValueError(f"{name}: give the values as a list, not {values!r}")
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-
-
-def _check_field(name: str) -> None:
-    if name in NOT_IN_A_GRID:
-        raise ValueError(f"{name} cannot be in a grid: {NOT_IN_A_GRID[name]}")
-    known = flat(Config())
-    if name not in known:
-        near = " or ".join(get_close_matches(name, known))
-        hint = f": did you mean {near}?" if near else ""
-        raise ValueError(f"the configuration has no field {name!r}{hint}")
 
 
 def _arm(base: Config, combination: Mapping[str, Any], fields: Sequence[str]) -> Arm:
@@ -154,10 +153,3 @@ def _in_recipe(base: Config, preset: str) -> Config:
         if value != own[name] and name != "preset" and (same_kind or "backbone." not in name):
             set_field(cfg, name, value)
     return cfg
-
-
-def _label(text: str) -> str:
-    label = re.sub(r"[^\w.=,+-]+", "-", text) or "base"
-    if len(label) > LONGEST_LABEL:
-        label = f"{label[: LONGEST_LABEL - 9]}-{zlib.crc32(text.encode()):08x}"
-    return label

@@ -4,15 +4,17 @@ import copy
 import math
 import os
 import platform
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
-from mimdet.analysis.cost import cost_of
+from mimdet.analysis.cost import cost_of, markdown_table
 from mimdet.config import Config, flat, from_dict, to_dict
 from mimdet.experiments.grid import Arm, short_names, value_text
 from mimdet.experiments.runs import PlannedRun
@@ -37,46 +39,31 @@ class Interval(NamedTuple):
     n: int
 
 
-def mean_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
-    """Mean, t-interval and standard deviation of independent values; NaN values are left out."""
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Mean, 95 % t-interval and standard deviation of independent values; NaN is left out."""
     known = [value for value in values if not math.isnan(value)]
     n = len(known)
     mean = statistics.fmean(known) if known else math.nan
     if n < 2:
         return Interval(mean, math.nan, math.nan, math.nan, n)
     sd = statistics.stdev(known)
-    half = t_quantile(n - 1, level) * sd / math.sqrt(n)
+    half = t_quantile(n - 1) * sd / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, sd, n)
 
 
-def t_quantile(degrees: int, level: float = LEVEL) -> float:
-    """The t for which a Student variable of `degrees` lies in -t..t with probability `level`.
+def t_quantile(degrees: int) -> float:
+    """The t for which a Student variable of `degrees` lies in -t..t with probability LEVEL.
 
-    The probability is a finite sum for whole degrees (Abramowitz and Stegun, 26.7.3 and 26.7.4)
-    and grows with the angle arctan(t / sqrt(degrees)), which is found by bisection.
+    With t = sqrt(degrees) x tan(angle), the density is cos(angle)^(degrees - 1), summed up here.
+    Right to 7 digits.
     """
-    if degrees < 1 or not 0 < level < 1:
-        raise ValueError(f"degrees={degrees}, level={level}: need at least 1, and inside (0, 1)")
-    low, high = 0.0, math.pi / 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        if _probability(middle, degrees) < level:
-            low = middle
-        else:
-            high = middle
-    return math.sqrt(degrees) * math.tan((low + high) / 2)
-
-
-def _probability(angle: float, degrees: int) -> float:
-    """Share of Student's distribution within -t..t, where t = sqrt(degrees) x tan(angle)."""
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = degrees % 2
-    term = cosine if odd else 1.0
-    total = 0.0
-    for power in range(1 + odd, degrees, 2):  # terms in cos, cos^3, ... or in 1, cos^2, ...
-        total += term
-        term *= power / (power + 1) * cosine**2
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+    if degrees < 1:
+        raise ValueError(f"degrees={degrees}: an interval needs two values at least")
+    angles = np.linspace(0, math.pi / 2, 100_001)
+    middles = (angles[1:] + angles[:-1]) / 2
+    share = np.append(0, np.cumsum(np.cos(middles) ** (degrees - 1)))
+    angle = float(np.interp(LEVEL, share / share[-1], angles))
+    return math.sqrt(degrees) * math.tan(angle)
 
 
 # ------------------------------------------------------------------------------- the result
@@ -117,10 +104,9 @@ class Experiment:
 
     def scores(self, arm: str, ratio: float, metric: str = "box_ap") -> dict[int, float]:
         """Seed -> score of one arm at one evaluation ratio."""
-        if metric not in self.table:
-            raise ValueError(f"metric={metric!r}: use one of {[*SCORES, 'wall_seconds']}")
-        if arm not in [known.label for known in self.arms]:
-            raise ValueError(f"no arm {arm!r}; there are {[known.label for known in self.arms]}")
+        labels = [known.label for known in self.arms]
+        if arm not in labels:
+            raise ValueError(f"no arm {arm!r}; there are {labels}")
         chosen = self.table[(self.table["arm"] == arm) & (self.table["evaluate_ratio"] == ratio)]
         return dict(zip(chosen["seed"].tolist(), chosen[metric].tolist(), strict=True))
 
@@ -161,22 +147,21 @@ class Experiment:
 
     def markdown(self, metrics: Sequence[str] = ("box_ap", "mask_ap")) -> str:
         """The summary as a Markdown table, and below it what failed."""
-        short = short_names(self.fields)
-        heads = [*short.values(), "evaluated at", *map(title_of, metrics)]
-        heads += [f"difference in {title_of(metric)}" for metric in metrics]
-        heads += ["seeds", "minutes a run"]
         minutes = self.table.groupby("arm")["wall_seconds"].mean() / 60
-        lines = [_line(heads), _line(["---"] * len(heads))]
         summaries = [self.summary(metric).to_dict("records") for metric in metrics]
-        for rows in zip(*summaries, strict=True):
-            row = rows[0]
-            cells = [value_text(row[name]) for name in short]
-            cells.append(f"{row['evaluate_ratio']:g}")
-            cells += [mean_text(row["mean"], row["sd"]) for row in rows]
-            cells += [difference_text(row) for row in rows]
-            cells += [str(row["n"]), f"{minutes[row['arm']]:.1f}" if row["arm"] in minutes else "-"]
-            lines.append(_line(cells))
-        lines += [
+        rows = []
+        for of_metrics in zip(*summaries, strict=True):
+            own = of_metrics[0]
+            row = {short: value_text(own[name]) for name, short in short_names(self.fields).items()}
+            row["evaluated at"] = f"{own['evaluate_ratio']:g}"
+            titled = dict(zip(map(title_of, metrics), of_metrics, strict=True))
+            row |= {title: mean_text(of) for title, of in titled.items()}
+            row |= {f"difference in {title}": difference_text(of) for title, of in titled.items()}
+            row["seeds"] = str(own["n"])
+            row["minutes a run"] = f"{minutes[own['arm']]:.1f}" if own["arm"] in minutes else "-"
+            rows.append(row)
+        lines = [
+            markdown_table(rows),
             "",
             "AP × 100, mean ± standard deviation over seeds. Difference: to "
             f"{self.arms[0].label} at the same evaluation ratio, paired by seed, with its "
@@ -209,8 +194,11 @@ class Experiment:
         content = read_json(path)
         try:
             base = from_dict(content["base"])
-            arms = [Arm(label, _tuples(row), base) for label, row in content["arms"].items()]
-            table, curves = _numbers(content["rows"]), _numbers(content["curves"])
+            arms = [Arm(label, _from_json(row), base) for label, row in content["arms"].items()]
+            table, curves = (
+                pd.DataFrame([_from_json(row) for row in content[name]])
+                for name in ("rows", "curves")
+            )
             seeds, errors, command = content["seeds"], content["errors"], content["command"]
             about = {name: content[name] for name in ("hardware", "environment", "data")}
         except (KeyError, TypeError) as error:
@@ -231,9 +219,10 @@ def measured(base: Config, runs: Sequence[PlannedRun], errors: dict[str, str]) -
         label = run.arm.label
         if label not in flops:
             flops[label] = training_flops(run.cfg, run.size)
+        key = {"arm": label, **run.arm.values, "seed": run.seed}
         lines = MetricsFile(run.path / "metrics.jsonl").read()
-        rows += result_rows(run, lines, flops[label])
-        curves += curve_rows(run, lines, flops[label])
+        rows += [key | row for row in result_rows(run, lines, flops[label])]
+        curves += [key | row for row in curve_rows(run, lines, flops[label])]
         environments.append(read_json(run.path / "environment.json"))
     about = {
         "hardware": hardware_text(environments[0]["gpus"]),
@@ -246,10 +235,11 @@ def measured(base: Config, runs: Sequence[PlannedRun], errors: dict[str, str]) -
     return Experiment(runs[0].path.parent, base, arms, seeds, table, curve, errors, "", about)
 
 
-def result_rows(
-    run: PlannedRun, lines: Sequence[dict[str, Any]], per_image: float
-) -> list[dict[str, Any]]:
-    """One row per sample ratio of a complete run: arm, seed, ratio, APs x 100, cost.
+Rows = list[dict[str, Any]]
+
+
+def result_rows(run: PlannedRun, lines: Rows, per_image: float) -> Rows:
+    """One row per sample ratio of a complete run: ratio, APs x 100, cost.
 
     lines: of its metrics.jsonl; per_image: FLOPs of training on one image.
 
@@ -266,36 +256,31 @@ def result_rows(
         "cpu_seconds": math.fsum(line["time"]["cpu_seconds"] for line in lines),
         "flops": per_image * images,
     }
-    key = {"arm": run.arm.label, **run.arm.values, "seed": run.seed}
     rows = []
     for row in run.rows():
         scores = {name: mean_score(row["metrics"], *at) for name, at in SCORES.items()}
         spread = {f"{k}_draw_sd": 100 * row.get(f"{k}_ap_sd", math.nan) for k in ("box", "mask")}
         at = {"evaluate_ratio": row["sample_ratio"]}
-        rows.append({**key, **at, **scores, **spread, "draws": row["draws"], **cost})
+        rows.append({**at, **scores, **spread, "draws": row["draws"], **cost})
     return rows
 
 
-def curve_rows(
-    run: PlannedRun, lines: Sequence[dict[str, Any]], per_image: float
-) -> list[dict[str, Any]]:
+def curve_rows(run: PlannedRun, lines: Rows, per_image: float) -> Rows:
     """One row per step: epoch, seconds and FLOPs until then, loss, and AP x 100 where evaluated.
 
     lines: of its metrics.jsonl; per_image: FLOPs of training on one image. Seconds are the wall
     time of the steps alone.
     """
-    key = {"arm": run.arm.label, **run.arm.values, "seed": run.seed}
     evaluations = {line["step"]: line["evaluation"] for line in lines if "evaluation" in line}
     rows = []
     images, seconds = 0, 0.0
     for line in (line for line in lines if "loss" in line):
         images += line["images"]
         seconds += line["time"]["seconds"]
-        row = {**key, "step": line["step"], "epoch": images / run.images, "seconds": seconds}
+        row = {"step": line["step"], "epoch": images / run.images, "seconds": seconds}
         row |= {"flops": per_image * images, "loss": line["loss"]}
         scores = [evaluations.get(line["step"], {})]
-        row |= {name: mean_score(scores, *SCORES[name]) for name in TITLES}
-        rows.append(row)
+        rows.append(row | {name: mean_score(scores, *SCORES[name]) for name in TITLES})
     return rows
 
 
@@ -330,10 +315,11 @@ def title_of(metric: str) -> str:
     return TITLES.get(metric, metric.replace("_", " ").replace(" ap", " AP"))
 
 
-def mean_text(mean: float, sd: float) -> str:
-    if math.isnan(mean):
+def mean_text(row: dict[str, Any]) -> str:
+    """`31.2 ± 0.4`."""
+    if math.isnan(row["mean"]):
         return "-"
-    return f"{mean:.1f}" if math.isnan(sd) else f"{mean:.1f} ± {sd:.1f}"
+    return f"{row['mean']:.1f}" if math.isnan(row["sd"]) else f"{row['mean']:.1f} ± {row['sd']:.1f}"
 
 
 def difference_text(row: dict[str, Any]) -> str:
@@ -349,15 +335,10 @@ def difference_text(row: dict[str, Any]) -> str:
 def hardware_text(gpus: Sequence[str]) -> str:
     """`2 CPU cores (name); NVIDIA H100`, of this machine and the GPUs a run saw."""
     information = Path("/proc/cpuinfo")  # Linux; elsewhere Python's own word
-    name = platform.processor() or platform.machine()
-    for line in information.read_text().splitlines() if information.exists() else ():
-        if line.startswith("model name"):
-            name = line.partition(":")[2].strip()
+    text = information.read_text() if information.exists() else ""
+    model = re.search(r"^model name\s*: (.+)", text, re.MULTILINE)
+    name = model[1] if model else platform.processor() or platform.machine()
     return "; ".join([f"{os.cpu_count()} CPU cores ({name})", *gpus])
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _plain(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -366,12 +347,7 @@ def _plain(table: pd.DataFrame) -> list[dict[str, Any]]:
     return rows
 
 
-def _numbers(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """Rows of a json, where None stands for NaN."""
-    known = [{k: math.nan if v is None else v for k, v in _tuples(row).items()} for row in rows]
-    return pd.DataFrame(known)
-
-
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    """A json holds tuples as lists."""
-    return {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
+def _from_json(row: dict[str, Any]) -> dict[str, Any]:
+    """A json holds tuples as lists, and None for NaN."""
+    known = {name: math.nan if value is None else value for name, value in row.items()}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in known.items()}

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mimdet.config import Config, flat
 from mimdet.data.augment import resize_of
 from mimdet.data.coco import build_dataset
@@ -31,7 +33,7 @@ when the training is complete."""
 LOCK_SECONDS = 60.0
 """How long to wait for a process that still works on the same run; one that stops needs 20 s."""
 STOP_SECONDS = 30.0
-"""A run has this long to save and end; then it is killed, and its last checkpoint counts."""
+"""A run has this long to save and end; then, or on a second Ctrl-C, it is killed."""
 LOOK_EVERY = 0.2
 
 
@@ -90,14 +92,37 @@ def plan(
     if isinstance(seeds, int):
         seeds = range(base.training.seed, base.training.seed + seeds)
     numbers = [int(seed) for seed in seeds]  # those of NumPy are no numbers for json
-    _check_numbers(numbers, evaluate_ratios or (), draws)
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise ValueError(f"seeds={numbers}: give at least one, and none twice")
+    for ratio in evaluate_ratios or ():
+        if not 0 < ratio <= 1:
+            raise ValueError(f"evaluate_ratios has {ratio}: it is the share of tokens kept, (0, 1]")
+    if draws < 1:
+        raise ValueError(f"draws={draws}: at least one sampling per ratio")
     arms = arms_of(base, grid)
     folder = Path(runs) / (name or "-".join(short_names(list(arms[0].values)).values()) or "base")
-    first = [_first_run(arm, numbers[0], folder, evaluate_ratios, draws) for arm in arms]
-    _check_different(first)
+    first: dict[str, PlannedRun] = {}
+    for arm in arms:
+        cfg = copy.deepcopy(arm.cfg)
+        train = build_dataset(cfg.data, "train", cfg.training.seed)
+        held_out = build_dataset(cfg.data, "val", cfg.training.seed)
+        adapt_to_data(cfg, train)
+        at = tuple(map(float, evaluate_ratios or (cfg.backbone.sample_ratio_eval,)))
+        at = (1.0,) if cfg.backbone.kind in BASELINES else at
+        steps, size = Schedule(cfg.training, len(train)).total, typical_size(cfg, train)
+        run = PlannedRun(
+            arm, numbers[0], cfg, folder, len(train), size, steps, at, draws, held_out.version
+        )
+        text = repr({**flat(cfg), "preset": ""})  # the name of a recipe changes nothing
+        other = first.setdefault(text, run)
+        if other is not run:
+            raise ValueError(
+                f"the arms {other.arm.label} and {arm.label} train the same, so they cannot be "
+                "compared: leave one out"
+            )
     planned = []
     for seed in numbers:
-        for run in first:
+        for run in first.values():
             run = copy.copy(run)
             run.seed, run.path = seed, folder / f"{run.arm.label}-s{seed}"
             run.cfg = copy.deepcopy(run.cfg)
@@ -107,47 +132,12 @@ def plan(
     return planned
 
 
-def _first_run(
-    arm: Arm, seed: int, folder: Path, ratios: Sequence[float] | None, draws: int
-) -> PlannedRun:
-    cfg = copy.deepcopy(arm.cfg)
-    train = build_dataset(cfg.data, "train", cfg.training.seed)
-    held_out = build_dataset(cfg.data, "val", cfg.training.seed)
-    adapt_to_data(cfg, train)
-    at = tuple(map(float, ratios or (cfg.backbone.sample_ratio_eval,)))
-    at = (1.0,) if cfg.backbone.kind in BASELINES else at
-    steps, images = Schedule(cfg.training, len(train)).total, len(train)
-    size = typical_size(cfg, train)
-    return PlannedRun(arm, seed, cfg, folder, images, size, steps, at, draws, held_out.version)
-
-
 def typical_size(cfg: Config, data: Dataset) -> tuple[int, int]:
     """Mean (height, width) of the first hundred images, resized as for a test."""
-    count = min(100, len(data))
-    sizes = [resize_of(cfg.data).size(*data.image_size(i)) for i in range(count)]
-    return round(sum(h for h, _ in sizes) / count), round(sum(w for _, w in sizes) / count)
-
-
-def _check_numbers(seeds: Sequence[int], ratios: Sequence[float], draws: int) -> None:
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds={list(seeds)}: give at least one, and none twice")
-    for ratio in ratios:
-        if not 0 < ratio <= 1:
-            raise ValueError(f"evaluate_ratios has {ratio}: it is the share of tokens kept, (0, 1]")
-    if draws < 1:
-        raise ValueError(f"draws={draws}: at least one sampling per ratio")
-
-
-def _check_different(runs: Sequence[PlannedRun]) -> None:
-    known: dict[str, str] = {}
-    for run in runs:
-        text = repr({**flat(run.cfg), "preset": ""})  # the name of a recipe changes nothing
-        if text in known:
-            raise ValueError(
-                f"the arms {known[text]} and {run.arm.label} train the same, so they cannot be "
-                "compared: leave one out"
-            )
-        known[text] = run.arm.label
+    resize = resize_of(cfg.data)
+    sizes = [resize.size(*data.image_size(i)) for i in range(min(100, len(data)))]
+    height, width = np.mean(sizes, axis=0).round()
+    return int(height), int(width)
 
 
 def _check_folder(run: PlannedRun) -> None:
@@ -285,7 +275,10 @@ def run_all(runs: Sequence[PlannedRun], places: list[dict[str, str]], logs: Path
             bar.set_postfix_str(text, refresh=False)
             bar.update(sum(file.step for file in files) - bar.n)
     finally:
-        stop([child for _, _, child in running])
+        for *_, child in running:
+            child.ask()
+        for *_, child in running:
+            child.stop(STOP_SECONDS)
         bar.close()
     return errors
 
@@ -296,15 +289,6 @@ def start(run: PlannedRun, place: dict[str, str], logs: Path) -> Child:
     Run(run.path, run.cfg).keep(run.arm.code)
     words = ["-m", "mimdet.experiments.runs", str(run.path), str(run.draws), *map(str, run.ratios)]
     return Child(words, logs / f"{run.name}.txt", place, tied=True)
-
-
-def stop(children: Sequence[Child]) -> None:
-    """End the children: each saves. A second Ctrl-C, or STOP_SECONDS, kills them."""
-    end = time.monotonic() + STOP_SECONDS
-    for child in children:
-        child.ask()
-    for child in children:
-        child.stop(max(0.0, end - time.monotonic()))
 
 
 def places_for(runs: Sequence[PlannedRun], processes: int = 0) -> list[dict[str, str]]:

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mimdet.analysis.cost import cost_of, cost_table, kept_bytes
-from mimdet.config import BackboneConfig, Config, DetectorConfig
+from mimdet.config import Config
 from mimdet.presets import PRESETS
 
 
@@ -39,8 +39,7 @@ def by_hand(cfg: Config, h: int, w: int, kept: int) -> tuple[int, int]:
     return stem + encoder + decoder + neck, heads
 
 
-@pytest.mark.parametrize("preset", ["tiny", "mimdet_base"])
-@pytest.mark.parametrize("ratio", [1.0, 0.5])
+@pytest.mark.parametrize(("preset", "ratio"), [("tiny", 0.5), ("mimdet_base", 1.0)])
 def test_mimdet_by_hand(preset: str, ratio: float) -> None:
     cfg = PRESETS[preset]()
     cost = cost_of(cfg, (250, 377), ratio)
@@ -50,26 +49,18 @@ def test_mimdet_by_hand(preset: str, ratio: float) -> None:
     assert cost.detector == cost.backbone_and_neck + cost.heads
 
 
-def test_trainable_and_frozen() -> None:
+def test_parameters_canvas_masks_and_a_baseline() -> None:
     cost = cost_of(PRESETS["tiny"](), (64, 64))
     assert cost.parameters - cost.trainable == 257 * (128 + 96)  # two frozen position tables
     assert cost.sample_ratio == 1.0
-
-
-def test_a_canvas_is_always_seen_whole() -> None:
     cfg = PRESETS["tiny_benchmarking_vit"]()
-    assert cost_of(cfg, (64, 96)) == cost_of(cfg, (200, 100))
+    assert cost_of(cfg, (64, 96)) == cost_of(cfg, (200, 100))  # the canvas is seen whole
     assert cost_of(cfg).size == (256, 256)
-
-
-def test_without_masks() -> None:
-    cfg = Config(backbone=BackboneConfig(embed_dim=32, depth=1, num_heads=1, position_grid=4))
-    with_masks = cost_of(cfg, (64, 64))
-    cfg.detector = DetectorConfig(masks=False)
-    assert cost_of(cfg, (64, 64)).heads < with_masks.heads
-
-
-def test_a_baseline_refuses_a_ratio() -> None:
+    cfg = PRESETS["tiny"]()
+    cfg.detector.masks, cfg.backbone.decoder_fill = False, "mask_token"
+    other = cost_of(cfg, (64, 64))
+    assert other.heads < cost.heads
+    assert cost.backbone_and_neck - other.backbone_and_neck == 16 * 128 * 96  # of 16 stem tokens
     with pytest.raises(ValueError, match="samples no tokens"):
         cost_of(PRESETS["tiny_swin"](), (64, 64), 0.5)
 
@@ -100,13 +91,3 @@ def test_kept_bytes_by_hand() -> None:
     # Recomputation keeps the inputs only.
     inputs.requires_grad_()
     assert kept_bytes(lambda: checkpoint(net, inputs, use_reentrant=False), net) <= 4 * 4 * 8
-
-
-def test_both_fills_can_be_counted() -> None:
-    cfg = PRESETS["tiny"]()
-    costs = []
-    for fill in ("stem", "mask_token"):
-        cfg.backbone.decoder_fill = fill
-        costs.append(cost_of(cfg, (128, 128), 0.5).detector)
-    width, channels = cfg.backbone.embed_dim, cfg.backbone.decoder_dim
-    assert costs[0] - costs[1] == 64 * width * channels  # the projection of 64 stem tokens

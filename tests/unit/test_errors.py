@@ -53,7 +53,7 @@ def check(
     return report
 
 
-# --- one case per type --------------------------------------------------------------------------
+# --- by hand ------------------------------------------------------------------------------------
 # A is the box 10 10 40 40; LEFT, half of it, has IoU 1/2 with A, STRIP, a tenth, 1/10, and PART,
 # 16 of its 40 columns, 0.4. B lies apart from A. All are filled rectangles, so the IoU of masks is
 # that of boxes. AP = precision summed over the 101 recall levels / 101; half of the objects found
@@ -62,60 +62,6 @@ def check(
 A, B, C = rectangle(10, 10, 40, 40), rectangle(100, 10, 40, 40), rectangle(10, 100, 40, 40)
 LEFT, PART, STRIP = rectangle(10, 10, 20, 40), rectangle(10, 10, 16, 40), rectangle(10, 10, 4, 40)
 NOTHING = rectangle(150, 150, 30, 30)
-
-
-def test_classification() -> None:
-    """A is of kind 1, B of kind 2; both are called kind 1.
-
-    Kind 1: right (.9), wrong (.8): precision 1 at recall 1, AP 1. Kind 2: nothing, AP 0. Mean 1/2.
-    Fixed, B's detection is a correct one of kind 2: AP 1, dAP 1/2. Without the false positive
-    nothing changes. If only objects found count, kind 2 has none and claims none: perfect, +1/2.
-    """
-    truth = truth_of(A, of(2, B), categories=2)
-    results = [found(0.9, A), found(0.8, B)]
-    check(truth, results, 1 / 2, (0, 1 / 2), classification=(1, 1 / 2))
-
-
-def test_localisation() -> None:
-    """B is found, A only by PART, IoU 0.4: right, wrong; half of the objects. Fixed AP 1.
-
-    PART, then A itself: wrong, right: precision 1/2 at recall 1, AP 1/2. A has its detection, so
-    the fix removes PART: dAP 1/2, and so does the removal of all false positives.
-    """
-    results = [found(0.9, B), found(0.8, PART)]
-    check(truth_of(A, B), results, 51 / 101, (0, 50 / 101), localisation=(1, 50 / 101))
-    results = [found(0.9, PART), found(0.8, A)]
-    check(truth_of(A), results, 1 / 2, (1 / 2, 0), localisation=(1, 1 / 2))
-
-
-def test_both() -> None:
-    """PART of A, an object of kind 1, is called kind 2 (.9), then B of kind 2 (.8) and A are found.
-
-    Kind 1: AP 1. Kind 2: wrong, right: AP 1/2. Mean 3/4; fixed (removed) 1, dAP 1/4.
-    """
-    truth = truth_of(A, of(2, B), categories=2)
-    results = [found(0.9, of(2, PART)), found(0.8, of(2, B)), found(0.7, A)]
-    check(truth, results, 3 / 4, (1 / 4, 0), both=(1, 1 / 4))
-
-
-def test_duplicate() -> None:
-    """A, A again, B: right, wrong, right: precision 1 up to recall 1/2, 2/3 up to recall 1. Fixed
-    (removed) 1."""
-    results = [found(0.9, A), found(0.8, A), found(0.7, B)]
-    dap = 50 / 3 / 101
-    check(truth_of(A, B), results, (51 + 50 * 2 / 3) / 101, (dap, 0), duplicate=(1, dap))
-
-
-def test_background_and_missed() -> None:
-    """NOTHING, A: wrong, right, AP 1/2; fixed (removed) 1. Of A and B only A is found: half of the
-    objects; when B is not asked for, AP 1. A missed class that also claims NOTHING stays at AP 0
-    with either fix alone."""
-    results = [found(0.9, NOTHING), found(0.8, A)]
-    check(truth_of(A), results, 1 / 2, (1 / 2, 0), background=(1, 1 / 2))
-    check(truth_of(A, B), [found(0.9, A)], 51 / 101, (0, 50 / 101), missed=(1, 50 / 101))
-    truth = truth_of(A, of(2, C), categories=2)
-    results = [found(0.9, A), found(0.8, of(2, NOTHING))]
-    check(truth, results, 1 / 2, (0, 0), background=(1, 0), missed=(1, 0))
 
 
 def test_one_object_is_repaired_once() -> None:
@@ -144,9 +90,6 @@ def test_crowds_forgive_their_own_class() -> None:
     crowd = rectangle(0, 0, 90, 90) | {"iscrowd": 1}
     report = check(truth_of(crowd, A), [found(0.9, A), found(0.8, PART)], 1)
     assert (report.ignored, report.correct, report.objects) == (1, 1, 1)
-
-
-# --- mixtures -----------------------------------------------------------------------------------
 
 
 def test_all_types_in_one_class() -> None:
@@ -285,7 +228,7 @@ def test_single_errors_have_names() -> None:
     assert (first.said, first.true) == (second.true, second.said) == ("kind 1", "kind 2")
     assert first.result is results[1] and first.truth is truth["annotations"][1]
     false = report.errors("background")
-    assert [e.score for e in false] == [0.6, 0.3] and [e.image_id for e in false] == [2, 2]
+    assert [(e.score, e.image_id) for e in false] == [(0.6, 2), (0.3, 2)]
     assert false[0].true == "" and false[0].truth is None and false[0].iou == 0
     (missed,) = report.errors("missed")
     assert missed.result is None and missed.truth is truth["annotations"][2]
@@ -294,51 +237,32 @@ def test_single_errors_have_names() -> None:
     assert report.errors("classification", said="kind 2") == [second]
     assert report.errors("classification", true="kind 2") == [first]
     assert report.errors("background", true="kind 2") == []
+    shapes = [A, A, of(2, PART), PART, of(2, rectangle(10, 10, 2, 40))]
+    results = [found(0.9 - 0.1 * i, shape) for i, shape in enumerate(shapes)]
+    report = find_errors(truth_of(A, of(2, B), categories=2), results)
+    expected = {"duplicate": 1, "both": 0.4, "localisation": 0.4, "background": 0.05}
+    assert {k: e.iou for k in expected for e in report.errors(k)} == pytest.approx(expected)
 
 
-def test_overlap_of_each_type() -> None:
-    truth = truth_of(A, of(2, B), categories=2)
-    results = [
-        found(0.9, A),
-        found(0.8, A),
-        found(0.7, of(2, PART)),
-        found(0.6, PART),
-        found(0.5, of(2, rectangle(10, 10, 2, 40))),
-    ]
-    report = find_errors(truth, results)
-    ious = {kind: [e.iou for e in report.errors(kind)] for kind in FALSE_POSITIVES}
-    assert ious.pop("classification") == []
-    expected = {"duplicate": [1], "both": [0.4], "localisation": [0.4], "background": [0.05]}
-    assert ious == {kind: pytest.approx(iou) for kind, iou in expected.items()}
-    assert [e.true for e in report.errors("duplicate")] == ["kind 1"]
-    assert [e.true for e in report.errors("both")] == ["kind 1"]
-
-
-def test_by_class() -> None:
+def test_by_class_and_by_size() -> None:
     """Kind 1: A and the small one, wrong (.8), wrong (.6): AP 0; fixed, A is right at place 1 of 2
     (the first wrong one has left): half of the objects, 51/101. Kind 2: AP 0, fixed B is right at
-    place 1: AP 1."""
-    table = find_errors(*two_kinds()).by_class()
-    assert list(table.index) == ["kind 1", "kind 2"]
-    assert list(table["objects"]) == [2, 1] and list(table["ap"]) == [0, 0]
-    assert list(table["errors_classification"]) == [1, 1]
-    assert list(table["errors_background"]) == [1, 1]
-    assert list(table["errors_missed"]) == [1, 0]
-    assert list(table["dap_classification"]) == pytest.approx([51 / 101, 1])
-    assert list(table["dap_missed"]) == [0, 0]
-
-
-def test_by_size() -> None:
-    """A and B (1600 px) are medium, the missed one (81 px) small, the false alarms of 900 and
-    10000 px small and large. Only the medium ones' classes matter, as nothing is right."""
-    table = find_errors(*two_kinds()).by_size()
-    assert list(table.index) == ["small", "medium", "large"]
-    assert list(table["objects"]) == [1, 2, 0]
-    assert list(table["errors_classification"]) == [0, 2, 0]
-    assert list(table["errors_background"]) == [1, 0, 1]
-    assert list(table["errors_missed"]) == [1, 0, 0]
+    place 1: AP 1. A and B (1600 px) are medium, the missed one (81 px) small, the false alarms of
+    900 and 10000 px small and large.
+    """
+    classes = find_errors(*two_kinds()).by_class()
+    assert list(classes.index) == ["kind 1", "kind 2"]
+    assert list(classes["dap_classification"]) == pytest.approx([51 / 101, 1])
+    expected = {"objects": [2, 1], "ap": [0, 0], "errors_classification": [1, 1]}
+    expected |= {"errors_background": [1, 1], "errors_missed": [1, 0], "dap_missed": [0, 0]}
+    assert classes[list(expected)].to_dict("list") == expected
+    sizes = find_errors(*two_kinds()).by_size()
+    assert list(sizes.index) == ["small", "medium", "large"]
+    expected = {"objects": [1, 2, 0], "errors_classification": [0, 2, 0]}
+    expected |= {"errors_background": [1, 0, 1], "errors_missed": [1, 0, 0]}
+    assert sizes[list(expected)].to_dict("list") == expected
     dap = (51 / 101 + 1) / 2
-    assert list(table["dap_classification"]) == pytest.approx([0, dap, 0])
+    assert list(sizes["dap_classification"]) == pytest.approx([0, dap, 0])
     scaled = find_errors(*two_kinds(), area_scale=4.0)
     assert list(scaled.by_size()["errors_classification"]) == [2, 0, 0]
     assert scaled.area_ranges["small"] == (0, 4096)
@@ -362,11 +286,9 @@ def test_size_of_an_error_is_its_objects_where_the_fix_needs_one() -> None:
 
 
 def test_confusions() -> None:
-    truth = truth_of(A, B, of(2, C), categories=2)
     results = [found(0.9, of(2, A)), found(0.8, of(2, B)), found(0.7, C)]
-    table = find_errors(truth, results).confusions()
-    rows = [tuple(row) for row in table.itertuples(index=False)]
-    assert rows == [("kind 2", "kind 1", 2), ("kind 1", "kind 2", 1)]
+    table = find_errors(truth_of(A, B, of(2, C), categories=2), results).confusions()
+    assert table.values.tolist() == [["kind 2", "kind 1", 2], ["kind 1", "kind 2", 1]]
 
 
 def test_curves_of_a_class() -> None:
@@ -698,40 +620,3 @@ def test_the_numbers_of_tidecv(
             assert 100 * report.dap[kind] == pytest.approx(dap[name], abs=1e-9)
         for ours, theirs in (("false positives", "FalsePos"), ("false negatives", "FalseNeg")):
             assert 100 * report.special[ours] == pytest.approx(special[theirs], abs=1e-9)
-
-
-def test_where_tidecv_differs(tide_run: Any) -> None:
-    """Each departure that the module names, on the smallest case."""
-
-    def both(truth: dict[str, Any], results: list[dict[str, Any]]) -> tuple[ErrorReport, Any]:
-        return find_errors(truth, results), tide(tide_run, truth, results, "segm")
-
-    # More than 100 detections of an image: kind 2 is found by the 101st.
-    results = [found(0.9 - 0.001 * i, NOTHING) for i in range(100)]
-    results.append(found(0.1, of(2, B)))
-    ours, (ap, *_) = both(truth_of(A, of(2, B), categories=2), results)
-    assert (100 * ours.ap, ap) == pytest.approx((50, 0))
-
-    # In a crowd: no error; tidecv counts one, and B, which is missed, is repaired with it.
-    crowd = rectangle(100, 10, 16, 40) | {"iscrowd": 1}
-    ours, (_, counts, *_) = both(truth_of(A, B, crowd), [found(0.9, A), found(0.8, crowd)])
-    assert (ours.ignored, ours.counts["localisation"], ours.counts["missed"]) == (1, 0, 1)
-    assert (counts["Loc"], counts["Miss"]) == (1, 0)
-
-    # Half in a crowd is enough for COCO, not for tidecv.
-    crowd = rectangle(100, 100, 40, 40) | {"iscrowd": 1}
-    half = rectangle(80, 100, 40, 40)
-    ours, (ap, *_) = both(truth_of(A, crowd), [found(0.9, half), found(0.8, A)])
-    assert (100 * ours.ap, ap) == pytest.approx((100, 50))
-
-    # A class without objects.
-    truth = truth_of(A, categories=2)
-    ours, (ap, _, dap, _) = both(truth, [found(0.9, A), found(0.8, of(2, NOTHING))])
-    assert (100 * ours.ap, ap, dap["Bkg"]) == pytest.approx((100, 50, 50))
-
-    # A class that was missed altogether leaves tidecv's mean: 1/2 of the other one's 51/101.
-    truth = truth_of(A, B, of(2, C), categories=2)
-    results = [found(0.9, A), found(0.8, rectangle(100, 10, 16, 40))]
-    ours, (_, _, dap, _) = both(truth, results)
-    assert 100 * ours.dap["missed"] == pytest.approx(50)
-    assert dap["Miss"] == pytest.approx(50 * 51 / 101)

@@ -1,7 +1,6 @@
 """Detections as COCO results and results as a file."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,25 +27,17 @@ def test_fields_of_a_result() -> None:
     assert second["category_id"] == 3 and second["bbox"] == [0.5, 0, 2.5, 6]
     bitmap = rle_to_bitmap(rle)
     assert bitmap.shape == (6, 8) and bitmap[2:4, 1:5].all() and bitmap.sum() == 8
-
-
-def test_boxes_only() -> None:
     results = results_for(two_detections(masks=False), "a.jpg", [1, 2], has_masks=False)
     assert [set(result) for result in results] == [{"image_id", "category_id", "bbox", "score"}] * 2
     with pytest.raises(ValueError, match=r"a\.jpg.*no masks"):
         results_for(two_detections(masks=False), "a.jpg", [1, 2], has_masks=True)
-
-
-def test_no_detections() -> None:
     assert results_for(Detections.empty((6, 8), masks=True), 1, [1], has_masks=True) == []
 
 
-def test_the_file_is_read_by_pycocotools(tmp_path: Path) -> None:
+def test_the_file_is_read_by_pycocotools_and_survives_a_failed_write(tmp_path, monkeypatch) -> None:
     path = tmp_path / "predictions.json"
     results = results_for(two_detections(), 42, [3, 90], has_masks=True)
     save_results(results, path)
-    assert json.loads(path.read_text()) == results
-    assert list(tmp_path.iterdir()) == [path]
     truth = COCO()
     truth.dataset = {
         "images": [{"id": 42, "height": 6, "width": 8}],
@@ -57,18 +48,10 @@ def test_the_file_is_read_by_pycocotools(tmp_path: Path) -> None:
     loaded = truth.loadRes(str(path))
     assert loaded.annToMask(loaded.loadAnns([1])[0]).sum() == 8
 
-
-def test_a_failed_write_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "predictions.json"
-    save_results([{"score": 1.0}], path)
-
     def disk_full(descriptor: int) -> None:
         raise OSError("no space left on device")
 
     monkeypatch.setattr("os.fsync", disk_full)
     with pytest.raises(OSError, match="no space"):
         save_results([{"score": 2.0}], path)
-    assert json.loads(path.read_text()) == [{"score": 1.0}]
-    assert [entry.name for entry in tmp_path.iterdir()] == ["predictions.json"]
+    assert json.loads(path.read_text()) == results and list(tmp_path.iterdir()) == [path]

@@ -15,15 +15,8 @@ from tests.unit.test_metrics import found, random_case, rectangle, truth_of
 # pixels, so A (1600) is medium and B (900) small.
 A, B = rectangle(10, 10, 40, 40), rectangle(100, 100, 30, 30)
 PART_OF_B, NOTHING = rectangle(100, 100, 12, 30), rectangle(150, 20, 20, 20)
-TRUTH = truth_of(
-    A,
-    B,
-    A | {"image_id": 2},
-    B | {"image_id": 2, "category_id": 2},
-    A | {"image_id": 3},
-    images=3,
-    categories=2,
-)
+OTHERS = [A | {"image_id": 2}, B | {"image_id": 2, "category_id": 2}, A | {"image_id": 3}]
+TRUTH = truth_of(A, B, *OTHERS, images=3, categories=2)
 RESULTS = [
     found(0.9, A),
     found(0.7, A),
@@ -57,13 +50,16 @@ def test_verdicts_by_hand(iou_type: Any) -> None:
     assert verdicts.count()["correct"] == 2 and verdicts.count()["both"] == 0
 
 
-def test_a_higher_threshold_makes_objects_missed() -> None:
+def test_thresholds_make_objects_missed_and_scores_may_be_negative() -> None:
     judged = find_errors(TRUTH, RESULTS)
     assert judged.verdicts(0.3).count()["missed"] == 1
     assert judged.verdicts(0.45).count() == judged.verdicts(0.4).count()  # .45 itself still counts
     at = judged.verdicts(0.65)  # without the part of B, and without image 3
     missed = at[at.verdict == VERDICTS.index("missed")]
     assert missed.annotation.tolist() == [1, 3, 4]
+    report = find_errors(truth_of(A, B), [found(-1.0, A), found(-2.0, PART_OF_B)])
+    assert report.correct == report.verdicts().count()["correct"] == 1
+    assert [error.score for error in report.errors("localisation")] == [-2.0]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -94,10 +90,3 @@ def test_chosen_by_hand() -> None:
     for wanted in ({"verdict": "wrong"}, {"category": "cat"}, {"size": "tiny"}):
         with pytest.raises(ValueError, match="use one of"):
             judged.chosen(verdicts, **wanted)  # type: ignore[arg-type]
-
-
-def test_scores_may_be_negative() -> None:
-    report = find_errors(truth_of(A, B), [found(-1.0, A), found(-2.0, PART_OF_B)])
-    assert report.correct == report.verdicts().count()["correct"] == 1
-    assert [error.score for error in report.errors("localisation")] == [-2.0]
-    assert report.by_class()["errors_localisation"].sum() == 1
