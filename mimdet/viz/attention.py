@@ -6,12 +6,12 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 import torch
-from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
+from PIL import Image, ImageColor
 from torch import Tensor
 
-from mimdet.models.sampling import PATCH, Sample, token_grid
-from mimdet.viz.draw import UNSAMPLED, draw_image, heat, image_panels, image_size
+from mimdet.models.sampling import Sample
+from mimdet.viz.draw import UNSAMPLED, Picture, Pixels, heat, on_tokens, show_rows
 from mimdet.viz.record import Recording, rollout
 from mimdet.viz.style import VERMILLION, NotebookFigure
 
@@ -49,13 +49,8 @@ def show_attention(
         for head, row in drawn.items():
             high = float(row.max())
             panels.append((f"{title}{head}: ≤ {share(high)}", seen.on_grid(name, row), high))
-    fig = _over_picture(image, seen, chosen[0], place, panels)
-    kind = "per head" if heads else "mean of the heads"
-    fig.alt_text = (
-        f"Attention of the token in {_in_words(place, seen)}, {kind}, over the picture: "
-        f"{'; '.join(title for title, _, _ in panels)}."
-    )
-    return fig
+    what = f"Attention, {'per head' if heads else 'mean of the heads'},"
+    return _over_picture(what, image, seen, chosen[0], place, panels)
 
 
 def show_rollout(
@@ -78,12 +73,7 @@ def show_rollout(
         if count > 1:
             title = f"{title.replace('block ', 'blocks ')}-{_number(name)}"
         panels.append((f"{title}: itself {share(own)}", values, largest_other(values, place)))
-    fig = _over_picture(image, seen, chosen[0], place, panels)
-    fig.alt_text = (
-        f"Attention rolled out for the token in {_in_words(place, seen)}, over the picture: "
-        f"{'; '.join(title for title, _, _ in panels)}."
-    )
-    return fig
+    return _over_picture("Attention, rolled out,", image, seen, chosen[0], place, panels)
 
 
 # ------------------------------------------------------------------------------- numbers
@@ -171,14 +161,15 @@ def largest_other(values: Tensor, place: int) -> float:
     return float(flat.max())
 
 
-def _in_words(place: int, seen: Recording) -> str:
-    return f"row {place // seen.grid[1]}, column {place % seen.grid[1]}"
-
-
-# ------------------------------------------------------------------------------- drawing
+def laid_over(pixels: Pixels, layer: NDArray[np.uint8]) -> Pixels:
+    """A picture under a layer of tokens, uint8 (h, w, 4)."""
+    picture = Image.fromarray(pixels).convert("RGBA")
+    tokens = Image.fromarray(layer).resize(picture.size, Image.Resampling.NEAREST)
+    return np.asarray(Image.alpha_composite(picture, tokens).convert("RGB"))
 
 
 def _over_picture(
+    what: str,
     image: Tensor,
     seen: Recording,
     name: str,
@@ -189,31 +180,30 @@ def _over_picture(
 
     panels: title, (h, w) shares with NaN where no token was sampled, the share drawn brightest.
     """
-    own, grid = token_grid(*image_size(image)), seen.grid
-    if seen.patch == PATCH and (own[0] > grid[0] or own[1] > grid[1]):
-        raise ValueError(
-            f"an image of {image_size(image)} pixels has {own} tokens, the grid of the recording "
-            f"only {grid}: give the image as it was fed to the network"
-        )
-    height, width = grid[0] * seen.patch, grid[1] * seen.patch  # with padding
-    visible = torch.ones(grid)
+    h, w = seen.grid
+    visible = torch.ones(h, w)
     if name not in seen.full_grid and seen.sample is not None:
         visible = seen.on_grid(name, torch.ones(len(seen.sample.keep[0])))
     part = "decoder" if name in seen.full_grid else "encoder"
-    layer = np.zeros((*grid, 4), np.uint8)
-    layer[visible.isnan().numpy()] = (*UNSAMPLED, round(255 * UNKNOWN))
-    total = grid[0] * grid[1]
-    layers = [(image, f"{part}: {int(visible.nansum())} of {total} tokens", layer)]
-    layers += [(greyed(image), title, overlay(values, high)) for title, values, high in panels]
-    fig, axes = image_panels([(height, width)] * len(layers), columns=5)
-    row, column = divmod(place, grid[1])
-    corner = (column * seen.patch, row * seen.patch)
-    for ax, (picture, title, layer) in zip(axes, layers, strict=True):
-        draw_image(ax, picture, title)
-        ax.imshow(layer, extent=(0, width, height, 0), interpolation="nearest")
-        ax.set(xlim=(0, width), ylim=(height, 0))
-        for colour, pen in (("white", 3.2), (VERMILLION, 1.8)):  # the query's frame
-            frame = Rectangle(corner, seen.patch, seen.patch, fill=False, edgecolor=colour)
-            frame.set_linewidth(pen)
-            ax.add_patch(frame)
-    return fig
+    hidden = np.zeros((h, w, 4), np.uint8)
+    hidden[visible.isnan().numpy()] = (*UNSAMPLED, round(255 * UNKNOWN))
+    title = f"{part}: {int(visible.nansum())} of {h * w} tokens"
+    pictures = [(title, laid_over(on_tokens(image, seen.grid, seen.patch), hidden))]
+    grey = on_tokens(greyed(image), seen.grid, seen.patch)
+    pictures += [(title, laid_over(grey, overlay(values, high))) for title, values, high in panels]
+    row, column = divmod(place, w)
+    what = f"{what} of the token in row {row}, column {column}, over the picture"
+    framed = [
+        Picture(title, _framed(pixels, row, column, len(pixels) // h)) for title, pixels in pictures
+    ]
+    return show_rows(what, framed, columns=5)
+
+
+def _framed(pixels: Pixels, row: int, column: int, side: int) -> Pixels:
+    """A picture of tokens of `side` pixels, a frame around one of them."""
+    framed, y, x = pixels.copy(), row * side, column * side
+    for edge, colour in ((max(pixels.shape) // 50, "white"), (max(pixels.shape) // 75, VERMILLION)):
+        top, left = max(0, y - edge), max(0, x - edge)
+        framed[top : y + side + edge, left : x + side + edge] = ImageColor.getrgb(colour)
+    framed[y : y + side, x : x + side] = pixels[y : y + side, x : x + side]
+    return framed

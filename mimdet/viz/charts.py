@@ -4,12 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-from numpy.typing import NDArray
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from torch import Tensor, nn
 
 from mimdet.config import TrainingConfig
@@ -82,13 +79,11 @@ def show_training(metrics_rows: Sequence[dict[str, Any]], title: str = "") -> No
             ax.set_yticks([])
     if title:
         fig.suptitle(title, x=0.01, ha="left", fontsize=LARGE, weight="bold", color=INK)
-    said = []
-    if steps:
-        losses = [f"{row['loss']:.2f} at step {row['step']}" for row in (steps[0], steps[-1])]
-        said.append(f"The training loss goes from {' to '.join(losses)}")
-    for kind, curve in curves.items():
-        said += [f"{kind} AP is {score.ap:.1f} at step {score.x}" for score in curve[-1:]]
-    return fig.finish("; ".join(said or ["A training run without a step so far"]) + ".")
+    said = [
+        f"loss {row['loss']:.2f} at step {row['step']}" for row in steps[:: len(steps) - 1 or 1]
+    ]
+    said += [f"{kind} AP {c[-1].ap:.1f} at step {c[-1].x}" for kind, c in curves.items() if c]
+    return fig.finish(f"A training run: {', '.join(said) or 'no step so far'}.")
 
 
 def show_ratios(rows: Sequence[dict[str, Any]]) -> NotebookFigure:
@@ -172,69 +167,35 @@ LOSSES = {
 
 def _draw_losses(ax: Axes, steps: Sequence[dict[str, Any]]) -> None:
     """Of each loss a thin line of single steps and a thick one of means."""
+    import pandas as pd
+
     window = max(1, len(steps) // 25)
-    numbers = [row["step"] for row in steps]
-    ends: list[tuple[float, str, str]] = []
-    low, high = np.inf, 0.0
-    for name, (label, colour) in LOSSES.items():
-        values = np.array([row.get(name, np.nan) for row in steps], dtype=float)
-        means = _running_mean(values, window)
-        positive = means[means > 0]  # what a log scale can show
-        if len(positive) == 0:
-            continue
-        ax.plot(numbers, values, color=colour, linewidth=0.5, alpha=0.25, rasterized=True)
-        ax.plot(numbers, means, color=colour, linewidth=1.6, label=label)
-        ends.append((float(positive[-1]), label, colour))
-        low, high = min(low, positive.min()), max(high, positive.max())
-    if not ends:
+    losses = pd.DataFrame(steps, columns=["step", *LOSSES]).set_index("step").astype(float)
+    means = losses.rolling(window, center=True, min_periods=1).mean()
+    means = means.where(means > 0).dropna(axis=1, how="all")  # what a log scale can show
+    if means.empty:
         return
+    for name in means.iloc[-1].sort_values(ascending=False).index:  # the legend in their order
+        label, colour = LOSSES[name]
+        ax.plot(losses[name], color=colour, linewidth=0.5, alpha=0.25, rasterized=True)
+        ax.plot(means[name], color=colour, linewidth=1.6, label=label)
     if window > 1:
         write_title(ax, f"training loss, mean of {window} steps", LARGE)
     ax.set_yscale("log")
-    ax.set_ylim(low / 2, high * 2)  # for the means: one step with a loss near 0 would set the scale
+    # For the means: one step with a loss near 0 would set the scale.
+    ax.set_ylim(means.min().min() / 2, means.max().max() * 2)
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter(PLAIN)
     ax.yaxis.set_minor_locator(NullLocator())
-    _name_ends(ax, numbers[-1], ends)
-
-
-def _name_ends(ax: Axes, x: float, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Names right of the axes, a stroke from each to the end (x, value) of its line.
-
-    ends: (value, name, colour). A name stands at the height of its line, or just above the name
-    below it.
-    """
-    free = 0.0  # share of the axes' height up to which there is text
-    for value, name, colour in sorted(ends):
-        height = ax.transAxes.inverted().transform(ax.transData.transform((x, value)))[1]
-        height = max(height, free)
-        free = height + 0.065
-        ax.annotate(
-            name,
-            (x, value),
-            xytext=(1.04, height),
-            textcoords="axes fraction",
-            va="center",
-            fontsize=NORMAL,
-            color=INK,
-            arrowprops={"arrowstyle": "-", "color": colour, "relpos": (0, 0.5), "shrinkA": 1},
-            annotation_clip=False,
-        )
-
-
-def _running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """Mean of the `window` values around each one, fewer at the ends; gaps (NaN) are left out."""
-    known = ~np.isnan(values)
-    total = np.convolve(np.where(known, values, 0), np.ones(window), "same")
-    count = np.convolve(known, np.ones(window), "same")
-    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
+    add_legend(ax, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 # ------------------------------------------------------------------------------- bars
 
 PARTS = (BLUE, SKY, ORANGE, GREEN, VERMILLION)
 """Colours of the parts of a bar."""
-UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "thousand"))
+SHORT = EngFormatter(places=1)
+"""1.2 k, 85.8 M."""
 
 
 def loaded_by_part(report: LoadReport, model: nn.Module) -> dict[str, dict[str, int]]:
@@ -254,47 +215,41 @@ def loaded_by_part(report: LoadReport, model: nn.Module) -> dict[str, dict[str, 
 
 def show_loaded(report: LoadReport, model: nn.Module) -> NotebookFigure:
     """Parameters of every part of a model: those a file gave, and those that are still random."""
-    return show_stacked(loaded_by_part(report, model), "parameters", digits=3)
+    return show_stacked(loaded_by_part(report, model), "parameters")
 
 
-def show_stacked(
-    bars: Mapping[str, Mapping[str, float]], quantity: str, digits: int = 2
-) -> NotebookFigure:
+def show_stacked(bars: Mapping[str, Mapping[str, float]], quantity: str) -> NotebookFigure:
     """A horizontal bar a model or setting, made of parts, with their numbers and their sum.
 
-    bars: name -> part -> number, the same parts in every one. digits: of the numbers; those before
-    the point are always written. The unit (G, M) is the one that keeps them short.
-    Raises ValueError for unequal parts, which would make the bars unlike each other.
+    bars: name -> part -> number, the same parts in every one. Raises ValueError without parts, and
+    for bars of unlike ones.
     """
-    parts = list(next(iter(bars.values()), {}))
+    parts = list(next(iter(bars.values()), ()))
     if not parts or any(list(own) != parts for own in bars.values()):
-        raise ValueError(f"every bar needs the same parts, at least one, not {dict(bars)}")
-    largest = max(max(own.values()) for own in bars.values())
-    size, unit = next((known for known in UNITS if largest >= known[0]), (1.0, ""))
-    fig = new_figure(WIDTH, 1.1 + 0.32 * len(bars))
-    ax = axes_of(fig, 1, 1, "", f"{unit} {quantity}".strip(), "", lines="")
-    sums = {name: sum(own.values()) / size for name, own in bars.items()}
-    for row, (name, own) in enumerate(bars.items()):
-        left = 0.0
-        for number, part in enumerate(parts):
-            colour, length = PARTS[number % len(PARTS)], own[part] / size
-            ax.barh(row, length, left=left, color=colour, height=0.7, label=None if row else part)
-            if 0.06 * max(sums.values()) < length < sums[name]:  # a number needs room
-                ink, middle = "white" if colour == BLUE else INK, (left + length / 2, row)
-                write_beside(ax, _short(length, digits), middle, (0, 0), color=ink)
-            left += length
-        write_beside(ax, _short(left, digits), (left, row), (3, 0))
-    ax.set_yticks(range(len(bars)), list(bars))
+        raise ValueError(
+            "every bar is made of the same parts, at least one: name -> part -> number"
+        )
+    lengths = np.array([list(own.values()) for own in bars.values()], float)  # (bars, parts)
+    ends = lengths.cumsum(axis=1)
+    sums = ends[:, -1]
+    fig = new_figure(WIDTH, 0.9 + 0.42 * len(bars))
+    ax = axes_of(fig, 1, 1, "", quantity, "", lines="")
+    for number, (part, length) in enumerate(zip(parts, lengths.T, strict=True)):
+        colour = PARTS[number % len(PARTS)]
+        starts = ends[:, number] - length
+        drawn = ax.barh(list(bars), length, left=starts, color=colour, height=0.7, label=part)
+        roomy = (length > 0.07 * sums.max()) & (length < sums)
+        words = [SHORT(value) if room else "" for value, room in zip(length, roomy, strict=True)]
+        ink = "white" if colour == BLUE else INK
+        ax.bar_label(drawn, words, label_type="center", fontsize=NORMAL, color=ink)
+    for row, total in enumerate(sums):
+        write_beside(ax, SHORT(total), (total, row), (3, 0))
     ax.invert_yaxis()
-    ax.set_xlim(0, 1.1 * max(sums.values()))
+    ax.set_xlim(0, 1.1 * sums.max())
+    ax.xaxis.set_major_formatter(EngFormatter())
     add_legend(ax, ncols=len(parts), loc="lower left", bbox_to_anchor=(0, 1))
-    said = ", ".join(f"{name} {_short(total, digits)}" for name, total in sums.items())
-    return fig.finish(f"Bars of {unit} {quantity}, made of {', '.join(parts)}: {said}.")
-
-
-def _short(number: float, digits: int) -> str:
-    """At least so many digits, no exponent: 0.123, 97.5, 1,193."""
-    return f"{number:,.0f}" if number >= 10 ** (digits - 1) else f"{number:.{digits}g}"
+    said = ", ".join(f"{name} {SHORT(total)}" for name, total in zip(bars, sums, strict=True))
+    return fig.finish(f"Bars of {quantity}, made of {', '.join(parts)}: {said}.")
 
 
 # ------------------------------------------------------------------------------- positions
@@ -326,37 +281,34 @@ def show_positions(
         raise ValueError(f"at={at}: give shares of the height and width, from 0 to below 1")
     table = table.detach().cpu()
     fig = new_figure(WIDTH, 3.2)
-    stored = _panel(fig.add_subplot(1, 3, 1), table[:, 1:], (side, side), at, "stored")
-    resized = _panel(fig.add_subplot(1, 3, 2), resize_table(table, grid), grid, at, "resized")
-    ax = axes_of(fig, 3, 3, "along the row", "distance, share of the width", "cosine")
-    column = int(at[1] * grid[1])
-    fresh = sincos_table(table.shape[2], grid[1])[:, 1 : 1 + grid[1]]  # its first row
-    lines = {
-        f"stored, {side} wide": (stored[int(at[0] * side)], FAINT, "o-"),
-        f"resized, {grid[1]} wide": (resized[int(at[0] * grid[0])], VERMILLION, "-"),
-        f"made anew, {grid[1]} wide": (similarity(fresh, (1, grid[1]), column)[0], BLUE, "--"),
-    }
-    for name, (values, colour, style) in lines.items():
-        distance = (torch.arange(len(values)) - int(at[1] * len(values))) / len(values)
-        ax.plot(distance.numpy(), values.numpy(), style, color=colour, markersize=4, label=name)
-    add_legend(ax, loc="lower center")
-    low = min(float(values.min()) for values, *_ in lines.values())
-    ax.set_ylim(low - 0.45 * (1 - low), 1.03)  # room for the legend
+    along = axes_of(fig, 3, 3, "along the row", "distance, share of the width", "cosine")
+
+    def draw_line(name: str, values: Tensor, colour: str, style: str) -> None:
+        distance = (np.arange(len(values)) - int(at[1] * len(values))) / len(values)
+        label = f"{name}, {len(values)} wide"
+        along.plot(distance, values.numpy(), style, color=colour, markersize=4, label=label)
+
+    stored, resized = ("stored", FAINT, "o-"), ("resized", VERMILLION, "-")
+    tables = {stored: (table[:, 1:], (side, side)), resized: (resize_table(table, grid), grid)}
+    for number, ((name, colour, style), (places, (h, w))) in enumerate(tables.items(), start=1):
+        row, column = int(at[0] * h), int(at[1] * w)
+        values = similarity(places, (h, w), row * w + column)
+        ax = fig.add_subplot(1, 3, number)
+        ax.imshow(heat(values, high=1.0), interpolation="nearest")
+        ax.plot(column, row, "s", markersize=8, color=VERMILLION, fillstyle="none")
+        ax.set_axis_off()
+        write_title(ax, f"{name}: {h} × {w}")
+        draw_line(name, values[row], colour, style)
+    first_row = sincos_table(table.shape[2], grid[1])[:, 1 : 1 + grid[1]]
+    fresh = similarity(first_row, (1, grid[1]), int(at[1] * grid[1]))
+    draw_line("made anew", fresh[0], BLUE, "--")
+    add_legend(along, loc="lower center")
+    low = along.dataLim.y0
+    along.set_ylim(low - 0.45 * (1 - low), 1.03)  # room for the legend
     return fig.finish(
-        f"Cosine similarity of one place's position to all others: the stored table of {side} x "
-        f"{side} places, the same resized to {grid[0]} x {grid[1]}, and both along a row."
+        f"Cosine of one place's position with all others: stored, {side} x {side}, resized, "
+        f"{grid[0]} x {grid[1]}, and both along a row."
     )
-
-
-def _panel(ax: Axes, places: Tensor, grid: Grid, at: tuple[float, float], name: str) -> Tensor:
-    row, column = int(at[0] * grid[0]), int(at[1] * grid[1])
-    values = similarity(places, grid, row * grid[1] + column)
-    ax.imshow(heat(values, high=1.0), interpolation="nearest")
-    write_title(ax, f"{name}: {grid[0]} × {grid[1]}")
-    ax.set_axis_off()
-    corner = (column - 0.5, row - 0.5)
-    ax.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=VERMILLION, linewidth=1.8))
-    return values
 
 
 # ------------------------------------------------------------------------------- schedule
@@ -395,9 +347,8 @@ def show_schedule(cfg: TrainingConfig, images: int) -> NotebookFigure:
     right = axes_of(fig, 2, 2, "the stem's rate", "images a step", "learning rate (log scale)")
     _draw_rule(right, cfg)
     return fig.finish(
-        f"Learning rates of {total:,} steps: {', '.join(named.values())} at their highest, after a "
-        f"linear warm-up of {warmup:,} steps; then the schedule {cfg.schedule}. Beside it the "
-        "stem's rate against the images a step."
+        f"Rates of {total:,} steps, {cfg.schedule} after a warm-up of {warmup:,} steps; at their "
+        f"highest {', '.join(named.values())}. Beside it the stem's rate against the images a step."
     )
 
 

@@ -11,17 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
 import torch
-from matplotlib.axes import Axes
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
 from mimdet.data.rasters import crops_from_segmentations
+from mimdet.models.sampling import PATCH
 from mimdet.structures import Crops, Detections, Target, as_rle, paste
 from mimdet.viz.style import (
     DPI,
@@ -61,6 +62,7 @@ def image_size(image: Tensor) -> Size:
 
 def to_pixels(image: Tensor, width: int = 0) -> Pixels:
     """uint8 (3, H, W) -> uint8 (H, W, 3); width: enlarged to so many pixels."""
+    image_size(image)
     pixels = np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())
     return enlarged(pixels, width) if width else pixels
 
@@ -200,12 +202,12 @@ def place_names(
         lefts = [(min(max(x, 0), width - w), y) for x, y in corners]
         places = [(x, y, x + w, y + h) for x, y in lefts]
         inside = [p for p in places if p[0] >= 0 and p[1] >= 0 and p[3] <= height]
-        free = [p for p in inside if not any(other and _overlap(p, other) for other in placed)]
+        free = [p for p in inside if not any(other and overlap(p, other) for other in placed)]
         placed.append(free[0] if free else None)
     return placed
 
 
-def _overlap(a: Box, b: Box) -> bool:
+def overlap(a: Sequence[float], b: Sequence[float]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
@@ -282,10 +284,10 @@ def draw_marks(
             write_text(pen, middle, mark.name, mark.colour, text)
 
 
-def with_marks(pixels: Pixels, marks: Sequence[Mark], size: Size) -> Pixels:
+def with_marks(pixels: Pixels, marks: Sequence[Mark], size: Size, text: int = TEXT) -> Pixels:
     """A picture, of any resolution, of an image of `size` = (height, width) with its marks."""
     picture = Image.fromarray(pixels).convert("RGBA")
-    draw_marks(picture, marks, pixels.shape[1] / size[1])
+    draw_marks(picture, marks, pixels.shape[1] / size[1], text)
     return np.asarray(picture.convert("RGB"))
 
 
@@ -350,58 +352,80 @@ def mask_of(entry: dict[str, Any], size: Sequence[int]) -> Crops | None:
 # ------------------------------------------------------------------------------- figures
 
 
-def image_panels(
-    sizes: Sequence[Size], columns: int, group: int = 1, widest: float = 3.2, heading: float = 0.23
-) -> tuple[NotebookFigure, list[Axes]]:
-    """A figure with one frameless panel per image, in rows of `columns`, room for a title on each.
+class Picture(NamedTuple):
+    """A picture of a figure, under its title."""
 
-    sizes: (height, width) of the images. `group` neighbours stand close together; columns is
-    rounded down to whole groups. No panel is wider than `widest` inches, and `heading` inches above
-    each are for its title. Raises ValueError without images.
+    title: str
+    pixels: Pixels
+    marks: Sequence[Mark] = ()
+    """In its pixels."""
+
+
+def show_rows(
+    what: str,
+    pictures: Sequence[Picture],
+    columns: int = 4,
+    group: int = 1,
+    widest: float = 3.2,
+    sharp: bool = False,
+) -> NotebookFigure:
+    """Pictures in rows of `columns` under their titles, which are the alt text, after `what`.
+
+    `group` neighbours stand close together; columns is rounded down to whole groups. No picture is
+    wider than `widest` inches. sharp: those of few pixels show each as a square, and the notebook
+    stores no JPEG. Raises ValueError without pictures.
     """
-    if not sizes:
+    if not pictures:
         raise ValueError("nothing to show: give at least one image")
     edge, near, far = 0.04, 0.05, 0.22  # inches
-    columns = max(group, min(columns, len(sizes)) // group * group)
+    heading = 0.05 + 0.18 * max(picture.title.count("\n") + 1 for picture in pictures)
+    columns = max(group, min(columns, len(pictures)) // group * group)
     gaps = (columns // group - 1) * far + (columns - columns // group) * near
     side = min(widest, (WIDTH - 2 * edge - gaps) / columns)
-    rows = [sizes[start : start + columns] for start in range(0, len(sizes), columns)]
-    heights = [side * max(min(h / w, 1.5) for h, w in row) for row in rows]
+    rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
+    shapes = [[picture.pixels.shape[:2] for picture in row] for row in rows]
+    heights = [side * max(min(h / w, 1.5) for h, w in row) for row in shapes]
     width = 2 * edge + gaps + columns * side
     height = 2 * edge + sum(heights) + len(rows) * heading + (len(rows) - 1) * near
     fig = new_figure(width, height)
-    fig.has_photographs = True
-
-    axes = []
+    fig.has_photographs = not sharp
+    fig.alt_text = f"{what}: {'; '.join(picture.title for picture in pictures)}.".replace(
+        "\n", ", "
+    )
     top = height - edge
     for row, row_height in zip(rows, heights, strict=True):
-        bottom = top - heading - row_height
-        left = edge
-        for column in range(len(row)):
+        left, bottom = edge, top - heading - row_height
+        for number, picture in enumerate(row, start=1):
             box = (left / width, bottom / height, side / width, row_height / height)
             ax = fig.add_axes(box, anchor="N")
             ax.set_axis_off()
-            axes.append(ax)
-            left += side + (near if (column + 1) % group else far)
+            ax.imshow(_on_screen(picture, ax.bbox.width, ax.bbox.height, sharp))
+            write_title(ax, picture.title)
+            left += side + (near if number % group else far)
         top = bottom - near
-    return fig, axes
+    return fig
 
 
-def draw_image(ax: Axes, image: Tensor, title: str, size: Size | None = None) -> None:
-    """Show a uint8 (3, H, W) image; a panel's coordinates are its pixels, or those of `size`."""
-    height, width = size or image_size(image)
-    smooth = "bicubic" if max(image.shape) < 320 else "antialiased"
-    ax.imshow(to_pixels(image), extent=(0, width, height, 0), interpolation=smooth)
-    write_title(ax, title)
+def _on_screen(picture: Picture, width: float, height: float, sharp: bool) -> Pixels:
+    """The picture with its marks, as large as fits into twice so many pixels of the screen."""
+    rows, columns = picture.pixels.shape[:2]
+    scale = 2 * min(width / columns, height / rows)
+    pixels = enlarged(picture.pixels, max(1, round(columns * scale)), not sharp or scale < 1)
+    return with_marks(pixels, picture.marks, (rows, columns), round(2 * DPI / 72 * SMALL))
 
 
-def draw_objects(
-    ax: Axes, objects: Detections | Target, size: Size, categories: Sequence[str] = ()
-) -> None:
-    """Lay objects over an image of `size` = (height, width), at twice the screen's resolution."""
-    height, width = size
-    scale = 2 * min(ax.bbox.width / width, ax.bbox.height / height)
-    layer = Image.new("RGBA", (math.ceil(width * scale), math.ceil(height * scale)))
-    draw_marks(layer, marks_of(objects, categories), scale, round(2 * DPI / 72 * SMALL))
-    ax.imshow(layer, extent=(0, layer.width / scale, layer.height / scale, 0))
-    ax.set(xlim=(0, width), ylim=(height, 0))
+def on_tokens(image: Tensor, grid: Size, patch: int = PATCH) -> Pixels:
+    """An image, uint8 (3, H, W), on a canvas of `grid` = (h, w) tokens, padded with white.
+
+    A token is a whole number of pixels, enough for sharp edges. Raises ValueError for an image that
+    does not fit.
+    """
+    height, width = image_size(image)
+    right, under = grid[1] * patch - width, grid[0] * patch - height
+    if min(right, under) < 0:
+        raise ValueError(
+            f"an image of {(height, width)} pixels does not fit a grid of {grid} tokens of {patch} "
+            "pixels: give the image as it was fed to the network"
+        )
+    whole = to_pixels(F.pad(image, (0, right, 0, under), value=255))
+    return enlarged(whole, grid[1] * max(8, 1024 // max(grid)))

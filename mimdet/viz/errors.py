@@ -5,27 +5,32 @@ Each function returns a new `NotebookFigure`; `mimdet.viz.style.save_figure` wri
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.patches import Rectangle
-from torch import Tensor
 
 from mimdet.analysis.comparison import SAME, RunComparison
 from mimdet.analysis.errors import MEANINGS, Curve, DetectionError, ErrorReport
 from mimdet.data.loader import Dataset
-from mimdet.structures import Crops, Record, Target
+from mimdet.structures import Crops, Record
 from mimdet.viz.draw import (
+    Box,
+    Mark,
+    Picture,
+    Size,
     box_of,
     class_colour,
-    draw_image,
-    draw_objects,
-    image_panels,
+    image_size,
+    marks_of,
     mask_of,
+    overlap,
     score_text,
+    show_rows,
+    to_pixels,
 )
 from mimdet.viz.style import (
     BLUE,
@@ -88,9 +93,7 @@ def _in_words(report: ErrorReport) -> str:
     return f"AP {100 * report.ap:.1f} at IoU {report.iou_threshold:g}: {said}"
 
 
-def show_precision_recall(
-    curves: Sequence[Curve], most_classes: int = 15, columns: int = 4
-) -> NotebookFigure:
+def show_precision_recall(curves: Sequence[Curve], most_classes: int = 15) -> NotebookFigure:
     """Precision over recall: a panel for the mean and one for each class, a line per IoU threshold.
 
     curves: of `ErrorReport.curves`. Classes come in the order of their AP, the worst first, and
@@ -106,17 +109,17 @@ def show_precision_recall(
     mean = panels.pop("", [])
     classes = sorted(panels, key=lambda name: sum(curve.ap for curve in panels[name]))
     shown = {"mean": mean, **{name: panels[name] for name in classes[:most_classes]}}
-    rows = -(-len(shown) // columns)
+    rows = -(-len(shown) // 4)
     fig = new_figure(WIDTH, 0.6 + 1.85 * rows)
-    first = None
+    grid = fig.subplots(rows, 4, sharex=True, sharey=True, squeeze=False)
+    for ax in grid.flat[len(shown) :]:
+        ax.remove()
     for place, (name, own) in enumerate(shown.items()):
-        ax = fig.add_subplot(rows, columns, place + 1, sharex=first, sharey=first)
-        y = "precision" if place % columns == 0 else ""
-        x = "recall" if place + columns >= len(shown) else ""
-        plain_axes(ax, name, x, y, lines="both")
+        ax = grid.flat[place]
+        below = place + 4 >= len(shown)
+        plain_axes(ax, name, "recall" if below else "", "" if place % 4 else "precision", "both")
+        ax.tick_params(labelbottom=below)
         _draw_curves(ax, own, thresholds)
-        ax.tick_params(labelbottom=bool(x), labelleft=bool(y))
-        first = first or ax
     fig.axes[0].title.set_fontweight("bold")
     handles, labels = fig.axes[0].get_legend_handles_labels()
     add_legend(fig, handles=handles, loc="outside upper right", ncols=len(labels))
@@ -156,10 +159,10 @@ def show_comparison(comparison: RunComparison, count: int = 8) -> NotebookFigure
     title = f"the {plural(len(gained), 'largest gain')} and {plural(len(lost), 'loss', 'es')}"
     right = axes_of(fig, 2, 2, title, "change of the image's AP × 100", "", lines="")
     _draw_changes(right, [*gained.itertuples(), *reversed([*lost.itertuples()])])
+    means = " to ".join(f"{100 * numbers[mean]:.1f}" for mean in ("mean_ap_1", "mean_ap_2"))
     return fig.finish(
-        f"From {first} to {second}, {numbers['gained']} of {numbers['images']} images gain AP, "
-        f"{numbers['lost']} lose and {numbers['same']} keep theirs; the mean AP of an image goes "
-        f"from {100 * numbers['mean_ap_1']:.1f} to {100 * numbers['mean_ap_2']:.1f}."
+        f"AP of {numbers['images']} images with {first} and {second}: gained {numbers['gained']}, "
+        f"lost {numbers['lost']}, same {numbers['same']}; on average {means}."
     )
 
 
@@ -186,10 +189,8 @@ def _draw_curves(ax: Axes, curves: Sequence[Curve], thresholds: Sequence[float])
     ax.set(xlim=(0, 1), ylim=(0, 1.02), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
     shades = mpl.colormaps["Blues"](np.linspace(0.45, 1.0, len(thresholds)))
     for curve in curves:
-        shade, label = (
-            shades[thresholds.index(curve.iou_threshold)],
-            f"IoU {curve.iou_threshold:.2f}",
-        )
+        shade = shades[thresholds.index(curve.iou_threshold)]
+        label = f"IoU {curve.iou_threshold:.2f}"
         ax.plot(curve.recall, curve.precision, color=shade, lw=1.6, clip_on=False, label=label)
     aps = " · ".join(f"{100 * curve.ap:.0f}" for curve in curves)
     ax.set_title(f"AP {aps}", loc="right", fontsize=NORMAL, color=INK)
@@ -211,49 +212,50 @@ def _draw_changes(ax: Axes, rows: Sequence[Any]) -> None:
 
 # ------------------------------------------------------------------------------- gallery
 
-Window = tuple[int, int, int, int]
-"""x0, y0, x1, y1 in whole pixels, right and bottom exclusive."""
-
 CONTEXT = 1.8
 """Side of a cut-out, in long sides of what it is about."""
 SMALLEST = 32
 """Pixels of the smallest cut-out: fewer show nothing of the surroundings."""
 
 
-def show_error_gallery(
-    errors: Sequence[DetectionError], dataset: Dataset, columns: int = 6
-) -> NotebookFigure:
+def show_error_gallery(errors: Sequence[DetectionError], dataset: Dataset) -> NotebookFigure:
     """For each error what the detector said (left) and all true objects around it (right).
 
     errors: of `ErrorReport.errors`, as `report.errors("background")[:12]`; dataset: the images they
-    were made on; columns: panels in a row, two for each error. Among the true objects the dashed
-    box is the detection's, the thick one that of the object it concerns; a missed object's place is
-    dashed on the left. Raises ValueError when there are no errors, or an image is not in the data
-    set.
+    were made on. Among the true objects the thick box is that of the object it concerns, the dashed
+    one the detection's; a missed object's place is dashed on the left. Raises ValueError when there
+    are no errors, or an image is not in the data set.
     """
     if not errors:
         raise ValueError("no errors to show: this type has none, or the list was cut to nothing")
     places = {dataset.image_id(index): index for index in range(len(dataset))}
-    unknown = [error.image_id for error in errors if error.image_id not in places]
-    if unknown:
-        raise ValueError(
-            f"image {unknown[0]!r} is not in the data set {dataset.version}: give the one that the "
-            "results were made on"
-        )
-    records = [dataset[places[error.image_id]] for error in errors]
-    windows = [_window(e, r.image.shape[1:]) for e, r in zip(errors, records, strict=True)]
-    sizes = [(y1 - y0, x1 - x0) for x0, y0, x1, y1 in windows for _ in range(2)]
-    fig, axes = image_panels(sizes, columns, group=2)
-    pairs = zip(axes[::2], axes[1::2], strict=True)
-    for error, record, window, (said, truth) in zip(errors, records, windows, pairs, strict=True):
-        _draw_said(said, error, record, window, dataset)
-        _draw_truth(truth, error, record, window, dataset)
-    kinds = sorted({error.kind for error in errors})
-    fig.alt_text = (
-        f"{len(errors)} cut-outs of images with errors of type {', '.join(kinds)}: the detection "
-        "on the left, the true objects on the right."
-    )
-    return fig
+    pictures = []
+    for error in errors:
+        if error.image_id not in places:
+            raise ValueError(
+                f"image {error.image_id!r} is not in the data set {dataset.version}: give the one "
+                "that the results were made on"
+            )
+        record = dataset[places[error.image_id]]
+        size = image_size(record.image)
+        window = _window(error, size)
+        place = Mark(box_of(error.result or error.truth or {}, size), "white", dashed=True)
+        found = [place] if error.result is None else [_mark(error.result, dataset, size)]
+        true = [] if error.result is None else [place]
+        true += [] if error.truth is None else [_mark(error.truth, dataset, size, error.true)]
+        for other in marks_of(record.target, dataset.categories):
+            true.append(replace(other, strong=error.truth is None))
+        pictures.append(_cut_out(f"image {error.image_id}\n{_said(error)}", record, found, window))
+        pictures.append(_cut_out(f"true objects\n{_truth(error)}", record, true, window))
+    kinds = ", ".join(sorted({error.kind for error in errors}))
+    what = f"Errors ({kinds}), the detection left, the true objects right"
+    return show_rows(what, pictures, columns=6, group=2)
+
+
+def _mark(entry: dict[str, Any], dataset: Dataset, size: Size, name: str = "") -> Mark:
+    """A result or annotation in the colour of its class."""
+    colour = class_colour(dataset.category_ids.index(entry["category_id"]))
+    return Mark(box_of(entry, size), colour, name, mask_of(entry, size))
 
 
 def _said(error: DetectionError) -> str:
@@ -264,92 +266,34 @@ def _said(error: DetectionError) -> str:
 
 def _truth(error: DetectionError) -> str:
     if error.kind == "missed":
-        return f"truth: {error.true}"
+        return error.true
     overlap = f"IoU {score_text(error.iou)}"
     if error.kind == "background":
-        return f"no object, {overlap}" if error.iou > 0 else "no object"
+        return f"none, {overlap}" if error.iou > 0 else "none"
     return f"found before, {overlap}" if error.kind == "duplicate" else f"{error.true}, {overlap}"
 
 
-def _draw_said(
-    ax: Axes, error: DetectionError, record: Record, window: Window, dataset: Dataset
-) -> None:
-    """The detection's mask and box in the colour of its class, or the place of a missed object, and
-    the image's id in a corner."""
-    size = record.image.shape[1:]
-    if error.result is not None:
-        box = torch.tensor([box_of(error.result, size)], dtype=torch.float32)
-        label = torch.tensor([dataset.category_ids.index(error.result["category_id"])])
-        found = Target(box, label, mask_of(error.result, size))
-        _draw_window(ax, _said(error), record.image, found, window, [""])  # the title names it
-    else:
-        _draw_window(ax, _said(error), record.image, None, window)
-        _draw_outline(ax, error.truth, size, window)
-    corner: dict[str, Any] = {"transform": ax.transAxes, "fontsize": SMALL, "color": INK}
-    white = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 1.5}
-    ax.text(0.02, 0.02, f"image {error.image_id}", bbox=white, zorder=6, **corner)
-
-
-def _draw_truth(
-    ax: Axes, error: DetectionError, record: Record, window: Window, dataset: Dataset
-) -> None:
-    """The true objects in the window: thick the one it is about, dashed the detection."""
-    _draw_window(ax, _truth(error), record.image, record.target, window, dataset.categories)
-    size = record.image.shape[1:]
-    if error.truth is not None:
-        label = dataset.category_ids.index(error.truth["category_id"])
-        _draw_outline(ax, error.truth, size, window, class_colour(label))
-    if error.result is not None:
-        _draw_outline(ax, error.result, size, window)
-
-
-def _draw_window(
-    ax: Axes,
-    title: str,
-    image: Tensor,
-    objects: Target | None,
-    window: Window,
-    categories: Sequence[str] = (),
-) -> None:
-    """A cut-out of the image with the objects that reach into it."""
-    x0, y0, x1, y1 = window
-    draw_image(ax, image[:, y0:y1, x0:x1], title)
-    if objects is None:
-        return
-    boxes, masks = objects.boxes, objects.masks
-    near = (boxes[:, 0] < x1) & (boxes[:, 2] > x0) & (boxes[:, 1] < y1) & (boxes[:, 3] > y0)
+def _cut_out(title: str, record: Record, marks: Sequence[Mark], window: Box) -> Picture:
+    """A window of the image with those of the marks that reach into it."""
+    x0, y0, x1, y1 = map(int, window)
     corner = torch.tensor([x0, y0, x0, y0])
-    if masks is not None:
-        masks = Crops(masks.boxes[near] - corner, masks.bitmaps[near])
-    moved = Target(boxes[near] - corner, objects.labels[near], masks)
-    draw_objects(ax, moved, (y1 - y0, x1 - x0), categories)
+    moved = []
+    for mark in marks:
+        if overlap(mark.box, window):
+            box = (torch.tensor(mark.box) - corner).tolist()
+            crop = mark.mask and Crops(mark.mask.boxes - corner, mark.mask.bitmaps)
+            moved.append(replace(mark, box=box, mask=crop))
+    return Picture(title, to_pixels(record.image[:, y0:y1, x0:x1]), moved)
 
 
-def _draw_outline(
-    ax: Axes, entry: dict[str, Any] | None, size: Sequence[int], window: Window, colour: str = ""
-) -> None:
-    """The box of a result or annotation: thick in a colour, else dashed, black and white so that it
-    is seen on any image."""
-    left, top, right, bottom = box_of(entry or {}, size)
-    corner, extent = (left - window[0], top - window[1]), (right - left, bottom - top)
-    lines: list[dict[str, Any]] = [{"edgecolor": colour, "linewidth": 2.2}]
-    if not colour:
-        lines = [{"edgecolor": "black"}, {"edgecolor": "white", "linestyle": (0, (3, 3))}]
-    for line in lines:
-        ax.add_patch(Rectangle(corner, *extent, fill=False, **{"linewidth": 1.0} | line))
-
-
-def _window(error: DetectionError, size: Sequence[int]) -> Window:
+def _window(error: DetectionError, size: Size) -> Box:
     """The square around the detection and the object it concerns, moved into the image; the whole
-    of a side that is shorter."""
-    height, width = size
+    of a side that is shorter. In whole pixels."""
     entries = [entry for entry in (error.result, error.truth) if entry is not None]
-    boxes = torch.tensor([box_of(entry, size) for entry in entries])
-    low, high = boxes[:, :2].min(0).values, boxes[:, 2:].max(0).values
-    side = max(SMALLEST, round(CONTEXT * float((high - low).max())))
-    spans = []
-    for centre, pixels in zip(((low + high) / 2).tolist(), (width, height), strict=True):
-        start = min(max(0, round(centre - side / 2)), max(0, pixels - side))
-        spans.append((start, min(pixels, start + side)))
-    (x0, x1), (y0, y1) = spans
+    boxes = np.array([box_of(entry, size) for entry in entries])
+    low, high = boxes[:, :2].min(0), boxes[:, 2:].max(0)
+    side = max(SMALLEST, round(CONTEXT * (high - low).max()))
+    pixels = np.array(size[::-1])
+    start = np.rint((low + high - side) / 2).clip(0, np.maximum(0, pixels - side))
+    (x0, y0), (x1, y1) = start.tolist(), np.minimum(pixels, start + side).tolist()
     return x0, y0, x1, y1

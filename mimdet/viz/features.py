@@ -4,7 +4,7 @@ A map is a float tensor (C, h, w). Places that are not finite (NaN where no toke
 no part in any statistic and are drawn in light grey.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -16,9 +16,9 @@ from torch import Tensor
 from mimdet.inference import device_of, generator_for
 from mimdet.models.detector import Detector, autocast, evaluating
 from mimdet.models.sampling import PATCH, Sample, Sampling
-from mimdet.viz.draw import UNSAMPLED, Pixels, heat, image_panels, to_pixels
+from mimdet.viz.draw import UNSAMPLED, Picture, Pixels, heat, show_rows, to_pixels
 from mimdet.viz.record import record
-from mimdet.viz.style import SMALL, NotebookFigure, write_title
+from mimdet.viz.style import NotebookFigure
 
 TAIL = 0.02
 """Share of the places beyond each end of a colour's scale, so that an outlier does not set it."""
@@ -155,32 +155,27 @@ def show_pyramid(image: Tensor, maps: Mapping[str, Tensor]) -> NotebookFigure:
 
     image: uint8 (3, H, W) that the maps belong to, with its padding; maps: level -> (C, h, w).
     """
-    colours = [("image", to_pixels(image))]
-    norms = [("", np.full_like(colours[0][1], 255))]
-    said = []
+    pixels = to_pixels(image)
+    colours, norms = (
+        [Picture("image", pixels)],
+        [Picture("below: norms\ndark = small", np.full_like(pixels, 255))],
+    )
     for level, features in maps.items():
-        basis, values = fit_basis(features), norm_map(features)
-        share = f"{100 * float(basis.explained.sum()):.0f} %"
+        basis = fit_basis(features)
         shape, stride = " × ".join(map(str, features.shape)), stride_of(features, image)
-        colours.append((f"{level}: {shape}\nstride {stride}", pca_picture(features, basis)))
-        norms.append((f"3 colours: {share} of variance\nnorm {_ends(values)}", heat(values)))
-        said.append(f"{level} ({shape}, stride {stride}, three colours carry {share})")
-    fig = _grid(colours + norms, len(colours))
-    legend = fig.axes[len(colours)]
-    text = "above: PCA in colour\nbelow: norm,\ndark = small"
-    legend.text(0, 0.98, text, va="top", fontsize=SMALL, transform=legend.transAxes)
-    fig.alt_text = "An image and its feature maps, as colours and as norms: " + "; ".join(said)
-    return fig
+        picture = pca_picture(features, basis)
+        colours.append(Picture(f"{level}: {shape}\nstride {stride}", picture))
+        norms.append(_plane(f"{level}: {_explained(basis)}\nnorm", norm_map(features)))
+    what = "An image and its maps in the colours of a PCA"
+    return show_rows(what, colours + norms, len(colours), len(colours), sharp=True)
 
 
 def show_channels(features: Tensor, count: int = 12) -> NotebookFigure:
     """The `count` channels of a map (C, h, w) that vary most, each on its own scale."""
-    planes = {n: channel_map(features, n) for n in strongest_channels(features, count)}
-    pictures = [(f"channel {n}: {_ends(values)}", heat(values)) for n, values in planes.items()]
-    fig = _grid(pictures, min(6, len(pictures)), heading=0.23)
-    names = ", ".join(map(str, planes))
-    fig.alt_text = f"The {len(planes)} of {len(features)} channels that vary most: {names}."
-    return fig
+    numbers = strongest_channels(features, count)
+    pictures = [_plane(f"channel {n}:", channel_map(features, n)) for n in numbers]
+    what = f"The {len(numbers)} of {len(features)} channels that vary most"
+    return show_rows(what, pictures, columns=6, sharp=True)
 
 
 def show_planes(planes: Mapping[str, Tensor], shared: bool = False) -> NotebookFigure:
@@ -188,11 +183,11 @@ def show_planes(planes: Mapping[str, Tensor], shared: bool = False) -> NotebookF
 
     shared: one scale for all of them.
     """
-    low, high = _scale(planes.values(), shared)
-    pictures = [(f"{name}\n{_ends(p)}", heat(p, low, high)) for name, p in planes.items()]
-    fig = _grid(pictures, len(pictures))
-    fig.alt_text = "Planes of numbers as colours: " + "; ".join(planes)
-    return fig
+    ends = _scale(planes.values()) if shared else ()
+    pictures = [_plane(f"{name}\n", plane, *ends) for name, plane in planes.items()]
+    return show_rows(
+        "Planes of numbers as colours", pictures, len(pictures), widest=2.2, sharp=True
+    )
 
 
 def compare_pyramids(
@@ -209,68 +204,46 @@ def compare_pyramids(
         raise ValueError(f"view={view!r}: use 'pca' or 'norm'")
     first = next(iter(pyramids.values()), {})
     levels = [level for level in first if all(level in maps for maps in pyramids.values())]
-    rows: dict[str, list[tuple[str, Pixels]]] = {name: [] for name in pyramids}
-    for level in levels:
-        maps = [own[level] for own in pyramids.values()]
-        draw = _colours if view == "pca" else _norms
-        for (name, row), features, (pixels, note) in zip(
-            rows.items(), maps, draw(maps, shared), strict=True
-        ):
-            size = " × ".join(map(str, features.shape))
-            row.append((f"{name}, {level}: {size}\n{note}", pixels))
-    fig = _grid([picture for row in rows.values() for picture in row], len(levels))
-    what = "principal components in colour" if view == "pca" else "norms"
-    fig.alt_text = f"{what} of {', '.join(levels)}, a row each: {', '.join(pyramids)}."
-    return fig
+    pictures = []
+    for name, own in pyramids.items():
+        for level in levels:
+            features = own[level]
+            title = f"{name}, {level}: {' × '.join(map(str, features.shape))}\n"
+            others = [maps[level] for maps in pyramids.values()] if shared else [features]
+            if view == "norm":
+                ends = _scale(map(norm_map, others))
+                pictures.append(_plane(f"{title}norm", norm_map(features), *ends))
+                continue
+            alike = all(len(other) == len(features) for other in others)
+            basis = fit_basis(*others) if alike else fit_basis(features)
+            pictures.append(Picture(title + _explained(basis), pca_picture(features, basis)))
+    return show_rows("Maps, a row each", pictures, len(levels), len(levels), 2.2, sharp=True)
 
 
-def _colours(maps: Sequence[Tensor], shared: bool) -> list[tuple[Pixels, str]]:
-    bases = [fit_basis(features) for features in maps]
-    if shared and len({len(features) for features in maps}) == 1:
-        bases = [fit_basis(*maps)] * len(maps)
-    return [
-        (pca_picture(features, b), f"3 colours: {100 * float(b.explained.sum()):.0f} % of variance")
-        for features, b in zip(maps, bases, strict=True)
-    ]
-
-
-def _norms(maps: Sequence[Tensor], shared: bool) -> list[tuple[Pixels, str]]:
-    planes = [norm_map(features) for features in maps]
-    low, high = _scale(planes, shared)
-    return [(heat(values, low, high), f"norm {_ends(values)}") for values in planes]
-
-
-def _grid(
-    pictures: Sequence[tuple[str, Pixels]], columns: int, heading: float = 0.42
-) -> NotebookFigure:
-    """Pictures of one shape, of any resolution, in rows of `columns` under (title, pixels)."""
-    sizes = [(len(pixels), len(pixels[0])) for _, pixels in pictures]
-    fig, axes = image_panels(sizes, columns, group=columns, widest=2.2, heading=heading)
-    fig.has_photographs = False
-    for ax, (title, pixels) in zip(axes, pictures, strict=True):
-        sharp = "nearest" if len(pixels) < 200 else "antialiased"
-        ax.imshow(pixels, interpolation=sharp, aspect="auto")
-        write_title(ax, title, SMALL)
-    return fig
-
-
-def _scale(planes: Iterable[Tensor], shared: bool) -> tuple[float | None, float | None]:
-    """Ends of the colours: of all planes together, or None for those of each."""
-    known = [plane[plane.isfinite()].float() for plane in planes] if shared else []
-    values = torch.cat([*known, torch.empty(0)])
-    return (float(values.min()), float(values.max())) if len(values) else (None, None)
-
-
-def _ends(values: Tensor) -> str:
+def _plane(
+    title: str, values: Tensor, low: float | None = None, high: float | None = None
+) -> Picture:
+    """(h, w) numbers as colours; the ends of what is known are added to the title."""
     known = values[values.isfinite()]
-    return f"{known.min():.1f} to {known.max():.1f}" if len(known) else "unknown"
+    ends = f"{known.min():.1f} to {known.max():.1f}" if len(known) else "unknown"
+    return Picture(f"{title} {ends}".replace("\n ", "\n"), heat(values, low, high))
+
+
+def _scale(planes: Iterable[Tensor]) -> tuple[float, float]:
+    """Ends of the colours of several planes together."""
+    values = torch.cat([plane[plane.isfinite()].float() for plane in planes])
+    return (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+
+
+def _explained(basis: Basis) -> str:
+    return f"3 colours: {100 * float(basis.explained.sum()):.0f} %"
 
 
 # ------------------------------------------------------------------------------- a detector's maps
 
 LEVELS = ("c2", "c3", "tokens", "c4", "c5", "p2", "p3", "p4", "p5", "p6")
 """Every map of a detector, in the order they are made; "tokens" is what the stem hands on."""
-PALE = 0.6  # share of light grey over a token that was dropped
+PALE = 0.75  # share of light grey over a token that was dropped
 
 
 @dataclass(slots=True)
@@ -324,7 +297,7 @@ def pyramid_of(
 
 
 def pale_dropped(pixels: Pixels, sample: Sample, size: tuple[int, int], index: int = 0) -> Pixels:
-    """A picture of the image with the tokens that the encoder does not see pale.
+    """A picture of the image, the tokens that the encoder does not see faded to a light grey.
 
     pixels: uint8 (H, W, 3) of any size that shows the image as fed; size: (height, width) of that
     image in pixels, before padding or after, so that tokens fall on their places.
@@ -333,5 +306,6 @@ def pale_dropped(pixels: Pixels, sample: Sample, size: tuple[int, int], index: i
     columns = (torch.arange(pixels.shape[1]) + 0.5) * size[1] / pixels.shape[1] / PATCH
     dropped = ~sample.mask()[index][rows.long()][:, columns.long()].numpy()  # (H, W)
     pale = pixels.copy()
-    pale[dropped] = ((1 - PALE) * pixels[dropped] + PALE * np.array(UNSAMPLED)).round()
+    grey = pixels[dropped].mean(axis=1, keepdims=True)
+    pale[dropped] = ((1 - PALE) * grey + PALE * np.array(UNSAMPLED)).round()
     return pale

@@ -8,32 +8,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from matplotlib.axes import Axes
-from matplotlib.patches import Rectangle
 from PIL import ImageColor
 from torch import Tensor
 
 from mimdet.models.sampling import PATCH, Sample, padded_places, token_grid
 from mimdet.structures import Detections, Record, Target, padded_size
 from mimdet.viz.draw import (
+    UNSAMPLED,
+    Picture,
+    Pixels,
     Size,
-    draw_image,
-    draw_objects,
-    image_panels,
+    beside,
     image_size,
+    marks_of,
+    on_tokens,
     score_text,
+    show_rows,
+    to_pixels,
 )
-from mimdet.viz.style import (
-    BLUE,
-    INK,
-    ORANGE,
-    WIDTH,
-    NotebookFigure,
-    plural,
-    write_title,
-)
+from mimdet.viz.features import pale_dropped
+from mimdet.viz.style import BLUE, ORANGE, WIDTH, NotebookFigure, plural
 
 
 def show_detections(
@@ -51,29 +45,21 @@ def show_detections(
     Raises ValueError when there are no images, the lists differ in length, or detections belong to
     another image size.
     """
-    group = 1 if targets is None else 2
-    sizes = [image_size(image) for image in images for _ in range(group)]
-    fig, axes = image_panels(sizes, columns, group, widest=6.4 if columns == 1 else 3.2)
-    count = 0
-    for image, found, ax in zip(images, detections, axes[group - 1 :: group], strict=True):
+    truths = [None] * len(images) if targets is None else targets
+    pictures = []
+    for image, found, truth in zip(images, detections, truths, strict=True):
         if tuple(found.image_size) != image_size(image):
             raise ValueError(
                 f"an image is {image_size(image)} pixels (height, width), its detections belong to "
                 f"{tuple(found.image_size)}: draw them on the image that was given to predict"
             )
-        likely = found[found.scores >= score_threshold]
-        draw_image(ax, image, f"detections ≥ {score_text(score_threshold)}: {len(likely)}")
-        draw_objects(ax, likely, image_size(image), categories)
-        count += len(likely)
-    for image, target, ax in zip(images, targets or (), axes[::group], strict=targets is not None):
-        draw_image(ax, image, f"truth: {len(target)}")
-        draw_objects(ax, target, image_size(image), categories)
-    truth = "" if targets is None else f", beside the {sum(map(len, targets))} true objects"
-    fig.alt_text = (
-        f"{plural(len(images), 'image')} with {plural(count, 'detection')} of score "
-        f"{score_threshold:.2f} or more{truth}: boxes, masks and class names."
-    )
-    return fig
+        pixels, marks = to_pixels(image), marks_of(found, categories, score_threshold)
+        if truth is not None:
+            pictures.append(Picture(f"truth: {len(truth)}", pixels, marks_of(truth, categories)))
+        title = f"detections ≥ {score_text(score_threshold)}: {len(marks)}"
+        pictures.append(Picture(title, pixels, marks))
+    group, widest = 1 if targets is None else 2, 6.4 if columns == 1 else 3.2
+    return show_rows("Images with boxes, masks and names", pictures, columns, group, widest)
 
 
 def show_data(
@@ -83,53 +69,42 @@ def show_data(
 
     Images are uint8 (3, H, W). Raises ValueError when there are none.
     """
-    pairs = [(i.image, i.target) if isinstance(i, Record) else (i[0], i[1]) for i in items]
-    fig, axes = image_panels([image_size(image) for image, _ in pairs], columns)
-    for ax, (image, target) in zip(axes, pairs, strict=True):
+    pictures = []
+    for item in items:
+        image, target = (item.image, item.target) if isinstance(item, Record) else item
         height, width = image_size(image)
-        draw_image(ax, image, f"{plural(len(target), 'object')}, {width} × {height} px")
-        draw_objects(ax, target, (height, width), categories)
-    objects = sum(len(target) for _, target in pairs)
-    fig.alt_text = (
-        f"{plural(len(pairs), 'image')} with the boxes, masks and class names of "
-        f"{plural(objects, 'object')}."
-    )
-    return fig
+        title = f"{plural(len(target), 'object')}, {width} × {height} px"
+        pictures.append(Picture(title, to_pixels(image), marks_of(target, categories)))
+    return show_rows("Training images with boxes, masks and names", pictures, columns)
 
 
 def show_sample(
-    image: Tensor, sample: Sample | Mapping[str, Sample], index: int = 0, columns: int = 4
+    image: Tensor, sample: Sample | Mapping[str, Sample], index: int = 0
 ) -> NotebookFigure:
     """The image as the encoder sees it: kept tokens in colour, the others faded to grey.
 
     image: uint8 (3, H, W) as fed to the network, before or after padding; sample: of its batch,
     in which the image has place `index`, or several of them by title, side by side. Padding is
-    white, or grey where it was kept. Raises ValueError when the image does not fit a sample.
+    light grey, or white where it was kept. Raises ValueError when the image does not fit a sample.
     """
     named = {"": sample} if isinstance(sample, Sample) else dict(sample)
-    sizes = [(own.grid[0] * PATCH, own.grid[1] * PATCH) for own in named.values()]
-    fig, axes = image_panels(sizes, columns, widest=5.0 if len(named) == 1 else 3.2)
-    titles = []
-    for ax, (name, own) in zip(axes, named.items(), strict=True):
-        title = f"{name}: " if name else ""
-        titles.append(title + _kept_in_words(image, own, index))
-        _draw_sample(ax, image, own.mask()[index], titles[-1])
-    fig.alt_text = (
-        f"An image under its grid of tokens, kept ones in colour, the others faded to grey. "
-        f"{'; '.join(titles)}."
-    )
-    return fig
+    pictures = []
+    for name, own in named.items():
+        pixels = on_tokens(image, own.grid)
+        title = _kept_in_words(image, own, index)
+        size = own.grid[0] * PATCH, own.grid[1] * PATCH
+        seen = pale_dropped(pixels, own, size, index)
+        token = len(seen) // own.grid[0]
+        seen[::token] = seen[:, ::token] = 255
+        pictures.append(Picture(f"{name}: {title}" if name else title, seen))
+    what = "An image under its grid of tokens, kept ones in colour, the others faded to grey"
+    return show_rows(what, pictures, widest=5.0 if len(named) == 1 else 3.2)
 
 
 def _kept_in_words(image: Tensor, sample: Sample, index: int) -> str:
     if not 0 <= index < len(sample.keep):
         raise ValueError(f"index={index}: the sample is one of {plural(len(sample.keep), 'image')}")
     own_grid = token_grid(*image_size(image))
-    if own_grid[0] > sample.grid[0] or own_grid[1] > sample.grid[1]:
-        raise ValueError(
-            f"an image of {image_size(image)} pixels has {own_grid} tokens of {PATCH} pixels, the "
-            f"sample's grid only {sample.grid}: give the image as it was fed to the network"
-        )
     kept = sample.mask()[index].flatten()
     own = int(kept[padded_places(own_grid, sample.grid, kept.device)].sum())
     total = own_grid[0] * own_grid[1]
@@ -138,48 +113,17 @@ def _kept_in_words(image: Tensor, sample: Sample, index: int) -> str:
     return f"{text} + {padding} of padding" if padding else text
 
 
-def _draw_sample(ax: Axes, image: Tensor, kept: Tensor, title: str) -> None:
-    """The image on a canvas of whole tokens, tokens that are not kept (h, w) faded to grey.
+def show_bitmaps(bitmaps: Mapping[str, Any]) -> NotebookFigure:
+    """Bitmaps in a row under their titles, every cell a sharp square: 1 is blue, 0 is light grey.
 
-    Small images are enlarged first, so that the edges of tokens stay sharp.
+    bitmaps: title -> (H, W) array or tensor of bool or 0/1. Raises ValueError when there are none.
     """
-    times = max(1, 512 // max(image_size(image)))
-    pixels = image.cpu()[None].float()
-    if times > 1:
-        pixels = F.interpolate(pixels, scale_factor=times, mode="bicubic").clamp(0, 255)
-    height, width = pixels.shape[2:]
-    seen = kept.repeat_interleave(PATCH * times, 0).repeat_interleave(PATCH * times, 1)
-    canvas = torch.where(seen, 160.0, 250.0).expand(3, -1, -1).clone()  # padding
-    grey = 0.25 * pixels[0].mean(0) + 0.75 * 225
-    canvas[:, :height, :width] = torch.where(seen[:height, :width], pixels[0], grey)
-    rows, columns = kept.shape[0] * PATCH, kept.shape[1] * PATCH
-    draw_image(ax, canvas.to(torch.uint8), title, (rows, columns))
-    line: dict[str, Any] = {"color": "white", "alpha": 0.8}
-    line["linewidth"] = 0.7 if columns <= 640 else 0.4
-    ax.vlines(range(0, columns + 1, PATCH), 0, rows, **line)
-    ax.hlines(range(0, rows + 1, PATCH), 0, columns, **line)
-
-
-def show_bitmaps(bitmaps: Mapping[str, Any], widest: float = 2.3) -> NotebookFigure:
-    """Bitmaps in a row under their titles, every cell a sharp square: 1 is blue, 0 is white.
-
-    bitmaps: title -> (H, W) array or tensor of bool or 0/1. widest: inches of one.
-    Raises ValueError when there are none.
-    """
-    planes = {title: np.asarray(plane, bool) for title, plane in bitmaps.items()}
-    sizes = [(plane.shape[0], plane.shape[1]) for plane in planes.values()]
-    fig, axes = image_panels(sizes, len(sizes), widest=widest)
-    ink = np.array(ImageColor.getrgb(BLUE), np.uint8)
-    for ax, (title, plane) in zip(axes, planes.items(), strict=True):
-        height, width = plane.shape
-        picture = np.where(plane[..., None], ink, np.uint8(255))
-        ax.imshow(picture, extent=(0, width, height, 0), interpolation="nearest")
-        ax.add_patch(Rectangle((0, 0), width, height, fill=False, color=INK, linewidth=0.8))
-        write_title(ax, title)
-    fig.has_photographs = False
-    covered = [f"{title}: {plane.mean():.0%} covered" for title, plane in planes.items()]
-    fig.alt_text = f"{len(planes)} bitmaps. {'; '.join(covered)}."
-    return fig
+    pictures = []
+    for title, bitmap in bitmaps.items():
+        plane = np.asarray(bitmap, bool)
+        pixels = np.where(plane[..., None], _ink(BLUE), np.array(UNSAMPLED, np.uint8))
+        pictures.append(Picture(f"{title}: {plane.mean():.0%} covered", pixels))
+    return show_rows("Bitmaps", pictures, len(pictures), widest=2.2, sharp=True)
 
 
 def padding_factor(batches: Sequence[Sequence[Size]]) -> float:
@@ -197,33 +141,30 @@ def show_batches(ways: Mapping[str, Sequence[Sequence[Size]]]) -> NotebookFigure
     ways: title -> batches, each the (height, width) of its images. All are drawn to one scale.
     Raises ValueError when there are none.
     """
-    if not ways or not all(batch for batches in ways.values() for batch in batches):
-        raise ValueError("no batches to show: give at least one, with at least one image")
-    gap, between = 40, 220  # pixels of the images
-    heights = [max(_canvas(batch)[0] for batch in batches) for batches in ways.values()]
-    width = max(
-        sum(len(batch) * (_canvas(batch)[1] + gap) + between for batch in batches) - between
-        for batches in ways.values()
-    )
-    fig, axes = image_panels([(height, width) for height in heights], columns=1, widest=WIDTH)
-    titles = [f"{name}: {padding_factor(batches):.2f}" for name, batches in ways.items()]
-    for ax, batches, height, title in zip(axes, ways.values(), heights, titles, strict=True):
-        left = 0
-        for batch in batches:
-            canvas = _canvas(batch)
-            for size in batch:
-                for extent, colour in ((canvas, ORANGE), (size, BLUE)):
-                    ax.add_patch(Rectangle((left, 0), extent[1], extent[0], color=colour, lw=0))
-                left += canvas[1] + gap
-            left += between
-        ax.set(xlim=(0, width), ylim=(height, 0))
-        write_title(ax, f"{title} x")
-    fig.has_photographs = False
-    fig.alt_text = (
-        "Images of batches on their common padded canvas; tokens computed per token of an image: "
-        f"{', '.join(titles)}."
-    )
-    return fig
+    rows = {}
+    for name, batches in ways.items():
+        groups = [beside([_tile(size, _canvas(batch)) for size in batch], 5) for batch in batches]
+        rows[f"{name}: {padding_factor(batches):.2f} x"] = beside(groups, 28)
+    widest = max([row.shape[1] for row in rows.values()], default=0)
+    pictures = [
+        Picture(
+            title, np.pad(row, ((0, 0), (0, widest - row.shape[1]), (0, 0)), constant_values=255)
+        )
+        for title, row in rows.items()
+    ]
+    what = "Images of batches on their padded canvas, and tokens computed per token of an image"
+    return show_rows(what, pictures, columns=1, widest=WIDTH, sharp=True)
+
+
+def _tile(size: Size, canvas: Size) -> Pixels:
+    """An image of `size` on its canvas, both (height, width), at an eighth of the scale."""
+    pixels = np.full((canvas[0] // 8, canvas[1] // 8, 3), _ink(ORANGE))
+    pixels[: size[0] // 8, : size[1] // 8] = _ink(BLUE)
+    return pixels
+
+
+def _ink(colour: str) -> Pixels:
+    return np.array(ImageColor.getrgb(colour), np.uint8)
 
 
 def _canvas(batch: Sequence[Size]) -> Size:

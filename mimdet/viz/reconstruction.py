@@ -26,8 +26,8 @@ from mimdet.models.sampling import (
     token_grid,
 )
 from mimdet.structures import Detections
-from mimdet.viz.draw import UNSAMPLED, draw_image, image_panels, image_size
-from mimdet.viz.style import NotebookFigure, plural
+from mimdet.viz.draw import UNSAMPLED, Picture, image_size, show_rows, to_pixels
+from mimdet.viz.style import NotebookFigure
 
 if TYPE_CHECKING:
     from mimdet.models.detector import Detector
@@ -158,38 +158,24 @@ def show_reconstruction(
     was trained on. ratio: share of the patches KEPT, drawn at random from `seed` + the row. Raises
     ValueError for no image.
     """
-    pictures = [images] if isinstance(images, Tensor) else list(images)
-    panels: list[tuple[str, Tensor]] = []
-    for i, picture in enumerate(pictures):
-        fitted, grid = fit_to_mae(picture, mae)
+    pictures = []
+    for i, image in enumerate([images] if isinstance(images, Tensor) else images):
+        fitted, grid = fit_to_mae(image, mae)
         own = draw_sample(mae, fitted, grid, ratio, seed + i, SAMPLERS["random"])
         row = paint(fitted, mae, own)
-        panels += [
-            (f"seen: {len(own.keep[0])} of {grid[0] * grid[1]} patches", row.seen),
-            (f"painted (loss {row.loss:.3f})", row.painted),
-            ("seen, pasted over painted", row.pasted),
-            ("original", row.original),
-        ]
-    fig = _show(panels)
-    fig.alt_text = (
-        f"{plural(len(pictures), 'image')} through a masked autoencoder: the patches it saw, what "
-        "it painted, both together, the original."
-    )
-    return fig
+        panels = {
+            f"seen: {len(own.keep[0])} of {grid[0] * grid[1]} patches": row.seen,
+            f"painted (loss {row.loss:.3f})": row.painted,
+            "seen, pasted over painted": row.pasted,
+            "original": row.original,
+        }
+        pictures += [Picture(title, to_pixels(part)) for title, part in panels.items()]
+    return show_rows("Images through a masked autoencoder", pictures)
 
 
 def show_pictures(pictures: Mapping[str, Tensor]) -> NotebookFigure:
     """Pictures, uint8 (3, H, W), in rows under their titles. Raises ValueError without any."""
-    fig = _show(list(pictures.items()))
-    fig.alt_text = f"Pictures: {'; '.join(pictures)}."
-    return fig
-
-
-def _show(pictures: Sequence[tuple[str, Tensor]]) -> NotebookFigure:
-    fig, axes = image_panels([image_size(picture) for _, picture in pictures], columns=4)
-    for ax, (title, picture) in zip(axes, pictures, strict=True):
-        draw_image(ax, picture, title)
-    return fig
+    return show_rows("Pictures", [Picture(title, to_pixels(p)) for title, p in pictures.items()])
 
 
 # ------------------------------------------------------------------------- two models, one grid

@@ -196,8 +196,8 @@ check("padded at 1 keeps all padding", counts[1.0, "padded"] == (256, 256))
 show_sample(square, mimdet.select(random_scores, grids, wide, 0.75, "padded"))
 
 # %% [markdown]
-# White is padding, grey squares in it are padding tokens that were kept. Does it matter? Run the
-# backbone on the same batch under both rules and compare c4 over the image itself.
+# Light grey is padding, white squares in it are padding tokens that were kept. Does it matter? Run
+# the backbone on the same batch under both rules and compare c4 over the image itself.
 
 # %%
 maps = {}
@@ -262,7 +262,7 @@ for ratio, whole in wholes.items():
     attention = 12 * 2 * kept_now**2 * 768
     parts = {"encoder: linear layers": linear, "encoder: attention": attention}
     bars[f"ratio {ratio}"] = {**parts, "all the rest": whole - linear - attention}
-show_stacked(bars, "multiply-adds", digits=3)
+show_stacked(bars, "multiply-adds")
 
 # %% [markdown]
 # Only the blue parts shrink. Halving the tokens halves the linear layers and quarters the

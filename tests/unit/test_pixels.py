@@ -235,13 +235,13 @@ def test_weak_marks_are_thin_and_nameless_and_missed_ones_dashed() -> None:
     assert (grey == 128).all()  # the picture given is as it was
 
 
-def test_a_figure_lays_the_same_marks_over_its_image() -> None:
-    _, (ax,) = draw.image_panels([(20, 40)], columns=1)
-    draw.draw_image(ax, torch.full((3, 20, 40), 255, dtype=torch.uint8), "title")
-    draw.draw_objects(ax, target(), (20, 40), ["a", "b", "c"])
-    layer = np.asarray(ax.images[1].get_array())
-    assert layer.shape[1] == pytest.approx(2 * ax.bbox.width, abs=1)
-    scale = layer.shape[1] / 40
-    assert layer[round(10 * scale), round(10 * scale)].tolist() == [*rgb(2), 255]
-    assert layer[0, 0, 3] == 0
-    assert ax.get_xlim() == (0, 40) and ax.get_ylim() == (20, 0)
+def test_a_figure_draws_the_same_marks_at_twice_the_resolution_of_the_screen() -> None:
+    marks = draw.marks_of(target(), ["a", "b", "c"])
+    fig = draw.show_rows("what", [draw.Picture("title", white(20, 40), marks)])
+    (ax,) = fig.axes
+    picture = np.asarray(ax.images[0].get_array())
+    assert picture.shape[1] == pytest.approx(2 * ax.bbox.width, abs=1)
+    scale = picture.shape[1] / 40
+    assert picture[round(10 * scale), round(10 * scale)].tolist() == rgb(2)
+    assert (picture[0, 0] == 255).all()
+    assert fig.alt_text == "what: title."
