@@ -3,7 +3,6 @@
 `Child` is the one owner of a process:
 
     child = Child(["-m", "mimdet", "resume", "runs/x"], Path("runs/x/log.txt"))  # it has started
-    child.alive()  # whether it runs
     child.ask()  # SIGTERM: a training saves and ends; returns at once
     child.stop(30)  # the same, waits, and kills what is left after 30 seconds
     child.ended()  # None while it runs, "" when all went well, else why it failed
@@ -38,6 +37,7 @@ from mimdet.config import Config, PretrainConfig
 from mimdet.data.coco import build_dataset
 from mimdet.files import read_json, write_json
 from mimdet.training.run import (
+    STATUS,
     MetricsFile,
     Run,
     TrainingStopped,
@@ -92,9 +92,6 @@ class Child:
                 stderr=subprocess.STDOUT,
                 **group,
             )
-
-    def alive(self) -> bool:
-        return self.process.poll() is None
 
     def ask(self) -> None:
         """Ask it to save and end; returns at once."""
@@ -165,6 +162,7 @@ def last_lines(path: Path, count: int) -> list[str]:
 
 # ------------------------------------------------------------------------------- what is known
 
+ENDED = ("finished", "stopped", "failed")
 RECENT = 50
 """Steps whose mean time counts for the speed."""
 
@@ -236,8 +234,8 @@ def job_state(name: str, rows: list[dict[str, Any]], total: int, error: str) -> 
 # ------------------------------------------------------------------------------- the job
 
 JOB = "job.json"
-"""In the folder of a run: the `process_record` of the child started last, {"processes", "begun":
-seconds since 1970, "run": its folder}; "stopping": when a training was asked to end."""
+"""In the folder of a run: the `process_record` of the child started last and {"run": its folder,
+"stopping": when a training was asked to end, in seconds since 1970}."""
 LOG = "log.txt"
 """In the folder of a run: what its jobs printed."""
 
@@ -324,10 +322,11 @@ class Job:
                 f"processes={count} cannot share the accumulate={cfg.training.accumulate} "
                 "micro-batches of a step: use a divisor of it"
             )
-        begun = time.time()
+        status = {"state": "starting", "error": "", "began": time.time()}
+        write_json(self.path / STATUS, read_status(self.path) | status)
         child = Child(self.words(count), self.path / LOG, _environment(cfg, count))
         _children[child.process.pid] = child
-        self._note(process_record(child.process) | {"processes": count, "begun": begun})
+        self._note(process_record(child.process))
 
     def words(self, processes: int = 1) -> list[str]:
         """What follows `python` to go on with the run, here or in a terminal."""
@@ -347,24 +346,18 @@ class Job:
     def state(self) -> JobState:
         """What is known about the run now; cheap enough for every second."""
         running = self.running()  # asked first: what ends meanwhile has written its last lines
-        about, status = self._about(), read_status(self.path)
-        begun = about.get("begun", 0.0) if self._process() or not running else 0.0
-        fresh = bool(status) and status["began"] >= begun
-        asked = "stopping" in about and (not fresh or about["stopping"] > status["began"])
-        error = ""
-        if running:
-            name = "training" if fresh and status["state"] == "training" else "starting"
-            ending = begun and fresh and status["state"] != "training"  # said its last word
-            name = "stopping" if asked or ending else name
-        elif not about and not status:
-            name = "new"
-        elif fresh and status["state"] != "training":
-            name, error = status["state"], status["error"]
-        elif asked and self._code() != KILLED:
-            name = "stopped"  # before its first step
-        else:
+        status = read_status(self.path)
+        name, error = status["state"], status["error"]
+        asked = self._about().get("stopping", 0.0) > status["began"]
+        if running and (asked or name in ENDED):  # the last word is said before the last breath
+            name = "stopping"
+        elif running and name == "new":  # from a terminal, with its data still to be opened
+            name = "starting"
+        elif not running and name in ("starting", "training"):  # it could not say how it ended
             name, error = "failed", reason(self._code(), self.path / LOG)
-        return job_state(name, self.metrics.read(), status.get("total", 0), error)
+            if asked and self._code() != KILLED:
+                name, error = "stopped", ""  # before its first step
+        return job_state(name, self.metrics.read(), status["total"], error)
 
     def log(self, lines: int = 20) -> list[str]:
         """The last lines that were printed."""

@@ -252,8 +252,9 @@ class CheckpointStore:
 
 LOCK = "lock"
 STATUS = "status.json"
-"""In the folder of a run: {"state": "training", "finished", "stopped" or "failed", "step", "total",
-"error", "began": seconds since 1970} and the `process_record` of the last training."""
+"""In the folder of a run: {"state": "starting" (by a `Job`), "training", "finished", "stopped" or
+"failed", "step", "total", "error", "began": seconds since 1970} and the `process_record` of the
+last training."""
 WAIT_SECONDS = 2.0
 """A process that only looks whether a run is in use holds the lock for a moment."""
 
@@ -288,7 +289,9 @@ def alone_in(path: Path, wait: float = WAIT_SECONDS) -> Iterator[None]:
         lock.acquire(timeout=wait)
     except Timeout:
         status = read_status(path)
-        who = f"process {status['pid']} on {status['host']}" if status else "another process"
+        who = (
+            f"process {status['pid']} on {status['host']}" if "pid" in status else "another process"
+        )
         raise RunInUse(
             f"{who} already trains in {path}: wait for it, stop it, or use another run name"
         ) from None
@@ -327,9 +330,9 @@ def process_of(record: dict[str, Any]) -> psutil.Process | None:
 
 
 def read_status(path: Path) -> dict[str, Any]:
-    """The run's STATUS; empty before its first training."""
-    found: dict[str, Any] = read_json(path / STATUS) if (path / STATUS).exists() else {}
-    return found
+    """The run's STATUS; "new" before its first training."""
+    found = read_json(path / STATUS) if (path / STATUS).exists() else {}
+    return {"state": "new", "step": 0, "total": 0, "error": "", "began": 0.0} | found
 
 
 @contextmanager

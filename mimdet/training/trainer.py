@@ -356,6 +356,9 @@ class StepAbandoned(Exception):
     """Leaves the middle of a step; never seen outside the training loop."""
 
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
 class StopSignals:
     """Turns SIGINT and SIGTERM into `StepAbandoned`, but only where a step may be abandoned.
 
@@ -375,12 +378,11 @@ class StopSignals:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        old = [signal.signal(number, self._handle) for number in numbers]
+        old = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         try:
             yield
         finally:
-            for number, handler in zip(numbers, old, strict=True):
+            for number, handler in old.items():
                 signal.signal(number, handler)
 
     @contextmanager

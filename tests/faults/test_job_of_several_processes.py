@@ -21,7 +21,7 @@ def test_two_processes_stop_together_and_go_on(tmp_path) -> None:
         time.sleep(0.05)
     about = json.loads((run / JOB).read_text())
     family = [process_of(about), *process_of(about).children(recursive=True)]
-    assert about["processes"] == 2 and len(family) >= 3  # torchrun and its two
+    assert len(family) >= 3  # torchrun and its two
     assert process_of(read_status(run)) in family[1:]  # its first process trains
     assert Job.attach(run).stop()
     stopped = job.wait(120)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from mimdet.files import write_json
 from mimdet.presets import tiny_mae
 from mimdet.training.job import Job
-from mimdet.training.run import CheckpointStore, Run
+from mimdet.training.run import STATUS, CheckpointStore, Run
 from mimdet.training.train import resume
 from mimdet.viz import TrainingDashboard
 from mimdet.viz.widgets import training_dashboard
@@ -90,7 +91,7 @@ def test_a_new_run_can_only_be_started_and_says_so(tmp_path) -> None:
 def test_a_failure_is_shown_with_the_end_of_the_log(tmp_path) -> None:
     Run(tmp_path / "run", short())
     (tmp_path / "run" / "log.txt").write_text("Traceback\nerror: the <disk> is full\n")
-    Job(tmp_path / "run")._note({"pid": 0, "begun": 1.0})
+    write_json(tmp_path / "run" / STATUS, {"state": "starting"})
     board = TrainingDashboard(tmp_path / "run")
     assert board.state.name == "failed" and usable(board) == ["resume"]
     assert "role='alert'" in board.log.value and "the &lt;disk&gt; is full" in board.log.value
