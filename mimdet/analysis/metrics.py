@@ -232,9 +232,7 @@ def read_results(path: str | Path, ground_truth: dict[str, Any]) -> list[dict[st
             needed = needed or [name for name in ("bbox", "segmentation") if entry.get(name)]
             _check_entry(entry, "it", ids, needed)
             if result.segmentation is not None:
-                size = sizes[result.image_id]
-                counts = compressed(result.segmentation, *size)
-                entry["segmentation"] = {"size": list(size), "counts": counts}
+                entry["segmentation"] = compressed(result.segmentation, *sizes[result.image_id])
         except ValueError as error:
             raise ValueError(f"{path}: results[{index}]: {error}") from error
     return entries

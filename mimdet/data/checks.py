@@ -25,9 +25,8 @@ from mimdet.data.coco_file import (
     Problem,
     Read,
     brief,
-    coco_segmentation,
-    has_mask,
     mask_area,
+    mask_extent,
 )
 
 _KINDS = tomllib.loads(Path(__file__).with_name("check_kinds.toml").read_text("utf-8"))
@@ -142,8 +141,8 @@ def check_dataset(
         images.append(_Image(*size, len(pairs)))
         for read, annotation in pairs:
             _check_annotation(read, annotation, size, partial(reader.problem, read=read))
-            crowd, masked = annotation["iscrowd"], has_mask(annotation)
-            objects.append(_Object(read, crowd, masked, size, annotation["area"]))
+            masked = annotation.mask is not None
+            objects.append(_Object(read, annotation.iscrowd, masked, size, annotation.area))
     _check_twins(reader, objects)
     _check_layout(reader, objects)
     _check_whole(reader, images, objects)
@@ -172,8 +171,8 @@ def _check_annotation(
 ) -> None:
     """What is wrong with an annotation that can be read; size: (width, height) of its image."""
     width, height = size
-    x, y, w, h = box = annotation["bbox"]
-    polygons, crowd = annotation["polygons"], annotation["iscrowd"]
+    x, y, w, h = box = annotation.bbox
+    polygons = annotation.mask if isinstance(annotation.mask, list) else []
     over = max(-x, -y, x + w - width, y + h - height)
     if w <= 0 or h <= 0:
         note("empty-box", f"width {w:g}, height {h:g}")
@@ -181,12 +180,12 @@ def _check_annotation(
         note("box-outside", f"bbox {brief(box)} in an image of {width} x {height}")
     elif over > TOLERANCE:
         note("box-exceeds-image", f"by {over:.1f} pixels: {brief(box)} in {width} x {height}")
-    for part, flat in enumerate(polygons or []):
+    for part, flat in enumerate(polygons):
         if len(flat) < 6:
             note("polygon-too-short", f"part {part} has {len(flat) // 2} points")
-    if crowd and polygons:
+    if annotation.iscrowd and polygons:
         note("crowd-with-polygon", f"{len(polygons)} polygons")
-    extent = _extent(annotation, height, width)
+    extent = mask_extent(annotation.mask)
     if extent is not None and (extent[2] <= extent[0] or extent[3] <= extent[1]):
         note("segmentation-empty", "its mask encloses nothing")
         extent = None
@@ -196,31 +195,18 @@ def _check_annotation(
         note("iscrowd-missing", "iscrowd is not there")
     if read.entry.area is None:
         note("area-missing", "area is not there")
-    elif annotation["area"] <= 0:
-        note("bad-area", f"area is {annotation['area']:g}")
+    elif annotation.area <= 0:
+        note("bad-area", f"area is {annotation.area:g}")
     elif extent is not None:
         # A polygon's area and its pixel count differ by up to half its outline.
         own = mask_area(annotation, height, width)
         outline = extent[2] - extent[0] + extent[3] - extent[1]
-        if abs(annotation["area"] - own) > 0.2 * max(annotation["area"], own) + outline:
-            note("area-mismatch", f"area is {annotation['area']:g}, its mask covers {own:g}")
+        if abs(annotation.area - own) > 0.2 * max(annotation.area, own) + outline:
+            note("area-mismatch", f"area is {annotation.area:g}, its mask covers {own:g}")
     elif w > 0 and h > 0 and not polygons:
         own = w * h  # an upper bound: masks may have been dropped, their areas kept
-        if not 0.01 * own <= annotation["area"] <= 1.2 * own + w + h:
-            note("area-mismatch", f"area is {annotation['area']:g}, its box covers {own:g}")
-
-
-def _extent(annotation: Annotation, height: int, width: int) -> tuple[float, ...] | None:
-    """x1, y1, x2, y2 of the mask; None without one."""
-    from pycocotools import mask as coco_mask
-
-    if annotation["runs"] is not None:
-        x, y, w, h = coco_mask.toBbox(coco_segmentation(annotation, height, width)).tolist()
-        return x, y, x + w, y + h
-    if annotation["polygons"] is None:
-        return None
-    flat = [value for flat in annotation["polygons"] for value in flat]
-    return (min(flat[::2]), min(flat[1::2]), max(flat[::2]), max(flat[1::2])) if flat else (0,) * 4
+        if not 0.01 * own <= annotation.area <= 1.2 * own + w + h:
+            note("area-mismatch", f"area is {annotation.area:g}, its box covers {own:g}")
 
 
 def _compare_extents(mask: tuple[float, ...], box: tuple[float, ...], note: Note) -> None:

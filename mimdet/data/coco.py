@@ -1,44 +1,37 @@
 """COCO-format data as records, and the one function that opens whatever a config names.
 
-A json is read once into a Hugging Face `datasets` table, one row an image with its annotations
-inside. The table lies in the cache folder under the sha256 of the json, so that an edited file is
-read anew, every process and loader worker maps the same pages, and training on 118,000 images
-neither parses 450 MB of json nor grows in memory.
+A json is read once into an Arrow table, one row an image with its checked annotations as text. The
+table lies in the cache folder under the sha256 of the json, so that an edited file is read anew,
+every process and loader worker maps the same pages, and training on 118,000 images neither parses
+450 MB of json nor grows in memory.
 """
 
 import hashlib
 import json
 import os
 import pkgutil
-import uuid
 import warnings
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
 import numpy as np
 from torch import Tensor
 
 from mimdet.config import DataConfig
-from mimdet.data.coco_file import (
-    Annotation,
-    CocoReader,
-    Read,
-    coco_ground_truth,
-    has_mask,
-    make_target,
-)
+from mimdet.data.coco_file import AnnotatedImages, Annotation, CocoReader, ImageEntry
+from mimdet.files import write_file
 from mimdet.images import read_image
-from mimdet.structures import Record
 
 if TYPE_CHECKING:
-    from datasets import Dataset as Table
-
     from mimdet.data.loader import Dataset
 
 
-FORMAT = 3
+FORMAT = 4
 """Part of the cache's file name; raised when the columns or the meaning of `usable` change."""
+ROWS_AT_A_TIME = 1000
 
 
 def cache_folder() -> Path:
@@ -46,113 +39,83 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MIMDET_CACHE") or Path.home() / ".cache" / "mimdet")
 
 
-def coco_table(json_path: Path) -> tuple["Table", dict[str, Any]]:
-    """A COCO instances file, read through the cache -> (rows, what holds for the whole file).
+class Table:
+    """A COCO instances file, read through the cache; in another process it is opened anew.
 
-    Columns: image_id (json text: ids may be numbers or strings), file_name, height, width, usable
-    (number of trainable annotations) and annotations (see `Annotation`). For the whole: sha256,
-    categories [(id, name), ...] sorted by id, with_mask (whether any single object has one), and
-    the ids of at most 5 single objects each that are without_mask and unusable.
+    rows: a memory-mapped `pyarrow.Table` with the columns image_id (json text: ids may be numbers
+    or strings), file_name, height, width, usable (number of trainable annotations) and annotations
+    (json text of a list of `Annotation`). head: what holds for the whole file: sha256, categories
+    [(id, name), ...] sorted by id, with_mask (whether any single object has one), and the ids of at
+    most 5 single objects each that are without_mask and unusable.
 
     Raises FileNotFoundError, and ValueError naming file, entry and field where it is not COCO.
     """
+
+    def __init__(self, json_path: Path) -> None:
+        import pyarrow as pa
+
+        if not json_path.is_file():
+            raise FileNotFoundError(f"annotation file {json_path} does not exist; check the path")
+        with json_path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self.json_path = json_path
+        cached = cache_folder() / f"coco-{FORMAT}-{digest}.arrow"
+        if not cached.exists():
+            write_file(cached, partial(_build, CocoReader(json_path)))
+        with pa.ipc.open_stream(pa.memory_map(str(cached))) as reader:
+            *batches, last = reader.iter_batches_with_custom_metadata()
+        self.rows = pa.Table.from_batches([batch.batch for batch in batches])
+        self.head = json.loads(last.custom_metadata[b"mimdet"]) | {"sha256": digest}
+
+    def __reduce__(self) -> Any:
+        return Table, (self.json_path,)
+
+    def column(self, name: str) -> Any:
+        """(rows,) int array."""
+        return self.rows.column(name).to_numpy()
+
+
+def _build(reader: CocoReader, path: Path) -> None:
+    """Write the table, some rows at a time: as objects they take ten times the memory."""
     import pyarrow as pa
-    from datasets import Dataset as Table
 
-    if not json_path.is_file():
-        raise FileNotFoundError(f"annotation file {json_path} does not exist; check the path")
-    with json_path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    cached = cache_folder() / f"coco-{FORMAT}-{digest}.arrow"
-    if not cached.exists():
-        _build(json_path, cached)
-    # `datasets` reads only its own part of the schema.
-    with pa.memory_map(str(cached)) as file, pa.ipc.open_stream(file) as reader:
-        head = json.loads(reader.schema.metadata[b"mimdet"])
-    return Table.from_file(str(cached)), head | {"sha256": digest}
-
-
-def _build(path: Path, cached: Path) -> None:
-    """Write the table beside its place and rename it: there is never a partial one to be found."""
-    import pyarrow as pa
-
-    reader, schema = CocoReader(path), _schema()
-    rows = map(_row, reader.rows())
-    batches: list[pa.RecordBatch] = []
+    kinds = {"image_id": pa.string(), "file_name": pa.string(), "height": pa.int32()}
+    kinds |= {"width": pa.int32(), "usable": pa.int32(), "annotations": pa.binary()}
+    schema = pa.schema(kinds)
     head: dict[str, Any] = {"without_mask": [], "with_mask": False, "unusable": []}
-    # As Python objects rows take ten times the memory: some at a time.
-    while some := list(islice(rows, 1000)):
-        for annotation in (one for row in some for one in row["annotations"]):
-            if annotation["iscrowd"]:
-                continue
-            if has_mask(annotation):
-                head["with_mask"] = True
-            elif len(head["without_mask"]) < 5:
-                head["without_mask"].append(annotation["source_id"])
-            if not annotation["usable"] and len(head["unusable"]) < 5:
-                head["unusable"].append(annotation["source_id"])
-        batches.append(pa.RecordBatch.from_pylist(some, schema=schema))
     head["categories"] = sorted(reader.categories.items())
-    schema = schema.with_metadata({"mimdet": json.dumps(head)})
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    partial = cached.with_name(f"{cached.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with partial.open("wb") as file:
-            with pa.ipc.new_stream(file, schema) as writer:
-                for batch in batches:
-                    writer.write_batch(batch)
-            file.flush()
-            os.fsync(file.fileno())
-        if not cached.exists():  # another process may have been faster; its content is the same
-            os.replace(partial, cached)
-    finally:
-        partial.unlink(missing_ok=True)
+    rows = (_row(image.entry, [one for _, one in pairs], head) for image, pairs in reader.rows())
+    with pa.ipc.new_stream(str(path), schema) as writer:
+        while some := list(islice(rows, ROWS_AT_A_TIME)):
+            writer.write_batch(pa.RecordBatch.from_pylist(some, schema))
+        end = pa.RecordBatch.from_pylist([], schema)
+        writer.write_batch(end, custom_metadata={"mimdet": json.dumps(head)})
 
 
-def _row(pair: tuple[Read, list[tuple[Read, Annotation]]]) -> dict[str, Any]:
-    """A row of the table: an image with its annotations."""
-    image, annotations = pair[0].entry, [annotation for _, annotation in pair[1]]
+def _row(image: ImageEntry, annotations: list[Annotation], head: dict[str, Any]) -> dict[str, Any]:
+    """A row of the table; what it says of the whole goes into the head."""
+    for annotation in annotations:
+        if annotation.iscrowd:
+            continue
+        head["with_mask"] |= annotation.mask is not None
+        if annotation.mask is None and len(head["without_mask"]) < 5:
+            head["without_mask"].append(annotation.source_id)
+        if not annotation.usable and len(head["unusable"]) < 5:
+            head["unusable"].append(annotation.source_id)
     return {
         "image_id": json.dumps(image.id),
         "file_name": image.file_name,
         "height": image.height,
         "width": image.width,
-        "usable": sum(annotation["usable"] for annotation in annotations),
-        "annotations": annotations,
+        "usable": sum(annotation.usable for annotation in annotations),
+        "annotations": msgspec.json.encode(annotations),
     }
 
 
-def _schema() -> Any:
-    import pyarrow as pa
-
-    annotation = pa.struct(
-        {
-            "source_id": pa.string(),
-            "category_id": pa.int64(),
-            "bbox": pa.list_(pa.float64()),
-            "area": pa.float64(),
-            "iscrowd": pa.bool_(),
-            "polygons": pa.list_(pa.list_(pa.float64())),
-            "runs": pa.string(),
-            "usable": pa.bool_(),
-        }
-    )
-    return pa.schema(
-        {
-            "image_id": pa.string(),
-            "file_name": pa.string(),
-            "height": pa.int32(),
-            "width": pa.int32(),
-            "usable": pa.int32(),
-            "annotations": pa.list_(annotation),
-        }
-    )
-
-
-class CocoDataset:
+class CocoDataset(AnnotatedImages):
     """A COCO instances json and its image folder.
 
-    json_path: annotations, read once and cached (see `coco_table`).
+    json_path: annotations, read once and cached (see `Table`).
     limit: use only the first N images of the file; 0 = all.
     skip_empty: leave out images (of those) without a trainable annotation.
 
@@ -170,7 +133,8 @@ class CocoDataset:
     ) -> None:
         self.json_path = Path(json_path)
         self.image_folder = Path(image_folder)
-        self._table, head = coco_table(self.json_path)
+        self._table = Table(self.json_path)
+        head = self._table.head
         if head["with_mask"] and head["without_mask"]:
             raise ValueError(
                 f"{json_path}: some objects have a segmentation and some have none (annotations "
@@ -187,13 +151,10 @@ class CocoDataset:
         self.categories = [name for _, name in head["categories"]]
         self.has_masks = head["with_mask"]
         self.version = f"{self.json_path.name} sha256:{head['sha256']}"
-        self._label_of = {number: label for label, number in enumerate(self.category_ids)}
-        columns = self._table.data
-        heights = columns.column("height").to_numpy()
-        self._sizes = np.stack([heights, columns.column("width").to_numpy()], axis=1)
-        rows = np.arange(len(heights))[: limit or None]
+        self._sizes = np.stack([self._table.column(name) for name in ("height", "width")], axis=1)
+        rows = np.arange(len(self._sizes))[: limit or None]
         if skip_empty:
-            rows = rows[columns.column("usable").to_numpy()[rows] > 0]
+            rows = rows[self._table.column("usable")[rows] > 0]
         self._rows = rows
         if not len(rows):
             raise ValueError(f"{json_path} has no images{' with objects' if skip_empty else ''}")
@@ -202,12 +163,6 @@ class CocoDataset:
 
     def __len__(self) -> int:
         return len(self._rows)
-
-    def __getitem__(self, index: int) -> Record:
-        row = self._row(index)
-        size = row["height"], row["width"]
-        target = make_target(row["annotations"], *size, self._label_of, self.has_masks)
-        return Record(self.image(index), target, json.loads(row["image_id"]))
 
     def image(self, index: int) -> Tensor:
         height, width = self.image_size(index)
@@ -230,16 +185,11 @@ class CocoDataset:
     def image_id(self, index: int) -> int | str:
         return json.loads(self._cell(index, "image_id"))
 
-    def ground_truth(self) -> dict[str, Any]:
-        """COCO dictionary of these images: crowds included, annotation ids from 1."""
-        rows = (self._row(index)["annotations"] for index in range(len(self)))
-        return coco_ground_truth(self, rows)
-
-    def _row(self, index: int) -> dict[str, Any]:
-        return self._table[int(self._rows[index])]
+    def annotations(self, index: int) -> list[Annotation]:
+        return msgspec.json.decode(self._cell(index, "annotations"), type=list[Annotation])
 
     def _cell(self, index: int, column: str) -> Any:
-        return self._table.data.column(column)[int(self._rows[index])].as_py()
+        return self._table.rows.column(column)[int(self._rows[index])].as_py()
 
     def _file(self, index: int) -> Path:
         return self.image_folder / self._cell(index, "file_name")

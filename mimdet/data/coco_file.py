@@ -7,18 +7,17 @@ the file at the first, `mimdet check-data` collects them all.
 import json
 import reprlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
 import msgspec
-import numpy as np
 import torch
 from msgspec import Meta, Struct
 
 from mimdet.data.rasters import crops_from_segmentations
-from mimdet.structures import Target, as_rle
+from mimdet.structures import Record, Target, as_rle
 
 Whole = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Id = Whole | Annotated[str, Meta(min_length=1)]
@@ -28,13 +27,14 @@ Number = Annotated[float, Meta(gt=-1e9, lt=1e9)]
 Polygons = list[list[Number]]
 
 
-class RunLengths(Struct):
-    size: tuple[Side, Side]
+class RunLengths(TypedDict):
+    size: Annotated[list[Side], Meta(min_length=2, max_length=2)]
     """Height, width."""
     counts: str | list[Annotated[int, Meta(ge=0, lt=2**62)]]
 
 
 Mask = Polygons | RunLengths | None
+"""A COCO segmentation."""
 
 
 class CategoryEntry(Struct):
@@ -63,22 +63,20 @@ class AnnotationEntry(Struct):
     iscrowd: Literal[0, 1] | bool | None = None
 
 
-class Annotation(TypedDict):
-    """A checked annotation. Polygons and run lengths are two fields: Arrow refuses mixed ones."""
+class Annotation(Struct, gc=False):
+    """A checked annotation."""
 
     source_id: str
     """The file's own id, for messages."""
     category_id: int
-    bbox: list[float]
+    bbox: tuple[float, float, float, float]
     """x, y, width, height in pixels, as the file has it."""
     area: float
     """Of the file; where it has none, the pixels of the mask or else of the box."""
     iscrowd: bool
-    polygons: list[list[float]] | None
-    """Flat lists x0, y0, x1, y1, ...; None where the mask is stored as runs or missing."""
-    runs: str | None
-    """Compressed run lengths of the whole image."""
-    usable: bool
+    mask: Mask = None
+    """Polygons or compressed run lengths of the whole image; None where the file has none."""
+    usable: bool = True
     """Trainable: no crowd, a box inside the image, no empty mask."""
 
 
@@ -192,22 +190,25 @@ class CocoReader:
         of_image = self._by_image()
         for number, image in self.images.items():
             pairs = []
-            for read in of_image.pop(number, ()):
+            for position in of_image.pop(number, ()):
+                entry = _ANNOTATION.decode(self._sections.annotations[position])
+                read = Read("annotations", position, entry)
                 try:
-                    segmentation = _SEGMENTATION.decode(read.entry.segmentation)
+                    mask = _MASK.decode(entry.segmentation)
                     size = image.entry.height, image.entry.width
-                    pairs.append((read, checked(read.entry, segmentation, *size)))
+                    pairs.append((read, checked(entry, mask, *size)))
                 except ValueError as error:
                     self.problem("bad-segmentation", f"segmentation: {error}", read)
             yield image, pairs
 
-    def _by_image(self) -> dict[int | str, list[Read]]:
-        of_image: dict[int | str, list[Read]] = defaultdict(list)
+    def _by_image(self) -> dict[int | str, list[int]]:
+        """Places of the annotations of each image: as objects all would take a gigabyte."""
+        of_image: dict[int | str, list[int]] = defaultdict(list)
         types = {type(number) for number in self.images}
-        for read in self._entries("annotations", AnnotationEntry):
+        for read in self._entries("annotations", _ANNOTATION):
             image_id, category_id = read.entry.image_id, read.entry.category_id
             if image_id in self.images:
-                of_image[image_id].append(read)
+                of_image[image_id].append(read.position)
             elif image_id not in self.unsound["images"]:
                 hint = "" if type(image_id) in types else " (a number here and text there?)"
                 found = f"image_id {brief(image_id)} is not among the images{hint}"
@@ -219,7 +220,7 @@ class CocoReader:
 
     def _by_id(self, section: str, kind: type[Struct], duplicate: str) -> dict[Any, Read]:
         found: dict[Any, Read] = {}
-        for read in self._entries(section, kind):
+        for read in self._entries(section, msgspec.json.Decoder(kind)):
             first = found.setdefault(read.entry.id, read)
             if first is not read:
                 taken = f"id {brief(read.entry.id)} is also that of {section}[{first.position}]"
@@ -247,8 +248,7 @@ class CocoReader:
             return sections
         return Sections([], [], [])
 
-    def _entries(self, section: str, kind: type[Struct]) -> Iterator[Read]:
-        decoder = msgspec.json.Decoder(kind)
+    def _entries(self, section: str, decoder: msgspec.json.Decoder[Any]) -> Iterator[Read]:
         for index, raw in enumerate(getattr(self._sections, section)):
             try:
                 yield Read(section, index, decoder.decode(raw))
@@ -259,7 +259,8 @@ class CocoReader:
                 self.problem("bad-field", str(error), Read(section, index, entry))
 
 
-_SEGMENTATION = msgspec.json.Decoder(Mask)
+_ANNOTATION = msgspec.json.Decoder(AnnotationEntry)
+_MASK: msgspec.json.Decoder[Mask] = msgspec.json.Decoder(Mask)
 
 
 def checked(entry: AnnotationEntry, mask: Mask, height: int, width: int) -> Annotation:
@@ -268,80 +269,79 @@ def checked(entry: AnnotationEntry, mask: Mask, height: int, width: int) -> Anno
     Uncompressed run lengths are compressed. A box or mask that is only empty makes the annotation
     unusable; a mask that cannot be understood raises ValueError.
     """
-    runs = compressed(mask, height, width) if isinstance(mask, RunLengths) else None
-    polygons = mask if isinstance(mask, list) and mask else None
-    if any(len(flat) % 2 for flat in polygons or []):
+    if isinstance(mask, dict):
+        mask = compressed(mask, height, width)
+    elif any(len(flat) % 2 for flat in mask or []):
         raise ValueError("a polygon has an odd number of coordinates; write x0, y0, x1, y1, ...")
     annotation = Annotation(
-        source_id="without id" if entry.id is None else str(entry.id),
-        category_id=entry.category_id,
-        bbox=list(entry.bbox),
-        area=0.0 if entry.area is None else entry.area,
-        iscrowd=bool(entry.iscrowd),
-        polygons=polygons,
-        runs=runs,
-        usable=False,
+        "without id" if entry.id is None else str(entry.id),
+        entry.category_id,
+        entry.bbox,
+        0.0 if entry.area is None else entry.area,
+        bool(entry.iscrowd),
+        mask or None,
     )
     if entry.area is None:
-        annotation["area"] = mask_area(annotation, height, width)
-    annotation["usable"] = _usable(annotation, height, width)
+        annotation.area = mask_area(annotation, height, width)
+    annotation.usable = not annotation.iscrowd and not _is_empty(annotation, height, width)
     return annotation
 
 
-def compressed(mask: RunLengths, height: int, width: int) -> str:
-    """The text of run lengths that are known to fill the image: pycocotools does not look."""
-    if mask.size != (height, width):
-        swapped = " (height comes first)" if mask.size == (width, height) else ""
+def compressed(mask: RunLengths, height: int, width: int) -> RunLengths:
+    """Run lengths that are known to fill the image: pycocotools does not look."""
+    size, counts = mask["size"], mask["counts"]
+    if size != [height, width]:
+        swapped = " (height comes first)" if size == [width, height] else ""
         raise ValueError(
-            f"its run lengths are for {mask.size} pixels{swapped}, the image has {(height, width)}"
+            f"its run lengths are for {(*size,)} pixels{swapped}, the image has {height, width}"
         )
-    counts = mask.counts
     if isinstance(counts, str):
         from faster_coco_eval.mask_api_new_cpp import toUncompressedRLE
 
         try:
-            counts = toUncompressedRLE([{"size": mask.size, "counts": counts.encode()}])[0][
-                "counts"
-            ]
+            (plain,) = toUncompressedRLE([{"size": size, "counts": counts.encode()}])
         except RuntimeError as error:
             raise ValueError(str(error)) from error
+        counts = plain["counts"]
     if sum(counts) != height * width or min(counts) < 0:
         raise ValueError(f"its runs cover {sum(counts)} of {height * width} pixels")
-    if isinstance(mask.counts, str):
-        return mask.counts
-    plain = {"size": [height, width], "counts": counts}
-    return as_rle(plain, height, width)["counts"].decode("ascii")
+    if mask["counts"] is not counts:
+        return mask
+    return RunLengths(size=size, counts=as_rle(mask, height, width)["counts"].decode("ascii"))
 
 
 def mask_area(annotation: Annotation, height: int, width: int) -> float:
     """Pixels of the mask, or of the box where there is no mask."""
     from pycocotools import mask as coco_mask
 
-    rings = [flat for flat in annotation["polygons"] or [] if len(flat) >= 6]
-    if annotation["runs"] is not None or rings:
-        shape = coco_segmentation(annotation | {"polygons": rings}, height, width)
-        return float(coco_mask.area(as_rle(shape, height, width)))
-    _, _, w, h = annotation["bbox"]
+    mask = annotation.mask
+    if isinstance(mask, list):
+        mask = [flat for flat in mask if len(flat) >= 6]
+    if mask:
+        return float(coco_mask.area(as_rle(mask, height, width)))
+    _, _, w, h = annotation.bbox
     return max(w, 0.0) * max(h, 0.0)
 
 
-def _usable(annotation: Annotation, height: int, width: int) -> bool:
-    x1, y1, x2, y2 = clipped_box(annotation["bbox"], height, width)
-    if annotation["iscrowd"] or x2 <= x1 or y2 <= y1:
-        return False
-    if annotation["runs"] is not None:
-        return mask_area(annotation, height, width) > 0
-    if annotation["polygons"] is None:
-        return True
-    rings = [flat for flat in annotation["polygons"] if len(flat) >= 6]
-    if not rings:
-        return False
-    corners = np.concatenate([np.asarray(flat) for flat in rings]).reshape(-1, 2)
-    return bool((corners.max(0) > corners.min(0)).all())
+def mask_extent(mask: Mask, least: int = 0) -> tuple[float, float, float, float] | None:
+    """x1, y1, x2, y2 of a mask, x2 <= x1 or y2 <= y1 if it is empty; None without one.
+
+    least: polygons of fewer numbers than that are left out.
+    """
+    from pycocotools import mask as coco_mask
+
+    if mask is None:
+        return None
+    if isinstance(mask, dict):
+        x, y, w, h = coco_mask.toBbox(mask).tolist()
+        return x, y, x + w, y + h
+    flat = [value for flat in mask if len(flat) >= least for value in flat] or [0.0, 0.0]
+    return min(flat[::2]), min(flat[1::2]), max(flat[::2]), max(flat[1::2])
 
 
-def has_mask(annotation: Annotation) -> bool:
-    return annotation["polygons"] is not None or annotation["runs"] is not None
+def _is_empty(annotation: Annotation, height: int, width: int) -> bool:
+    boxes = clipped_box(annotation.bbox, height, width), mask_extent(annotation.mask, 6)
+    return any(box is not None and (box[2] <= box[0] or box[3] <= box[1]) for box in boxes)
 
 
 def clipped_box(
@@ -352,66 +352,62 @@ def clipped_box(
     return max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
 
 
-def make_target(
-    annotations: Iterable[Annotation],
-    height: int,
-    width: int,
-    label_of: dict[int, int],
-    masks: bool,
-) -> Target:
-    """The trainable annotations of one image as tensors.
+class AnnotatedImages:
+    """What data sets of annotations have in common; `Dataset` in `mimdet.data.loader` says what.
 
-    label_of: COCO category id -> 0..num_classes-1. masks: whether to make `Target.masks`.
+    A subclass adds `__len__`, `image`, `image_id`, `image_size` and `annotations`.
     """
-    usable = [annotation for annotation in annotations if annotation["usable"]]
-    boxes = [clipped_box(annotation["bbox"], height, width) for annotation in usable]
-    labels = [label_of[annotation["category_id"]] for annotation in usable]
-    crops = None
-    if masks:
-        shapes = [coco_segmentation(annotation, height, width) for annotation in usable]
-        crops = crops_from_segmentations(shapes, height, width)
-    return Target(
-        torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-        torch.tensor(labels, dtype=torch.int64),
-        crops,
-    )
 
+    categories: list[str]
+    category_ids: list[int]
+    has_masks: bool
 
-def coco_segmentation(annotation: Annotation, height: int, width: int) -> Any:
-    """Polygons, or {"size", "counts"}, or None: as COCO files and pycocotools have it."""
-    if annotation["runs"] is not None:
-        return {"size": [height, width], "counts": annotation["runs"]}
-    return annotation["polygons"]
+    def annotations(self, index: int) -> list[Annotation]:
+        raise NotImplementedError
 
+    def __getitem__(self, index: int) -> Record:
+        """The image and its trainable annotations as tensors."""
+        dataset: Any = self
+        usable = [annotation for annotation in self.annotations(index) if annotation.usable]
+        size = dataset.image_size(index)
+        boxes = [clipped_box(annotation.bbox, *size) for annotation in usable]
+        labels = [self.category_ids.index(annotation.category_id) for annotation in usable]
+        masks = [annotation.mask for annotation in usable]
+        target = Target(
+            torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+            torch.tensor(labels, dtype=torch.int64),
+            crops_from_segmentations(masks, *size) if self.has_masks else None,
+        )
+        return Record(dataset.image(index), target, dataset.image_id(index))
 
-def coco_ground_truth(dataset: Any, annotations: Iterable[Sequence[Annotation]]) -> dict[str, Any]:
-    """A COCO dictionary for evaluation: crowds included, annotation ids renumbered from 1.
+    def ground_truth(self) -> dict[str, Any]:
+        """A COCO dictionary for evaluation: crowds included, annotation ids renumbered from 1.
 
-    annotations: of each image of the data set. Ids are renumbered because pycocotools takes a match
-    with annotation 0 for no match. A crowd without a mask gets its box as one: detections there are
-    left out, as they are of boxes.
-    """
-    images: list[dict[str, Any]] = []
-    items: list[dict[str, Any]] = []
-    for index, rows in enumerate(annotations):
-        height, width = dataset.image_size(index)
-        images.append({"id": dataset.image_id(index), "height": height, "width": width})
-        for row in rows:
-            item = {
-                "id": len(items) + 1,
-                "image_id": images[-1]["id"],
-                "category_id": row["category_id"],
-                "bbox": list(row["bbox"]),
-                "area": row["area"],
-                "iscrowd": int(row["iscrowd"]),
-            }
-            if has_mask(row):
-                item["segmentation"] = coco_segmentation(row, height, width)
-            elif row["iscrowd"]:
-                x, y, w, h = row["bbox"]
-                item["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-            items.append(item)
-    pairs = zip(dataset.category_ids, dataset.categories, strict=True)
-    categories = [{"id": number, "name": name} for number, name in pairs]
-    head: dict[str, Any] = {"info": {}, "licenses": []}
-    return head | {"images": images, "annotations": items, "categories": categories}
+        Renumbered because pycocotools takes a match with annotation 0 for no match. A crowd without
+        a mask gets its box as one: detections there are left out, as they are of boxes.
+        """
+        dataset: Any = self
+        images: list[dict[str, Any]] = []
+        items: list[dict[str, Any]] = []
+        for index in range(len(dataset)):
+            height, width = dataset.image_size(index)
+            images.append({"id": dataset.image_id(index), "height": height, "width": width})
+            for annotation in self.annotations(index):
+                item = {
+                    "id": len(items) + 1,
+                    "image_id": images[-1]["id"],
+                    "category_id": annotation.category_id,
+                    "bbox": list(annotation.bbox),
+                    "area": annotation.area,
+                    "iscrowd": int(annotation.iscrowd),
+                }
+                if annotation.mask is not None:
+                    item["segmentation"] = annotation.mask
+                elif annotation.iscrowd:
+                    x, y, w, h = annotation.bbox
+                    item["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+                items.append(item)
+        pairs = zip(self.category_ids, self.categories, strict=True)
+        categories = [{"id": number, "name": name} for number, name in pairs]
+        head: dict[str, Any] = {"info": {}, "licenses": []}
+        return head | {"images": images, "annotations": items, "categories": categories}

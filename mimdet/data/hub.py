@@ -15,16 +15,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from torch import Tensor
 
-from mimdet.data.coco_file import (
-    Annotation,
-    AnnotationEntry,
-    Mask,
-    checked,
-    coco_ground_truth,
-    make_target,
-)
+from mimdet.data.coco_file import AnnotatedImages, Annotation, AnnotationEntry, Mask, checked
 from mimdet.images import read_image, stored_size
-from mimdet.structures import Record
 
 if TYPE_CHECKING:
     from datasets import Dataset as Table
@@ -33,7 +25,7 @@ FORMATS = ("xywh", "xyxy", "cxcywh_normalised")
 CATEGORY_NAMES = ("category", "label", "category_id")
 
 
-class HubDataset:
+class HubDataset(AnnotatedImages):
     """A table of images and objects.
 
     table: a `datasets.Dataset`, a folder, or a data set id for `datasets.load_dataset` (which
@@ -72,18 +64,12 @@ class HubDataset:
         self._value_ids = {v: v if numbered else rank for rank, v in enumerate(values, start=1)}
         self.category_ids = list(self._value_ids.values())
         self.categories = names or [str(value) for value in values]
-        self._label_of = {number: label for label, number in enumerate(self.category_ids)}
         self._table = self._table.select(kept)
         self._known_sizes: dict[int, tuple[int, int]] = {}
         self._check_extents(range(min(len(kept), 100)))
 
     def __len__(self) -> int:
         return len(self._table)
-
-    def __getitem__(self, index: int) -> Record:
-        annotations = self._annotations(index)
-        target = make_target(annotations, *self.image_size(index), self._label_of, self.has_masks)
-        return Record(self.image(index), target, self.image_id(index))
 
     def image(self, index: int) -> Tensor:
         image = read_image(self._source(index), f"{self.name}, row {index}, image")
@@ -109,11 +95,7 @@ class HubDataset:
             return self._table[index]["image_id"]
         return index
 
-    def ground_truth(self) -> dict[str, Any]:
-        """COCO dictionary of all rows: crowds included, annotation ids from 1."""
-        return coco_ground_truth(self, map(self._annotations, range(len(self))))
-
-    def _annotations(self, index: int) -> list[Annotation]:
+    def annotations(self, index: int) -> list[Annotation]:
         height, width = self.image_size(index)
         found = []
         with self._row(index):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mimdet.data.coco_file import Annotation, coco_ground_truth
+from mimdet.data.coco_file import AnnotatedImages, Annotation, RunLengths
 from mimdet.data.rasters import crops_from_bitmaps, extent
 from mimdet.data.scenes import LEVELS, REVISION, Scene, draw_scene
 from mimdet.data.textures import Draws
@@ -27,7 +27,7 @@ SMALLEST = 32
 """Side of the smallest scene: the small objects of a smaller one would be a single pixel."""
 
 
-class ShapesCOCO:
+class ShapesCOCO(AnnotatedImages):
     """`length` scenes of one level; meets the data set contract of `mimdet.data.loader`."""
 
     has_masks = True
@@ -105,28 +105,21 @@ class ShapesCOCO:
     def ground_truth(self) -> dict[str, Any]:
         """COCO format with exact run lengths; draws every scene once, then remembers."""
         if self._ground_truth is None:
-            truth = coco_ground_truth(self, map(self._annotations, range(self.length)))
-            info = {"description": "ShapesCOCO", "version": self.version}
-            truth["info"] = info | {"split": self.split, "seed": self.seed}
-            self._ground_truth = truth
+            info: dict[str, Any] = {"description": "ShapesCOCO", "version": self.version}
+            info |= {"split": self.split, "seed": self.seed}
+            self._ground_truth = super().ground_truth() | {"info": info}
         return self._ground_truth
 
-    def _annotations(self, index: int) -> list[Annotation]:
+    def annotations(self, index: int) -> list[Annotation]:
         scene = self.scene(index)
         found = []
         for mask, label in zip(scene.masks, scene.labels.tolist(), strict=True):
             left, top, right, bottom = extent(mask)
-            annotation = Annotation(
-                source_id="",
-                category_id=self.category_ids[label],
-                bbox=[left, top, right - left, bottom - top],
-                area=int(mask.sum()),
-                iscrowd=False,
-                polygons=None,
-                runs=bitmap_to_rle(mask)["counts"],
-                usable=True,
-            )
-            found.append(annotation)
+            bbox = (left, top, right - left, bottom - top)
+            counts = bitmap_to_rle(mask)["counts"]
+            runs = RunLengths(size=[self.size, self.size], counts=counts)
+            number = self.category_ids[label]
+            found.append(Annotation("", number, bbox, int(mask.sum()), False, runs))
         return found
 
 

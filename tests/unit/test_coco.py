@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from mimdet import files
 from mimdet.analysis.metrics import coco_metrics
 from mimdet.config import DataConfig
 from mimdet.data import coco
@@ -224,7 +225,7 @@ def test_an_interruption_leaves_no_partial_table(tmp_path, content, cache, monke
         raise KeyboardInterrupt
 
     paths = write(tmp_path, content)
-    monkeypatch.setattr(coco.os, "fsync", interrupted)
+    monkeypatch.setattr(files.os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         CocoDataset(*paths)
     assert not list(cache.iterdir())
