@@ -112,17 +112,6 @@ class Detections:
             None if masks is None else change(masks),
         )
 
-    @staticmethod
-    def empty(image_size: tuple[int, int], masks: bool) -> "Detections":
-        probabilities = torch.zeros(0, 28, 28) if masks else None
-        return Detections(
-            torch.zeros(0, 4),
-            torch.zeros(0),
-            torch.zeros(0, dtype=torch.long),
-            image_size,
-            probabilities,
-        )
-
 
 # ------------------------------------------------------------------ masks in the image's pixels
 #

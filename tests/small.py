@@ -14,6 +14,7 @@ from torch import Tensor
 from mimdet import presets
 from mimdet.config import Config
 from mimdet.models.detector import Detector, build_detector
+from mimdet.structures import Detections
 from mimdet.training.run import CheckpointStore, MetricsFile
 
 
@@ -108,3 +109,11 @@ def write_coco(
     file = folder / "annotations.json"
     file.write_text(json.dumps(data))
     return file
+
+
+def nothing_found(height: int, width: int) -> Detections:
+    """No object in an image of this size, with a mask head."""
+    no_labels = torch.zeros(0, dtype=torch.long)
+    return Detections(
+        torch.zeros(0, 4), torch.zeros(0), no_labels, (height, width), torch.zeros(0, 28, 28)
+    )

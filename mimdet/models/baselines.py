@@ -1,6 +1,7 @@
 """Backbones to compare with: ViTDet, Swin and ResNet, on timm's parts. They see every token."""
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from mimdet.config import BackboneConfig
 from mimdet.models.batchnorm import SyncedBatchNorm
+from mimdet.models.sampling import Grid
 from mimdet.models.vit import (
     Checkpointing,
     init_like_mae,
@@ -28,8 +30,6 @@ from mimdet.models.vit import (
     small_gpu,
     transformer_block,
 )
-
-Grid = tuple[int, int]
 
 
 def global_block_places(depth: int, count: int) -> tuple[int, ...]:
@@ -114,7 +114,9 @@ class WindowedEncoder(nn.Module):
         Whole blocks run on windows, so stochastic depth leaves out a window at a time there.
         """
         grid = (tokens.shape[2], tokens.shape[3])
-        x = tokens.permute(0, 2, 3, 1) + self.positions(grid)  # (B, h, w, D)
+        with_class_row = F.pad(self.pos_embed, (0, 0, 1, 0))  # as MAE stores its tables
+        positions = resize_table(with_class_row, grid).unflatten(1, grid)  # (1, h, w, D)
+        x = tokens.permute(0, 2, 3, 1) + positions  # (B, h, w, D)
         window = (self.window_size, self.window_size)
         window_bias, global_bias = self.window_bias(window), self.global_bias(grid)
         maps, start = [], 0
@@ -132,11 +134,6 @@ class WindowedEncoder(nn.Module):
     def run(self, i: int, x: Tensor, bias: Tensor) -> Tensor:
         """Block i on sequences (N, L, D), with `bias` (heads, L, L) added to its attention."""
         return run_block(partial(self.blocks[i], attn_mask=bias), x, self.checkpointing)
-
-    def positions(self, grid: Grid) -> Tensor:
-        """(1, h, w, D)"""
-        with_class_row = F.pad(self.pos_embed, (0, 0, 1, 0))  # as MAE stores its tables
-        return resize_table(with_class_row, grid).unflatten(1, grid)
 
 
 def moco_table(dim: int, side: int) -> Tensor:
@@ -278,27 +275,10 @@ def build_resnet(cfg: BackboneConfig) -> PlainResNet:
         cfg.stage_depths,
         num_classes=0,
         channels=tuple(cfg.embed_dim * 2**stage for stage in range(len(LEVELS))),
-        norm_layer=batch_norm,  # type: ignore[arg-type]
+        norm_layer=lambda channels, **_: SyncedBatchNorm(channels),  # type: ignore[arg-type]
         drop_path_rate=cfg.drop_path,
     )
     return PlainResNet(stages)
-
-
-def batch_norm(channels: int, **placement: Any) -> nn.Module:
-    """For timm, which passes a device and dtype along since 1.0.21."""
-    return SyncedBatchNorm(channels)
-
-
-class Patchify(nn.Module):
-    """The ViT's own stem: one convolution of 16x16 pixels."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.patchify = nn.Conv2d(3, dim, 16, stride=16)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, D, H/16, W/16)."""
-        return self.patchify(images)
 
 
 class BenchmarkingViT(Baseline):
@@ -312,7 +292,7 @@ class BenchmarkingViT(Baseline):
 
     def __init__(self, dim: int, encoder: WindowedEncoder) -> None:
         super().__init__(dict.fromkeys(LEVELS, dim))
-        self.stem = Patchify(dim)
+        self.stem = nn.Sequential(OrderedDict(patchify=nn.Conv2d(3, dim, 16, stride=16)))
         self.encoder = encoder
         to_c2 = nn.Sequential(
             nn.ConvTranspose2d(dim, dim, 2, stride=2),
@@ -324,7 +304,7 @@ class BenchmarkingViT(Baseline):
         self.adaptor = nn.ModuleList([to_c2, to_c3, nn.Identity(), nn.MaxPool2d(2)])
 
     def forward(self, images: Tensor, image_sizes: Sizes = ()) -> dict[str, Tensor]:
-        maps = self.encoder(self.stem(images))
+        maps = self.encoder(self.stem(images))  # of tokens (B, D, H/16, W/16)
         adapted = [adapt(m) for adapt, m in zip(self.adaptor, maps, strict=True)]
         return dict(zip(LEVELS, adapted, strict=True))
 

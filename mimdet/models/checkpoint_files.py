@@ -33,6 +33,11 @@ class CheckpointFile:
     notes: list[str] = field(default_factory=list)
     """What was changed while reading."""
 
+    @property
+    def is_detector(self) -> bool:
+        """Of ours or in detectron2's layout, rather than an autoencoder."""
+        return any(name.startswith(("backbone.", "roi_heads.")) for name in self.tensors)
+
 
 def read_checkpoint(source: str | Path) -> CheckpointFile:
     """Read weights from a file, the package itself, or the local cache of the Hugging Face hub.

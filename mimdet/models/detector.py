@@ -171,14 +171,11 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
     """
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    context = (
-        torch.autocast(device.type, dtypes[precision]) if precision in dtypes else nullcontext()
-    )
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if precision == "fp64" else default)
     try:
-        with context:
+        with torch.autocast(device.type, dtype) if dtype else nullcontext():
             yield
     finally:
         torch.set_default_dtype(default)

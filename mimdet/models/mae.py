@@ -13,7 +13,7 @@ from timm.layers import PatchEmbed
 from torch import Generator, Tensor, nn
 
 from mimdet.models.sampling import SAMPLERS, Sample, Sampler, draw, gather, scatter
-from mimdet.models.vit import frozen_positions, resize_table, transformer_block
+from mimdet.models.vit import frozen_positions, init_like_mae, resize_table, transformer_block
 
 MAELayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -83,14 +83,8 @@ class MAE(nn.Module):
         )
         self.decoder_norm = MAELayerNorm(decoder_dim)
         self.decoder_pred = nn.Linear(decoder_dim, patch_size**2 * 3)
-        self.init_weights()
 
-    def init_weights(self) -> None:
-        """As MAE: Xavier for linear layers and the patch projection, 0.02 for the two tokens."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        self.apply(init_like_mae)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)

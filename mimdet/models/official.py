@@ -81,28 +81,59 @@ PUBLISHED = (
 DETECTRON2_CONSTANTS = r"pixel_mean|pixel_std|proposal_generator\.anchor_generator\."
 
 
-def load_official(source: str | Path, cfg: Config | None = None) -> Detector:
-    """A released MIMDet detector (detectron2's layout), or our weights when `cfg` describes them.
+def load_weights(source: str | Path, cfg: Config | None = None) -> Detector:
+    """The detector of a file of weights, in evaluation mode and float32.
 
-    Without `cfg` the file must equal one of the published models in every name and shape, up to
-    the grid of its position tables, which is read from the file. The detector keeps tokens as the
-    paper's code does (keep="padded") and evaluates at ratio 1, as the published APs.
+    A file that `save_detector` wrote describes itself. Any other is a released MIMDet (detectron2's
+    layout) or, with `cfg`, whatever that describes. Without `cfg` it must equal one of the
+    published models in every name and shape, up to the grid of its position tables, which is read
+    from the file; the detector then keeps tokens as the paper's code does (keep="padded") and
+    evaluates at ratio 1, as the published APs. ValueError naming the file for everything else.
     """
     file = read_checkpoint(source)
-    rules = detectron2_rules(kind=released_kind(file))
-    if cfg is not None:
-        d = cfg.detector
-        rules = detectron2_rules(d.box_convs, d.rpn_convs, cfg.backbone.kind)
-    tensors = from_detectron2(file, rules)
-    if cfg is None:
-        cfg = match_preset(file.name, tensors)
-        cfg.backbone.keep = "padded"
+    if cfg is None and "config" in file.metadata:
+        cfg, categories = read_metadata(file)
+        tensors = file.tensors
+    else:
+        tensors, cfg = read_released(file, cfg)
+        categories = class_names(cfg.detector.num_classes)
+        name = f"{file.name} as {cfg.preset or 'cfg'}"
+        print(LoadReport(name, list(tensors), [], [], notes=file.notes))
     model = build_detector(cfg)
     load_exactly(model, tensors, file.name)
-    model.categories = class_names(cfg.detector.num_classes)
-    name = f"{file.name} as {cfg.preset or 'cfg'}"
-    print(LoadReport(name, list(tensors), [], [], notes=file.notes))
+    model.categories = categories
     return model.eval()
+
+
+def read_metadata(file: CheckpointFile) -> tuple[Config, list[str]]:
+    """Configuration and class names in a file that `save_detector` wrote."""
+    try:
+        cfg: Config = from_dict(json.loads(file.metadata["config"]))
+        categories = json.loads(file.metadata["categories"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file.name}: its configuration cannot be read: {error}") from error
+    if named_code(cfg):
+        raise ValueError(
+            f"{file.name} names code of others ({', '.join(named_code(cfg))}), which a file of "
+            "weights may not run: ask for the run's directory instead"
+        )
+    return cfg, categories
+
+
+def read_released(file: CheckpointFile, cfg: Config | None) -> tuple[dict[str, Tensor], Config]:
+    """The file's tensors under our names, and what they belong to: `cfg`, or a published model."""
+    if cfg is not None:
+        d = cfg.detector
+        return from_detectron2(
+            file, detectron2_rules(d.box_convs, d.rpn_convs, cfg.backbone.kind)
+        ), cfg
+    # Only the baseline's blocks stand at the top of its backbone.
+    plain_vit = any(name.startswith(f"{_BOTTOM_UP}.blocks.") for name in file.tensors)
+    kind = "benchmarking_vit" if plain_vit else "mimdet"
+    tensors = from_detectron2(file, detectron2_rules(kind=kind))
+    cfg = match_preset(file.name, tensors)
+    cfg.backbone.keep = "padded"
+    return tensors, cfg
 
 
 def class_names(count: int) -> list[str]:
@@ -112,18 +143,6 @@ def class_names(count: int) -> list[str]:
     every_id = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # 0..90, with gaps
     coco = [name for name in every_id if name not in ("__background__", "N/A")]
     return coco if count == len(coco) else generic_names(count)
-
-
-def holds_detector(file: CheckpointFile) -> bool:
-    """Whether a file holds a detector, ours or detectron2's layout, rather than an autoencoder."""
-    return any(name.startswith(("backbone.", "roi_heads.")) for name in file.tensors)
-
-
-def released_kind(file: CheckpointFile) -> str:
-    """Which `backbone.kind` a released file was trained with: only the baseline's blocks stand at
-    the top of its backbone."""
-    plain_vit = any(name.startswith("backbone.bottom_up.blocks.") for name in file.tensors)
-    return "benchmarking_vit" if plain_vit else "mimdet"
 
 
 def from_detectron2(file: CheckpointFile, rules: list[Rule]) -> dict[str, Tensor]:
@@ -168,15 +187,12 @@ def match_preset(name: str, tensors: dict[str, Tensor]) -> Config:
         if not best or len(different) < len(best) - 1:
             best = [preset, *different]
     key = best[1]
+    shape = tuple(shapes[key]) if key in shapes else "absent"
     raise ValueError(
         f"{name} is none of the published models: closest is {best[0]}, but {len(best) - 1} "
-        f"tensors differ, first {key!r} ({_shape_or_absent(tensors.get(key))} in the file). "
+        f"tensors differ, first {key!r} ({shape} in the file). "
         "Describe it: load_detector(file, cfg=...)"
     )
-
-
-def _shape_or_absent(value: Tensor | None) -> str:
-    return "absent" if value is None else str(tuple(value.shape))
 
 
 def export_detectron2(model: Detector, path: str | Path) -> None:
@@ -219,29 +235,3 @@ def save_detector(model: Detector, path: str | Path, *, half: bool = False) -> N
         "categories": json.dumps(model.categories),
     }
     write_file(path, lambda partial: save_file(stored(model, half), partial, metadata))
-
-
-def describes_itself(file: CheckpointFile) -> bool:
-    return "config" in file.metadata
-
-
-def load_single_file(file: CheckpointFile) -> Detector:
-    """The detector of a file that `save_detector` wrote, in evaluation mode and float32.
-
-    Raises ValueError naming the file when its configuration is of another version, or its weights
-    are not those of the configuration.
-    """
-    try:
-        cfg: Config = from_dict(json.loads(file.metadata["config"]))
-        categories = json.loads(file.metadata["categories"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{file.name}: its configuration cannot be read: {error}") from error
-    if named_code(cfg):
-        raise ValueError(
-            f"{file.name} names code of others ({', '.join(named_code(cfg))}), which a file of "
-            "weights may not run: ask for the run's directory instead"
-        )
-    model = build_detector(cfg)
-    load_exactly(model, file.tensors, file.name)
-    model.categories = categories
-    return model.eval()

@@ -143,11 +143,14 @@ def load_mae(
     own = backbone.state_dict()
     learnt = {name for name, p in backbone.named_parameters() if p.requires_grad and p.ndim == 3}
     wanted = {theirs: ours for ours in own if (theirs := _mae_name(ours, learnt)) is not None}
-    absent = [theirs for theirs in wanted if theirs not in file.tensors]
     if decoder == "random":
-        absent = [theirs for theirs in absent if not _of_decoder(theirs)]
-        wanted = {theirs: ours for theirs, ours in wanted.items() if not _of_decoder(theirs)}
-    elif absent and not any(name.startswith("decoder_") for name in file.tensors):
+        of_decoder = ("decoder_", "mask_token")
+        wanted = {
+            theirs: ours for theirs, ours in wanted.items() if not theirs.startswith(of_decoder)
+        }
+    absent = [theirs for theirs in wanted if theirs not in file.tensors]
+    has_decoder = any(name.startswith("decoder_") for name in file.tensors)
+    if absent and decoder == "pretrained" and not has_decoder:
         raise ValueError(
             f"{file.name} holds the encoder only: MIMDet's decoder starts from the autoencoder's "
             "own. Use the full file (for example mae_pretrain_vit_base_full.pth, "
@@ -184,7 +187,7 @@ def read_mae(source: str | Path) -> CheckpointFile:
     file = read_checkpoint(source)
     if any(name.startswith("vit.") for name in file.tensors):
         file.tensors = _from_hub_names(file)
-    if any(name.startswith(("backbone.", "roi_heads.")) for name in file.tensors):
+    if file.is_detector:
         raise ValueError(f"{file.name} is a detector, not an autoencoder: use load_detector")
     if "pos_embed" not in file.tensors or "blocks.0.attn.qkv.weight" not in file.tensors:
         raise ValueError(
@@ -232,15 +235,8 @@ def _mae_name(ours: str, learnt: set[str]) -> str | None:
     return None if theirs == "pos_embed" and ours in learnt else theirs
 
 
-def _of_decoder(name: str) -> bool:
-    return name.startswith(("decoder_", "mask_token"))
-
-
 def _count_blocks(tensors: dict[str, Tensor], part: str) -> int:
-    return 1 + max(
-        (int(found[1]) for name in tensors if (found := re.match(rf"{part}\.(\d+)\.", name))),
-        default=-1,
-    )
+    return len({name.split(".")[1] for name in tensors if name.startswith(f"{part}.")})
 
 
 def _fit(file: CheckpointFile, theirs: str, ours: str, value: Tensor, own: Tensor) -> Tensor:

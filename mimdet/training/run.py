@@ -40,9 +40,9 @@ from torch import Tensor
 from mimdet import __version__, processes
 from mimdet.config import Config, PretrainConfig, difference, load_config, save_config
 from mimdet.files import read_json, sync, write_json, write_text
-from mimdet.models.checkpoint_files import read_checkpoint, read_safetensors, shipped
+from mimdet.models.checkpoint_files import read_safetensors, shipped
 from mimdet.models.detector import Detector, build_detector
-from mimdet.models.official import describes_itself, load_official, load_single_file
+from mimdet.models.official import load_weights
 from mimdet.training.slots import SlotText, check_slots, load_slots, write_slots
 
 MAE_FILE = "mae.safetensors"
@@ -416,10 +416,7 @@ def load_detector(
     """
     path = Path(source)
     if path.is_file() or str(source) in shipped():
-        file = read_checkpoint(source)
-        if cfg is None and describes_itself(file):
-            return load_single_file(file).to(device)
-        return load_official(source, cfg).to(device)
+        return load_weights(source, cfg).to(device)
     if not (path / "config.json").exists():
         raise FileNotFoundError(
             f"{path} is neither a run (there is no config.json in it) nor a weights file"

@@ -23,7 +23,7 @@ from mimdet.data.loader import Dataset, MicroBatch, TrainLoader
 from mimdet.files import read_json, write_json
 from mimdet.models.checkpoint_files import read_checkpoint
 from mimdet.models.detector import Detector, build_detector
-from mimdet.models.official import detectron2_rules, from_detectron2, holds_detector
+from mimdet.models.official import detectron2_rules, from_detectron2
 from mimdet.models.weights import LoadReport, load_mae
 from mimdet.training.optim import Schedule
 from mimdet.training.run import Run, load_detector, weights_of
@@ -225,7 +225,7 @@ def initialise(
     """
     source = weights_of(source)
     file = read_checkpoint(source)
-    if not holds_detector(file):
+    if not file.is_detector:
         load_mae(model, source, decoder=decoder)
         return
     d = model.config.detector

@@ -26,6 +26,7 @@ from mimdet.viz import (
     show_training,
 )
 from mimdet.viz.draw import Mark
+from tests.small import nothing_found
 
 ROOT = Path(__file__).resolve().parents[2]
 HEIGHT, WIDTH = 48, 64
@@ -93,7 +94,7 @@ def test_low_scores_are_left_out(painted: list[Sequence[Mark]]) -> None:
 
 
 def test_boxes_without_masks_and_no_objects(painted: list[Sequence[Mark]]) -> None:
-    empty = Detections.empty((HEIGHT, WIDTH), masks=True)
+    empty = nothing_found(HEIGHT, WIDTH)
     fig = show_detections(
         [image(), image()], [detections(masks=False), empty], [target(masks=False)] * 2
     )
@@ -313,8 +314,9 @@ def test_no_pyplot_and_no_settings_changed() -> None:
         from mimdet.models.sampling import Sample
         from mimdet import viz as f
         image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+        nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), (32, 32))
         figs = [
-            f.show_detections([image], [Detections.empty((32, 32), True)]),
+            f.show_detections([image], [nothing]),
             f.show_sample(image, Sample([torch.tensor([1])], (2, 2))),
             f.show_training([{"step": 1, "loss": 1.0}]),
         ]

@@ -8,6 +8,7 @@ from pycocotools.coco import COCO
 
 from mimdet.analysis.evaluate import results_for, save_results
 from mimdet.structures import Detections, rle_to_bitmap
+from tests.small import nothing_found
 
 
 def two_detections(masks: bool = True) -> Detections:
@@ -31,7 +32,7 @@ def test_fields_of_a_result() -> None:
     assert [set(result) for result in results] == [{"image_id", "category_id", "bbox", "score"}] * 2
     with pytest.raises(ValueError, match=r"a\.jpg.*no masks"):
         results_for(two_detections(masks=False), "a.jpg", [1, 2], has_masks=True)
-    assert results_for(Detections.empty((6, 8), masks=True), 1, [1], has_masks=True) == []
+    assert results_for(nothing_found(6, 8), 1, [1], has_masks=True) == []
 
 
 def test_the_file_is_read_by_pycocotools_and_survives_a_failed_write(tmp_path, monkeypatch) -> None:

@@ -25,7 +25,7 @@ from mimdet.models.mae import MAE
 from mimdet.models.official import (
     class_names,
     export_detectron2,
-    load_official,
+    load_weights,
 )
 from mimdet.models.weights import load_mae, load_mae_model, save_mae
 from mimdet.presets import PRESETS
@@ -343,7 +343,7 @@ def test_bad_detector_files(cfg, tmp_path, record_property, fault: str) -> None:
     change, message = BAD_DETECTORS[fault]
     path = write(change(official(cfg, tmp_path / "good.pth")), tmp_path / "bad.pth")
     with pytest.raises(ValueError, match=message) as caught:
-        load_official(path, cfg)
+        load_weights(path, cfg)
     record_property("refused", [f"detector: {fault}", str(caught.value)])
 
 
@@ -357,12 +357,12 @@ def test_unknown_detectors_need_a_configuration(cfg, tmp_path, record_property) 
     record_property("refused", ["detector of no known preset", str(caught.value)])
     with pytest.raises(ValueError, match="not an autoencoder: use load_detector"):
         load_mae(build_detector(cfg), tmp_path / "mine.pth")
-    load_official(tmp_path / "mine.pth", cfg)
+    load_weights(tmp_path / "mine.pth", cfg)
 
 
 def test_detectron2_constants_are_ignored_and_classes_named(cfg, tmp_path) -> None:
     tensors = official(cfg, tmp_path / "good.pth") | {"pixel_mean": torch.ones(3, 1, 1)}
-    load_official(write(tensors, tmp_path / "old.pth"), cfg)
+    load_weights(write(tensors, tmp_path / "old.pth"), cfg)
     names = class_names(80)
     assert (names[0], names[11], names[79]) == ("person", "stop sign", "toothbrush")
     assert class_names(2) == ["class 1", "class 2"]
