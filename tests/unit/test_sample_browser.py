@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
 
@@ -31,10 +30,6 @@ def panel():
     return SampleBrowser(SCENES, DATA)
 
 
-def pixels(canvas):
-    return np.asarray(canvas.snapshot())
-
-
 def test_it_shows_the_image_a_training_with_that_seed_sees(panel):
     panel.kind.value, panel.seed.value = "multiscale", 3
     loader = TrainLoader(SCENES, dataclasses.replace(DATA, augment="multiscale"), 1, 5, seed=3)
@@ -45,24 +40,6 @@ def test_it_shows_the_image_a_training_with_that_seed_sees(panel):
         image, target = apply(panel.geometry, SCENES[index])
         assert torch.equal(image, seen[index].images[0])
         torch.testing.assert_close(target.boxes, seen[index].targets[0].boxes)
-
-
-def test_every_control_changes_the_right_picture(panel):
-    for control, value in ((panel.seed, 7), (panel.index, 2), (panel.kind, "lsj")):
-        before, count = pixels(panel.shown), panel.shown.seq
-        control.value = value
-        assert panel.shown.seq == count + 1
-        assert not np.array_equal(pixels(panel.shown), before)
-        assert "objects are left" in panel.status.value
-
-
-def test_the_seed_leaves_the_stored_picture_but_for_what_is_faded(panel):
-    panel.kind.value = "none"
-    before = pixels(panel.stored)
-    panel.seed.value = 5
-    assert np.array_equal(pixels(panel.stored), before)  # the test transform draws nothing
-    panel.kind.value = "paper"
-    assert not np.array_equal(pixels(panel.stored), before)  # a window: the rest is faded
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,14 +58,12 @@ def test_the_status_says_sizes_objects_and_tokens(panel, kind):
     assert ("cut out" in panel.status.value) == (expected.crop != (0, 0, 64, 64))
 
 
-def test_a_photo_without_truth_can_be_browsed_and_nothing_not():
+def test_a_photo_without_truth_can_be_browsed_():
     nothing = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))
     photo = torch.randint(0, 255, (3, 40, 90), dtype=torch.uint8)
     panel = SampleBrowser([Record(photo, nothing, "photo.jpg")], DATA)
     assert "0 of 0 objects" in panel.status.value
     assert panel.index.max == 0
-    with pytest.raises(ValueError, match="the data set is empty"):
-        SampleBrowser([], DATA)
 
 
 def test_an_image_is_read_once(monkeypatch):

@@ -1,7 +1,5 @@
 """TokenLab: every control changes what it says, and both models get exactly the chosen tokens."""
 
-import time
-
 import pytest
 import torch
 
@@ -129,34 +127,24 @@ def test_cost_by_hand_is_what_is_counted(tokens):
 # ------------------------------------------------------------------ the controls
 
 
-def test_ratio_sampler_and_seed_draw_anew(lab):
-    assert len(kept(lab)) == 4
+def test_the_same_controls_draw_the_same_tokens_for_both_models(lab):
     first = kept(lab)
     now, whole = transformer_cost(4, 32, 2), transformer_cost(16, 32, 2)
     assert f"{now / 1e9:.3g} of {whole / 1e9:.3g} G" in lab.status.value
-    before = lab.painting.picture, lab.detections.picture
     lab.ratio.value = 0.5
     assert len(kept(lab)) == 8
-    assert (lab.painting.picture, lab.detections.picture) != before
     lab.ratio.value = 0.25
-    assert kept(lab) == first, "the same controls draw the same tokens"
-    lab.seed.value = 1
-    assert kept(lab) != first
-    assert lab.painted.sample.keep[0].tolist() == kept(lab), "and the models are asked again"
+    assert kept(lab) == first and len(first) == 4
     lab.sampler.value = "grid"
     assert {place // 4 % 2 for place in kept(lab)} != {0, 1}, "every second row"
-    pasted = lab.painting.picture
-    lab.reconstruction.value = "painted"
-    assert lab.painting.picture != pasted
+    assert lab.painted.sample.keep[0].tolist() == kept(lab)
 
 
 def test_another_image_brings_its_own_grid(lab):
-    seq = lab.canvas.seq
     lab.image.value = 1
     assert (lab.canvas.rows, lab.canvas.columns) == (4, 6)
     assert len(kept(lab)) == 6
     assert lab.canvas.size == (300, 200) == lab.painting.size == lab.detections.size
-    assert lab.canvas.seq > seq and lab.canvas.seq == lab.painting.seq
 
 
 def test_brush_takes_tokens_away_from_both_models_and_reset_brings_them_back(lab):
@@ -205,25 +193,3 @@ def test_a_sampler_of_ones_own_is_in_the_list_and_its_shape_is_checked(models):
     with pytest.raises(ValueError, match=r"returned scores of shape \(3,\).*\(16,\)"):
         lab.sampler.value = "wrong"
     assert "ValueError" in lab.status.value
-
-
-def test_a_saved_notebook_shows_the_pictures_of_the_models_that_are_there(lab, models):
-    assert lab.snapshot().size == (3 * 300 + 2 * 8, 320)
-    alone = TokenLab(mae=models[1], images=[noise(64, 64)])
-    assert alone.snapshot().size == (2 * 300 + 8, 320)
-
-
-def test_it_answers_in_time():
-    """Its goal is a median of 180 ms on one core; processor time, as other programs may be busy."""
-    lab = TokenLab()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    took = []
-    try:
-        for seed in range(1, 6):
-            start = time.process_time()
-            lab.seed.value = seed
-            took.append(time.process_time() - start)
-    finally:
-        torch.set_num_threads(threads)
-    assert sorted(took)[2] < 0.4

@@ -12,7 +12,7 @@ from PIL import Image
 from mimdet.files import write_json
 from mimdet.presets import tiny_mae
 from mimdet.training.job import Job
-from mimdet.training.run import STATUS, CheckpointStore, Run
+from mimdet.training.run import OPTIMIZER, STATUS, WEIGHTS, CheckpointStore, Run
 from mimdet.training.train import resume
 from mimdet.viz import TrainingDashboard
 from mimdet.viz.widgets import training_dashboard
@@ -105,27 +105,31 @@ def test_what_a_button_cannot_do_is_said_in_the_panel(tmp_path) -> None:
     assert "processes=5 cannot share" in board.log.value and board.state.name == "new"
 
 
+def checkpoint_without_weights(run: Path) -> None:
+    folder = run / "checkpoints" / "000003"
+    folder.mkdir(parents=True)
+    for name in (WEIGHTS, OPTIMIZER):
+        (folder / name).touch()
+
+
 def test_a_picture_that_cannot_be_made_is_said_and_ends_no_watching(tmp_path, monkeypatch) -> None:
-    board = TrainingDashboard(short(), tmp_path / "run")
     monkeypatch.setattr(training_dashboard, "LOOK_EVERY", 0.01)
+    monkeypatch.setattr(training_dashboard, "DRAW_EVERY", 0.0)
+    monkeypatch.setattr(training_dashboard, "SHARE", 1e9)
+    board = TrainingDashboard(short(), tmp_path / "run")
     states = iter([True, True, False])
     monkeypatch.setattr(board, "look", lambda: type("State", (), {"running": next(states)})())
-    drawn = []
-    monkeypatch.setattr(board, "draw_curves", lambda: drawn.append(1) or False)
-    monkeypatch.setattr(board, "draw_detections", lambda: {}["<no>"])
+    checkpoint_without_weights(tmp_path / "run")
     board._follow()
-    assert drawn == [1, 1, 1]
-    assert board.log.value.startswith("the detections cannot be drawn")
-    assert "&lt;no&gt;" in board.log.value
+    assert next(states, None) is None
+    assert "cannot be drawn" in board.detections.title and board.curves.title == ""
 
 
 def test_an_autoencoder_s_run_has_curves_only(tmp_path) -> None:
-    cfg = tiny_mae()
-    Run(tmp_path / "run", cfg)
-    folder = tmp_path / "run" / "checkpoints" / "000003"
-    folder.mkdir(parents=True)
+    Run(tmp_path / "run", tiny_mae())
+    checkpoint_without_weights(tmp_path / "run")
     board = TrainingDashboard(tmp_path / "run")
-    assert not board.draw_detections() and not board.detections.picture
+    assert board.curves.picture and not board.detections.picture and not board.detections.title
 
 
 def test_start_stop_take_over_resume_end(tmp_path, monkeypatch, gate) -> None:
@@ -165,4 +169,4 @@ def test_start_stop_take_over_resume_end(tmp_path, monkeypatch, gate) -> None:
     expected, found = weights(tmp_path / "undisturbed"), weights(run)
     assert [k for k in expected if not torch.equal(expected[k], found[k])] == []
     last = TrainingDashboard(run)  # without trust in the code: no detections, everything else
-    assert last.state.name == "finished" and "trust_code=True" in last.detections.label
+    assert last.state.name == "finished" and "trust_code=True" in last.detections.title

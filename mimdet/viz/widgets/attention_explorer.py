@@ -1,8 +1,8 @@
 """AttentionExplorer: click a patch of a picture and see what it attends to."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import ipywidgets
 import numpy as np
@@ -26,7 +26,7 @@ from mimdet.viz.widgets.panel import ImagePanel, dropdown
 
 WIDTH = 352
 """Pixels of a picture on the screen."""
-MEAN = -1
+MEAN = "mean"
 
 
 class AttentionExplorer(ImagePanel):
@@ -63,20 +63,15 @@ class AttentionExplorer(ImagePanel):
         self.rollout.layout.width = "90px"
         self.picture = PatchCanvas(tool="select", show_grid=True)
         self.map = PatchCanvas(tool="select")
-        self.canvases = [self.picture, self.map]
-        controls = [self.part, self.block, self.head, self.rollout]
-        self.arrange(self.inputs, controls, self.canvases)
         traitlets.link((self.picture, "selected"), (self.map, "selected"))
-        self.watch(*controls)
-        self.watch(self.picture, name="selected")
-        self.redraw()
-
-    # --------------------------------------------------------------------------- what to show
+        self.picture.observe(self.changed, "selected")
+        self.canvases = [self.picture, self.map]
+        self.open(self.inputs, [self.part, self.block, self.head, self.rollout], self.canvases)
 
     def draw(self) -> str:
         self.once("blocks", self.part.value, self._offer_blocks)
         key = (self.image.value, self.ratio.value, self.seed.value)
-        inputs = self.once("inputs", key, self._prepare)
+        inputs: Inputs = self.once("inputs", key, self._prepare)
         h, w = inputs.sample.grid
         for canvas in self.canvases:
             canvas.rows, canvas.columns = h, w
@@ -95,7 +90,7 @@ class AttentionExplorer(ImagePanel):
                 "attends to nothing there. Click a token in colour, change the seed or the ratio, "
                 "or look at the decoder, which sees every place."
             )
-        values, high, text = self._attention(inputs, place)
+        values, high, text = self._attention(inputs, key, place)
         self._show_map(inputs, values, high)
         shares = values.flatten().nan_to_num(-1)
         if self.rollout.value:
@@ -109,14 +104,20 @@ class AttentionExplorer(ImagePanel):
             f"{text}. Query {where}; most, {largest}, goes to {most}; equal shares would be {even}."
         )
 
-    def _attention(self, inputs: "Inputs", place: int) -> tuple[Tensor, float, str]:
-        """(h, w) shares, the end of the colour scale, and what they are."""
-        names = self.names[self.part.value]
+    def _attention(self, inputs: "Inputs", key: Any, place: int) -> tuple[Tensor, float, str]:
+        """(h, w) shares, the end of the colour scale, and what they are. key: of the inputs."""
+        part = self.part.value
+        names = self.names[part]
         name = names[self.block.value]
-        seen = self._look(inputs, place)
+        tokens = len(inputs.sample.keep[0]) if part == "encoder" else math.prod(inputs.sample.grid)
+        gib = len(names) * self._heads() * tokens**2 * 4 / 2**30
+        query = None if gib <= recording.LIMIT_GIB else place  # every map, or its rows alone
+        seen: Recording = self.once(
+            ("seen", part), (key, query), lambda: self._look(inputs, names, query)
+        )
         title = attention.block_title(seen, name)
         if self.rollout.value:
-            if seen.query is not None:
+            if query is not None:
                 raise ValueError(
                     "rollout needs whole maps, and those of so many tokens do not fit: lower the "
                     "ratio, take a smaller picture, or switch rollout off"
@@ -136,8 +137,6 @@ class AttentionExplorer(ImagePanel):
         below.alpha_composite(above.resize(below.size, Image.Resampling.NEAREST))
         self.map.show(np.asarray(below.convert("RGB")))
 
-    # --------------------------------------------------------------------------- running the model
-
     def _prepare(self) -> "Inputs":
         """Image and sample of these controls: the same for every query, block and head."""
         backbone: Any = self.model.backbone
@@ -155,25 +154,16 @@ class AttentionExplorer(ImagePanel):
         grey = draw.to_pixels(attention.greyed(padded), WIDTH)
         return Inputs(batch, grey, sample.to(torch.device("cpu")))
 
-    def _look(self, inputs: "Inputs", place: int) -> Recording:
-        """The attention of the chosen part: every map, or every row of this place."""
-        part, names = self.part.value, self.names[self.part.value]
-        h, w = inputs.sample.grid
-        tokens = len(inputs.sample.keep[0]) if part == "encoder" else h * w
-        gib = len(names) * self._heads() * tokens**2 * 4 / 2**30
-        query = None if gib <= recording.LIMIT_GIB else place
-        if (part, query) not in inputs.seen:
-            backbone: Any = self.model.backbone
-            with (
-                evaluating(backbone),
-                record(self.model, *names, query=query) as seen,
-                autocast(device_of(self.model), "auto"),
-            ):
-                backbone(
-                    inputs.batch.tensors, inputs.batch.image_sizes, Sampling(sample=inputs.sample)
-                )
-            inputs.seen[part, query] = seen
-        return inputs.seen[part, query]
+    def _look(self, inputs: "Inputs", names: list[str], query: int | None) -> Recording:
+        """The attention of these blocks: every map, or every row of one place."""
+        backbone, batch = self.model.backbone, inputs.batch
+        with (
+            evaluating(backbone),
+            record(self.model, *names, query=query) as seen,
+            autocast(device_of(self.model), "auto"),
+        ):
+            backbone(batch.tensors, batch.image_sizes, Sampling(sample=inputs.sample))
+        return seen
 
     def _heads(self) -> int:
         block: Any = self.model.get_submodule(self.names[self.part.value][0])
@@ -181,20 +171,16 @@ class AttentionExplorer(ImagePanel):
 
     def _offer_blocks(self) -> None:
         """Blocks and heads of the chosen part; the last block and the mean are chosen first."""
-        blocks = len(self.names[self.part.value])
-        self.block.options = [(str(i), i) for i in range(blocks)]
-        self.block.value = blocks - 1
-        self.head.options = [("mean", MEAN), *((str(i), i) for i in range(self._heads()))]
+        self.block.options = range(len(self.names[self.part.value]))
+        self.block.value = self.block.options[-1]
+        self.head.options = [MEAN, *range(self._heads())]
         self.head.value = MEAN
 
 
-@dataclass(slots=True)
-class Inputs:
-    """One picture under one sample, and what was seen of it so far."""
+class Inputs(NamedTuple):
+    """One picture under one sample."""
 
     batch: Batch
     grey: Pixels
     """The picture without its colours."""
     sample: Sample
-    seen: dict[tuple[str, int | None], Recording] = field(default_factory=dict)
-    """By part, and by query where all maps would not fit."""

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import ipywidgets
@@ -26,11 +27,10 @@ MANY_PROPOSALS, FEW_PROPOSALS = 300, 100
 class Panel:
     """Controls and canvases; `draw` is called when a control changes, and fills the canvases.
 
-    A subclass makes its widgets, calls `arrange` with them and `watch` with the controls, and
-    writes `draw`. Callbacks may run in a thread beside a running cell, so one lock guards the
-    models of all panels and `draw` runs without gradients. What goes wrong is written below the
-    panel. A widget in the attribute `seed` has the class `mimdet-<name>-seed`, by which style
-    sheets and tests in a browser find it.
+    A subclass makes its widgets, ends its `__init__` with `open`, and writes `draw`. Callbacks may
+    run in a thread beside a running cell, so one lock guards the models of all panels and `draw`
+    runs without gradients. What goes wrong is written below the panel. A widget in the attribute
+    `seed` has the class `mimdet-<name>-seed`, by which style sheets and tests in a browser find it.
     """
 
     name = "panel"
@@ -43,6 +43,8 @@ class Panel:
     def __init__(self) -> None:
         self.status = ipywidgets.HTML()
         self.status.add_class("mimdet-status")
+        self.complaints = self.status
+        """What could not be done is written here."""
         self.milliseconds: list[float] = []
         """How long each `draw` took."""
         self.canvases: list[PatchCanvas] = []
@@ -50,22 +52,42 @@ class Panel:
         self._made: dict[Any, tuple[Any, Any]] = {}
         self._drawing_thread = 0
 
-    def arrange(self, *rows: Any) -> None:
-        """Put rows of widgets below each other, the status line last."""
+    def open(self, *rows: Any) -> None:
+        """Put rows of widgets below each other, the status line last, and draw for the first time.
+
+        From then on the value of every widget in a list is answered by `redraw`, of a slider when
+        it is let go; of other widgets only what is observed by `changed`.
+        """
         for name, widget in vars(self).items():
             if isinstance(widget, ipywidgets.DOMWidget):
                 widget.add_class(f"mimdet-{self.name}-{name}")
             if hasattr(getattr(widget, "style", None), "description_width"):
                 widget.style.description_width = "initial"  # else long ones are cut off
+            if hasattr(widget, "continuous_update"):
+                widget.continuous_update = False
+        for control in (control for row in rows if isinstance(row, list) for control in row):
+            if control.has_trait("value") and not isinstance(control, ipywidgets.FileUpload):
+                control.observe(self.changed, "value")
         self.box.children = [
             ipywidgets.HBox(row, layout={"flex_flow": "row wrap"}) if isinstance(row, list) else row
             for row in (*rows, self.status)
         ]
+        self.redraw()
 
-    def watch(self, *controls: Any, name: str = "value") -> None:
-        """Call `redraw` whenever the trait `name` of one of these widgets changes."""
-        for control in controls:
-            control.observe(self._changed, name)
+    def button(self, name: str, action: Callable[[], Any], text: str = "", style: str = "") -> Any:
+        """A button with the class `mimdet-<panel>-<name>` that does this."""
+        layout = {"width": "auto"}
+        button = ipywidgets.Button(description=text or name, button_style=style, layout=layout)
+        button.add_class(f"mimdet-{self.name}-{name}")
+        button.on_click(lambda _: self.attempt(action))
+        return button
+
+    def attempt(self, action: Callable[[], Any]) -> None:
+        """Do this; what goes wrong is written below the panel."""
+        try:
+            action()
+        except Exception as error:
+            self.complaints.value = in_words(error)
 
     def draw(self) -> str:
         """Fill the canvases from the controls; returns the text of the status line."""
@@ -94,13 +116,14 @@ class Panel:
                 for canvas in self.canvases:
                     canvas.answered()
 
+    def changed(self, change: Any) -> None:
+        """For `observe` of a trait besides those that `open` observes: redraws."""
+        if self._drawing_thread != threading.get_ident():  # `draw` itself may move a control
+            self.redraw()
+
     def snapshot(self) -> Image.Image:
         """The canvases side by side, as a saved notebook shows them."""
         return Image.fromarray(beside([np.asarray(c.snapshot()) for c in self.canvases]))
-
-    def _changed(self, change: Any) -> None:
-        if self._drawing_thread != threading.get_ident():  # `draw` itself may move a control
-            self.redraw()
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
         bundle = self.box._repr_mimebundle_(**options)
@@ -111,7 +134,7 @@ class ImagePanel(Panel):
     """A panel about one picture and a sample of its tokens.
 
     `image` lists the pictures to choose from, `upload` adds your own; `ratio` is the share of
-    tokens kept, and `seed` draws others. All of them answer when they are let go.
+    tokens kept, and `seed` draws others.
     """
 
     def __init__(self, images: Sequence[Tensor] | None = None, ratio: float = 0.25) -> None:
@@ -126,15 +149,12 @@ class ImagePanel(Panel):
         self.image = dropdown("image", [(f"image {i + 1}", i) for i in range(len(self.images))])
         self.upload = ipywidgets.FileUpload(accept="image/*", description="your own")
         self.upload.observe(self._uploaded, "value")
+        steps = [(f"{step / 20:.2f}", step / 20) for step in range(1, 21)]
         self.ratio = ipywidgets.SelectionSlider(
-            options=[(f"{step / 20:.2f}", step / 20) for step in range(1, 21)],
-            value=ratio,
-            description="ratio kept",
-            continuous_update=False,
+            options=steps, value=ratio, description="ratio kept"
         )
-        self.seed = seed_slider()
+        self.seed = ipywidgets.IntSlider(description="seed", max=99)
         self.inputs = [self.image, self.upload, self.ratio, self.seed]
-        self.watch(self.image, self.ratio, self.seed)
 
     @property
     def chosen(self) -> Tensor:
@@ -149,12 +169,10 @@ class ImagePanel(Panel):
 
     def _uploaded(self, change: Any) -> None:
         for file in change.new:
-            try:
-                image = read_image(bytes(file["content"]), file["name"])
-            except ValueError as error:
-                self.status.value = in_words(error)
-            else:
-                self.add(image, file["name"])
+            self.attempt(partial(self._read, bytes(file["content"]), file["name"]))
+
+    def _read(self, content: bytes, name: str) -> None:
+        self.add(read_image(content, name), name)
 
 
 def in_words(error: Exception) -> str:
@@ -169,35 +187,21 @@ def dropdown(description: str, options: Any) -> Any:
     return ipywidgets.Dropdown(options=options, description=description, layout=layout)
 
 
-def toggles(description: str, options: Sequence[str], value: str) -> Any:
-    """Buttons of which one is pressed."""
+def toggles(description: str, options: Sequence[str]) -> Any:
+    """Buttons of which one is pressed, at first the first."""
     style = {"button_width": "90px"}
-    return ipywidgets.ToggleButtons(
-        options=options, value=value, description=description, style=style
-    )
-
-
-def seed_slider() -> Any:
-    """A slider for the seed of what is drawn at random."""
-    return ipywidgets.IntSlider(description="seed", max=99, continuous_update=False)
-
-
-def score_slider(value: float) -> Any:
-    """A slider for the score below which detections are left out."""
-    return ipywidgets.FloatSlider(
-        value, min=0, max=1, step=0.05, description="score ≥", continuous_update=False
-    )
+    return ipywidgets.ToggleButtons(options=options, description=description, style=style)
 
 
 @contextmanager
-def few_proposals(model: Detector | None) -> Iterator[str]:
+def few_proposals(model: Detector) -> Iterator[str]:
     """Inside, the heads see the 100 best proposals of an image, where it would be more than 300.
 
     A panel must answer at once, and a full-size detector on a CPU spends most of its time on a
     thousand proposals. Yields a remark to end the status line with; "" where all stays as it is.
     """
-    train, most = model.rpn.post_nms if model is not None else (0, 0)
-    if model is None or most <= MANY_PROPOSALS:
+    train, most = model.rpn.post_nms
+    if most <= MANY_PROPOSALS:
         yield ""
         return
     model.rpn.post_nms = (train, FEW_PROPOSALS)

@@ -50,38 +50,36 @@ class PyramidViewer(ImagePanel):
         sampled = all(model.samples for model in self.models.values())
         levels = [level for level in features.LEVELS if sampled or level != "tokens"]
         self.level = dropdown("level", levels)
-        self.view = toggles("view", ["PCA", "norm", "channel"], "PCA")
+        self.view = toggles("view", ["PCA", "norm", "channel"])
         self.channel = ipywidgets.IntSlider(description="channel", min=0, max=0)
         self.model = dropdown("model", [ALL, *self.models])
         self.scale = ipywidgets.Checkbox(True, description="one scale for all", indent=False)
         self.picture = PatchCanvas()
         self.maps = {name: PatchCanvas() for name in self.models}
         controls = [self.level, self.view, self.channel, self.model, self.scale]
-        self.arrange(
+        self.open(
             self.inputs,
             controls if len(self.models) > 1 else controls[:3],
             [self.picture, *self.maps.values()],
         )
-        self.watch(*controls)
-        self.redraw()
 
     def draw(self) -> str:
         shown = list(self.models) if self.model.value == ALL else [self.model.value]
         level, ratio, seed = self.level.value, self.ratio.value, self.seed.value
-        now = {name: self._pyramid(name, ratio, seed) for name in shown}
+        now = [self._pyramid(name, ratio, seed) for name in shown]
         full = [self._pyramid(name, 1.0, 0).maps[level] for name in shown]
-        maps = [found.only(level)[level] for found in now.values()]
+        maps = [found.only(level)[level] for found in now]
         self.channel.max = min(map(len, maps)) - 1
         self.channel.disabled = self.view.value != "channel"
         for name, canvas in self.maps.items():
             canvas.layout.display = None if name in shown else "none"
-        pictures = self._pictures(maps, full)
-        for name, values, (pixels, note) in zip(shown, maps, pictures, strict=True):
+        pictures, notes = self._pictures(maps, full)
+        for name, values, pixels, note in zip(shown, maps, pictures, notes, strict=True):
             title = f"{level}: {' x '.join(map(str, values.shape))}"
             title = f"{name}, {title}" if len(self.models) > 1 else title
             self.maps[name].show(draw.enlarged(pixels, SIDE, smooth=False), title=title)
             self.maps[name].label = f"{title}, {note}"
-        first = now[shown[0]]
+        first = now[0]
         image, kept = draw.to_pixels(first.image, SIDE), "this backbone sees every token"
         if first.sample is not None:
             image = features.pale_dropped(image, first.sample, draw.image_size(first.image))
@@ -89,17 +87,13 @@ class PyramidViewer(ImagePanel):
             kept = f"the encoder sees {len(first.sample.keep[0])} of {total} tokens"
         self.picture.show(image, title="image")
         self.canvases = [self.picture, *(self.maps[name] for name in shown)]
-        self.label = (
-            f"An image and its map {level} in {', '.join(shown)}: {self.view.value} at ratio "
-            f"{ratio:.2f}."
-        )
+        what = f"{self.view.value} at ratio {ratio:.2f}"
+        self.label = f"An image and its map {level} in {', '.join(shown)}: {what}."
         moved = "made before tokens are sampled: the ratio does not matter"
         if level not in BEFORE_SAMPLING:
-            shares = [
-                100 * float((m - f).norm() / f.norm()) for m, f in zip(maps, full, strict=True)
-            ]
-            moved = f"moved from ratio 1 by {' | '.join(f'{share:.1f} %' for share in shares)}"
-        return f"{level} · {kept} · {' | '.join(note for _, note in pictures)} · {moved}"
+            shares = [float((m - f).norm() / f.norm()) for m, f in zip(maps, full, strict=True)]
+            moved = f"moved from ratio 1 by {' | '.join(f'{100 * s:.1f} %' for s in shares)}"
+        return " · ".join([level, kept, " | ".join(notes), moved])
 
     def _pyramid(self, name: str, ratio: float, seed: int) -> features.Pyramid:
         """What a model makes of the image; kept for the last setting and for ratio 1."""
@@ -114,15 +108,15 @@ class PyramidViewer(ImagePanel):
 
     def _pictures(
         self, maps: Sequence[Tensor], references: Sequence[Tensor]
-    ) -> list[tuple[Pixels, str]]:
-        """Each map as pixels and what they show; scales are those of the references."""
+    ) -> tuple[list[Pixels], list[str]]:
+        """Each map as pixels, and what they show; scales are those of the references."""
         one = self.scale.value and len({len(reference) for reference in references}) == 1
         if self.view.value == "PCA":
-            groups = [references if one else [own] for own in references]
-            bases = [features.fit_basis(*group) for group in groups]
-            pixels = map(features.pca_picture, maps, bases)
-            notes = [f"3 colours carry {100 * float(b.explained.sum()):.0f} %" for b in bases]
-            return list(zip(pixels, notes, strict=True))
+            bases = [features.fit_basis(*(references if one else [own])) for own in references]
+            pixels = list(map(features.pca_picture, maps, bases))
+            return pixels, [
+                f"3 colours carry {100 * float(b.explained.sum()):.0f} %" for b in bases
+            ]
         if self.view.value == "norm":
             planes, scales = ([*map(features.norm_map, given)] for given in (maps, references))
             names = ["norm"] * len(maps)
@@ -134,7 +128,7 @@ class PyramidViewer(ImagePanel):
             planes, scales = ([*map(features.channel_map, g, chosen)] for g in (maps, references))
             names = [f"channel {channel}" for channel in chosen]
         ends = [(float(scale.min()), float(scale.max())) for scale in scales]
-        return [
-            (draw.heat(plane, low, high), f"{name} {low:.1f} to {high:.1f}")
-            for plane, name, (low, high) in zip(planes, names, ends, strict=True)
+        notes = [
+            f"{name} {low:.1f} to {high:.1f}" for name, (low, high) in zip(names, ends, strict=True)
         ]
+        return [draw.heat(plane, *end) for plane, end in zip(planes, ends, strict=True)], notes

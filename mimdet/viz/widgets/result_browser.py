@@ -1,8 +1,8 @@
 """ResultBrowser: predictions against the truth, image by image, filtered by what went wrong."""
 
 from collections.abc import Mapping
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import cache, lru_cache
+from typing import Any
 
 import ipywidgets
 import numpy as np
@@ -15,9 +15,9 @@ from mimdet.data.loader import Dataset
 from mimdet.structures import Crops
 from mimdet.viz import draw
 from mimdet.viz.draw import Mark, Pixels, Size
-from mimdet.viz.style import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, YELLOW
+from mimdet.viz.style import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, YELLOW, plural
 from mimdet.viz.widgets.canvas import PatchCanvas
-from mimdet.viz.widgets.panel import Panel, dropdown, score_slider
+from mimdet.viz.widgets.panel import Panel, dropdown
 
 Results = list[dict[str, Any]]
 
@@ -25,23 +25,16 @@ REMEMBERED = 16
 """Images kept, so that a filter does not read a file again."""
 
 
-class Look(NamedTuple):
-    """How the marks of a verdict are told from others."""
-
-    colour: str
-    letter: str
-    words: str
-
-
-LOOKS: dict[Verdict, Look] = {
-    "correct": Look(GREEN, "+", "correct"),
-    "classification": Look(ORANGE, "C", "classification"),
-    "localisation": Look(SKY, "L", "localisation"),
-    "both": Look(PURPLE, "B", "both"),
-    "duplicate": Look(YELLOW, "D", "duplicate"),
-    "background": Look(BLUE, "N", "background (nothing there)"),
-    "missed": Look(VERMILLION, "M", "missed (dashed)"),
+LOOKS: dict[Verdict, tuple[str, str, str]] = {
+    "correct": (GREEN, "+", "correct"),
+    "classification": (ORANGE, "C", "classification"),
+    "localisation": (SKY, "L", "localisation"),
+    "both": (PURPLE, "B", "both"),
+    "duplicate": (YELLOW, "D", "duplicate"),
+    "background": (BLUE, "N", "background (nothing there)"),
+    "missed": (VERMILLION, "M", "missed (dashed)"),
 }
+"""How the marks of a verdict are told from others: colour, letter, words."""
 WHITE = "#FFFFFF"
 """Of a true object."""
 
@@ -105,55 +98,48 @@ class ResultBrowser(Panel):
         self.matches: list[int] = []
         """Places of the images that match, in the order of their ids."""
         self.canvases = [PatchCanvas(tool="look") for _ in range(1 + len(runs))]
-        self._make_controls(score_threshold)
-        self.redraw()
-
-    def _make_controls(self, score_threshold: float) -> None:
-        def button(text: str, by: int) -> Any:
-            def step(_: Any) -> None:
-                self.position.value += by  # stays within its ends
-
-            made = ipywidgets.Button(description=text, layout={"width": "90px"})
-            made.on_click(step)
-            return made
-
         # Not None: a list shows that value as an empty field.
         self.verdict = dropdown("verdict", [("any", ""), *((v, v) for v in VERDICTS)])
         self.category = dropdown("class", [("any", ""), *((c, c) for c in self._categories)])
         self.size = dropdown("size", [("any", ""), *((s, s) for s in SIZES)])
-        self.where = dropdown(
-            "where", ["either", *self.runs, *(f"only {name}" for name in self.runs)]
+        only = [f"only {name}" for name in self.runs]
+        self.where = dropdown("where", ["either", *self.runs, *only])
+        self.score = ipywidgets.FloatSlider(
+            score_threshold, min=0, max=1, step=0.05, description="score ≥"
         )
-        self.score = score_slider(score_threshold)
         self.position = ipywidgets.BoundedIntText(
             1, min=0, max=1, description="image number", layout={"width": "160px"}
         )
-        self.previous, self.next = button("previous", -1), button("next", +1)
-        of_runs = [self.where] if len(self.runs) == 2 else []
-        words = ", ".join(f"{look.letter} {look.words}" for look in LOOKS.values())
-        self.arrange(
-            [self.verdict, self.category, self.size, *of_runs],
+        self.previous = self.button("previous", lambda: self._step(-1))
+        self.next = self.button("next", lambda: self._step(+1))
+        words = ", ".join(f"{letter} {meaning}" for _, letter, meaning in LOOKS.values())
+        self.open(
+            [self.verdict, self.category, self.size, *([self.where] if len(runs) == 2 else [])],
             [self.score, self.previous, self.position, self.next],
-            ipywidgets.HTML(f"<img alt='{words}' src='{draw.data_url(legend(800))}'>"),
+            ipywidgets.HTML(f"<img alt='{words}' src='{draw.data_url(legend())}'>"),
             self.canvases,
         )
-        self.watch(self.verdict, self.category, self.size, self.where, self.score, self.position)
 
-    # --------------------------------------------------------------------------- drawing
+    def _step(self, by: int) -> None:
+        self.position.value += by  # stays within its ends
 
     def draw(self) -> str:
         score = round(self.score.value, 4)
-        filters = (self.verdict, self.category, self.size)
-        wanted = [control.value or None for control in filters]
+        wanted = [control.value or None for control in (self.verdict, self.category, self.size)]
         judged = {name: run.verdicts(score) for name, run in self.runs.items()}
         chosen = {name: run.chosen(judged[name], *wanted) for name, run in self.runs.items()}
         in_run = {name: set(judged[name].image[chosen[name]].tolist()) for name in self.runs}
-        self._go_to_match(sorted(self._images(in_run)), (*wanted, score, self.where.value))
+        either = set[int]().union(*in_run.values())
+        images = {"either": either} | in_run
+        for name in in_run:
+            others = (found for other, found in in_run.items() if other != name)
+            images[f"only {name}"] = either.difference(*others)
+        self._go_to_match(sorted(images[self.where.value]), (*wanted, score, self.where.value))
         found = [
-            f"{name}: {int(mine.sum())} in {_plural(len(in_run[name]), 'image')}"
+            f"{name}: {int(mine.sum())} in {plural(len(in_run[name]), 'image')}"
             for name, mine in chosen.items()
         ]
-        shown = f"{len(self.matches)} of {_plural(len(self._ids), 'image')} match"
+        shown = f"{len(self.matches)} of {plural(len(self._ids), 'image')} match"
         self.label = f"{shown}; detections and missed objects that match: {', '.join(found)}"
         if not self.matches:
             nothing = np.full((self._width, self._width, 3), 225, np.uint8)
@@ -167,7 +153,7 @@ class ResultBrowser(Panel):
             for entry in self._objects
             if entry["image_id"] == self._ids[self._image]
         ]
-        title = f"truth: {_plural(len(marks), 'object')}"
+        title = f"truth: {plural(len(marks), 'object')}"
         self.canvases[0].show(draw.with_marks(picture, marks, size), title=title)
         for canvas, (name, verdicts) in zip(self.canvases[1:], judged.items(), strict=True):
             here = verdicts.image == self._image
@@ -176,22 +162,22 @@ class ResultBrowser(Panel):
             wrong = len(marks) - counts["correct"] - counts["missed"]
             title = f"{name}: {counts['correct']} correct, {wrong} wrong, {counts['missed']} missed"
             canvas.show(draw.with_marks(picture, marks, size), title=title)
-        place = self.matches.index(self._image) + 1
-        at = f"image {place} of {len(self.matches)} (id {self._ids[self._image]})"
+        at = f"image {self.position.value} of {len(self.matches)} (id {self._ids[self._image]})"
         self.label = f"{self.label}; {at}"
         return self.label
 
     def _marks(self, run: ErrorReport, verdicts: Verdicts, strong: Any, size: Size) -> list[Mark]:
         marks = []
-        for i, look in enumerate(LOOKS[VERDICTS[number]] for number in verdicts.verdict):
+        for i, number in enumerate(verdicts.verdict):
+            colour, letter, _ = LOOKS[VERDICTS[number]]
             missed, is_strong = bool(verdicts.result[i] < 0), bool(strong[i])
             if missed:
                 entry, score = run.ground_truth["annotations"][verdicts.annotation[i]], ""
             else:
                 entry, score = run.results[verdicts.result[i]], draw.score_text(verdicts.score[i])
-            name = " ".join(filter(None, (look.letter, self._class(entry), score)))
+            name = " ".join(filter(None, (letter, self._class(entry), score)))
             mask = self._mask(entry, size) if is_strong and not missed else None
-            marks.append(Mark(draw.box_of(entry, size), look.colour, name, mask, is_strong, missed))
+            marks.append(Mark(draw.box_of(entry, size), colour, name, mask, is_strong, missed))
         return marks
 
     def _class(self, entry: dict[str, Any]) -> str:
@@ -200,63 +186,43 @@ class ResultBrowser(Panel):
     def _mask(self, entry: dict[str, Any], size: Size) -> Crops | None:
         return draw.mask_of(entry, size) if self.iou_type == "segm" else None
 
-    def snapshot(self) -> Image.Image:
-        """The canvases, the legend and what matches, as a saved notebook shows them."""
-        row = np.asarray(super().snapshot())
-        whole = draw.below([row, legend(row.shape[1])])
-        controls = (self.verdict, self.category, self.size, self.score)
-        chosen = [f"{control.description} {control.value}" for control in controls if control.value]
-        text = f"{', '.join(chosen)}: {len(self.matches)} of {_plural(len(self._ids), 'image')}"
-        return draw.with_few_colours(
-            draw.captioned(whole, text), [look.colour for look in LOOKS.values()]
-        )
-
-    # --------------------------------------------------------------------------- which image
-
-    def _images(self, in_run: dict[str, set[int]]) -> set[int]:
-        """Those that match, given those of each run."""
-        where = self.where.value
-        if where == "either":
-            return set().union(*in_run.values())
-        if where in in_run:
-            return in_run[where]
-        mine = where.removeprefix("only ")
-        return in_run[mine].difference(*(in_run[name] for name in in_run if name != mine))
-
     def _go_to_match(self, matches: list[int], wanted: tuple[Any, ...]) -> None:
         """A new filter stays at the image it is at, or goes to the next that matches; a new
         position is taken as it is."""
-        is_new, self._filter, self.matches = wanted != self._filter, wanted, matches
+        place = self.position.value
+        if wanted != self._filter:
+            place = int(np.searchsorted(matches, self._image)) + 1
+        self._filter, self.matches = wanted, matches
         self.position.max = len(matches)
-        if not matches:
-            self.position.value = 0
-        else:
-            place = max(1, self.position.value)
-            if is_new:
-                place = min(int(np.searchsorted(matches, self._image)) + 1, len(matches))
-            self.position.value = place
-            self._image = matches[place - 1]
+        self.position.value = max(min(place, len(matches)), min(1, len(matches)))
+        if matches:
+            self._image = matches[self.position.value - 1]
         self.previous.disabled = self.position.value <= 1
         self.next.disabled = self.position.value >= len(matches)
 
+    def snapshot(self) -> Image.Image:
+        """The canvases, the legend and what matches, as a saved notebook shows them."""
+        controls = (self.verdict, self.category, self.size, self.score)
+        chosen = [f"{control.description} {control.value}" for control in controls if control.value]
+        text = f"{', '.join(chosen)}: {len(self.matches)} of {plural(len(self._ids), 'image')}"
+        whole = draw.captioned(draw.below([np.asarray(super().snapshot()), legend()]), text)
+        return draw.with_few_colours(whole, [colour for colour, _, _ in LOOKS.values()])
 
-def legend(width: int, size: int = 13) -> Pixels:
-    """What the colours and letters mean, in lines of at most `width` pixels."""
-    line, left, top = size + 9, 0.0, 0
-    picture = Image.new("RGB", (width, len(LOOKS) * line), "white")
+
+@cache
+def legend() -> Pixels:
+    """What the colours and letters mean, in two lines."""
+    tags = [_tag(*look) for look in LOOKS.values()]
+    return draw.below([draw.beside(tags[:4], gap=14), draw.beside(tags[4:], gap=14)], gap=2)
+
+
+def _tag(colour: str, letter: str, words: str, size: int = 13) -> Pixels:
+    """The letter on its colour, and the words."""
+    left, height = draw.font(size).getlength(letter) + 8, size + 7
+    width = round(left + 6 + draw.font(size).getlength(words))
+    picture = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(picture)
-    for look in LOOKS.values():
-        tag = draw.font(size).getlength(look.letter) + 8
-        long = tag + 5 + draw.font(size).getlength(look.words)
-        if left and left + long > width:
-            left, top = 0.0, top + line
-        middle = top + line / 2
-        pen.rectangle((left, top + 1, left + tag, top + line - 2), fill=look.colour)
-        draw.write_text(pen, (left + 4, middle), look.letter, look.colour, size)
-        draw.write_text(pen, (left + tag + 5, middle), look.words, "white", size)
-        left += long + 14
-    return np.asarray(picture.crop((0, 0, width, top + line)))
-
-
-def _plural(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
+    pen.rectangle((0, 0, left, height), fill=colour)
+    draw.write_text(pen, (4, height / 2), letter, colour, size)
+    draw.write_text(pen, (left + 5, height / 2), words, "white", size)
+    return np.asarray(picture)

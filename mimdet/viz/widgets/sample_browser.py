@@ -15,13 +15,13 @@ from mimdet.structures import Record, Target
 from mimdet.viz import draw
 from mimdet.viz.draw import Pixels
 from mimdet.viz.widgets.canvas import PatchCanvas
-from mimdet.viz.widgets.panel import Panel, seed_slider, toggles
+from mimdet.viz.widgets.panel import Panel, toggles
 
-KINDS = ("none", "multiscale", "paper", "lsj")
-BOARD = 400
-"""Side in pixels of the square that both pictures are fitted into."""
-EMPTY = 240
-"""Grey of the part of the board that a picture leaves free."""
+KINDS = ("paper", "none", "multiscale", "lsj")
+WIDTH = 400
+"""Pixels of a picture on the screen."""
+PALE = 240
+"""Grey that a faded part tends to."""
 
 
 class SampleBrowser(Panel):
@@ -50,14 +50,12 @@ class SampleBrowser(Panel):
         self.index = ipywidgets.BoundedIntText(
             max=len(dataset) - 1, description="image", layout={"width": "150px"}
         )
-        self.kind = toggles("augmentation", KINDS, "paper")
-        self.seed = seed_slider()
+        self.kind = toggles("augmentation", KINDS)
+        self.seed = ipywidgets.IntSlider(description="seed", max=99)
         self.canvases = self.stored, self.shown = [PatchCanvas(), PatchCanvas()]
         self.geometry: Geometry | None = None
         """The transform on show."""
-        self.arrange([self.index, self.seed], [self.kind], self.canvases)
-        self.watch(self.index, self.kind, self.seed)
-        self.redraw()
+        self.open([self.index, self.seed], [self.kind], self.canvases)
 
     def draw(self) -> str:
         index = self.index.value
@@ -70,34 +68,26 @@ class SampleBrowser(Panel):
         self.geometry = geometry = draw_geometry(cfg, height, width, rng, train=True)
         image, target = apply(geometry, record)
         out_height, out_width = geometry.output_size
-        left = self._on_board(record.image, record.target, geometry.crop)
-        right = self._on_board(image, target, (0, 0, out_width, out_height))
+        left = self._picture(record.image, record.target, geometry.crop)
+        right = self._picture(image, target, (0, 0, out_width, out_height))
         self.stored.show(left, title=f"stored: {width} x {height} px")
         self.shown.show(right, title=f"{cfg.augment}: {out_width} x {out_height} px")
-        self.label = (
-            f"image {index} with {len(record.target)} objects, {self.stored.label}, beside "
-            f"{self.shown.label} and {len(target)} objects left"
-        )
+        objects = f"{len(target)} of {len(record.target)} objects are left"
+        self.label = f"image {index}, {self.stored.label}, {self.shown.label}: {objects}"
         rows, columns = token_grid(out_height, out_width)
-        return (
-            f"{_words(geometry, (height, width))}. {len(target)} of {len(record.target)} objects "
-            f"are left, {rows} × {columns} = {rows * columns} tokens"
-        )
+        tokens = f"{rows} × {columns} = {rows * columns} tokens"
+        return f"{_words(geometry, (height, width))}. {objects}, {tokens}"
 
-    def _on_board(self, image: Tensor, target: Target, used: tuple[int, int, int, int]) -> Pixels:
-        """The image with its objects, as large as fits a grey square of BOARD pixels; used: x1, y1,
-        x2, y2 in its pixels, what lies outside is faded."""
-        scale = BOARD / max(draw.image_size(image))
-        pixels = draw.to_pixels(image, max(1, round(image.shape[2] * scale)))
+    def _picture(self, image: Tensor, target: Target, used: tuple[int, int, int, int]) -> Pixels:
+        """The image with its objects; used: x1, y1, x2, y2 in its pixels, what lies outside is
+        faded."""
+        size = draw.image_size(image)
         marks = draw.marks_of(target, self.categories)
-        pixels = draw.with_marks(pixels, marks, draw.image_size(image))
-        faded = (0.25 * pixels + 0.75 * EMPTY).astype(np.uint8)
-        x1, y1, x2, y2 = (round(value * scale) for value in used)
+        pixels = draw.with_marks(draw.to_pixels(image, WIDTH), marks, size)
+        faded = (0.25 * pixels + 0.75 * PALE).astype(np.uint8)
+        x1, y1, x2, y2 = (round(value * WIDTH / size[1]) for value in used)
         faded[y1:y2, x1:x2] = pixels[y1:y2, x1:x2]
-        board = np.full((BOARD, BOARD, 3), EMPTY, np.uint8)
-        height, width = pixels.shape[:2]
-        board[:height, :width] = faded[:BOARD, :BOARD]
-        return board
+        return faded
 
 
 def _words(geometry: Geometry, stored: tuple[int, int]) -> str:
