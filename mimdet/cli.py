@@ -4,6 +4,7 @@
 """
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,32 +16,17 @@ from tyro.conf import Positional, Suppress, subcommand
 
 from mimdet import __version__
 from mimdet.config import Config, PretrainConfig, load_config
-from mimdet.demo import demo
+from mimdet.console import Stopped
+from mimdet.demo import demo, save_pictures
 from mimdet.files import write_json
 from mimdet.presets import PRESETS, PRETRAIN_PRESETS
 
 if TYPE_CHECKING:
     from mimdet.models.detector import Detector
 
-USAGE = f"""mimdet {__version__}: a ViT detector that trains on a sample of an image's tokens
-
-  mimdet demo                        train a small MIMDet on drawn scenes and look at it (minutes)
-  mimdet check-data ANNOTATIONS IMAGES        what is wrong with a COCO-format data set, and where
-  mimdet download [NAME...]                   list public weights and COCO, or fetch them
-  mimdet train PRESET RUN                     train, or resume; presets: {", ".join(PRESETS)}
-  mimdet resume RUN                           resume a run as its folder says
-  mimdet pretrain PRESET RUN                  a masked autoencoder; presets: \
-{", ".join(PRETRAIN_PRESETS)}
-  mimdet evaluate RUN --ratios 0.25 0.5 1     COCO metrics at any sample ratios
-  mimdet predict RUN IMAGE...                 detections as json and pictures
-  mimdet errors RUN                           why AP is lost, in numbers and pictures
-  mimdet ablate GRID.py                       a grid of trainings with seeds -> a table
-  mimdet cost [PRESET...]                     parameters and multiply-adds
-  mimdet export RUN FILE                      one file: .safetensors for us, .pth for detectron2
-
-`mimdet COMMAND --help` explains every option."""
-
 Run = Annotated[Positional[str], tyro.conf.arg(metavar="RUN")]
+FIRST = os.environ.get("RANK", "0") == "0"
+"""Of the processes that torchrun starts, one speaks."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -48,7 +34,12 @@ def main(arguments: list[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     name, *rest = words or ["--help"]
     if name in ("-h", "--help", "help"):
-        print(USAGE)
+        print(
+            f"mimdet {__version__}: a ViT detector that trains on a sample of an image's tokens\n"
+        )
+        for command, function in COMMANDS.items():
+            print(f"  {command:<11} {str(function.__doc__).splitlines()[0]}")
+        print("\n`mimdet COMMAND --help` explains its arguments and options.")
     elif name == "--version":
         print(__version__)
     elif name not in COMMANDS:
@@ -67,6 +58,10 @@ def run_command(name: str, words: list[str]) -> None:
         tyro.cli(options, args=words, prog=f"mimdet {name}", description=about, config=unprefixed)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except Stopped as stopped:
+        if FIRST:
+            print(stopped)
+        sys.exit(128 + stopped.signal_number)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -131,21 +126,11 @@ def resume(run: Run, trust_code: bool = False) -> None:
 
 def _follow(steps: Iterator[Any], done: str, every: float = 1) -> None:
     """Run a training to its end; the first process has a progress bar, renewed `every` seconds."""
-    from mimdet import processes
-    from mimdet.training.run import TrainingStopped
     from mimdet.training.train import show_progress
 
-    first = processes.first_of_torchrun()
-    try:
-        for _ in show_progress(steps, every) if first else steps:
-            pass
-    except TrainingStopped as stopped:
-        if first:
-            print(stopped)
-        sys.exit(128 + stopped.signal_number)
-    finally:
-        processes.leave()
-    if first:
+    for _ in show_progress(steps, every) if FIRST else steps:
+        pass
+    if FIRST:
         print(f"done: {done}")
 
 
@@ -203,7 +188,9 @@ def evaluate(
     special += [Path(val_json).stem] if val_json else []
     special += ["other-images"] if val_images and not val_json else []
     special += [checkpoint] if checkpoint != "last" else []
-    folder = Path(out) if out else _results_folder(Path(run), special)
+    # In the run itself only what belongs to all of its data and its last weights.
+    place = Path(run, "-".join(["evaluation", *special]) if special else "")
+    folder = Path(out or (place if Path(run).is_dir() else Path(run).with_suffix("")))
     dataset = build_dataset(data, "val", model.config.training.seed)
     reuse = reuse and not special and folder == Path(run)
     rows = evaluate_ratios(
@@ -216,12 +203,11 @@ def evaluate(
         save_to=folder / "predictions.json",
         known=rows_from_training(run, dataset.version) if reuse else (),
     )
-    if processes.first_of_torchrun():
+    if FIRST:
         print(ratio_table(rows))
         if folder != Path(run):
             print(f"in {folder}: evaluation.json, predictions.json")
         write_json(folder / "evaluation.json", {"data": dataset.version, "ratios": rows})
-    processes.leave()
 
 
 def _load(run: str, checkpoint: str, device: str, trust_code: bool) -> "Detector":
@@ -232,13 +218,6 @@ def _load(run: str, checkpoint: str, device: str, trust_code: bool) -> "Detector
     model = load_detector(run, checkpoint=checkpoint, trust_code=trust_code, device=device)
     use_threads(model.config.training.threads)
     return model
-
-
-def _results_folder(run: Path, special: list[str]) -> Path:
-    """In the run itself only what belongs to all of its data and its last weights."""
-    if not run.is_dir():
-        return run.with_suffix("")
-    return run / "-".join(["evaluation", *special]) if special else run
 
 
 def predict(
@@ -311,7 +290,7 @@ def errors(run: Run, against: str = "", out: str = "", trust_code: bool = False)
     from mimdet.analysis.metrics import read_results
     from mimdet.data.coco import build_dataset
     from mimdet.training.slots import load_slots
-    from mimdet.viz import save_figure, show_comparison, show_errors, show_precision_recall
+    from mimdet.viz import show_comparison, show_errors, show_precision_recall
 
     files = {folder: Path(folder, "predictions.json") for folder in (against, run) if folder}
     for folder, file in files.items():
@@ -331,9 +310,7 @@ def errors(run: Run, against: str = "", out: str = "", trust_code: bool = False)
         figures[f"curves_{name}"] = show_precision_recall(report.curves((0.5, 0.75, 0.9)))
     if against:
         figures["comparison"] = show_comparison(compare_runs(truth, found))
-    for name, figure in figures.items():
-        save_figure(figure, Path(out or run, f"{name}.png"))
-        print(f"figure: {Path(out or run, name)}.png")
+    save_pictures(Path(out or run), **figures)
     write_json(Path(out or run, "errors.json"), {name: r.to_dict() for name, r in reports.items()})
 
 
@@ -390,14 +367,10 @@ def ablate(
         out: The json with everything; default RUNS/NAME/result.json.
     """
     from mimdet.experiments.experiment import ablate
-    from mimdet.experiments.runs import ExperimentStopped
     from mimdet.viz.experiments import save_figures
 
     try:
         result = ablate(file, runs=runs, seeds=seeds, processes=processes, dry_run=dry_run, out=out)
-    except ExperimentStopped as stopped:
-        print(stopped)
-        sys.exit(130)
     except RuntimeError as failed:  # every run failed, and the message says why
         sys.exit(f"error: {failed}")
     if result is not None:
@@ -483,18 +456,8 @@ def download(
         print(table())
 
 
+_FUNCTIONS = (demo, train, resume, pretrain, evaluate, predict, errors, ablate, cost, export)
 COMMANDS: dict[str, Callable[..., object]] = {
-    "demo": demo,
-    "train": train,
-    "resume": resume,
-    "pretrain": pretrain,
-    "evaluate": evaluate,
-    "predict": predict,
-    "errors": errors,
-    "ablate": ablate,
-    "cost": cost,
-    "export": export,
-    "check-data": check_data,
-    "download": download,
+    command.__name__.replace("_", "-"): command for command in (*_FUNCTIONS, check_data, download)
 }
 PRESETS_OF: dict[str, dict[str, Any]] = {"train": PRESETS, "pretrain": PRETRAIN_PRESETS}

@@ -4,20 +4,20 @@ The demo types the commands a user would type: `mimdet train`, `mimdet evaluate`
 threads as there are cores, up to four.
 """
 
+import copy
 import os
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from mimdet.config import Config, load_config
+from mimdet.config import Config, change, flat, load_config
 from mimdet.files import read_json
 from mimdet.presets import tiny
 
 RATIOS = ("0.25", "0.5", "1")
 DRAWS = 2
-FINISHED_SCENES = 8
 CURVE_POINTS = 2
 """Evaluations while training, for the curve of AP; the last one is also the table's ratio 1."""
 TIMED_STEPS = 24
@@ -40,7 +40,7 @@ def demo(
     scenes: int = 200,
     seed: int = 0,
 ) -> None:
-    """Train a small MIMDet on ShapesCOCO, read its AP at three sample ratios, look at detections.
+    """Train a small MIMDet on drawn scenes; its AP at three sample ratios, its detections.
 
     Everything is drawn and trained on this machine; nothing is downloaded. Run it again to resume
     an interrupted demo, or with other --minutes to train longer.
@@ -53,50 +53,38 @@ def demo(
         scenes: Held-out scenes to evaluate on.
         seed: Of the scenes and of the first weights.
     """
+    from mimdet.training.run import Run
+
     start = time.perf_counter()
     path = Path(run or f"runs/demo-{minutes:g}min")
     show_shipped(path.with_name(f"{path.name}-shipped"))
-    if (path / "config.json").exists():
-        check_same_demo(path, level, steps, scenes, seed)
+    begun = (path / "config.json").exists()
+    cfg = load_config(path / "config.json") if begun else tiny()
+    change(cfg.data, shapes_level=level, shapes_val=scenes)
+    cfg.training.seed, cfg.training.steps = seed, steps or cfg.training.steps
+    if begun:
+        Run(path, cfg)  # refuses other settings
         print(f"{path} exists: going on with it.")
         launch(["resume", str(path)])
     else:
-        cfg = tiny()
-        cfg.data.shapes_level, cfg.training.seed = level, seed
-        cfg.training.threads, cfg.training.precision = threads(), precision()
+        suit_machine(cfg)
         if not steps:
             print("Timing this machine ...", flush=True)
-            steps = steps_that_fit(minutes * 60 - (time.perf_counter() - start), scenes, cfg)
+            steps = steps_that_fit(minutes * 60 - (time.perf_counter() - start), cfg)
+        change(cfg.training, steps=steps, evaluate_every_steps=max(1, -(-steps // CURVE_POINTS)))
         print(f"Training a MIMDet of 2 million parameters on {4 * steps:,} new scenes of {level}.")
-        options = {
-            "shapes-level": level,
-            "shapes-val": scenes,
-            "seed": seed,
-            "threads": cfg.training.threads,
-            "precision": cfg.training.precision,
-            "steps": steps,
-            "evaluate-every-steps": max(1, -(-steps // CURVE_POINTS)),
-        }
-        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        launch(["train", "tiny", str(path), *words])
+        launch(["train", "tiny", str(path), *options(cfg)])
     print("\nAP x 100 on held-out scenes, by the share of tokens the encoder sees:")
     launch(["evaluate", str(path), "--ratios", *RATIOS, "--draws", str(DRAWS), "--reuse"])
     draw(path)
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all.")
 
 
-def check_same_demo(path: Path, level: str, steps: int, scenes: int, seed: int) -> None:
-    """Raises ValueError where the run in `path` is a demo with other settings."""
-    cfg = load_config(path / "config.json")
-    pairs = {
-        "--level": (cfg.data.shapes_level, level),
-        "--seed": (cfg.training.seed, seed),
-        "--scenes": (cfg.data.shapes_val, scenes),
-        "--steps": (cfg.training.steps, steps or cfg.training.steps),  # 0: as many as fitted
-    }
-    differ = [f"{name} {found}" for name, (found, asked) in pairs.items() if found != asked]
-    if differ:
-        raise ValueError(f"{path} holds a demo with {', '.join(differ)}: give another --run")
+def options(cfg: Config) -> list[str]:
+    """What the command line needs to make `cfg` out of `tiny`."""
+    plain = flat(tiny())
+    changed = {name: value for name, value in flat(cfg).items() if value != plain[name]}
+    return [f"--{n.rpartition('.')[2].replace('_', '-')}={v}" for n, v in changed.items()]
 
 
 def show_shipped(folder: Path) -> None:
@@ -112,12 +100,12 @@ def show_shipped(folder: Path) -> None:
         f"{card['mask_ap']:.1f} on 200 held-out scenes of shapes-v1-medium (mimdet/pretrained)."
     )
     data = model.config.data
-    scenes = ShapesCOCO(data.shapes_level, data.shapes_size, FINISHED_SCENES, "val")
-    save(folder, detections=detections_beside_truth(model, scenes))
+    scenes = ShapesCOCO(data.shapes_level, data.shapes_size, 8, "val")
+    save_pictures(folder, detections=detections_beside_truth(model, scenes))
     print("Now yours, from random weights:")
 
 
-def steps_that_fit(seconds: float, scenes: int, cfg: Config) -> int:
+def steps_that_fit(seconds: float, cfg: Config) -> int:
     """Training steps that fit into the time, after a short throwaway training has been timed.
 
     Set aside are the evaluations while training and for the table, and the starts.
@@ -127,7 +115,7 @@ def steps_that_fit(seconds: float, scenes: int, cfg: Config) -> int:
     from mimdet.training.run import Run, TrainingStopped
     from mimdet.training.train import train
 
-    begin = time.perf_counter()
+    begin, scenes, cfg = time.perf_counter(), cfg.data.shapes_val, copy.deepcopy(cfg)
     cfg.training.steps, cfg.data.shapes_val = TIMED_STEPS, TIMED_SCENES
     with TemporaryDirectory() as folder:
         trial = Path(folder) / "trial"
@@ -158,26 +146,22 @@ def launch(words: list[str]) -> None:
         sys.exit(f"mimdet {words[0]} failed with exit code {child.returncode}")
 
 
-def threads() -> int:
-    """Cores this process may use, at most 4: a model this small cannot fill more.
+def suit_machine(cfg: Config) -> None:
+    """Threads, at most 4, and bf16 where the CPU computes with it: a step takes 17 % less time.
 
-    On idle cores one process with two threads makes a step in 0.25 s where two processes that
-    synchronise their norms need 0.34 s, and a single thread 0.34 s.
+    A model this small cannot fill more. On idle cores one process with two threads makes a step in
+    0.25 s where two processes that synchronise their norms, or a single thread, need 0.34 s.
     """
-    from mimdet.processes import usable_cores
-
-    return min(4, usable_cores())
-
-
-def precision() -> Literal["auto", "bf16"]:
-    """bf16 where the CPU computes with it: a step then takes 17 % less time."""
     import torch
+
+    from mimdet.processes import usable_cores
 
     known: Mapping[str, Any] = {}
     if hasattr(torch.cpu, "get_capabilities"):  # newer than the oldest PyTorch that is supported
         known = torch.cpu.get_capabilities()
     native = known.get("avx512_bf16") or known.get("amx_bf16")
-    return "bf16" if native and not torch.cuda.is_available() else "auto"
+    cfg.training.threads = min(4, usable_cores())
+    cfg.training.precision = "bf16" if native and not torch.cuda.is_available() else "auto"
 
 
 def draw(path: Path) -> None:
@@ -188,7 +172,7 @@ def draw(path: Path) -> None:
 
     cfg = load_config(path / "config.json")
     dataset = build_dataset(cfg.data, "val")
-    save(
+    save_pictures(
         path,
         detections=detections_beside_truth(load_detector(path), dataset),
         training=show_training(Run(path, cfg).metrics()),
@@ -196,7 +180,8 @@ def draw(path: Path) -> None:
     )
 
 
-def save(folder: Path, **figures: Any) -> None:
+def save_pictures(folder: Path, **figures: Any) -> None:
+    """Write `folder`/NAME.png of each, and say so."""
     from mimdet.viz import save_figure
 
     for name, figure in figures.items():
@@ -207,10 +192,8 @@ def save(folder: Path, **figures: Any) -> None:
 def detections_beside_truth(model: Any, dataset: Any) -> Any:
     """Figure of the first eight images."""
     from mimdet.inference import predict
-    from mimdet.training.trainer import use_threads
     from mimdet.viz import show_detections
 
-    use_threads(threads())
     records = [dataset[i] for i in range(min(8, len(dataset)))]
     images, truth = [r.image for r in records], [r.target for r in records]
     return show_detections(images, predict(model, images), truth, dataset.categories)

@@ -8,7 +8,7 @@ from threading import get_ident
 from typing import Any
 
 
-def write_file(path: str | Path, write: Callable[[Path], None]) -> None:
+def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
     """Let `write` make the file under another name, flush it to disk, then rename it into place.
 
     An interruption leaves the old file (or none), never half a file.
@@ -27,7 +27,7 @@ def write_file(path: str | Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write text in UTF-8, all or nothing."""
-    write_file(path, lambda partial: _write_utf8(partial, text))
+    write_file(path, lambda partial: partial.write_text(text, encoding="utf-8", newline="\n"))
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
@@ -51,7 +51,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _write_utf8(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")

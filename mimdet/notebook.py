@@ -65,13 +65,18 @@ def notebook_setup(
     np.random.seed(seed)
     seed_all(seed)
     estimate = (minutes or {}).get(mode)
+    device, data = f"CPU, {threads} thread{'' if threads == 1 else 's'}", cfg.data
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        device = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB; {device}"
+    drawn = f"{data.shapes_level}, {data.shapes_size} px, drawn on the fly: no files"
     lines = {
         "mode": f"{mode}: preset {cfg.preset}, seed {seed}",
-        "device": device_text(threads),
+        "device": device,
         "versions": f"mimdet {__version__}, torch {torch.__version__}, "
         f"torchvision {torchvision.__version__}, Python {platform.python_version()}",
         "time": "not measured" if estimate is None else f"about {estimate:g} min",
-        "data": data_text(cfg),
+        "data": drawn if data.source == "shapes" else f"{data.train_json}, {data.val_json}",
     }
     print("\n".join(f"{name:<9} {text}" for name, text in lines.items()))
     return cfg
@@ -130,20 +135,6 @@ def sensible_threads() -> int:
     return 1 if cores <= 2 or busy else min(4, cores // 2)
 
 
-def device_text(threads: int) -> str:
-    cpu = f"CPU, {threads} thread{'' if threads == 1 else 's'}"
-    if not torch.cuda.is_available():
-        return cpu
-    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-    return f"{torch.cuda.get_device_name(0)}, {memory:.0f} GiB; {cpu}"
-
-
-def data_text(cfg: Config) -> str:
-    if cfg.data.source == "shapes":
-        return f"{cfg.data.shapes_level}, {cfg.data.shapes_size} px, drawn on the fly: no files"
-    return f"{cfg.data.train_json}, {cfg.data.val_json}"
-
-
 # ------------------------------------------------------------------------------- sanity checks
 
 
@@ -152,9 +143,10 @@ def check(text: str, condition: Any, why: str = "") -> None:
 
     condition: anything with a truth value, such as a bool or a tensor of one element.
     """
+    text += f": {why}" if why else ""
     if not bool(condition):
-        raise AssertionError(f"✗ {text}" + (f" ({why})" if why else ""))
-    print(f"✓ {text}" + (f": {why}" if why else ""))
+        raise AssertionError(f"✗ {text}")
+    print(f"✓ {text}")
 
 
 # ------------------------------------------------------------------------------- a live figure
@@ -179,8 +171,8 @@ def watch(
             rows.append({"step": step.number, "loss": step.loss, **step.losses})
             if step.evaluation:
                 rows.append({"step": step.number, "evaluation": step.evaluation})
-            if live and time.perf_counter() >= due:
-                start = time.perf_counter()
+            start = time.perf_counter()
+            if live and start >= due:
                 _redraw(pictures, rows, figure)
                 drawn, now = len(rows), time.perf_counter()
                 due = now + max(every, 9 * (now - start))
@@ -208,11 +200,9 @@ def _redraw(
     from mimdet.viz import show_training
 
     figures = [show_training(rows)] + ([figure()] if figure else [])
-    if not pictures:
-        pictures += [display(each, display_id=True) for each in figures]
-        return
-    for picture, each in zip(pictures, figures, strict=True):
+    for picture, each in zip(pictures, figures, strict=False):
         picture.update(each)
+    pictures += [display(each, display_id=True) for each in figures[len(pictures) :]]
 
 
 # ------------------------------------------------------------------------------- what it opens
@@ -220,7 +210,6 @@ def _redraw(
 
 WEIGHTS = "MIMDET_WEIGHTS"
 """Environment variable that names the folder of `mimdet download`, for full mode."""
-LEVEL = "shapes-v1-medium"
 
 
 @dataclass(slots=True)
@@ -258,10 +247,18 @@ def open_pictures(path: str | Path = "", mode: str = "quick", count: int = 8) ->
     if path and not file.is_dir():
         nothing = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))
         return Pictures([Record(read_image(file), nothing, file.name)], [], None, DataConfig())
+    data = DataConfig()
     if path:
-        data = _folder(file)
-    else:
-        data = DataConfig(shapes_level=LEVEL) if quick else full_config().data
+        annotations, images = file / "annotations.json", file / "images"
+        if not annotations.is_file() or not images.is_dir():
+            raise FileNotFoundError(
+                f"{file} must hold annotations.json (COCO format) and images/; "
+                "for other layouts use mimdet.CocoDataset(json, images)"
+            )
+        data = DataConfig(source="coco", val_json=str(annotations), val_images=str(images))
+        data.train_json, data.train_images = data.val_json, data.val_images
+    elif not quick:
+        data = full_config().data
     dataset = build_dataset(data, "val")
     if not len(dataset):
         raise ValueError("the data set has no images: look at it with `mimdet check-data`")
@@ -299,17 +296,3 @@ def _downloaded(name: str) -> str:
             "folder that holds it"
         )
     return str(file)
-
-
-def _folder(folder: Path) -> DataConfig:
-    """A folder of pictures with annotations, which serve as training and as held-out data."""
-    annotations, images = folder / "annotations.json", folder / "images"
-    if not annotations.is_file() or not images.is_dir():
-        raise FileNotFoundError(
-            f"{folder} must hold annotations.json (COCO format) and images/; "
-            "for other layouts use mimdet.CocoDataset(json, images)"
-        )
-    data = DataConfig(source="coco")
-    data.train_json = data.val_json = str(annotations)
-    data.train_images = data.val_images = str(images)
-    return data

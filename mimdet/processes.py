@@ -5,6 +5,7 @@ Alone (no torchrun) every function here does nothing, so callers need no special
 processes all of them must call the same functions in the same order.
 """
 
+import atexit
 import os
 import platform
 import time
@@ -31,7 +32,7 @@ class ProcessLost(ConnectionError):
 
 
 def join(answer_minutes: float = ANSWER_MINUTES) -> None:
-    """Join the other processes that torchrun started; nothing to do without torchrun.
+    """Join the other processes that torchrun started, until this one ends; nothing without it.
 
     answer_minutes: so long one of them may keep the others waiting; then they end with ProcessLost.
     """
@@ -51,21 +52,12 @@ def join(answer_minutes: float = ANSWER_MINUTES) -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=limit)
     _waiting.seconds = 60 * answer_minutes
     _store().set(f"process {rank()}", f"process {rank()} ({os.getpid()} on {platform.node()})")
-
-
-def leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    atexit.register(dist.destroy_process_group)
 
 
 def rank() -> int:
     """0 for the process that prints and writes files."""
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def first_of_torchrun() -> bool:
-    """Whether this process reports to the user; known before and after the others are joined."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def world() -> int:
@@ -152,12 +144,12 @@ def wait_for_all() -> None:
 
 def in_turn(make: Callable[[], T]) -> T:
     """Call `make` in the first process, then in all the others."""
-    if rank() == 0:
-        made = make()
+    if rank() > 0:
         wait_for_all()
-        return made
-    wait_for_all()
-    return make()
+    made = make()
+    if rank() == 0:
+        wait_for_all()
+    return made
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mimdet.config import Config, flat
+from mimdet.console import Stopped
 from mimdet.data.augment import resize_of
 from mimdet.data.coco import build_dataset
 from mimdet.data.loader import Dataset
@@ -213,7 +214,7 @@ def evaluate_run(path: Path, draws: int, ratios: list[float]) -> None:
 # ------------------------------------------------------------------------------- processes
 
 
-class ExperimentStopped(Exception):
+class ExperimentStopped(Stopped):
     """Raised after Ctrl-C, when every child has saved and ended; the same call resumes."""
 
     def __init__(self, runs: Sequence[PlannedRun]) -> None:
@@ -222,10 +223,6 @@ class ExperimentStopped(Exception):
             f"stopped: {done} of {len(runs)} runs in {runs[0].path.parent} are complete, the "
             "others are saved; the same call resumes them"
         )
-
-    def _render_traceback_(self) -> list[str]:
-        """One line in a notebook instead of a traceback."""
-        return [str(self)]
 
 
 def run_all(runs: Sequence[PlannedRun], places: list[dict[str, str]], logs: Path) -> dict[str, str]:

@@ -39,6 +39,7 @@ from torch import Tensor
 
 from mimdet import __version__, processes
 from mimdet.config import Config, PretrainConfig, difference, load_config, save_config
+from mimdet.console import Stopped
 from mimdet.files import read_json, sync, write_json, write_text
 from mimdet.models.checkpoint_files import read_safetensors, shipped
 from mimdet.models.detector import Detector, build_detector
@@ -263,7 +264,7 @@ class RunInUse(ValueError):
     """Another process trains in this run."""
 
 
-class TrainingStopped(Exception):
+class TrainingStopped(Stopped):
     """Raised after the checkpoint is written; the same call resumes."""
 
     def __init__(self, step: int, run: Path, signal_number: int) -> None:
@@ -272,10 +273,6 @@ class TrainingStopped(Exception):
             "run the same command again to resume"
         )
         self.signal_number = signal_number
-
-    def _render_traceback_(self) -> list[str]:
-        """One line in a notebook instead of a traceback."""
-        return [str(self)]
 
 
 @contextmanager

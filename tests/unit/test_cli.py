@@ -167,7 +167,7 @@ def test_demo_goes_on_with_what_is_there(run, tmp_path, capfd):
     """With the run's own threads and precision: those of this machine may be others."""
     path = tmp_path / "begun"
     Run(path, load_config(run / "config.json"))  # begun, and stopped before the first step
-    with pytest.raises(SystemExit, match="a demo with --seed 0, --steps 2: give another --run"):
+    with pytest.raises(SystemExit, match=r"steps: 2 -> 900\n.*seed: 0 -> 5\n.*another run name"):
         cli.main(["demo", "--run", str(path), "--scenes", "2", "--steps", "900", "--seed", "5"])
     cli.main(["demo", "--run", str(path), "--scenes", "2"])
     assert f"mimdet resume {path}" in capfd.readouterr().out
@@ -197,9 +197,12 @@ def test_demo_stopped_while_it_times_the_machine(tmp_path, monkeypatch):
 def test_demo_computes_in_bf16_where_the_cpu_can(known, expected, monkeypatch):
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: known, raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert demo.precision() == expected
+    cfg = Config()
+    demo.suit_machine(cfg)
+    assert cfg.training.precision == expected
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert demo.precision() == "auto"
+    demo.suit_machine(cfg)
+    assert cfg.training.precision == "auto"
 
 
 def test_errors_of_a_run_and_against_another(run, tmp_path, capsys):

@@ -28,6 +28,7 @@ ORDER = (
         "structures",
         "images",
         "files",
+        "console",
         "processes",
         "downloads",
     ),
