@@ -165,7 +165,7 @@ def show_pyramid(image: Tensor, maps: Mapping[str, Tensor]) -> NotebookFigure:
         shape, stride = " × ".join(map(str, features.shape)), stride_of(features, image)
         picture = pca_picture(features, basis)
         colours.append(Picture(f"{level}: {shape}\nstride {stride}", picture))
-        norms.append(_plane(f"{level}: {_explained(basis)}\nnorm", norm_map(features)))
+        norms.append(plane_of(f"{level}: {explained(basis)}\nnorm", norm_map(features)))
     what = "An image and its maps in the colours of a PCA"
     return show_rows(what, colours + norms, len(colours), len(colours), sharp=True)
 
@@ -173,7 +173,7 @@ def show_pyramid(image: Tensor, maps: Mapping[str, Tensor]) -> NotebookFigure:
 def show_channels(features: Tensor, count: int = 12) -> NotebookFigure:
     """The `count` channels of a map (C, h, w) that vary most, each on its own scale."""
     numbers = strongest_channels(features, count)
-    pictures = [_plane(f"channel {n}:", channel_map(features, n)) for n in numbers]
+    pictures = [plane_of(f"channel {n}:", channel_map(features, n)) for n in numbers]
     what = f"The {len(numbers)} of {len(features)} channels that vary most"
     return show_rows(what, pictures, columns=6, sharp=True)
 
@@ -183,8 +183,8 @@ def show_planes(planes: Mapping[str, Tensor], shared: bool = False) -> NotebookF
 
     shared: one scale for all of them.
     """
-    ends = _scale(planes.values()) if shared else ()
-    pictures = [_plane(f"{name}\n", plane, *ends) for name, plane in planes.items()]
+    ends = scale_of(planes.values()) if shared else ()
+    pictures = [plane_of(f"{name}\n", plane, *ends) for name, plane in planes.items()]
     return show_rows(
         "Planes of numbers as colours", pictures, len(pictures), widest=2.2, sharp=True
     )
@@ -211,16 +211,16 @@ def compare_pyramids(
             title = f"{name}, {level}: {' × '.join(map(str, features.shape))}\n"
             others = [maps[level] for maps in pyramids.values()] if shared else [features]
             if view == "norm":
-                ends = _scale(map(norm_map, others))
-                pictures.append(_plane(f"{title}norm", norm_map(features), *ends))
+                ends = scale_of(map(norm_map, others))
+                pictures.append(plane_of(f"{title}norm", norm_map(features), *ends))
                 continue
             alike = all(len(other) == len(features) for other in others)
             basis = fit_basis(*others) if alike else fit_basis(features)
-            pictures.append(Picture(title + _explained(basis), pca_picture(features, basis)))
+            pictures.append(Picture(title + explained(basis), pca_picture(features, basis)))
     return show_rows("Maps, a row each", pictures, len(levels), len(levels), 2.2, sharp=True)
 
 
-def _plane(
+def plane_of(
     title: str, values: Tensor, low: float | None = None, high: float | None = None
 ) -> Picture:
     """(h, w) numbers as colours; the ends of what is known are added to the title."""
@@ -229,13 +229,13 @@ def _plane(
     return Picture(f"{title} {ends}".replace("\n ", "\n"), heat(values, low, high))
 
 
-def _scale(planes: Iterable[Tensor]) -> tuple[float, float]:
+def scale_of(planes: Iterable[Tensor]) -> tuple[float, float]:
     """Ends of the colours of several planes together."""
     values = torch.cat([plane[plane.isfinite()].float() for plane in planes])
     return (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
 
 
-def _explained(basis: Basis) -> str:
+def explained(basis: Basis) -> str:
     return f"3 colours: {100 * float(basis.explained.sum()):.0f} %"
 
 

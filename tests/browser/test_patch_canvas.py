@@ -111,12 +111,30 @@ def set_trait(page: Any, name: str, value: Any) -> None:
 # ------------------------------------------------------------------------------- pointer
 
 
-@pytest.mark.parametrize(("row", "column"), [(0, 0), (2, 3), (3, 5)])
-def test_click_selects(mount: Any, row: int, column: int) -> None:
-    page = mount()
-    page.mouse.click(*centre(page, row, column))
-    assert sent(page, 1) == [{"selected": 6 * row + column}]
-    assert page.locator("canvas").get_attribute("data-selected") == str(6 * row + column)
+BRUSH: dict[str, Any] = {"tool": "brush"}
+
+
+@pytest.mark.parametrize(
+    ("traits", "start", "end", "steps", "message"),
+    [
+        ({}, (0, 0), (0, 0), 1, {"selected": 0}),
+        ({}, (2, 3), (2, 3), 1, {"selected": 15}),
+        ({}, (3, 5), (3, 5), 1, {"selected": 23}),
+        (BRUSH, (1, 0), (1, 5), 40, {"dropped": [6, 7, 8, 9, 10, 11]}),
+        (BRUSH, (1, 0), (1, 5), 1, {"dropped": [6, 7, 8, 9, 10, 11]}),  # few places are reported
+        (BRUSH, (0, 0), (3, 3), 1, {"dropped": [0, 7, 14, 21]}),
+        (BRUSH | {"dropped": [0, 1, 2, 9]}, (0, 1), (0, 3), 10, {"dropped": [0, 9]}),  # brings back
+        (BRUSH, (3, 4), (8, 4), 10, {"dropped": [22]}),  # ends outside
+    ],
+)
+def test_a_stroke_is_one_message(
+    mount: Any, traits: Any, start: Any, end: Any, steps: int, message: Any
+) -> None:
+    page = mount(**traits)
+    stroke(page, start, end, steps)
+    assert sent(page, 1) == [message]
+    page.mouse.move(*centre(page, 0, 0))
+    assert sent(page, 1) == [message]  # the button is up
 
 
 def test_click_on_a_shrunken_canvas(mount: Any) -> None:
@@ -135,30 +153,6 @@ def test_other_buttons_do_nothing(mount: Any) -> None:
     assert sent(page, 0) == []
 
 
-@pytest.mark.parametrize("steps", [1, 40])
-def test_a_stroke_is_one_message_without_gaps(mount: Any, steps: int) -> None:
-    """However few places the pointer reports."""
-    page = mount(tool="brush")
-    stroke(page, (1, 0), (1, 5), steps)
-    assert sent(page, 1) == [{"dropped": [6, 7, 8, 9, 10, 11]}]
-    stroke(page, (0, 0), (3, 3), steps)
-    assert {0, 7, 14, 21} <= set(sent(page, 2)[1]["dropped"])
-
-
-def test_a_stroke_from_a_dropped_token_brings_back(mount: Any) -> None:
-    page = mount(tool="brush", dropped=[0, 1, 2, 9])
-    stroke(page, (0, 1), (0, 3), 10)
-    assert sent(page, 1) == [{"dropped": [0, 9]}]
-
-
-def test_a_stroke_may_end_outside(mount: Any) -> None:
-    page = mount(tool="brush")
-    stroke(page, (3, 4), (8, 4), 10)
-    assert sent(page, 1) == [{"dropped": [22]}]
-    page.mouse.move(*centre(page, 0, 0))
-    assert len(sent(page, 1)) == 1  # the button is up
-
-
 def test_looking_changes_nothing(mount: Any) -> None:
     page = mount(tool="look", selected=3)
     stroke(page, (0, 0), (2, 2), 5)
@@ -173,42 +167,29 @@ def test_looking_changes_nothing(mount: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("start", "key", "end"),
+    ("traits", "key", "message"),
     [
-        (8, "ArrowRight", 9),
-        (8, "ArrowLeft", 7),
-        (8, "ArrowUp", 2),
-        (8, "ArrowDown", 14),
-        (-1, "ArrowDown", 0),
-        (11, "ArrowRight", None),  # the edges
-        (6, "ArrowLeft", None),
-        (2, "ArrowUp", None),
-        (20, "ArrowDown", None),
+        ({"selected": 8}, "ArrowRight", {"selected": 9}),
+        ({"selected": 8}, "ArrowLeft", {"selected": 7}),
+        ({"selected": 8}, "ArrowUp", {"selected": 2}),
+        ({"selected": 8}, "ArrowDown", {"selected": 14}),
+        ({"selected": -1}, "ArrowDown", {"selected": 0}),
+        ({"selected": 0, "columns": 1}, "ArrowDown", {"selected": 1}),
+        ({"selected": 11}, "ArrowRight", None),  # the edges
+        ({"selected": 6}, "ArrowLeft", None),
+        ({"selected": 2}, "ArrowUp", None),
+        ({"selected": 20}, "ArrowDown", None),
+        ({"selected": 0, "columns": 1}, "ArrowRight", None),
+        (BRUSH | {"selected": 8}, "Enter", {"dropped": [8]}),
+        (BRUSH | {"selected": 8, "dropped": [8, 9]}, " ", {"dropped": [9]}),
     ],
 )
-def test_arrows(mount: Any, start: int, key: str, end: int | None) -> None:
-    page = mount(selected=start)
+def test_keys(mount: Any, traits: Any, key: str, message: Any) -> None:
+    page = mount(**traits)
     page.locator("canvas").focus()
     page.keyboard.press(key)
-    assert sent(page, int(end is not None)) == ([] if end is None else [{"selected": end}])
+    assert sent(page, int(message is not None)) == [message] * (message is not None)
     assert page.evaluate("keys") == []  # the notebook does not get them
-
-
-def test_arrows_in_a_single_column(mount: Any) -> None:
-    page = mount(selected=0, columns=1)
-    page.locator("canvas").focus()
-    page.keyboard.press("ArrowDown")
-    page.keyboard.press("ArrowRight")
-    assert sent(page, 1) == [{"selected": 1}]
-
-
-@pytest.mark.parametrize("key", ["Enter", " "])
-def test_keys_drop_and_bring_back(mount: Any, key: str) -> None:
-    page = mount(tool="brush", selected=8)
-    page.locator("canvas").focus()
-    page.keyboard.press(key)
-    page.keyboard.press(key)
-    assert sent(page, 2) == [{"dropped": [8]}, {"dropped": []}]
 
 
 def test_shift_enter_still_runs_the_cell(mount: Any) -> None:
@@ -241,14 +222,10 @@ def test_it_says_what_it_shows(mount: Any) -> None:
     assert canvas.get_attribute("role") == "img"
 
 
-def test_picture_and_dropped_tokens_are_drawn(mount: Any) -> None:
-    page = mount(dropped=[23])
+def test_what_is_drawn(mount: Any) -> None:
+    page = mount(dropped=[23], selected=8)
     assert page.evaluate(COLOUR, [20, 20]) == BLUE
     assert min(page.evaluate(COLOUR, [220, 140])) > 190  # the last token is light grey
-
-
-def test_grid_and_selection_are_drawn(mount: Any) -> None:
-    page = mount(selected=8)
     assert page.evaluate(COLOUR, [80, 60]) == [0xD5, 0x5E, 0]  # left edge of column 2
     assert page.evaluate(COLOUR, [160, 20]) == BLUE
     set_trait(page, "show_grid", True)

@@ -52,33 +52,19 @@ def test_everything_the_page_reads_is_sent_and_the_other_way(canvas: PatchCanvas
 # ------------------------------------------------------------------------------- the snapshot
 
 
-def test_snapshot_shows_the_picture(canvas: PatchCanvas) -> None:
+def test_snapshot_shows_picture_title_tokens_and_grid(canvas: PatchCanvas) -> None:
+    assert shown(PatchCanvas(size=(20, 10)), 5, 5) == (255, 255, 255)  # nothing was shown yet
     assert canvas.snapshot().size == (60, 40)
     assert shown(canvas, 30, 20) == (0, 0, 255)
-
-
-def test_a_title_stands_above_and_is_told(canvas: PatchCanvas) -> None:
-    canvas.show(BLUE, width=60, title="blue")
-    assert canvas.snapshot().size == (60, 60) and canvas.label == "blue"
-    assert shown(canvas, 30, 0) == (255, 255, 255) and shown(canvas, 30, 59) == (0, 0, 255)
-
-
-def test_snapshot_before_anything_is_shown() -> None:
-    assert shown(PatchCanvas(size=(20, 10)), 5, 5) == (255, 255, 255)
-
-
-def test_snapshot_shows_dropped_and_selected_tokens(canvas: PatchCanvas) -> None:
     canvas.dropped, canvas.selected = [5], 1
     assert min(shown(canvas, 50, 30)) > 190  # the last token: row 1, column 2
     assert shown(canvas, 20, 10) == (0xD5, 0x5E, 0x00)  # left edge of column 1
     assert shown(canvas, 30, 10) == (0, 0, 255)
-
-
-def test_snapshot_shows_the_grid(canvas: PatchCanvas) -> None:
-    before = shown(canvas, 20, 30)
     canvas.show_grid = True
-    assert min(shown(canvas, 20, 30)) > min(before) + 50
-    assert shown(canvas, 10, 10) == (0, 0, 255)
+    assert min(shown(canvas, 20, 30)) > 50 and shown(canvas, 10, 10) == (0, 0, 255)
+    canvas.show(BLUE, width=60, title="blue")
+    assert canvas.snapshot().size == (60, 60) and canvas.label == "blue"
+    assert shown(canvas, 10, 0) == (255, 255, 255) and shown(canvas, 10, 59) != (255, 255, 255)
 
 
 def test_a_saved_notebook_has_picture_and_words(canvas: PatchCanvas) -> None:

@@ -4,13 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 
 import ipywidgets
-import torch
 from torch import Tensor
 
 from mimdet.models.detector import Detector
 from mimdet.models.sampling import token_grid
 from mimdet.viz import draw, features
-from mimdet.viz.draw import Pixels
+from mimdet.viz.draw import Picture
 from mimdet.viz.widgets.canvas import PatchCanvas
 from mimdet.viz.widgets.panel import ImagePanel, dropdown, toggles
 
@@ -68,13 +67,13 @@ class PyramidViewer(ImagePanel):
         level, ratio, seed = self.level.value, self.ratio.value, self.seed.value
         now = [self._pyramid(name, ratio, seed) for name in shown]
         full = [self._pyramid(name, 1.0, 0).maps[level] for name in shown]
-        maps = [found.only(level)[level] for found in now]
-        self.channel.max = min(map(len, maps)) - 1
+        found = [pyramid.only(level)[level] for pyramid in now]
+        self.channel.max = min(map(len, found)) - 1
         self.channel.disabled = self.view.value != "channel"
         for name, canvas in self.maps.items():
             canvas.layout.display = None if name in shown else "none"
-        pictures, notes = self._pictures(maps, full)
-        for name, values, pixels, note in zip(shown, maps, pictures, notes, strict=True):
+        pictures = [self._picture(*pair, full) for pair in zip(found, full, strict=True)]
+        for name, values, (note, pixels, _) in zip(shown, found, pictures, strict=True):
             title = f"{level}: {' x '.join(map(str, values.shape))}"
             title = f"{name}, {title}" if len(self.models) > 1 else title
             self.maps[name].show(draw.enlarged(pixels, SIDE, smooth=False), title=title)
@@ -91,9 +90,9 @@ class PyramidViewer(ImagePanel):
         self.label = f"An image and its map {level} in {', '.join(shown)}: {what}."
         moved = "made before tokens are sampled: the ratio does not matter"
         if level not in BEFORE_SAMPLING:
-            shares = [float((m - f).norm() / f.norm()) for m, f in zip(maps, full, strict=True)]
+            shares = [float((m - f).norm() / f.norm()) for m, f in zip(found, full, strict=True)]
             moved = f"moved from ratio 1 by {' | '.join(f'{100 * s:.1f} %' for s in shares)}"
-        return " · ".join([level, kept, " | ".join(notes), moved])
+        return " · ".join([level, kept, " | ".join(picture.title for picture in pictures), moved])
 
     def _pyramid(self, name: str, ratio: float, seed: int) -> features.Pyramid:
         """What a model makes of the image; kept for the last setting and for ratio 1."""
@@ -106,29 +105,19 @@ class PyramidViewer(ImagePanel):
             lambda: features.pyramid_of(model, self.chosen, sample_ratio=ratio, seed=seed),
         )
 
-    def _pictures(
-        self, maps: Sequence[Tensor], references: Sequence[Tensor]
-    ) -> tuple[list[Pixels], list[str]]:
-        """Each map as pixels, and what they show; scales are those of the references."""
-        one = self.scale.value and len({len(reference) for reference in references}) == 1
+    def _picture(self, values: Tensor, own: Tensor, among: Sequence[Tensor]) -> Picture:
+        """A map as pixels, under what they show; own: the same map at ratio 1; among: those whose
+        PCA or scale it shares, where they are on one."""
+        if not self.scale.value or len({len(other) for other in among}) > 1:
+            among = [own]
         if self.view.value == "PCA":
-            bases = [features.fit_basis(*(references if one else [own])) for own in references]
-            pixels = list(map(features.pca_picture, maps, bases))
-            return pixels, [
-                f"3 colours carry {100 * float(b.explained.sum()):.0f} %" for b in bases
-            ]
+            basis = features.fit_basis(*among)
+            return Picture(features.explained(basis), features.pca_picture(values, basis))
         if self.view.value == "norm":
-            planes, scales = ([*map(features.norm_map, given)] for given in (maps, references))
-            names = ["norm"] * len(maps)
-            if one:
-                scales = [torch.cat([scale.flatten() for scale in scales])] * len(scales)
-        else:
-            rank = self.channel.value
-            chosen = [features.strongest_channels(own, rank + 1)[rank] for own in references]
-            planes, scales = ([*map(features.channel_map, g, chosen)] for g in (maps, references))
-            names = [f"channel {channel}" for channel in chosen]
-        ends = [(float(scale.min()), float(scale.max())) for scale in scales]
-        notes = [
-            f"{name} {low:.1f} to {high:.1f}" for name, (low, high) in zip(names, ends, strict=True)
-        ]
-        return [draw.heat(plane, *end) for plane, end in zip(planes, ends, strict=True)], notes
+            scale = features.scale_of(map(features.norm_map, among))
+            return features.plane_of("norm", features.norm_map(values), *scale)
+        channel = features.strongest_channels(own, self.channel.value + 1)[-1]
+        scale = features.scale_of([features.channel_map(own, channel)])
+        return features.plane_of(
+            f"channel {channel}", features.channel_map(values, channel), *scale
+        )
