@@ -22,12 +22,7 @@ Place = int | tuple[int, int]
 
 
 def show_attention(
-    image: Tensor,
-    seen: Recording,
-    names: str | Sequence[str],
-    query: Place,
-    *,
-    heads: bool = False,
+    image: Tensor, seen: Recording, names: str | Sequence[str], query: Place, *, heads: bool = False
 ) -> NotebookFigure:
     """What the token at `query` takes from every other: a panel per block, or per head of each.
 
@@ -44,7 +39,7 @@ def show_attention(
     panels = []
     for name in chosen:
         rows = seen.row(name, place)  # (heads, N)
-        title = block_title(seen, name, chosen)
+        title = block_title(seen, name)
         drawn = {f", head {i}": row for i, row in enumerate(rows)} if heads else {"": rows.mean(0)}
         for head, row in drawn.items():
             high = float(row.max())
@@ -54,10 +49,7 @@ def show_attention(
 
 
 def show_rollout(
-    image: Tensor,
-    seen: Recording,
-    names: str | Sequence[str],
-    query: Place,
+    image: Tensor, seen: Recording, names: str | Sequence[str], query: Place
 ) -> NotebookFigure:
     """How much of every token reaches the one at `query` after 1, 2, ... of the named blocks.
 
@@ -69,7 +61,7 @@ def show_rollout(
     panels = []
     for count, name in enumerate(chosen, start=1):
         values, own = rolled_out(seen, chosen[:count], place)
-        title = block_title(seen, chosen[0], chosen)
+        title = block_title(seen, chosen[0])
         if count > 1:
             title = f"{title.replace('block ', 'blocks ')}-{_number(name)}"
         panels.append((f"{title}: itself {share(own)}", values, largest_other(values, place)))
@@ -108,23 +100,19 @@ def place_on(seen: Recording, query: Place) -> int:
     return row * w + column
 
 
-def nearest_sampled(sample: Sample, place: int, index: int = 0) -> int:
-    """The kept token that lies nearest to a place of the grid, for a query the encoder has seen."""
-    kept = sample.keep[index]
+def nearest_sampled(sample: Sample, place: int) -> int:
+    """The kept token of the first image that lies nearest to a place of the grid: a query that the
+    encoder has seen."""
+    kept = sample.keep[0]
     w = sample.grid[1]
     rows, columns = kept // w - place // w, kept % w - place % w
     return int(kept[(rows**2 + columns**2).argmin()])
 
 
-def block_title(seen: Recording, name: str, among: Sequence[str] = ()) -> str:
-    """backbone.encoder.blocks.3.attn -> `encoder block 3`, or `block 3` among blocks of one part,
-    which the first panel names."""
+def block_title(seen: Recording, name: str) -> str:
+    """backbone.encoder.blocks.3.attn -> `encoder block 3`."""
     number = _number(name)
-    if number is None:
-        return name
-    if among and len({other in seen.full_grid for other in among}) == 1:
-        return f"block {number}"
-    return f"{'decoder' if name in seen.full_grid else 'encoder'} block {number}"
+    return f"{_part(seen, name)} block {number}" if number else name
 
 
 def share(value: float) -> str:
@@ -147,6 +135,10 @@ def overlay(values: Tensor, high: float) -> NDArray[np.uint8]:
 def greyed(image: Tensor) -> Tensor:
     """uint8 (3, H, W) -> the same without colour: the heat above it has colours of its own."""
     return image.float().mean(0, keepdim=True).expand(3, -1, -1).to(torch.uint8)
+
+
+def _part(seen: Recording, name: str) -> str:
+    return "decoder" if name in seen.full_grid else "encoder"
 
 
 def _number(name: str) -> str | None:
@@ -184,10 +176,9 @@ def _over_picture(
     visible = torch.ones(h, w)
     if name not in seen.full_grid and seen.sample is not None:
         visible = seen.on_grid(name, torch.ones(len(seen.sample.keep[0])))
-    part = "decoder" if name in seen.full_grid else "encoder"
     hidden = np.zeros((h, w, 4), np.uint8)
     hidden[visible.isnan().numpy()] = (*UNSAMPLED, round(255 * UNKNOWN))
-    title = f"{part}: {int(visible.nansum())} of {h * w} tokens"
+    title = f"{_part(seen, name)}: {int(visible.nansum())} of {h * w} tokens"
     pictures = [(title, laid_over(on_tokens(image, seen.grid, seen.patch), hidden))]
     grey = on_tokens(greyed(image), seen.grid, seen.patch)
     pictures += [(title, laid_over(grey, overlay(values, high))) for title, values, high in panels]
@@ -196,7 +187,7 @@ def _over_picture(
     framed = [
         Picture(title, _framed(pixels, row, column, len(pixels) // h)) for title, pixels in pictures
     ]
-    return show_rows(what, framed, columns=5)
+    return show_rows(what, framed)
 
 
 def _framed(pixels: Pixels, row: int, column: int, side: int) -> Pixels:

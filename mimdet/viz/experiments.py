@@ -48,12 +48,11 @@ def show_matrix(result: Experiment, metric: str = "box_ap") -> NotebookFigure:
     darker, the higher; the best cell of a row is bold.
     """
     summary = result.summary(metric)
-    columns = sorted(summary["evaluate_ratio"].unique())
-    rows = [arm.label for arm in result.arms]
-    means, halves = (np.full((len(rows), len(columns)), np.nan) for _ in range(2))
-    for _, cell in summary.iterrows():
-        place = rows.index(cell["arm"]), columns.index(cell["evaluate_ratio"])
-        means[place], halves[place] = cell["mean"], cell["high"] - cell["mean"]
+    rows, columns = result.arms, sorted(summary["evaluate_ratio"].unique())
+    summary["half"] = summary["high"] - summary["mean"]
+    cells = summary.pivot(index="arm", columns="evaluate_ratio")
+    cells = cells.reindex(index=[arm.label for arm in rows])
+    means, halves = cells["mean"].to_numpy(float), cells["half"].to_numpy(float)
     fig = new_figure(min(WIDTH, 2.6 + 1.25 * len(columns)), 1.5 + 0.62 * len(rows))
     seeds = plural(len(result.seeds), "seed")
     title = f"{title_of(metric)} × 100, mean ± 95 % interval of {seeds}"
@@ -101,11 +100,11 @@ def show_arms(
             continue  # a baseline that sees every token
         row, colour = summary.loc[arm.label], SERIES[place % len(SERIES)]
         scores = result.scores(arm.label, ratio, metric)
-        _interval(left, place, row["mean"], row["low"], row["high"], scores.values(), colour)
+        _interval(left, place, row[["mean", "low", "high"]], scores.values(), colour)
         if place:
             pairs = [scores[seed] - baseline[seed] for seed in scores if seed in baseline]
-            bounds = row["difference_low"], row["difference_high"]
-            _interval(right, place, row["difference"], *bounds, pairs, colour)
+            bounds = row[["difference", "difference_low", "difference_high"]]
+            _interval(right, place, bounds, pairs, colour)
     right.axvline(0, color=FAINT, linewidth=1)
     low, high = right.get_xlim()
     side = 4 if high > -low else -4  # where there is room
@@ -188,16 +187,12 @@ def _fields_text(result: Experiment) -> str:
     return ", ".join(name.replace("_", " ") for name in short.values())
 
 
-def _interval(
-    ax: Axes,
-    y: float,
-    mean: float,
-    low: float,
-    high: float,
-    seeds: Collection[float],
-    colour: str,
-) -> None:
-    """A mean with its value above it, a bar from low to high, a pale dot per seed."""
+def _interval(ax: Axes, y: int, bounds: Any, seeds: Collection[float], colour: str) -> None:
+    """A mean with its value above it, a bar from low to high, a pale dot per seed.
+
+    bounds: mean, low, high.
+    """
+    mean, low, high = bounds
     if math.isnan(mean):
         return
     ax.plot(list(seeds), [y] * len(seeds), "o", color=colour, alpha=0.35, markersize=4)

@@ -90,14 +90,6 @@ def fit_basis(*maps: Tensor) -> Basis:
     return Basis(mean, axes, explained, ends[0], ends[1])
 
 
-def project(features: Tensor, basis: Basis) -> Tensor:
-    """(C, h, w) -> (3, h, w) float64: coordinates along the axes of a basis."""
-    if len(_checked(features)) != len(basis.mean):
-        raise ValueError(f"the basis has {len(basis.mean)} channels, the map {len(features)}")
-    centred = features.cpu().double() - basis.mean[:, None, None]
-    return torch.einsum("kc,chw->khw", basis.axes, centred)
-
-
 def pca_picture(features: Tensor, basis: Basis | None = None) -> Pixels:
     """(C, h, w) -> uint8 (h, w, 3): the first three components as red, green, blue.
 
@@ -105,14 +97,15 @@ def pca_picture(features: Tensor, basis: Basis | None = None) -> Pixels:
     `basis.explained` says how much they really carry. basis: None = fitted to this map alone.
     """
     basis = basis or fit_basis(features)
-    known = features.isfinite().all(dim=0).cpu().numpy()
-    low, span = basis.low[:, None, None], (basis.high - basis.low)[:, None, None]
+    if len(_checked(features)) != len(basis.mean):
+        raise ValueError(f"the basis has {len(basis.mean)} channels, the map {len(features)}")
+    places = features.cpu().double().permute(1, 2, 0)  # (h, w, C)
+    span = basis.high - basis.low
     flat = span <= 1e-12 * basis.mean.norm().clamp(min=1e-300)  # no variation: middle grey
-    scaled = (project(features, basis) - low) / span.where(~flat, 1)
-    scaled = scaled.where(~flat, 0.5)
-    picture = (scaled.nan_to_num(0).clamp(0, 1) * 255).round().to(torch.uint8)
-    pixels = np.ascontiguousarray(picture.permute(1, 2, 0).numpy())
-    pixels[~known] = UNSAMPLED
+    scaled = ((places - basis.mean) @ basis.axes.T - basis.low) / span.where(~flat, 1)  # (h, w, 3)
+    scaled = scaled.where(~flat, 0.5).nan_to_num(0).clamp(0, 1)
+    pixels = (scaled * 255).round().to(torch.uint8).numpy()
+    pixels[~places.isfinite().all(dim=2).numpy()] = UNSAMPLED
     return pixels
 
 
@@ -125,11 +118,6 @@ def largest_difference(now: Tensor, reference: Tensor) -> float:
         raise ValueError(f"shapes {tuple(now.shape)} and {tuple(reference.shape)} differ")
     scale = float(reference.abs().max())
     return float((now - reference).abs().max()) / max(scale, 1e-12)
-
-
-def stride_of(features: Tensor, image: Tensor) -> int:
-    """Pixels of the image (3, H, W) per place of a map (C, h, w) of it."""
-    return round(image.shape[1] / features.shape[1])
 
 
 def _checked(features: Tensor) -> Tensor:
@@ -162,7 +150,8 @@ def show_pyramid(image: Tensor, maps: Mapping[str, Tensor]) -> NotebookFigure:
     )
     for level, features in maps.items():
         basis = fit_basis(features)
-        shape, stride = " × ".join(map(str, features.shape)), stride_of(features, image)
+        shape = " × ".join(map(str, features.shape))
+        stride = round(image.shape[1] / features.shape[1])
         picture = pca_picture(features, basis)
         colours.append(Picture(f"{level}: {shape}\nstride {stride}", picture))
         norms.append(plane_of(f"{level}: {explained(basis)}\nnorm", norm_map(features)))

@@ -41,7 +41,6 @@ LONGEST = 2.0
 class Painted:
     """One image through a masked autoencoder. Pictures are uint8 (3, h * patch, w * patch)."""
 
-    original: Tensor
     seen: Tensor
     """The kept patches; the others are light grey."""
     painted: Tensor
@@ -78,7 +77,6 @@ def paint(image: Tensor, mae: MAE, sample: Sample) -> Painted:
     seen = sample.mask()[0].repeat_interleave(side, 0).repeat_interleave(side, 1)  # (H, W)
     visible = torch.where(seen.cpu(), pictures["visible"], UNSAMPLED[0])
     return Painted(
-        image.cpu(),
         visible,
         pictures["painted"],
         pictures["pasted"],
@@ -146,11 +144,7 @@ def _normalised(image: Tensor, mae: MAE) -> Tensor:
 
 
 def show_reconstruction(
-    images: Tensor | Sequence[Tensor],
-    mae: MAE,
-    ratio: float = 0.25,
-    *,
-    seed: int = 0,
+    images: Tensor | Sequence[Tensor], mae: MAE, ratio: float = 0.25, *, seed: int = 0
 ) -> NotebookFigure:
     """A row an image: the patches seen, what is painted, seen pasted over painted, the original.
 
@@ -167,7 +161,7 @@ def show_reconstruction(
             f"seen: {len(own.keep[0])} of {grid[0] * grid[1]} patches": row.seen,
             f"painted (loss {row.loss:.3f})": row.painted,
             "seen, pasted over painted": row.pasted,
-            "original": row.original,
+            "original": fitted,
         }
         pictures += [Picture(title, to_pixels(part)) for title, part in panels.items()]
     return show_rows("Images through a masked autoencoder", pictures)

@@ -8,6 +8,7 @@ hooks are removed on leaving, whatever happens inside.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -151,25 +152,29 @@ def record(
     if isinstance(model, MAE):
         seen.prefix, seen.patch = 1, model.patch_size
     seen.attention = {name for name in chosen if _is_attention(modules[name])}
-    seen.full_grid = {name for name in seen.attention if _in_decoder(name, modules)}
+    decoders: list[nn.Module] = [m for m in modules.values() if isinstance(m, Decoder)]
+    decoders += [m.decoder_blocks for m in modules.values() if isinstance(m, MAE)]
+    of_decoders = {module for decoder in decoders for module in decoder.modules()}
+    seen.full_grid = {name for name in seen.attention if modules[name] in of_decoders}
     sampling = [m for m in modules.values() if isinstance(m, Encoder | Decoder | MAE)]
     if query is not None and (not sampling or isinstance(model, MAE)):
         raise ValueError(
             "query= needs to know where tokens are, and only the encoder and decoder of MIMDet say "
             "so: omit it for other models (the maps of a MAE are small)"
         )
-    hooks = [_watch_sample(module, seen) for module in sampling]
+    hooks: list[Any] = []
     fused: dict[Any, bool] = {}
     try:
+        hooks += [_watch_sample(module, seen) for module in sampling]
         for name in chosen:
             module: Any = modules[name]
+            keep = partial(_keep, seen, name, whole)
             if name in seen.attention:
                 fused[module] = module.fused_attn
                 module.fused_attn = False
-                hook = _attention_hook(seen, name, whole)
-                hooks.append(module.attn_drop.register_forward_pre_hook(hook))
+                hooks.append(module.attn_drop.register_forward_pre_hook(keep))
             else:
-                hooks.append(module.register_forward_hook(_output_hook(seen, name)))
+                hooks.append(module.register_forward_hook(keep))
         yield seen
     finally:
         for hook in hooks:
@@ -227,27 +232,25 @@ def _matching(pattern: str, modules: dict[str, nn.Module]) -> list[str]:
 def _watch_sample(module: nn.Module, seen: Recording) -> Any:
     """Encoder and decoder are given a sample, before their blocks run; a MAE returns it."""
 
-    def given(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        seen.sample = _to_cpu(arguments[1])
-
-    def returned(_: nn.Module, __: Any, output: Any) -> None:
-        seen.sample = _to_cpu(output.sample)
+    def given(_: nn.Module, arguments: tuple[Any, ...], output: Any = None) -> None:
+        seen.sample = _to_cpu(arguments[1] if output is None else output.sample)
 
     if isinstance(module, MAE):
-        return module.register_forward_hook(returned)
+        return module.register_forward_hook(given)
     return module.register_forward_pre_hook(given)
 
 
-def _attention_hook(seen: Recording, name: str, whole: bool) -> Any:
-    def keep(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        attention = arguments[0].detach()  # (B, heads, N, N)
+def _keep(
+    seen: Recording, name: str, whole: bool, _: nn.Module, arguments: Any, output: Any = None
+) -> None:
+    """A hook: store what a module returns, or the attention (B, heads, N, N) a dropout is given."""
+    if name in seen.attention:
+        output = arguments[0]
         if seen.query is not None:
-            attention = _rows_of(seen.query, attention, seen, name)
+            output = _rows_of(seen.query, output, seen, name)
         elif not whole:
-            _check_memory(attention, seen, name)
-        seen.calls.setdefault(name, []).append(_to_cpu(attention))
-
-    return keep
+            _check_memory(output, seen, name)
+    seen.calls.setdefault(name, []).append(_to_cpu(output))
 
 
 def _rows_of(query: int, attention: Tensor, seen: Recording, name: str) -> Tensor:
@@ -262,35 +265,14 @@ def _rows_of(query: int, attention: Tensor, seen: Recording, name: str) -> Tenso
 
 def _check_memory(attention: Tensor, seen: Recording, name: str) -> None:
     """Add up what is kept and what is to come, as if blocks not seen yet were as large as this."""
-    kept = sum(
-        map_.numel() * map_.element_size()
-        for other in seen.attention
-        for map_ in seen.calls.get(other, [])
-    )
+    kept = sum(map_.nbytes for other in seen.attention for map_ in seen.calls.get(other, []))
     missing = len(seen.attention - set(seen.calls) - {name}) + 1
-    needed = (kept + missing * attention.numel() * attention.element_size()) / 2**30
+    needed = (kept + missing * attention.nbytes) / 2**30
     if needed > LIMIT_GIB:
         raise ValueError(
             f"the whole attention of {len(seen.attention)} blocks, here on {attention.shape[-1]} "
             f"tokens, takes {needed:.1f} GiB: name fewer blocks, give query=, or whole=True"
         )
-
-
-def _in_decoder(name: str, modules: dict[str, nn.Module]) -> bool:
-    """Whether a module belongs to a decoder, which sees the full grid."""
-    parts = name.split(".")
-    owners = [modules[".".join(parts[:i])] for i in range(len(parts))]
-    return any(
-        isinstance(owner, Decoder) or (isinstance(owner, MAE) and part == "decoder_blocks")
-        for owner, part in zip(owners, parts, strict=True)
-    )
-
-
-def _output_hook(seen: Recording, name: str) -> Any:
-    def keep(_: nn.Module, __: Any, output: Any) -> None:
-        seen.calls.setdefault(name, []).append(_to_cpu(output))
-
-    return keep
 
 
 def _to_cpu(value: Any) -> Any:
@@ -299,8 +281,7 @@ def _to_cpu(value: Any) -> Any:
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
         return {key: _to_cpu(part) for key, part in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_to_cpu, value))
     if isinstance(value, list | tuple):
-        return type(value)(map(_to_cpu, value))
+        parts = map(_to_cpu, value)
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value

@@ -57,8 +57,8 @@ def test_a_panel_a_block(image, seen):
     mean = [seen.row(name, 14).mean(0) for name in BLOCKS]
     assert titles(fig) == [
         "encoder: 4 of 16 tokens",
-        f"block 0: ≤ {share(float(mean[0].max()))}",
-        f"block 1: ≤ {share(float(mean[1].max()))}",
+        f"encoder block 0: ≤ {share(float(mean[0].max()))}",
+        f"encoder block 1: ≤ {share(float(mean[1].max()))}",
     ]
     assert "mean of the heads, of the token in row 3, column 2" in fig.alt_text
 
@@ -66,7 +66,7 @@ def test_a_panel_a_block(image, seen):
 def test_a_panel_a_head(image, seen):
     fig = show_attention(image, seen, BLOCKS[1], query=14, heads=True)
     highest = seen.row(BLOCKS[1], 14).amax(1).tolist()
-    expected = [f"block 1, head {i}: ≤ {share(highest[i])}" for i in range(2)]
+    expected = [f"encoder block 1, head {i}: ≤ {share(highest[i])}" for i in range(2)]
     assert titles(fig)[1:] == expected
     fig = show_attention(image, seen, [BLOCKS[0], DECODER], query=14)
     assert [title.split(":")[0] for title in titles(fig)[1:]] == [
@@ -136,9 +136,9 @@ def test_rollout_after_each_block(image, seen):
     fig = show_rollout(image, seen, "backbone.encoder*", query=14)
     total = rollout([seen[name][0] for name in BLOCKS])
     own = float(total[2, 2])  # place 14 is the third of the sample
-    assert titles(fig)[2] == f"blocks 0-1: itself {share(own)}"
+    assert titles(fig)[2] == f"encoder blocks 0-1: itself {share(own)}"
     first = float(rollout([seen[BLOCKS[0]][0]])[2, 2])
-    assert titles(fig)[1] == f"block 0: itself {share(first)}"
+    assert titles(fig)[1] == f"encoder block 0: itself {share(first)}"
     assert own < first
     values, itself = rolled_out(seen, BLOCKS, 14)
     assert itself == own
