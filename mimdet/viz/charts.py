@@ -1,7 +1,7 @@
 """Figures of numbers: the course of a training, AP against the ratio, what things are made of."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
@@ -42,17 +42,11 @@ PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 KINDS = {"box": (BLUE, "o"), "mask": (VERMILLION, "s")}
 
 
-class Score(NamedTuple):
-    """One point of an AP curve."""
-
-    x: float
-    ap: float
-    """x 100."""
-    spread: float = 0.0
-    """Standard deviation, x 100."""
+Points = list[tuple[float, float, float]]
+"""Of an AP curve: x, AP x 100, standard deviation x 100."""
 
 
-def show_training(metrics_rows: Sequence[dict[str, Any]], title: str = "") -> NotebookFigure:
+def show_training(metrics_rows: Sequence[dict[str, Any]]) -> NotebookFigure:
     """Losses (left) and AP x 100 (right) over the steps of a run.
 
     metrics_rows: lines of metrics.jsonl, {"step", "loss", "loss_...", ...} of a step and {"step",
@@ -72,17 +66,14 @@ def show_training(metrics_rows: Sequence[dict[str, Any]], title: str = "") -> No
     if steps:
         _draw_losses(left, steps)
     _draw_scores(right, curves, mark_all=False)
-    words: dict[str, Any] = {"fontsize": NORMAL, "color": FAINT}
     for ax, missing in ((left, "no steps yet"), (right, "no evaluation yet")):
         if not ax.lines:
-            ax.text(0.5, 0.5, missing, transform=ax.transAxes, ha="center", **words)
+            write_title(ax, missing, LARGE)
             ax.set_yticks([])
-    if title:
-        fig.suptitle(title, x=0.01, ha="left", fontsize=LARGE, weight="bold", color=INK)
     said = [
         f"loss {row['loss']:.2f} at step {row['step']}" for row in steps[:: len(steps) - 1 or 1]
     ]
-    said += [f"{kind} AP {c[-1].ap:.1f} at step {c[-1].x}" for kind, c in curves.items() if c]
+    said += [f"{kind} AP {c[-1][1]:.1f} at step {c[-1][0]}" for kind, c in curves.items() if c]
     return fig.finish(f"A training run: {', '.join(said) or 'no step so far'}.")
 
 
@@ -99,7 +90,7 @@ def show_ratios(rows: Sequence[dict[str, Any]]) -> NotebookFigure:
     draws = max(row["draws"] for row in rows)
     curves = {
         kind: [
-            Score(row["sample_ratio"], 100 * row[f"{kind}_ap"], 100 * row[f"{kind}_ap_sd"])
+            (row["sample_ratio"], 100 * row[f"{kind}_ap"], 100 * row[f"{kind}_ap_sd"])
             for row in rows
             if f"{kind}_ap" in row
         ]
@@ -113,30 +104,30 @@ def show_ratios(rows: Sequence[dict[str, Any]]) -> NotebookFigure:
     ax.set_xticks([row["sample_ratio"] for row in rows])
     ax.xaxis.set_major_formatter(PLAIN)
     points = [
-        f"{kind} {score.ap:.1f} ± {score.spread:.1f} at {score.x:g}"
+        f"{kind} {ap:.1f} ± {spread:.1f} at {x:g}"
         for kind, curve in curves.items()
-        for score in curve
+        for x, ap, spread in curve
     ]
     return fig.finish(f"AP x 100 against the share of tokens kept: {', '.join(points)}.")
 
 
-def _evaluated(evaluations: Sequence[dict[str, Any]], kind: str) -> list[Score]:
+def _evaluated(evaluations: Sequence[dict[str, Any]], kind: str) -> Points:
     """The evaluations that have a number of this kind."""
     found = []
     for row in evaluations:
         ap = (row["evaluation"].get(kind) or {}).get("AP")
         if ap is not None and ap >= 0:  # neither NaN nor COCO's -1, both of which mean "no object"
-            found.append(Score(row["step"], 100 * ap))
+            found.append((row["step"], 100 * ap, 0.0))
     return found
 
 
-def _draw_scores(ax: Axes, curves: dict[str, list[Score]], mark_all: bool) -> None:
+def _draw_scores(ax: Axes, curves: dict[str, Points], mark_all: bool) -> None:
     """A line per kind, its name and value at the last point, the other values if mark_all.
 
     The values of the curve that ends higher stand above it, the other's below it.
     """
     curves = {kind: curve for kind, curve in curves.items() if curve}
-    upper = max(curves, key=lambda kind: curves[kind][-1].ap, default="")
+    upper = max(curves, key=lambda kind: curves[kind][-1][1], default="")
     for kind, curve in curves.items():
         colour, marker = KINDS[kind]
         x, ap, spread = zip(*curve, strict=True)
@@ -144,11 +135,11 @@ def _draw_scores(ax: Axes, curves: dict[str, list[Score]], mark_all: bool) -> No
         style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4.5}
         ax.errorbar(x, ap, bars, capsize=3, label=kind, **style)
         side = 1 if kind == upper else -1
-        for score in curve if mark_all else curve[-1:]:
-            name = f"{kind} " if score is curve[-1] else ""
-            end = (score.x, score.ap + side * score.spread)
-            write_beside(ax, f"{name}{score.ap:.1f}", end, (0, 7 * side), color=colour)
-    highest = max((score.ap + score.spread for c in curves.values() for score in c), default=0.0)
+        for point in curve if mark_all else curve[-1:]:
+            name = f"{kind} " if point is curve[-1] else ""
+            end = (point[0], point[1] + side * point[2])
+            write_beside(ax, f"{name}{point[1]:.1f}", end, (0, 7 * side), color=colour)
+    highest = max((ap + spread for c in curves.values() for _, ap, spread in c), default=0.0)
     ax.set_ylim(0, max(1.0, 1.18 * highest))  # from 0, with room for the values
     ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
 

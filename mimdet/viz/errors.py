@@ -17,21 +17,7 @@ from mimdet.analysis.comparison import SAME, RunComparison
 from mimdet.analysis.errors import MEANINGS, Curve, DetectionError, ErrorReport
 from mimdet.data.loader import Dataset
 from mimdet.structures import Crops, Record
-from mimdet.viz.draw import (
-    Box,
-    Mark,
-    Picture,
-    Size,
-    box_of,
-    class_colour,
-    image_size,
-    marks_of,
-    mask_of,
-    overlap,
-    score_text,
-    show_rows,
-    to_pixels,
-)
+from mimdet.viz import draw
 from mimdet.viz.style import (
     BLUE,
     FAINT,
@@ -49,7 +35,6 @@ from mimdet.viz.style import (
     plain_axes,
     plural,
     write_beside,
-    write_title,
 )
 
 
@@ -65,24 +50,19 @@ def show_errors(reports: ErrorReport | Mapping[str, ErrorReport]) -> NotebookFig
     title = f"What each type of error costs at IoU {first.iou_threshold:g}"
     if len(named) == 1:
         title += f" (AP {100 * first.ap:.1f})"
-    groups = list(first.dap), list(first.special)
+    names = [*first.dap, *first.special]
     row = (0.26 if len(named) == 1 else 0.17) * len(named) + 0.13  # inches
-    fig = new_figure(WIDTH, row * sum(map(len, groups)) + 1.1)
-    grid = {"height_ratios": [len(names) for names in groups]}
-    axes = fig.subplots(2, 1, sharex=True, gridspec_kw=grid)
-    for ax, names in zip(axes, groups, strict=True):
-        plain_axes(ax, lines="x")
-        for number, (name, report) in enumerate(named.items()):
-            _draw_bars(ax, report, names, number, len(named), f"{name}: AP {100 * report.ap:.1f}")
-        ax.set_yticks(range(len(names)), [f"{name}\n{MEANINGS[name]}" for name in names])
-        ax.set_ylim(len(names) - 0.5, -0.5)
-        ax.tick_params(axis="y", length=0)
-    lengths = [bar.get_width() for ax in axes for bar in ax.patches]
-    axes[0].set_xlim(0, 1.25 * max(lengths) or 1.0)
-    write_title(axes[0], title, LARGE)
-    axes[1].set_xlabel("AP × 100 gained if fixed")
+    fig = new_figure(WIDTH, row * len(names) + 0.9)
+    ax = axes_of(fig, 1, 1, title, "AP × 100 gained if fixed", "", lines="x")
+    for number, (name, report) in enumerate(named.items()):
+        _draw_bars(ax, report, number, len(named), f"{name}: AP {100 * report.ap:.1f}")
+    ax.axhline(len(first.dap) - 0.5, color=FAINT, linewidth=0.8)
+    ax.set_yticks(range(len(names)), [f"{name}\n{MEANINGS[name]}" for name in names])
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.tick_params(axis="y", length=0)
+    ax.set_xlim(0, 1.25 * ax.dataLim.x1 or 1.0)
     if len(named) > 1:
-        add_legend(axes[0], loc="lower right")
+        add_legend(fig, loc="outside upper right", ncols=len(named))
     said = "; ".join(f"{name} {_in_words(report)}".lstrip() for name, report in named.items())
     return fig.finish(f"What each type of error costs, AP × 100. {said}.")
 
@@ -145,14 +125,14 @@ def show_comparison(comparison: RunComparison, count: int = 8) -> NotebookFigure
     left.plot([0, 100], [0, 100], color=FAINT, linewidth=0.8)
     change = images["change"]
     kinds = {
-        "gained": (images[change > SAME], BLUE, "^"),
-        "lost": (images[change < -SAME], VERMILLION, "v"),
-        "same": (images[change.abs() <= SAME], FAINT, "o"),
+        "gained": (change > SAME, BLUE, "^"),
+        "lost": (change < -SAME, VERMILLION, "v"),
+        "same": (change.abs() <= SAME, FAINT, "o"),
     }
-    for name, (rows, colour, marker) in kinds.items():
-        style: dict[str, Any] = {"marker": marker, "s": 18, "alpha": 0.75, "linewidth": 0}
+    for name, (mine, colour, marker) in kinds.items():
+        points = 100 * images.loc[mine, ["ap_1", "ap_2"]].to_numpy()
         label = f"{name}: {numbers[name]}"
-        left.scatter(100 * rows["ap_1"], 100 * rows["ap_2"], color=colour, label=label, **style)
+        left.plot(*points.T, marker, color=colour, alpha=0.75, markersize=4, label=label)
     left.set(xlim=(-3, 103), ylim=(-3, 103), aspect="equal")
     add_legend(left, loc="upper left", markerscale=1.4)
     gained, lost = comparison.gained(count), comparison.lost(count)
@@ -169,17 +149,15 @@ def show_comparison(comparison: RunComparison, count: int = 8) -> NotebookFigure
 # ------------------------------------------------------------------------------- parts
 
 
-def _draw_bars(
-    ax: Axes, report: ErrorReport, names: Sequence[str], number: int, of: int, label: str
-) -> None:
+def _draw_bars(ax: Axes, report: ErrorReport, number: int, of: int, label: str) -> None:
     """Bars of report `number` of `of`, each with its value and the number of errors behind it."""
     thickness = 0.76 / of
     dap = report.dap | report.special
-    values = [0.0 if math.isnan(dap[name]) else 100 * dap[name] for name in names]
-    places = np.arange(len(names)) + (number - (of - 1) / 2) * thickness
+    values = 100 * np.nan_to_num([*dap.values()])
+    places = np.arange(len(dap)) + (number - (of - 1) / 2) * thickness
     bars = ax.barh(places, values, height=0.9 * thickness, color=SERIES[number], label=label)
     counts = {name: f"  ({plural(count, 'error')})" for name, count in report.counts.items()}
-    labels = [f"{v:.1f}{counts.get(n, '')}" for n, v in zip(names, values, strict=True)]
+    labels = [f"{v:.1f}{counts.get(n, '')}" for n, v in zip(dap, values, strict=True)]
     beneath = {"facecolor": "white", "linewidth": 0, "pad": 1}  # no grid line through the text
     ax.bar_label(bars, labels, padding=4, fontsize=NORMAL, color=INK, bbox=beneath)
 
@@ -237,60 +215,59 @@ def show_error_gallery(errors: Sequence[DetectionError], dataset: Dataset) -> No
                 "that the results were made on"
             )
         record = dataset[places[error.image_id]]
-        size = image_size(record.image)
+        size = draw.image_size(record.image)
         window = _window(error, size)
-        place = Mark(box_of(error.result or error.truth or {}, size), "white", dashed=True)
+        place = draw.Mark(
+            draw.box_of(error.result or error.truth or {}, size), "white", dashed=True
+        )
         found = [place] if error.result is None else [_mark(error.result, dataset, size)]
         true = [] if error.result is None else [place]
         true += [] if error.truth is None else [_mark(error.truth, dataset, size, error.true)]
-        for other in marks_of(record.target, dataset.categories):
+        for other in draw.marks_of(record.target, dataset.categories):
             true.append(replace(other, strong=error.truth is None))
         pictures.append(_cut_out(f"image {error.image_id}\n{_said(error)}", record, found, window))
         pictures.append(_cut_out(f"true objects\n{_truth(error)}", record, true, window))
     kinds = ", ".join(sorted({error.kind for error in errors}))
     what = f"Errors ({kinds}), the detection left, the true objects right"
-    return show_rows(what, pictures, columns=6, group=2)
+    return draw.show_rows(what, pictures, columns=6, group=2)
 
 
-def _mark(entry: dict[str, Any], dataset: Dataset, size: Size, name: str = "") -> Mark:
+def _mark(entry: dict[str, Any], dataset: Dataset, size: draw.Size, name: str = "") -> draw.Mark:
     """A result or annotation in the colour of its class."""
-    colour = class_colour(dataset.category_ids.index(entry["category_id"]))
-    return Mark(box_of(entry, size), colour, name, mask_of(entry, size))
+    colour = draw.class_colour(dataset.category_ids.index(entry["category_id"]))
+    return draw.Mark(draw.box_of(entry, size), colour, name, draw.mask_of(entry, size))
 
 
 def _said(error: DetectionError) -> str:
-    if error.result is None:
-        return "nothing points to it"
-    return f"{error.said} {score_text(error.score)}"
+    found = f"{error.said} {draw.score_text(error.score)}"
+    return "nothing points to it" if error.result is None else found
 
 
 def _truth(error: DetectionError) -> str:
-    if error.kind == "missed":
-        return error.true
-    overlap = f"IoU {score_text(error.iou)}"
-    if error.kind == "background":
-        return f"none, {overlap}" if error.iou > 0 else "none"
-    return f"found before, {overlap}" if error.kind == "duplicate" else f"{error.true}, {overlap}"
+    kinds = {"background": "none", "duplicate": "found before"}
+    return f"{kinds.get(error.kind, error.true)}, IoU {draw.score_text(error.iou)}"
 
 
-def _cut_out(title: str, record: Record, marks: Sequence[Mark], window: Box) -> Picture:
+def _cut_out(
+    title: str, record: Record, marks: Sequence[draw.Mark], window: draw.Box
+) -> draw.Picture:
     """A window of the image with those of the marks that reach into it."""
     x0, y0, x1, y1 = map(int, window)
     corner = torch.tensor([x0, y0, x0, y0])
     moved = []
     for mark in marks:
-        if overlap(mark.box, window):
+        if draw.overlap(mark.box, window):
             box = (torch.tensor(mark.box) - corner).tolist()
             crop = mark.mask and Crops(mark.mask.boxes - corner, mark.mask.bitmaps)
             moved.append(replace(mark, box=box, mask=crop))
-    return Picture(title, to_pixels(record.image[:, y0:y1, x0:x1]), moved)
+    return draw.Picture(title, draw.to_pixels(record.image[:, y0:y1, x0:x1]), moved)
 
 
-def _window(error: DetectionError, size: Size) -> Box:
+def _window(error: DetectionError, size: draw.Size) -> draw.Box:
     """The square around the detection and the object it concerns, moved into the image; the whole
     of a side that is shorter. In whole pixels."""
     entries = [entry for entry in (error.result, error.truth) if entry is not None]
-    boxes = np.array([box_of(entry, size) for entry in entries])
+    boxes = np.array([draw.box_of(entry, size) for entry in entries])
     low, high = boxes[:, :2].min(0), boxes[:, 2:].max(0)
     side = max(SMALLEST, round(CONTEXT * (high - low).max()))
     pixels = np.array(size[::-1])

@@ -67,8 +67,8 @@ def show_matrix(result: Experiment, metric: str = "box_ap") -> NotebookFigure:
     for (i, j), mean in np.ndenumerate(means):
         if math.isnan(mean):
             continue
-        weight = "bold" if mean == np.nanmax(means[i]) else "normal"
         middle = (j + 0.5, i + 0.5)
+        weight = "bold" if mean == np.nanmax(means[i]) else "normal"
         write_beside(ax, f"{mean:.1f}", middle, (0, 1), fontsize=LARGE, weight=weight)
         if not math.isnan(halves[i, j]):
             write_beside(ax, f"± {halves[i, j]:.1f}", middle, (0, -2))

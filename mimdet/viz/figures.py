@@ -13,19 +13,7 @@ from torch import Tensor
 
 from mimdet.models.sampling import PATCH, Sample, padded_places, token_grid
 from mimdet.structures import Detections, Record, Target, padded_size
-from mimdet.viz.draw import (
-    UNSAMPLED,
-    Picture,
-    Pixels,
-    Size,
-    beside,
-    image_size,
-    marks_of,
-    on_tokens,
-    score_text,
-    show_rows,
-    to_pixels,
-)
+from mimdet.viz import draw
 from mimdet.viz.features import pale_dropped
 from mimdet.viz.style import BLUE, ORANGE, WIDTH, NotebookFigure, plural
 
@@ -48,18 +36,20 @@ def show_detections(
     truths = [None] * len(images) if targets is None else targets
     pictures = []
     for image, found, truth in zip(images, detections, truths, strict=True):
-        if tuple(found.image_size) != image_size(image):
+        size = draw.image_size(image)
+        if tuple(found.image_size) != size:
             raise ValueError(
-                f"an image is {image_size(image)} pixels (height, width), its detections belong to "
+                f"an image is {size} pixels (height, width), its detections belong to "
                 f"{tuple(found.image_size)}: draw them on the image that was given to predict"
             )
-        pixels, marks = to_pixels(image), marks_of(found, categories, score_threshold)
+        pixels, marks = draw.to_pixels(image), draw.marks_of(found, categories, score_threshold)
         if truth is not None:
-            pictures.append(Picture(f"truth: {len(truth)}", pixels, marks_of(truth, categories)))
-        title = f"detections ≥ {score_text(score_threshold)}: {len(marks)}"
-        pictures.append(Picture(title, pixels, marks))
+            true = draw.marks_of(truth, categories)
+            pictures.append(draw.Picture(f"truth: {len(true)}", pixels, true))
+        title = f"detections ≥ {draw.score_text(score_threshold)}: {len(marks)}"
+        pictures.append(draw.Picture(title, pixels, marks))
     group, widest = 1 if targets is None else 2, 6.4 if columns == 1 else 3.2
-    return show_rows("Images with boxes, masks and names", pictures, columns, group, widest)
+    return draw.show_rows("Images with boxes, masks and names", pictures, columns, group, widest)
 
 
 def show_data(
@@ -72,10 +62,11 @@ def show_data(
     pictures = []
     for item in items:
         image, target = (item.image, item.target) if isinstance(item, Record) else item
-        height, width = image_size(image)
+        height, width = draw.image_size(image)
         title = f"{plural(len(target), 'object')}, {width} × {height} px"
-        pictures.append(Picture(title, to_pixels(image), marks_of(target, categories)))
-    return show_rows("Training images with boxes, masks and names", pictures, columns)
+        marks = draw.marks_of(target, categories)
+        pictures.append(draw.Picture(title, draw.to_pixels(image), marks))
+    return draw.show_rows("Training images with boxes, masks and names", pictures, columns)
 
 
 def show_sample(
@@ -90,21 +81,21 @@ def show_sample(
     named = {"": sample} if isinstance(sample, Sample) else dict(sample)
     pictures = []
     for name, own in named.items():
-        pixels = on_tokens(image, own.grid)
+        pixels = draw.on_tokens(image, own.grid)
         title = _kept_in_words(image, own, index)
         size = own.grid[0] * PATCH, own.grid[1] * PATCH
         seen = pale_dropped(pixels, own, size, index)
         token = len(seen) // own.grid[0]
         seen[::token] = seen[:, ::token] = 255
-        pictures.append(Picture(f"{name}: {title}" if name else title, seen))
+        pictures.append(draw.Picture(f"{name}: {title}" if name else title, seen))
     what = "An image under its grid of tokens, kept ones in colour, the others faded to grey"
-    return show_rows(what, pictures, widest=5.0 if len(named) == 1 else 3.2)
+    return draw.show_rows(what, pictures, widest=5.0 if len(named) == 1 else 3.2)
 
 
 def _kept_in_words(image: Tensor, sample: Sample, index: int) -> str:
     if not 0 <= index < len(sample.keep):
         raise ValueError(f"index={index}: the sample is one of {plural(len(sample.keep), 'image')}")
-    own_grid = token_grid(*image_size(image))
+    own_grid = token_grid(*draw.image_size(image))
     kept = sample.mask()[index].flatten()
     own = int(kept[padded_places(own_grid, sample.grid, kept.device)].sum())
     total = own_grid[0] * own_grid[1]
@@ -121,12 +112,12 @@ def show_bitmaps(bitmaps: Mapping[str, Any]) -> NotebookFigure:
     pictures = []
     for title, bitmap in bitmaps.items():
         plane = np.asarray(bitmap, bool)
-        pixels = np.where(plane[..., None], _ink(BLUE), np.array(UNSAMPLED, np.uint8))
-        pictures.append(Picture(f"{title}: {plane.mean():.0%} covered", pixels))
-    return show_rows("Bitmaps", pictures, len(pictures), widest=2.2, sharp=True)
+        pixels = np.where(plane[..., None], _ink(BLUE), np.array(draw.UNSAMPLED, np.uint8))
+        pictures.append(draw.Picture(f"{title}: {plane.mean():.0%} covered", pixels))
+    return draw.show_rows("Bitmaps", pictures, len(pictures), widest=2.2, sharp=True)
 
 
-def padding_factor(batches: Sequence[Sequence[Size]]) -> float:
+def padding_factor(batches: Sequence[Sequence[draw.Size]]) -> float:
     """Tokens computed / tokens of the images themselves, when each batch is padded to one size.
 
     batches: (height, width) of the images of every batch.
@@ -135,7 +126,7 @@ def padding_factor(batches: Sequence[Sequence[Size]]) -> float:
     return computed / sum(_tokens(size) for batch in batches for size in batch)
 
 
-def show_batches(ways: Mapping[str, Sequence[Sequence[Size]]]) -> NotebookFigure:
+def show_batches(ways: Mapping[str, Sequence[Sequence[draw.Size]]]) -> NotebookFigure:
     """Batches of images on their common canvas: a row per way to group, blue image, orange padding.
 
     ways: title -> batches, each the (height, width) of its images. All are drawn to one scale.
@@ -143,35 +134,37 @@ def show_batches(ways: Mapping[str, Sequence[Sequence[Size]]]) -> NotebookFigure
     """
     rows = {}
     for name, batches in ways.items():
-        groups = [beside([_tile(size, _canvas(batch)) for size in batch], 5) for batch in batches]
-        rows[f"{name}: {padding_factor(batches):.2f} x"] = beside(groups, 28)
+        groups = [
+            draw.beside([_tile(size, _canvas(batch)) for size in batch], 5) for batch in batches
+        ]
+        rows[f"{name}: {padding_factor(batches):.2f} x"] = draw.beside(groups, 28)
     widest = max([row.shape[1] for row in rows.values()], default=0)
     pictures = [
-        Picture(
+        draw.Picture(
             title, np.pad(row, ((0, 0), (0, widest - row.shape[1]), (0, 0)), constant_values=255)
         )
         for title, row in rows.items()
     ]
     what = "Images of batches on their padded canvas, and tokens computed per token of an image"
-    return show_rows(what, pictures, columns=1, widest=WIDTH, sharp=True)
+    return draw.show_rows(what, pictures, columns=1, widest=WIDTH, sharp=True)
 
 
-def _tile(size: Size, canvas: Size) -> Pixels:
+def _tile(size: draw.Size, canvas: draw.Size) -> draw.Pixels:
     """An image of `size` on its canvas, both (height, width), at an eighth of the scale."""
     pixels = np.full((canvas[0] // 8, canvas[1] // 8, 3), _ink(ORANGE))
     pixels[: size[0] // 8, : size[1] // 8] = _ink(BLUE)
     return pixels
 
 
-def _ink(colour: str) -> Pixels:
+def _ink(colour: str) -> draw.Pixels:
     return np.array(ImageColor.getrgb(colour), np.uint8)
 
 
-def _canvas(batch: Sequence[Size]) -> Size:
+def _canvas(batch: Sequence[draw.Size]) -> draw.Size:
     """(height, width) that every image of the batch is padded to."""
     return padded_size(max(h for h, _ in batch), max(w for _, w in batch))
 
 
-def _tokens(size: Size) -> int:
+def _tokens(size: draw.Size) -> int:
     rows, columns = token_grid(*size)
     return rows * columns
