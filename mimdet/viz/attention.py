@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from mimdet.models.sampling import Sample
 from mimdet.viz.draw import UNSAMPLED, Picture, Pixels, heat, on_tokens, show_rows
-from mimdet.viz.record import Recording, rollout
+from mimdet.viz.record import Recording, matching, rollout
 from mimdet.viz.style import VERMILLION, NotebookFigure
 
 LITTLE, MUCH, UNKNOWN = 0.45, 0.9, 0.9
@@ -35,7 +34,7 @@ def show_attention(
     fit.
     """
     place = place_on(seen, query)
-    chosen = chosen_names(seen, names)
+    chosen = _chosen(seen, names)
     panels = []
     for name in chosen:
         rows = seen.row(name, place)  # (heads, N)
@@ -57,7 +56,7 @@ def show_rollout(
     share a token keeps of itself is in the title; colours end at the largest share of another.
     """
     place = place_on(seen, query)
-    chosen = chosen_names(seen, names)
+    chosen = _chosen(seen, names)
     panels = []
     for count, name in enumerate(chosen, start=1):
         values, own = rolled_out(seen, chosen[:count], place)
@@ -77,16 +76,6 @@ def rolled_out(seen: Recording, names: Sequence[str], place: int) -> tuple[Tenso
     row = rollout([seen[name][0] for name in names])[position]
     own = float(row[position])
     return seen.on_grid(names[0], row[seen.prefix :]), own
-
-
-def chosen_names(seen: Recording, names: str | Sequence[str]) -> list[str]:
-    """The recorded attention that names or patterns mean, in the order it ran."""
-    patterns = [names] if isinstance(names, str) else list(names)
-    recorded = [name for name in seen if name in seen.attention]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in recorded):
-            raise ValueError(f"no attention {pattern!r} was recorded; there is {recorded}")
-    return [name for name in recorded if any(fnmatchcase(name, p) for p in patterns)]
 
 
 def place_on(seen: Recording, query: Place) -> int:
@@ -135,6 +124,11 @@ def overlay(values: Tensor, high: float) -> NDArray[np.uint8]:
 def greyed(image: Tensor) -> Tensor:
     """uint8 (3, H, W) -> the same without colour: the heat above it has colours of its own."""
     return image.float().mean(0, keepdim=True).expand(3, -1, -1).to(torch.uint8)
+
+
+def _chosen(seen: Recording, names: str | Sequence[str]) -> list[str]:
+    recorded = [name for name in seen if name in seen.attention]
+    return matching([names] if isinstance(names, str) else names, recorded)
 
 
 def _part(seen: Recording, name: str) -> str:

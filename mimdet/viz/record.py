@@ -7,6 +7,7 @@ hooks are removed on leaving, whatever happens inside.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -99,9 +100,12 @@ class Recording:
     def on_grid(self, name: str, values: Tensor, index: int = 0) -> Tensor:
         """(..., N) values of tokens, in the order of `row` -> (..., h, w); NaN where unsampled."""
         sample = self._sample()
+        values = values.float()
         if name in self.full_grid:
-            return values.float().unflatten(-1, sample.grid)
-        return spread(values, sample, index)
+            return values.unflatten(-1, sample.grid)
+        full = values.new_full((*values.shape[:-1], sample.grid[0] * sample.grid[1]), torch.nan)
+        full[..., sample.keep[index]] = values
+        return full.unflatten(-1, sample.grid)
 
     def _sample(self) -> Sample:
         if self.sample is None:
@@ -111,15 +115,6 @@ class Recording:
                 "other models look at seen[name] itself"
             )
         return self.sample
-
-
-def spread(values: Tensor, sample: Sample, index: int = 0) -> Tensor:
-    """(..., K) values of the kept tokens -> (..., h, w), NaN at places that were not sampled."""
-    h, w = sample.grid
-    places = sample.keep[index].to(values.device)
-    full = values.new_full((*values.shape[:-1], h * w), torch.nan, dtype=torch.float32)
-    full[..., places] = values.float()
-    return full.unflatten(-1, (h, w))
 
 
 def attention_names(model: nn.Module) -> list[str]:
@@ -146,7 +141,7 @@ def record(
     modules = dict(model.named_modules())
     if not names:
         raise ValueError("nothing to record: name at least one module, or a pattern")
-    chosen = list(dict.fromkeys(found for name in names for found in _matching(name, modules)))
+    chosen = matching(names, list(modules)[1:])  # the first is the model itself, without a name
     seen = Recording()
     seen.query = query
     if isinstance(model, MAE):
@@ -219,14 +214,14 @@ def _is_attention(module: nn.Module) -> bool:
     return hasattr(module, "fused_attn") and isinstance(drop, nn.Module)
 
 
-def _matching(pattern: str, modules: dict[str, nn.Module]) -> list[str]:
-    found = [name for name in modules if name and fnmatchcase(name, pattern)]
-    if not found:
-        from difflib import get_close_matches
-
-        near = get_close_matches(pattern, modules, n=3, cutoff=0.4)
-        raise ValueError(f"the model has no module {pattern!r}; near names: {near}")
-    return found
+def matching(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The names that these names or patterns mean, in their order. Raises ValueError for a pattern
+    that means none, with near ones."""
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = get_close_matches(pattern, names, n=3, cutoff=0.4) or names[:3]
+            raise ValueError(f"no module {pattern!r} to look into; near names: {near}")
+    return [name for name in names if any(fnmatchcase(name, p) for p in patterns)]
 
 
 def _watch_sample(module: nn.Module, seen: Recording) -> Any:

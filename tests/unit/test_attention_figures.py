@@ -118,7 +118,7 @@ def test_what_is_refused(image, seen):
         show_attention(image, seen, BLOCKS[0], query=13)
     with pytest.raises(ValueError, match=r"query \(4, 0\) is not on the grid of 4 x 4"):
         show_attention(image, seen, BLOCKS[0], query=(4, 0))
-    with pytest.raises(ValueError, match="no attention 'blocks'"):
+    with pytest.raises(ValueError, match="no module 'blocks'"):
         show_attention(image, seen, "blocks", query=14)
     with pytest.raises(ValueError, match="as it was fed to the network"):
         show_attention(image.repeat(1, 2, 1), seen, BLOCKS[0], query=14)

@@ -1,7 +1,6 @@
 """Figures of errors: what is drawn and where, never pixels."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from mimdet.data.shapes import ShapesCOCO
 from mimdet.structures import bitmap_to_rle
 from mimdet.viz import (
     draw,
-    save_figure,
     show_comparison,
     show_error_gallery,
     show_errors,
@@ -120,6 +118,10 @@ def test_too_many_reports(report: ErrorReport) -> None:
         show_errors({str(number): report for number in range(7)})
     with pytest.raises(ValueError, match="0 reports"):
         show_errors({})
+    with pytest.raises(ValueError, match="no curves to show"):
+        show_precision_recall([])
+    few = show_precision_recall(report.curves(), most_classes=2)
+    assert len(few.axes) == 3 and "the 2 classes of the lowest AP of" in few.get_suptitle()
 
 
 # ------------------------------------------------------------------------------- curves
@@ -142,16 +144,6 @@ def test_a_panel_per_class_and_a_line_per_threshold(report: ErrorReport) -> None
     assert fig.axes[0].get_title("right") == aps
     sums = [sum(c.ap for c in known if c.category == ax.get_title("left")) for ax in fig.axes[1:]]
     assert sums == sorted(sums)  # the worst class first
-
-
-def test_only_the_worst_classes_are_drawn(report: ErrorReport) -> None:
-    fig = show_precision_recall(report.curves(), most_classes=2)
-    assert len(fig.axes) == 3
-    heading = fig.get_suptitle()
-    known = len(show_precision_recall(report.curves(), most_classes=99).axes) - 1
-    assert heading == f"Precision over recall, AP × 100, the 2 classes of the lowest AP of {known}"
-    with pytest.raises(ValueError, match="no curves to show"):
-        show_precision_recall([])
 
 
 # ------------------------------------------------------------------------------- gallery
@@ -238,11 +230,3 @@ def test_two_runs(scenes: ShapesCOCO, results: list[dict[str, Any]]) -> None:
     lengths = [bar.get_width() for bar in right.patches if isinstance(bar, Rectangle)]
     assert lengths[-1] == pytest.approx(100 * largest.change)
     assert f"lost {numbers['lost']}" in fig.alt_text
-
-
-def test_figures_can_be_saved(report: ErrorReport, scenes: ShapesCOCO, tmp_path: Path) -> None:
-    png, svg = save_figure(show_errors(report), tmp_path / "errors")
-    assert png.stat().st_size > 10_000 and "background" in svg.read_text(encoding="utf-8")
-    gallery = show_error_gallery(report.errors("missed")[:1], scenes)
-    data, _ = gallery._repr_mimebundle_()
-    assert "image/jpeg" in data

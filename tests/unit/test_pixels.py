@@ -27,12 +27,6 @@ def white(height: int, width: int) -> draw.Pixels:
 # ------------------------------------------------------------------------------- conversions
 
 
-def test_images_become_rows_of_pixels() -> None:
-    picture = draw.to_pixels(torch.arange(24, dtype=torch.uint8).reshape(3, 2, 4))
-    assert picture.shape == (2, 4, 3)
-    assert picture[1, 2].tolist() == [6, 14, 22]
-
-
 @pytest.mark.parametrize("channels", [3, 4])
 def test_a_data_url_is_the_picture(channels: int) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (5, 7, channels), np.uint8)
@@ -40,16 +34,6 @@ def test_a_data_url_is_the_picture(channels: int) -> None:
     assert again.shape == (5, 7, 4)
     assert (again[..., :channels] == picture).all()
     assert channels == 4 or (again[..., 3] == 255).all()
-
-
-def test_enlarging_keeps_proportions_and_sharp_edges() -> None:
-    checks = np.array([[0, 255, 0], [255, 0, 255]], np.uint8)[..., None].repeat(3, axis=2)
-    sharp = draw.enlarged(checks, 30, smooth=False)
-    assert sharp.shape == (20, 30, 3)
-    assert set(sharp.flat) == {0, 255}
-    assert (sharp[:10, 10:20] == 255).all()
-    assert len(set(draw.enlarged(checks, 30).flat)) > 2
-    assert draw.enlarged(white(1, 300), 20).shape == (1, 20, 3)
 
 
 # ------------------------------------------------------------------------------- colours
@@ -76,46 +60,7 @@ def test_heat(values: list[float], ends: dict[str, float], expected: list[float 
     assert picture.tolist() == [colours]
 
 
-# ------------------------------------------------------------------------------- layout
-
-
-def test_pictures_beside_each_other() -> None:
-    row = draw.beside([white(4, 3) // 2, white(2, 5) // 3], gap=2)
-    assert row.shape == (4, 10, 3)
-    assert (row[:, :3] == 127).all()
-    assert (row[:, 3:5] == 255).all()
-    assert (row[:2, 5:] == 85).all()
-    assert (row[2:, 5:] == 255).all()
-    with pytest.raises(ValueError, match="at least one picture"):
-        draw.beside([])
-
-
-def test_a_caption_stands_above() -> None:
-    picture = draw.captioned(np.zeros((10, 60, 3), np.uint8), "text", size=15)
-    assert picture.shape == (32, 60, 3)
-    assert (picture[22:] == 0).all()
-    assert 0 < (picture[:22] < 128).mean() < 0.5
-    longer = draw.captioned(picture, "a text that is too long for it")
-    assert (longer[:20, -2:] == 255).all()  # written smaller
-
-
 # ------------------------------------------------------------------------------- names
-
-
-def test_names() -> None:
-    assert [draw.score_text(s) for s in (0.871, 0.05, 1.0, 0.999)] == [".87", ".05", "1.00", "1.00"]
-    assert draw.class_name(1, ["cat", "dog"]) == "dog"
-    assert draw.class_name(7, ["cat", "dog"]) == "7"
-    assert draw.class_name(0, ["nucleus"]) == ""
-
-
-def test_names_find_free_places_by_hand() -> None:
-    """Above, then below; a third object in the same place goes to the right of its box."""
-    box = (10, 10, 20, 20)
-    places = draw.place_names([box, box, box], [(10, 4)] * 3, width=100, height=100)
-    assert places == [(10, 6, 20, 10), (10, 20, 20, 24), (20, 10, 30, 14)]
-    assert draw.place_names([(0, 1, 90, 9)], [(10, 4)], 100, 10) == [(90, 1, 100, 5)]
-    assert draw.place_names([(0, 0, 8, 8)], [(10, 4)], 8, 8) == [None]
 
 
 @given(
@@ -196,14 +141,6 @@ def test_a_mask_is_painted_where_paste_puts_it(size: tuple[int, int]) -> None:
         assert ((np.asarray(layer)[..., 3] > 0) == expected).all()
 
 
-def test_a_ring_keeps_its_hole() -> None:
-    cells = torch.ones(1, 28, 28)
-    cells[:, 8:20, 8:20] = 0
-    ring = draw.Mark((0, 0, 28, 28), "#FF0000", mask=Crops(torch.tensor([[0.0, 0, 28, 28]]), cells))
-    picture = draw.with_marks(white(280, 280), [ring], (28, 28))
-    assert (picture[140, 140] == 255).all() and (picture[40, 140] != 255).any()
-
-
 def test_weak_detections_are_left_out_and_the_best_is_on_top() -> None:
     assert (painted(detections(0.9, 0.2), 10, score_threshold=0.3)[:, 200:] == 255).all()
     assert painted(detections(0.9, 0.2), 10, score_threshold=0.1)[50, 210].tolist() == rgb(1)
@@ -211,15 +148,6 @@ def test_weak_detections_are_left_out_and_the_best_is_on_top() -> None:
     same.boxes[0] = same.boxes[1]
     assert [mark.name for mark in draw.marks_of(same, ["cat", "dog"])] == ["dog .90", "cat .40"]
     assert painted(same, 10)[50, 210].tolist() == rgb(1)
-
-
-def test_a_crowded_picture_is_not_hidden_by_names() -> None:
-    found = detections(*[0.5] * 40)
-    with_names, without = (
-        draw.with_marks(white(200, 8000), draw.marks_of(found[:count], []), (20, 800))
-        for count in (30, 40)
-    )
-    assert (with_names[105:] != 255).any() and (without[105:] == 255).all()
 
 
 def test_weak_marks_are_thin_and_nameless_and_missed_ones_dashed() -> None:

@@ -13,7 +13,7 @@ from mimdet.models.mae import MAE
 from mimdet.models.sampling import Sample, Sampling
 from mimdet.viz import attention_names, rollout
 from mimdet.viz import record as module
-from mimdet.viz.record import record, spread
+from mimdet.viz.record import record
 from tests.small import small
 
 ENCODER = "backbone.encoder.blocks.0.attn"
@@ -119,15 +119,6 @@ def test_everything_is_restored_after_an_exception(model, image):
     model.get_submodule(names[0]).fused_attn = True
 
 
-def test_recordings_may_lie_in_each_other(model, image):
-    with record(model, ENCODER) as outer:
-        with record(model, ENCODER, query=9) as inner:
-            model.detect([image], sample=SOME)
-        assert not model.get_submodule(ENCODER).fused_attn
-    assert model.get_submodule(ENCODER).fused_attn
-    assert torch.equal(outer[ENCODER][:, :, 0], inner[ENCODER])
-
-
 def count_hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
@@ -182,12 +173,6 @@ def test_a_row_of_a_sampled_encoder_lands_on_the_sampled_places(model, image):
 
     row = seen.row(DECODER, query=14)
     assert torch.equal(seen.on_grid(DECODER, row), seen[DECODER][0, :, 14].unflatten(1, GRID))
-
-
-def test_spread_by_hand():
-    sample = Sample([torch.tensor([0]), torch.tensor([3, 1])], (2, 2))
-    full = spread(torch.tensor([7.0, 8.0]), sample, index=1)
-    assert full.nan_to_num(-1).tolist() == [[-1, 8], [-1, 7]]
 
 
 @pytest.mark.parametrize("name", [ENCODER, DECODER])
