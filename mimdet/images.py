@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""What is read. Pillow knows more, and some run programs: Ghostscript for PostScript."""
 Source = str | Path | bytes
 Size = tuple[int, int]
 """(height, width) in pixels."""
@@ -53,19 +55,26 @@ def read_image(source: Source, name: str = "") -> Tensor:
     name = name or ("image" if isinstance(source, bytes) else str(source))
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return pil_to_rgb(image)
+    except UnidentifiedImageError:
+        raise ValueError(_unreadable(name, f"it is none of {', '.join(FORMATS)}")) from None
     except Exception as error:  # what a decoder raises for a broken file is not limited to a few
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{name} cannot be read as an image ({reason}); replace the file or remove it from the "
-            "data set, `mimdet check-data` lists every such file"
-        ) from error
+        raise ValueError(_unreadable(name, reason)) from error
+
+
+def _unreadable(name: str, reason: str) -> str:
+    return (
+        f"{name} cannot be read as an image ({reason}); replace the file or remove it from the "
+        "data set, `mimdet check-data` lists every such file"
+    )
 
 
 def stored_size(source: Source) -> tuple[int, int]:
     """(height, width) of the stored pixels, from the file's header alone."""
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    with Image.open(file, formats=FORMATS) as image:
         return image.height, image.width
 
 

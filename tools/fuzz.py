@@ -51,6 +51,19 @@ NASTY: list[Any] = [
     {"size": [48, 64], "counts": [10**400]},
     {"size": [48, 64], "counts": [0, 3072, 2**32 - 3072, 3072]},
 ]
+CHANGES = (
+    "nasty",
+    "nasty",
+    "lose",
+    "double",
+    "other",
+    "alike",
+    "alike",
+    "text",
+    "wrap",
+    *["number"] * 3,
+)
+"""Of a place in a json file: each as often as it stands here."""
 Seeds = list[tuple[str, bytes]]
 """Sound files: suffix and content."""
 
@@ -215,14 +228,15 @@ def damaged_bytes(data: bytes, rng: Generator) -> bytes:
 
 
 def damaged_value(value: Any, rng: Generator) -> Any:
-    """The content of a json file with one or two places changed, as json text allows."""
+    """The content of a json file with one or two places changed, mostly fields of an entry."""
     holder = [value]
     for _ in range(1 + int(rng.random() < 0.3)):
         places = [(parent, key) for parent in _containers(holder) for key in _keys(parent)]
-        parent, key = pick(rng, places)
-        other_parent, other_key = pick(rng, places)
-        old, other = parent[key], other_parent[other_key]
-        match pick(rng, ("nasty", "nasty", "lose", "double", "other", "text", "wrap", "number")):
+        fields = [place for place in places if isinstance(place[0], dict)]
+        parent, key = pick(rng, fields if fields and rng.random() < 0.6 else places)
+        old, other = parent[key], pick(rng, places)
+        alike = [p[k] for p, k in places if k == key and type(p) is type(parent)]
+        match pick(rng, CHANGES):
             case "nasty":
                 parent[key] = pick(rng, NASTY)
             case "lose" if parent is not holder:
@@ -232,13 +246,17 @@ def damaged_value(value: Any, rng: Generator) -> Any:
             case "double" if isinstance(parent, dict):
                 parent[f"{key}_"] = parent.pop(key)
             case "other":
-                parent[key] = json.loads(json.dumps(other))
+                parent[key] = json.loads(json.dumps(other[0][other[1]]))
+            case "alike":
+                parent[key] = json.loads(json.dumps(pick(rng, alike)))
             case "text":
                 parent[key] = json.dumps(old) if rng.random() < 0.5 else str(old)
             case "wrap":
                 parent[key] = [old] if rng.random() < 0.5 else {"size": old}
             case "number" if isinstance(old, int | float):
                 parent[key] = pick(rng, (-old, old + 1, old * 1.5, old * 1e6, float(old), old / 7))
+            case "number" if isinstance(old, list) and all(isinstance(o, int | float) for o in old):
+                parent[key] = [pick(rng, (-1, 0.5, 2, 10)) * one for one in old]
     return holder[0]
 
 

@@ -230,6 +230,8 @@ def read_results(path: str | Path, ground_truth: dict[str, Any]) -> list[dict[st
         try:
             result = msgspec.convert(entry, Result)
             needed = needed or [name for name in ("bbox", "segmentation") if entry.get(name)]
+            if not needed:
+                raise ValueError("it has neither bbox nor segmentation")
             _check_entry(entry, "it", ids, needed)
             if result.segmentation is not None:
                 entry["segmentation"] = compressed(result.segmentation, *sizes[result.image_id])

@@ -28,6 +28,7 @@ from mimdet.data.coco_file import (
     mask_area,
     mask_extent,
 )
+from mimdet.images import FORMATS
 
 _KINDS = tomllib.loads(Path(__file__).with_name("check_kinds.toml").read_text("utf-8"))
 ERRORS: dict[str, str] = _KINDS["errors"]
@@ -259,7 +260,7 @@ class ImageFolder:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow warns of odd tags and of large images
-                with Image.open(path) as opened:
+                with Image.open(path, formats=FORMATS) as opened:
                     if self.decode:
                         opened.load()
                     size, mode = opened.size, opened.mode

@@ -158,7 +158,7 @@ class CocoDataset(AnnotatedImages):
         self._rows = rows
         if not len(rows):
             raise ValueError(f"{json_path} has no images{' with objects' if skip_empty else ''}")
-        if not self._file(0).is_file():
+        if not os.path.isfile(self._file(0)):
             raise FileNotFoundError(self._missing(self._file(0)))
 
     def __len__(self) -> int:
@@ -167,7 +167,7 @@ class CocoDataset(AnnotatedImages):
     def image(self, index: int) -> Tensor:
         height, width = self.image_size(index)
         path = self._file(index)
-        if not path.is_file():
+        if not os.path.isfile(path):  # also False for names no file can have
             raise FileNotFoundError(self._missing(path))
         image = read_image(path)  # (3, H, W)
         if tuple(image.shape[1:]) != (height, width):

@@ -8,6 +8,7 @@ import json
 import reprlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict
@@ -25,6 +26,8 @@ Side = Annotated[int, Meta(gt=0, lt=2**31)]
 Number = Annotated[float, Meta(gt=-1e9, lt=1e9)]
 """Beyond a billion there are no pixels."""
 Polygons = list[list[Number]]
+FAR = 10
+"""Sides of the image that a polygon may leave it by: pycocotools takes memory for every pixel."""
 
 
 class RunLengths(TypedDict):
@@ -253,7 +256,9 @@ class CocoReader:
             try:
                 yield Read(section, index, decoder.decode(raw))
             except (ValueError, RecursionError) as error:
-                entry = msgspec.json.decode(raw)
+                entry = None
+                with suppress(ValueError, RecursionError):
+                    entry = msgspec.json.decode(raw)
                 if isinstance(entry, dict) and type(entry.get("id")) in (int, str):
                     self.unsound[section].add(entry["id"])
                 self.problem("bad-field", str(error), Read(section, index, entry))
@@ -273,6 +278,10 @@ def checked(entry: AnnotationEntry, mask: Mask, height: int, width: int) -> Anno
         mask = compressed(mask, height, width)
     elif any(len(flat) % 2 for flat in mask or []):
         raise ValueError("a polygon has an odd number of coordinates; write x0, y0, x1, y1, ...")
+    else:
+        reach = FAR * max(height, width)
+        if any(max(flat) > reach or min(flat) < -reach for flat in mask or [] if flat):
+            raise ValueError(f"a polygon leaves its image by {FAR} times the image's size or more")
     annotation = Annotation(
         "without id" if entry.id is None else str(entry.id),
         entry.category_id,
@@ -295,6 +304,8 @@ def compressed(mask: RunLengths, height: int, width: int) -> RunLengths:
         raise ValueError(
             f"its run lengths are for {(*size,)} pixels{swapped}, the image has {height, width}"
         )
+    if height * width >= 2**32:
+        raise ValueError(f"run lengths count to 2^32, the image has {height} x {width} pixels")
     if isinstance(counts, str):
         from faster_coco_eval.mask_api_new_cpp import toUncompressedRLE
 
@@ -404,8 +415,8 @@ class AnnotatedImages:
                 if annotation.mask is not None:
                     item["segmentation"] = annotation.mask
                 elif annotation.iscrowd:
-                    x, y, w, h = annotation.bbox
-                    item["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+                    x1, y1, x2, y2 = clipped_box(annotation.bbox, height, width)
+                    item["segmentation"] = [[x1, y1, x2, y1, x2, y2, x1, y2]]
                 items.append(item)
         pairs = zip(self.category_ids, self.categories, strict=True)
         categories = [{"id": number, "name": name} for number, name in pairs]

@@ -1,0 +1,58 @@
+"""Broken and hostile files, one of a kind: each comes to what corpus.toml says.
+
+Nothing is executed, nothing written or read outside its folder. tools/measure_faults.py measures the same.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tools import fuzz, measure_faults, readers
+
+FAULTS = measure_faults.faults()
+PENDING = {
+    "image_name_leaves_the_folder.json",
+    "image_name_is_absolute.json",
+    "image_link.json",
+    "image_twice.json",
+    "box_beside_its_mask.json",
+    "boxes_as_corners.json",
+    "boxes_as_shares.json",
+    "all_crowds.json",
+    "same_annotation_id.json",
+    "area_0.json",
+    "garbage.pickle.pth",
+    "number_that_is_no_name.pth",
+    "one_number_for_4_tb.pth",
+    "200000_tensors.safetensors",
+    "describes_2_tb.safetensors",
+    "describes_no_model.safetensors",
+    "last_outside",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.reader}-{fault.file}")
+def test_a_broken_file_is_answered(
+    fault: measure_faults.Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MIMDET_CACHE", str(tmp_path / "cache"))
+    found = measure_faults.read(fault, tmp_path)
+    if fault.file in PENDING and found.kind != fault.outcome:
+        pytest.xfail(found.message)
+    assert found.kind == fault.outcome, found.message
+    assert re.search(fault.said, found.message), found.message
+
+
+def test_every_file_of_the_corpus_is_in_the_table() -> None:
+    listed = {f"{fault.reader}/{fault.file}" for fault in FAULTS}
+    corpus = measure_faults.FAULTS / "corpus"
+    assert {file.relative_to(corpus).as_posix() for file in corpus.glob("*/*")} <= listed
+    assert len(FAULTS) >= 50 and {fault.reader for fault in FAULTS} == set(readers.READERS)
+
+
+@pytest.mark.parametrize("reader", ["results", "config", "images"])
+def test_500_files_damaged_at_random(reader: str, tmp_path: Path) -> None:
+    rows = fuzz.run(reader, 500, 0, tmp_path)
+    assert [row for row in rows if row["outcome"] not in readers.GOOD] == []
+    assert max(row["mb"] for row in rows) <= 300
