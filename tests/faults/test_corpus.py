@@ -1,6 +1,7 @@
 """Broken and hostile files, one of a kind: each comes to what corpus.toml says.
 
-Nothing is executed, nothing written or read outside its folder. tools/measure_faults.py measures the same.
+Nothing is executed, nothing written or read outside its folder. tools/measure_faults.py measures
+the same.
 """
 
 import re
