@@ -109,9 +109,17 @@ def test_this_version_is_told() -> None:
     assert f"version: {mimdet.__version__}" in text("CITATION.cff")
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "docs/map.md", "docs/measurements.md"]
-)
+def test_tests_that_the_docs_name_exist() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text("docs/wrong_but_plausible.md"))
+    assert len(named) >= 40
+    for file, name in named:
+        assert f"\ndef {name}(" in text(file), f"there is no {file}::{name}"
+
+
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in ROOT.glob("docs/*.md"))]
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
 def test_links_lead_to_files(page: str) -> None:
     """And a link into a page to one of its headings."""
     path = ROOT / page
