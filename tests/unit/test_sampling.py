@@ -54,15 +54,17 @@ def test_a_sampler_is_a_function_of_its_generator(name: str) -> None:
     assert SAMPLERS[name](tokens, grid, None).shape == (54,)
 
 
-@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 1000))
-def test_grid_sampler_keeps_every_second_row_and_column(rows: int, columns: int, seed: int) -> None:
-    grid = (2 * rows, 2 * columns)
+@given(st.sampled_from([2, 4]), st.integers(1, 8), st.integers(1, 8), st.integers(0, 1000))
+def test_grid_sampler_keeps_every_second_or_fourth_row_and_column(
+    step: int, rows: int, columns: int, seed: int
+) -> None:
+    grid = (step * rows, step * columns)
     scores = grid_sampler(torch.zeros(grid[0] * grid[1], 1), grid, seeded(seed))
-    kept = kept_map(scores, grid, 0.25)
+    kept = kept_map(scores, grid, 1 / step**2)
     row, column = kept.nonzero()[0].tolist()
-    assert row < 2 and column < 2
+    assert row < step and column < step
     lattice = torch.zeros(grid, dtype=torch.bool)
-    lattice[row::2, column::2] = True
+    lattice[row::step, column::step] = True
     assert torch.equal(kept, lattice)
 
 
@@ -141,6 +143,7 @@ def test_select_keeps_the_highest_scores() -> None:
     sample = select([scores], [(2, 2)], (2, 3), 0.5)
     assert sample.keep[0].tolist() == [1, 4]
     assert sample.grid == (2, 3)
+    assert sample.mask().tolist() == [[[False, True, False], [False, True, False]]]
 
 
 @pytest.mark.parametrize(("ratio", "count"), [(0.75, 6), (0.5, 4), (0.01, 1)])
