@@ -42,6 +42,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "notebooks" / "results" / "mutation.json"
 SEED, MUTANTS = 0, 150
+LONGEST = 3.0
+"""CPU seconds of a test that takes part."""
 PARTS = {
     "sampling": (["models/sampling.py"], ["sampling"]),
     "evaluation": (
@@ -166,25 +168,23 @@ def change(source: str, place: int, number: int) -> tuple[int, str, str]:
 class Tests:
     """A plugin of pytest that shows the mutants of functions to tests that are collected once.
 
-    Each mutant is a fork, in which the functions of the file get their new code in place. Tests run
-    by rising duration, file by file, and those that take more than a second at the end.
+    Each mutant is a fork, in which the functions of the file get their new code in place. The tests
+    that take half a second and more come last, those above LONGEST are left out.
     """
 
     def __init__(self, part: "Part") -> None:
         self.part = part
-        self.seconds: Counter[str] = Counter()
-
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        self.seconds[report.nodeid] += report.duration
+        self.seconds: dict[str, float] = {}
 
     def pytest_runtestloop(self, session: Any) -> bool:
         part, files = self.part, [item.path for item in session.items]
         noted = part.folder / "seconds.json"
         part.seconds = self.fork(session, 3600, noted).seconds("survived")
         self.seconds.update(json.loads(noted.read_text()))
+        session.items = [item for item in session.items if self.seconds[item.nodeid] < LONGEST]
         session.items.sort(
             key=lambda item: (
-                self.seconds[item.nodeid] > 1,
+                self.seconds[item.nodeid] > 0.5,
                 files.index(item.path),
                 self.seconds[item.nodeid],
             )
@@ -199,7 +199,9 @@ class Tests:
         def run() -> int:
             put_in_place(codes or {})
             for item, after in zip(session.items, [*session.items[1:], None], strict=True):
+                before = sum(os.times()[:4])
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
+                self.seconds[item.nodeid] = sum(os.times()[:4]) - before
                 if session.testsfailed:
                     return 1
             if noted:
