@@ -86,39 +86,41 @@ SWAPS: dict[type, tuple[type, ...]] = {
 }
 
 
+def with_fields(node: ast.AST, **fields: Any) -> ast.AST:
+    """A copy with these fields."""
+    changed = copy.deepcopy(node)
+    for name, value in fields.items():
+        setattr(changed, name, value)
+    return changed
+
+
 def changes(node: ast.AST) -> Iterator[ast.AST]:
     """What a node may become, one change at a time."""
     match node:
-        case ast.Compare():
-            for i, op in enumerate(node.ops):
+        case ast.Compare(ops=ops):
+            for i, op in enumerate(ops):
                 for other in SWAPS[type(op)]:
-                    changed = copy.deepcopy(node)
-                    changed.ops[i] = other()
-                    yield changed
-        case ast.BinOp() | ast.AugAssign() | ast.BoolOp():
-            for other in SWAPS.get(type(node.op), ()):
-                changed = copy.deepcopy(node)
-                changed.op = other()
-                yield changed
+                    yield with_fields(node, ops=[*ops[:i], other(), *ops[i + 1 :]])
+        case ast.BinOp(op=op) | ast.AugAssign(op=op) | ast.BoolOp(op=op):
+            for other in SWAPS.get(type(op), ()):
+                yield with_fields(node, op=other())
         case ast.Break() | ast.Continue():
             yield SWAPS[type(node)][0]()
         case ast.UnaryOp(op=ast.Not() | ast.USub()):
             yield node.operand
-        case ast.Constant(value=bool()):
-            yield ast.Constant(not node.value)
-        case ast.Constant(value=int() | float()):
-            yield ast.Constant(node.value + 1)
-            yield ast.Constant(node.value - 1)
-        case ast.Constant(value=str()) if node.value:
-            yield ast.Constant(node.value + "X")
+        case ast.Constant(value=bool(value)):
+            yield ast.Constant(not value)
+        case ast.Constant(value=int(value) | float(value)):
+            yield ast.Constant(value + 1)
+            yield ast.Constant(value - 1)
+        case ast.Constant(value=str(value)) if value:
+            yield ast.Constant(value + "X")
         case ast.Return(value=ast.expr()):
             yield ast.Return(ast.Constant(None))
         case ast.Raise() | ast.Expr(value=ast.Call()) | ast.Assert():
             yield ast.Pass()
-        case ast.If() | ast.IfExp() | ast.While():
-            changed = copy.deepcopy(node)
-            changed.test = ast.UnaryOp(ast.Not(), changed.test)
-            yield changed
+        case ast.If(test=test) | ast.IfExp(test=test) | ast.While(test=test):
+            yield with_fields(node, test=ast.UnaryOp(ast.Not(), test))
 
 
 def walk(node: ast.AST) -> Iterator[ast.AST]:
