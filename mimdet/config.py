@@ -7,6 +7,8 @@ AttributeError because the classes have slots. The command line, the notebooks a
 """
 
 import dataclasses
+import json
+import warnings
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -356,6 +358,63 @@ def difference(a: Any, b: Any) -> list[str]:
     """Lines `training.steps: 100 -> 200` for every field in which two configurations differ."""
     flat_a, flat_b = flat(a), flat(b)
     return [f"{k}: {flat_a[k]} -> {flat_b[k]}" for k in flat_a if flat_a[k] != flat_b[k]]
+
+
+# What the same weights may be used with is said, what changes what they compute is refused.
+WHILE_TRAINING = (
+    "backbone.drop_path",
+    "backbone.checkpointing",
+    "backbone.sample_ratio",
+    "detector.rpn_anchors_per_image",
+    "detector.rois_per_image",
+    "detector.loss",
+    "mae.sample_ratio",
+)
+"""Fields of a model that change nothing once it is trained."""
+AT_USE = (
+    "backbone.sample_ratio_eval",
+    "detector.rpn_pre_nms",
+    "detector.rpn_post_nms",
+    "detector.rpn_nms",
+    "detector.score_threshold",
+    "detector.nms_threshold",
+    "detector.detections_per_image",
+    "data.test_short_side",
+    "data.max_side",
+)
+"""Fields that may be chosen anew for trained weights: they change what is found, not what the
+weights were trained to compute."""
+
+
+MODEL_PART = "model_part"
+"""Under this key `model_part` is stored with weights."""
+
+
+def model_part(cfg: Any) -> str:
+    """What a model's numbers depend on besides its weights, as json that is stored with them."""
+    own = {
+        name: value
+        for name, value in flat(cfg).items()
+        if name.startswith(("backbone.", "detector.", "mae.")) or name in AT_USE
+    }
+    return json.dumps({name: own[name] for name in own if name not in WHILE_TRAINING})
+
+
+def check_model_part(trained: str, cfg: Any, where: str) -> None:
+    """ValueError where weights that were trained with the `model_part` `trained` would compute
+    other numbers with `cfg`, which comes from `where`; a warning names what differs in AT_USE."""
+    then, now = json.loads(trained), json.loads(model_part(cfg))
+    changed = {k: f"{k}: {then[k]} -> {now[k]}" for k in now if then.get(k, now[k]) != now[k]}
+    lines = "\n  ".join(changed.values())
+    if changed.keys() - set(AT_USE):
+        raise ValueError(
+            f"{where}: the weights were trained with another configuration than this one, with "
+            f"which they compute other numbers:\n  {lines}\nPut the first value of each back."
+        )
+    if changed:
+        warnings.warn(
+            f"{where}: used with another configuration than in training:\n  {lines}", stacklevel=2
+        )
 
 
 def change(section: Any, **fields: Any) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import re
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,6 +15,8 @@ from torch import Tensor
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+MAX_HEADER = 10_000_000
+"""Bytes of a safetensors header that are read; that of ViT-L with its configuration is 0.1 MB."""
 SHIPPED = Path(__file__).resolve().parents[1] / "pretrained"
 """Small weights that come with the package; README.md there says how each was made."""
 # A training script's options, stored beside the weights by Meta's files. Plain data.
@@ -60,7 +63,17 @@ def read_checkpoint(source: str | Path) -> CheckpointFile:
         raise ValueError(f"{name} holds no tensors")
     file = CheckpointFile(name, tensors, metadata)
     _to_float32(file)
+    check_finite(file.tensors, str(path))
     return file
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """ValueError naming the first tensor that holds NaN or infinite values."""
+    parts = {name: value for name, value in tensors.items() if value.is_floating_point()}
+    finite = [value.isfinite().all() for value in parts.values()]
+    if finite and not torch.stack(finite).all():  # a GPU is waited for once
+        name = list(parts)[torch.stack(finite).tolist().index(False)]
+        raise ValueError(f"{where}: {name} holds NaN or infinite values; do not use these weights")
 
 
 def find(source: str | Path) -> Path:
@@ -93,7 +106,14 @@ def shipped() -> list[str]:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors as they are stored, and the strings of the header. ValueError for a damaged file."""
+    """Tensors as they are stored, and the strings of the header.
+
+    ValueError for a damaged file, and for a header that no model needs, before it is read.
+    """
+    with path.open("rb") as start:
+        length = int.from_bytes(start.read(8), "little")
+    if length > MAX_HEADER:
+        raise ValueError(_damaged(path, f"a header of {length:,} bytes"))
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys()
@@ -109,14 +129,53 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is a web page or a pointer, not the weights: download it again")
     if not (zipfile.is_zipfile(path) or start.startswith(b"\x80")):
         raise ValueError(_damaged(path, "neither a PyTorch nor a safetensors file"))
+    records = _record_sizes(path)
     try:
         with torch.serialization.safe_globals(HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise ValueError(_refused(path, str(error))) from None
-    except (RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # what a damaged pickle raises is not limited to a few
         raise ValueError(_damaged(path, error)) from error
-    return _find_tensors(path, content)
+    tensors = _find_tensors(path, content)
+    _check_sizes(path, tensors, records)
+    return tensors
+
+
+def _record_sizes(path: Path) -> set[int] | None:
+    """Bytes of the records of a zip, which torch.save does not compress; None for the old format.
+
+    ValueError, before anything is unpacked, where they are more than the file.
+    """
+    if not zipfile.is_zipfile(path):
+        return None
+    try:
+        with zipfile.ZipFile(path) as file:
+            sizes = [record.file_size for record in file.infolist()]
+    except Exception as error:
+        raise ValueError(_damaged(path, error)) from error
+    if sum(sizes) > path.stat().st_size:
+        raise ValueError(_damaged(path, f"it would unpack to {sum(sizes):,} bytes"))
+    return set(sizes)
+
+
+def _check_sizes(path: Path, tensors: dict[str, Tensor], records: set[int] | None) -> None:
+    """ValueError for a tensor of more numbers than the file holds for it, before one is read."""
+    total = 0
+    for name, value in tensors.items():
+        if value.layout != torch.strided or value.device.type != "cpu":
+            raise ValueError(
+                f"{path}: {name} is {value.layout} on {value.device}, not plain numbers"
+            )
+        held, size = value.untyped_storage().nbytes(), value.numel() * value.element_size()
+        total += size
+        if size > held or (records is not None and held not in records):
+            raise ValueError(
+                f"{path}: {name} of shape {tuple(value.shape)} takes {size:,} bytes, but the file "
+                "does not hold as many for it: a view that repeats its numbers, or damage"
+            )
+    if total > 2 * path.stat().st_size + 10_000:  # tied weights are stored once
+        raise ValueError(_damaged(path, f"its tensors take {total:,} bytes"))
 
 
 def _find_tensors(path: Path, content: Any) -> dict[str, Tensor]:
@@ -147,8 +206,6 @@ def _to_float32(file: CheckpointFile) -> None:
                 f"{file.name}: {name} is {value.dtype}, not floating point: quantised or damaged "
                 "weights cannot be loaded"
             )
-        if not value.isfinite().all():
-            raise ValueError(f"{file.name}: {name} holds NaN or infinite values; do not use it")
         if value.dtype != torch.float32:
             converted.add(str(value.dtype))
             file.tensors[name] = value.float()

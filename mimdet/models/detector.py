@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,7 +36,8 @@ class Detector(nn.Module):
     """Finished parts in, no configuration inside: backbone -> neck -> RPN -> RoI heads.
 
     What `build_detector` adds is what it knows of the model, for those who use it: how images are
-    brought to size (`resize`), the names of the labels, the configuration it was built from.
+    brought to size (`resize`), the configuration it was built from; and what a training or a file
+    adds: names and COCO ids of the labels (without: 1, 2, ...), and the step of the weights.
     """
 
     def __init__(
@@ -59,7 +61,9 @@ class Detector(nn.Module):
         self.canvas = canvas
         self.config = Config()
         self.categories: list[str] = []
+        self.category_ids: list[int] = []
         self.slots: dict[str, Any] = {}
+        self.step: int | None = None
 
     def forward(
         self,
@@ -134,6 +138,28 @@ class Detector(nn.Module):
         """`forward` without targets, in evaluation mode."""
         with evaluating(self):
             return self(images, sample=sample, sampling=sampling)
+
+
+class Category(msgspec.Struct):
+    """A class as a file names it."""
+
+    id: int
+    """COCO's."""
+    name: str
+
+
+def category_entries(model: Detector) -> list[dict[str, Any]]:
+    """The classes of a detector, in the order of its labels, for a file."""
+    ids = model.category_ids or range(1, len(model.categories) + 1)
+    pairs = zip(ids, model.categories, strict=True)
+    return [{"id": number, "name": name} for number, name in pairs]
+
+
+def read_categories(text: str | bytes) -> list[Category]:
+    """The classes in a file's json. Older files hold names alone. ValueError for anything else."""
+    entries = msgspec.json.decode(text, type=list[Category | str])
+    numbered = enumerate(entries, start=1)
+    return [Category(i, one) if isinstance(one, str) else one for i, one in numbered]
 
 
 @contextmanager

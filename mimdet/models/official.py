@@ -3,17 +3,35 @@
 import copy
 import json
 import re
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mimdet.config import Config, from_dict, named_code, to_dict
+from mimdet.config import (
+    MODEL_PART,
+    Config,
+    check_model_part,
+    from_dict,
+    model_part,
+    named_code,
+    to_dict,
+)
 from mimdet.files import write_file
 from mimdet.models.checkpoint_files import CheckpointFile, read_checkpoint
-from mimdet.models.detector import Detector, build_detector
-from mimdet.models.weights import LoadReport, Rule, load_exactly, stored, translate
+from mimdet.models.detector import (
+    Category,
+    Detector,
+    build_detector,
+    category_entries,
+    read_categories,
+)
+from mimdet.models.weights import LoadReport, Rule, check_sizes, load_exactly, stored, translate
 from mimdet.presets import PRESETS
 from mimdet.structures import generic_names
 
@@ -92,25 +110,48 @@ def load_weights(source: str | Path, cfg: Config | None = None) -> Detector:
     """
     file = read_checkpoint(source)
     if cfg is None and "config" in file.metadata:
-        cfg, categories = read_metadata(file)
-        tensors = file.tensors
-    else:
-        tensors, cfg = read_released(file, cfg)
-        categories = class_names(cfg.detector.num_classes)
-        name = f"{file.name} as {cfg.preset or 'cfg'}"
-        print(LoadReport(name, list(tensors), [], [], notes=file.notes))
-    model = build_detector(cfg)
-    load_exactly(model, tensors, file.name)
-    model.categories = categories
+        return detector_of(file, *read_metadata(file))
+    cfg = read_released(file, cfg)
+    model = detector_of(file, cfg)
+    model.categories, model.category_ids = coco_classes(cfg.detector.num_classes)
+    name = f"{file.name} as {cfg.preset or 'cfg'}"
+    print(LoadReport(name, list(file.tensors), [], [], notes=file.notes))
+    return model
+
+
+def detector_of(
+    file: CheckpointFile, cfg: Config, categories: Sequence[Category] = (), **slots: Any
+) -> Detector:
+    """The detector that `cfg` describes with a file's tensors, in evaluation mode.
+
+    ValueError for tensors that are not its own, and where they were trained with another
+    configuration (`check_model_part`).
+    """
+    if MODEL_PART in file.metadata:
+        check_model_part(file.metadata[MODEL_PART], cfg, file.name)
+    b, d = cfg.backbone, cfg.detector
+    counts = (b.depth, b.decoder_depth, *b.stage_depths, d.rpn_convs, d.box_convs, d.mask_convs)
+    if max(counts) > len(file.tensors):
+        raise ValueError(
+            f"{file.name}: its configuration describes {max(counts):,} blocks in a row, the file "
+            f"holds {len(file.tensors)} tensors"
+        )
+    build = partial(build_detector, cfg, **slots)
+    if not slots and not named_code(cfg):  # code of others may not know of the meta device
+        check_sizes(build, file.tensors, file.name)
+    model = build()
+    load_exactly(model, file.tensors, file.name)
+    model.categories = [category.name for category in categories]
+    model.category_ids = [category.id for category in categories]
     return model.eval()
 
 
-def read_metadata(file: CheckpointFile) -> tuple[Config, list[str]]:
-    """Configuration and class names in a file that `save_detector` wrote."""
+def read_metadata(file: CheckpointFile) -> tuple[Config, list[Category]]:
+    """Configuration and categories in a file that `save_detector` wrote."""
     try:
-        cfg: Config = from_dict(json.loads(file.metadata["config"]))
-        categories = json.loads(file.metadata["categories"])
-    except (ValueError, TypeError, KeyError) as error:
+        cfg: Config = from_dict(msgspec.json.decode(file.metadata["config"]))
+        categories = read_categories(file.metadata["categories"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{file.name}: its configuration cannot be read: {error}") from error
     if named_code(cfg):
         raise ValueError(
@@ -120,29 +161,31 @@ def read_metadata(file: CheckpointFile) -> tuple[Config, list[str]]:
     return cfg, categories
 
 
-def read_released(file: CheckpointFile, cfg: Config | None) -> tuple[dict[str, Tensor], Config]:
-    """The file's tensors under our names, and what they belong to: `cfg`, or a published model."""
+def read_released(file: CheckpointFile, cfg: Config | None) -> Config:
+    """Give the file's tensors our names; -> what they belong to: `cfg`, or a published model."""
     if cfg is not None:
         d = cfg.detector
-        return from_detectron2(
-            file, detectron2_rules(d.box_convs, d.rpn_convs, cfg.backbone.kind)
-        ), cfg
+        rules = detectron2_rules(d.box_convs, d.rpn_convs, cfg.backbone.kind)
+        file.tensors = from_detectron2(file, rules)
+        return cfg
     # Only the baseline's blocks stand at the top of its backbone.
     plain_vit = any(name.startswith(f"{_BOTTOM_UP}.blocks.") for name in file.tensors)
     kind = "benchmarking_vit" if plain_vit else "mimdet"
-    tensors = from_detectron2(file, detectron2_rules(kind=kind))
-    cfg = match_preset(file.name, tensors)
+    file.tensors = from_detectron2(file, detectron2_rules(kind=kind))
+    cfg = match_preset(file.name, file.tensors)
     cfg.backbone.keep = "padded"
-    return tensors, cfg
+    return cfg
 
 
-def class_names(count: int) -> list[str]:
-    """COCO's 80 names in order, which a file of 80 classes is taken to mean; else "class 1", ..."""
+def coco_classes(count: int) -> tuple[list[str], list[int]]:
+    """COCO's 80 names and ids, which a file of 80 classes is taken to mean; else "class 1", ..."""
     from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
     every_id = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # 0..90, with gaps
-    coco = [name for name in every_id if name not in ("__background__", "N/A")]
-    return coco if count == len(coco) else generic_names(count)
+    ids = [number for number, name in enumerate(every_id) if name not in ("__background__", "N/A")]
+    if count != len(ids):
+        return generic_names(count), list(range(1, count + 1))
+    return [every_id[number] for number in ids], ids
 
 
 def from_detectron2(file: CheckpointFile, rules: list[Rule]) -> dict[str, Tensor]:
@@ -232,6 +275,7 @@ def save_detector(model: Detector, path: str | Path, *, half: bool = False) -> N
         )
     metadata = {
         "config": json.dumps(to_dict(cfg)),
-        "categories": json.dumps(model.categories),
+        "categories": json.dumps(category_entries(model)),
+        MODEL_PART: model_part(cfg),
     }
     write_file(path, lambda partial: save_file(stored(model, half), partial, metadata))

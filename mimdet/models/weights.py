@@ -4,10 +4,12 @@
 itself; released detectors are in official.py.
 """
 
+import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -165,6 +167,15 @@ def load_mae(
         ours: _fit(file, theirs, ours, file.tensors[theirs], own[ours])
         for theirs, ours in wanted.items()
     }
+    modules = dict(backbone.named_modules())
+    for key, part in (("num_heads", "encoder"), ("decoder_heads", "decoder")):
+        used = any(name.startswith(f"{part}.blocks.") for name in loaded)
+        heads = getattr(modules.get(f"{part}.blocks.0.attn"), "num_heads", None)
+        if used and heads is not None and file.metadata.get(key, str(heads)) != str(heads):
+            raise ValueError(
+                f"{file.name} was trained with {file.metadata[key]} attention heads in its {part}, "
+                f"this model has {heads}: set backbone.{key}={file.metadata[key]}"
+            )
     unused = [name for name in file.tensors if name not in wanted]
     strange = [name for name in unused if not re.match(EXPECTED_UNUSED, name)]
     if strange:
@@ -194,6 +205,14 @@ def read_mae(source: str | Path) -> CheckpointFile:
             f"{file.name} is no masked autoencoder: it lacks pos_embed or blocks.0.attn.qkv.weight "
             f"(its first tensor is {next(iter(file.tensors))!r})"
         )
+    for name in ("pos_embed", "decoder_pos_embed"):
+        shape = tuple(file.tensors[name].shape) if name in file.tensors else (1, 2, 0)
+        square = len(shape) == 3 and shape[1] > 1 and math.isqrt(shape[1] - 1) ** 2 == shape[1] - 1
+        if not square or shape[0] != 1:
+            raise ValueError(
+                f"{file.name}: {name} has shape {shape}, not (1, 1 + side x side, width), which is "
+                "a row for the class token and those of a square grid"
+            )
     return file
 
 
@@ -278,7 +297,14 @@ def load_mae_model(
             f"{file.name} holds the encoder only, which reconstructs nothing: use the full or the "
             "visualize file (`mimdet download`), or facebook/vit-mae-base"
         )
+    needed = ("decoder_pos_embed", "patch_embed.proj.weight")
+    if any(name not in t or not t[name].numel() for name in needed):
+        raise ValueError(f"{file.name} lacks {' or '.join(needed)}: its sizes cannot be read")
     width, decoder_dim = t["pos_embed"].shape[2], t["decoder_pos_embed"].shape[2]
+    given = {"num_heads": num_heads, "decoder_heads": decoder_heads}
+    for key, value in given.items():
+        if value and meta.get(key, str(value)) != str(value):
+            raise ValueError(f"{file.name} was trained with {key}={meta[key]}, not {value}")
     heads = num_heads or int(meta.get("num_heads", HEADS.get(width, 0)))
     own_heads = decoder_heads or int(meta.get("decoder_heads", DECODER_HEADS.get(decoder_dim, 0)))
     if not heads or not own_heads:
@@ -290,8 +316,9 @@ def load_mae_model(
         visualize = "visualize" in file.name or file.name.startswith("facebook/vit-mae-")
         norm_pix_loss = meta.get("norm_pix_loss", str(not visualize)) == "True"
     patch = t["patch_embed.proj.weight"].shape[-1]
-    model = MAE(
-        round((t["pos_embed"].shape[1] - 1) ** 0.5) * patch,
+    build = partial(
+        MAE,
+        math.isqrt(t["pos_embed"].shape[1] - 1) * patch,
         patch,
         width,
         _count_blocks(t, "blocks"),
@@ -301,6 +328,8 @@ def load_mae_model(
         own_heads,
         norm_pix_loss,
     )
+    check_sizes(build, t, file.name)
+    model = build()
     load_exactly(model, t, file.name)
     return model.eval()
 
@@ -328,9 +357,27 @@ def stored(model: nn.Module, half: bool) -> dict[str, Tensor]:
     return {n: v.half() if half and v.is_floating_point() else v for n, v in state.items()}
 
 
+def check_sizes(build: Callable[[], nn.Module], tensors: dict[str, Tensor], name: str) -> None:
+    """ValueError for tensors that are not those of the model that `build` makes.
+
+    It is made without memory first, because the numbers it is built from come out of a file too.
+    """
+    try:
+        with torch.device("meta"):
+            own = build().state_dict()
+    except (AssertionError, ArithmeticError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{name}: no model can be built of its sizes: {error}") from error
+    check_fit(own, tensors, name)
+
+
 def load_exactly(model: nn.Module, tensors: dict[str, Tensor], name: str) -> None:
-    """Every name and shape must fit. ValueError names the first that does not."""
-    own = model.state_dict()
+    """Every name and shape must fit; ValueError as `check_fit`, and nothing is changed."""
+    check_fit(model.state_dict(), tensors, name)
+    model.load_state_dict(tensors)
+
+
+def check_fit(own: dict[str, Tensor], tensors: dict[str, Tensor], name: str) -> None:
+    """ValueError that names the first of a file's tensors that is not as the model's own."""
     for key, value in own.items():
         if key not in tensors:
             raise ValueError(f"{name} lacks the tensor {key!r} of this model")
@@ -342,4 +389,3 @@ def load_exactly(model: nn.Module, tensors: dict[str, Tensor], name: str) -> Non
     extra = [key for key in tensors if key not in own]
     if extra:
         raise ValueError(f"{name} holds {len(extra)} more tensors than this model: {extra[0]!r}")
-    model.load_state_dict(tensors)

@@ -38,12 +38,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mimdet import __version__, processes
-from mimdet.config import Config, PretrainConfig, difference, load_config, save_config
+from mimdet.config import (
+    MODEL_PART,
+    Config,
+    PretrainConfig,
+    difference,
+    load_config,
+    save_config,
+)
 from mimdet.console import Stopped
 from mimdet.files import read_json, sync, write_json, write_text
-from mimdet.models.checkpoint_files import read_safetensors, shipped
-from mimdet.models.detector import Detector, build_detector
-from mimdet.models.official import load_weights
+from mimdet.models.checkpoint_files import read_checkpoint, read_safetensors, shipped
+from mimdet.models.detector import Detector, read_categories
+from mimdet.models.official import detector_of, load_weights
 from mimdet.training.slots import SlotText, check_slots, load_slots, write_slots
 
 MAE_FILE = "mae.safetensors"
@@ -179,6 +186,8 @@ class Checkpoint:
     """Parameters and buffers of the detector."""
     optimizer: dict[str, Any]
     """State of the optimiser and of the gradient scaler."""
+    model_part: str = "{}"
+    """Of the configuration (`mimdet.config.model_part`)."""
 
 
 class CheckpointStore:
@@ -196,7 +205,8 @@ class CheckpointStore:
         partial = self.folder / f"{PARTIAL}{place.name}"
         partial.mkdir(parents=True)
         try:
-            save_file({k: v.contiguous() for k, v in checkpoint.weights.items()}, partial / WEIGHTS)
+            weights = {name: value.contiguous() for name, value in checkpoint.weights.items()}
+            save_file(weights, partial / WEIGHTS, {MODEL_PART: checkpoint.model_part})
             torch.save(checkpoint.optimizer, partial / OPTIMIZER)
             for file in partial.iterdir():
                 sync(file)
@@ -239,7 +249,8 @@ class CheckpointStore:
             return None
         place = self.folder / f"{steps[-1]:06d}"
         optimizer = torch.load(place / OPTIMIZER, map_location=device, weights_only=True)
-        return Checkpoint(steps[-1], read_safetensors(place / WEIGHTS)[0], optimizer)
+        weights, metadata = read_safetensors(place / WEIGHTS)
+        return Checkpoint(steps[-1], weights, optimizer, metadata.get(MODEL_PART, "{}"))
 
     def _delete(self, place: Path) -> None:
         """Out of sight first: a process that is killed meanwhile leaves no half of a checkpoint."""
@@ -423,7 +434,6 @@ def load_detector(
     cfg = load_config(path / "config.json")
     slots = load_slots(path, cfg, trust_code)
     slots.pop("dataset", None)
-    model = build_detector(cfg, **slots)
     store = CheckpointStore(path / "checkpoints")
     place = store.find(checkpoint)
     if place is None:
@@ -431,6 +441,10 @@ def load_detector(
             f"{path} has no checkpoint {checkpoint!r}; it has steps {store.steps()}, "
             "and the names 'last' and (after an evaluation) 'best'"
         )
-    model.load_state_dict(read_safetensors(place / WEIGHTS)[0])
-    model.categories = read_json(path / "categories.json")
-    return model.eval().to(device)
+    file = read_checkpoint(place / WEIGHTS)
+    file.name = str(place / WEIGHTS)
+    model = detector_of(
+        file, cfg, read_categories((path / "categories.json").read_bytes()), **slots
+    )
+    model.step = int(place.name)
+    return model.to(device)

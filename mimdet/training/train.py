@@ -22,7 +22,7 @@ from mimdet.data.coco import build_dataset
 from mimdet.data.loader import Dataset, MicroBatch, TrainLoader
 from mimdet.files import read_json, write_json
 from mimdet.models.checkpoint_files import read_checkpoint
-from mimdet.models.detector import Detector, build_detector
+from mimdet.models.detector import Detector, build_detector, category_entries
 from mimdet.models.official import detectron2_rules, from_detectron2
 from mimdet.models.weights import LoadReport, load_mae
 from mimdet.training.optim import Schedule
@@ -70,7 +70,7 @@ def train(
     elif slots:
         raise ValueError(f"the model is complete: give {', '.join(slots)} to build_detector")
     check_model(model, cfg, data.categories)
-    model.categories = list(data.categories)
+    model.categories, model.category_ids = list(data.categories), list(data.category_ids)
     texts = read_slots(model.slots | own)
     # The first process makes the directory, the others then find it.
     record = processes.in_turn(lambda: Run(run, cfg, locked=locked))
@@ -135,7 +135,7 @@ class DetectorTrainer(Trainer):
     def start(self) -> None:
         if self.cfg.training.init_from:
             initialise(self.model, self.cfg.training.init_from, self.cfg.training.init_decoder)
-        write_json(self.run.path / "categories.json", self.model.categories)
+        write_json(self.run.path / "categories.json", category_entries(self.model))
 
     def losses(self, batch: MicroBatch) -> dict[str, Tensor]:
         return self.model(batch.images, batch.targets)

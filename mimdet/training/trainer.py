@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mimdet import processes
-from mimdet.config import Config, PretrainConfig, TrainingConfig
+from mimdet.config import Config, PretrainConfig, TrainingConfig, check_model_part, model_part
 from mimdet.data.loader import StepLoader
 from mimdet.files import write_json
 from mimdet.models.detector import autocast
@@ -292,7 +292,8 @@ class Trainer:
         if self.updating or self.done == self.saved or processes.rank() != 0:
             return
         state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-        self.run.store.save(Checkpoint(self.done, self.model.state_dict(), state))
+        part = model_part(self.cfg)
+        self.run.store.save(Checkpoint(self.done, self.model.state_dict(), state, part))
         self.saved = self.done
 
     def resume(self) -> None:
@@ -304,6 +305,7 @@ class Trainer:
                 write_json(self.run.path / "environment.json", environment(self.cfg, self.data))
             processes.copy_first(self.model.state_dict().values())
         else:
+            check_model_part(last.model_part, self.cfg, str(self.run.path))
             self.model.load_state_dict(last.weights)
             self.optimizer.load_state_dict(last.optimizer["optimizer"])
             self.scaler.load_state_dict(last.optimizer["scaler"])

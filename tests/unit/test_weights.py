@@ -23,7 +23,7 @@ from mimdet.models.checkpoint_files import SHIPPED, read_checkpoint, read_safete
 from mimdet.models.detector import build_detector
 from mimdet.models.mae import MAE
 from mimdet.models.official import (
-    class_names,
+    coco_classes,
     export_detectron2,
     load_weights,
 )
@@ -363,9 +363,9 @@ def test_unknown_detectors_need_a_configuration(cfg, tmp_path, record_property) 
 def test_detectron2_constants_are_ignored_and_classes_named(cfg, tmp_path) -> None:
     tensors = official(cfg, tmp_path / "good.pth") | {"pixel_mean": torch.ones(3, 1, 1)}
     load_weights(write(tensors, tmp_path / "old.pth"), cfg)
-    names = class_names(80)
+    names = coco_classes(80)[0]
     assert (names[0], names[11], names[79]) == ("person", "stop sign", "toothbrush")
-    assert class_names(2) == ["class 1", "class 2"]
+    assert coco_classes(2) == (["class 1", "class 2"], [1, 2])
 
 
 def test_commands_take_released_files(tmp_path, monkeypatch, capsys) -> None:

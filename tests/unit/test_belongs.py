@@ -1,0 +1,190 @@
+"""What a number belongs to: weights to their configuration, results to weights, data and draw."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from safetensors.torch import save_file
+
+import mimdet
+from mimdet.cli import main
+from mimdet.config import AT_USE, WHILE_TRAINING, Config, flat, set_field, to_dict
+from mimdet.models.checkpoint_files import read_safetensors
+from mimdet.models.detector import build_detector
+from mimdet.models.mae import MAE
+from mimdet.models.weights import load_mae, load_mae_model, save_mae
+from mimdet.presets import PRETRAIN_PRESETS
+from mimdet.training.train import fit, resume
+from tests.small import small
+
+OTHER = {
+    "backbone.num_heads": 4,
+    "backbone.decoder_heads": 1,
+    "backbone.keep": "padded",
+    "backbone.sampler": "grid",
+    "backbone.position_grid": 51,
+    "backbone.window_size": 8,
+    "detector.canvas": 96,
+    "detector.anchor_sizes": [8, 16, 32, 64, 129],
+    "detector.anchor_ratios": [0.5, 1.0, 2.5],
+    "detector.canonical_size": 60.0,
+    "detector.norm": "GN",
+}
+"""Fields that say what the weights compute, most of them without a tensor of another shape."""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("belongs")
+    fit(small(2), "run", runs=folder)
+    return folder / "run"
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    import shutil
+
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def edit(run: Path, **fields: Any) -> None:
+    cfg = json.loads((run / "config.json").read_text())
+    for name, value in fields.items():
+        section, _, field = name.partition(".")
+        cfg[section][field] = value
+    (run / "config.json").write_text(json.dumps(cfg))
+
+
+# ------------------------------------------------------------------ weights and configuration
+
+
+def test_every_field_of_a_model_is_refused_said_or_of_training_only() -> None:
+    own = {name for name in flat(Config()) if name.startswith(("backbone.", "detector."))}
+    assert own >= {name for name in (*WHILE_TRAINING, *AT_USE) if name[:3] in ("bac", "det")}
+    assert {*OTHER} <= own - {*WHILE_TRAINING, *AT_USE}
+
+
+@pytest.mark.parametrize("field", OTHER)
+def test_a_run_whose_configuration_was_edited_is_refused(run, field: str) -> None:
+    before = flat(mimdet.load_detector(run).config)[field]
+    edit(run, **{field: OTHER[field]})
+    with pytest.raises(ValueError, match=rf"configuration.*\n  {field}: ") as caught:
+        mimdet.load_detector(run)
+    for value in (before, OTHER[field]):
+        assert str(value)[1:-1] in str(caught.value)
+    edit(run, **{field: before})
+    mimdet.load_detector(run)
+
+
+def test_what_may_be_chosen_anew_is_said(run) -> None:
+    edit(run, **{"detector.score_threshold": 0.3, "data.test_short_side": 96})
+    with pytest.warns(UserWarning, match=r"score_threshold: 0.05 -> 0.3\n  data.test_short_side"):
+        assert mimdet.load_detector(run).roi_heads.score_threshold == 0.3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        edit(run, **{"detector.score_threshold": 0.05, "data.test_short_side": 64})
+        edit(run, **{"backbone.drop_path": 0.0, "detector.rois_per_image": 7})
+        mimdet.load_detector(run)
+
+
+def test_other_ways_in_are_guarded_too(run, tmp_path) -> None:
+    """A weights file with cfg=, a file that describes itself, and a training that goes on."""
+    weights = run / "checkpoints/000002/model.safetensors"
+    cfg = mimdet.load_detector(run).config
+    cfg.backbone.num_heads = 4
+    with pytest.raises(ValueError, match="num_heads: 2 -> 4"):
+        mimdet.load_detector(weights, cfg=cfg)
+    mimdet.save_detector(mimdet.load_detector(run), tmp_path / "one.safetensors")
+    tensors, metadata = read_safetensors(tmp_path / "one.safetensors")
+    save_file(tensors, weights, metadata | {"config": json.dumps(to_dict(cfg))})
+    with pytest.raises(ValueError, match="num_heads: 2 -> 4"):
+        mimdet.load_detector(weights)
+    save_file(tensors, weights, metadata)
+    edit(run, **{"backbone.num_heads": 4})
+    with pytest.raises(ValueError, match="num_heads: 2 -> 4"):
+        list(resume(run))
+
+
+def test_heads_of_an_autoencoder(tmp_path) -> None:
+    cfg = small()
+    b = cfg.backbone
+    save_mae(MAE(64, 16, b.embed_dim, b.depth, 4, b.decoder_dim, 2, 2), tmp_path / "m.safetensors")
+    model = build_detector(cfg)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"4 attention heads in its encoder.* 2: set backbone"):
+        load_mae(model, tmp_path / "m.safetensors")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="num_heads=4, not 2"):
+        load_mae_model(tmp_path / "m.safetensors", num_heads=2)
+
+
+def test_a_pretraining_goes_on_with_its_own_numbers(tmp_path) -> None:
+    cfg = PRETRAIN_PRESETS["tiny_mae"]()
+    cfg.training.steps, cfg.training.batch_size, cfg.training.accumulate = 2, 2, 1
+    cfg.data.held_out, cfg.data.workers, cfg.mae.image_size = 1, 0, 32
+    for name, value in (("shapes_size", 64), ("shapes_train", 10)):
+        set_field(cfg, f"data.{name}", value)
+    for _ in mimdet.training.pretrain.pretrain(cfg, tmp_path / "mae"):
+        break
+    edit(tmp_path / "mae", **{"mae.num_heads": 1})
+    with pytest.raises(ValueError, match=r"mae.num_heads: \d -> 1"):
+        list(resume(tmp_path / "mae"))
+
+
+# ------------------------------------------------------------------ ids of categories and images
+
+
+@pytest.fixture
+def animals(tmp_path) -> Path:
+    """Four images under animals/, in animals.json with ids that no counting gives."""
+    folder = tmp_path / "animals"
+    folder.mkdir()
+    images, annotations = [], []
+    for i, number in enumerate((397133, 37777, 252219, 87038)):
+        Image.new("RGB", (64, 48), (40 * i, 90, 200)).save(folder / f"{i}.png")
+        images.append({"id": number, "file_name": f"{i}.png", "width": 64, "height": 48})
+        box = [5, 6, 30, 20]
+        outline = [[5, 6, 35, 6, 35, 26, 5, 26]]
+        about = {"id": i + 1, "image_id": number, "category_id": (18, 3)[i % 2], "iscrowd": 0}
+        annotations.append(about | {"bbox": box, "area": 600, "segmentation": outline})
+    categories = [{"id": 18, "name": "cat"}, {"id": 3, "name": "dog"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "animals.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def on_animals(folder: Path) -> Config:
+    cfg = small(2)
+    cfg.data.source = "coco"
+    cfg.data.train_json = cfg.data.val_json = str(folder / "animals.json")
+    cfg.data.train_images = cfg.data.val_images = str(folder / "animals")
+    return cfg
+
+
+def test_predictions_have_the_ids_of_the_annotation_file(animals, monkeypatch) -> None:
+    monkeypatch.chdir(animals)
+    fit(on_animals(animals), "run", runs=animals)
+    main(["predict", "run", "animals/0.png", "animals/1.png", "--out", "found"])
+    main(["export", "run", "one.safetensors"])
+    assert mimdet.load_detector("one.safetensors").category_ids == [3, 18]
+    of_file = {"cat": 18, "dog": 3}
+    for name, number in (("0", 397133), ("1", 37777)):
+        found = json.loads(Path(f"found/{name}.json").read_text())
+        assert found and all(entry["image_id"] == number for entry in found)
+        assert all(of_file[entry["category"]] == entry["category_id"] for entry in found)
+        evaluated = json.loads(Path("run/predictions.json").read_text())
+        ids = {entry["category_id"] for entry in evaluated if entry["image_id"] == number}
+        assert ids == {entry["category_id"] for entry in found}
+        truth = COCO("animals.json")
+        assert len(truth.loadRes(found).anns) == len(found)
+
+
+def test_without_stored_ids_labels_count_from_one() -> None:
+    model = mimdet.load_detector("tiny")
+    assert model.category_ids == list(range(1, len(model.categories) + 1))
