@@ -233,6 +233,9 @@ def predict(
 ) -> None:
     """Detect objects in image files; writes one json and one picture per image.
 
+    The json is in COCO results format. Its ids are those of the annotation file the detector was
+    trained on; an image that is not in the data of the run has its file's name as its id.
+
     Args:
         run: Directory of the run, or a released MIMDet file (.pth).
         images: Image files.
@@ -245,8 +248,10 @@ def predict(
         trust_code: Execute a sampler or stem that a notebook stored in the run.
     """
     from mimdet.analysis.evaluate import results_for, save_results
+    from mimdet.data.coco import ids_of_files
     from mimdet.images import read_image
     from mimdet.inference import predict
+    from mimdet.models.detector import category_entries
     from mimdet.viz import save_figure, show_detections
 
     stems = {image.stem: image for image in images}
@@ -257,17 +262,18 @@ def predict(
                 "predict them in two calls with another --out"
             )
     model = _load(run, checkpoint, device, trust_code)
-    names, ids = model.categories, list(range(1, len(model.categories) + 1))
+    names = {category["id"]: category["name"] for category in category_entries(model)}
+    image_ids = ids_of_files(model.config.data, images)
     masks = model.roi_heads.mask_head is not None
     out.mkdir(parents=True, exist_ok=True)
     for stem, path in stems.items():
         pixels = read_image(path)
         found = predict(model, pixels, sample_ratio=sample_ratio, seed=seed)
-        results = results_for(found, path.name, ids, masks)
+        results = results_for(found, image_ids.get(path, path.name), list(names), masks)
         for result in results:
-            result["category"] = names[result["category_id"] - 1]
+            result["category"] = names[result["category_id"]]
         save_results(results, out / f"{stem}.json")
-        figure = show_detections([pixels], [found], None, names, score, columns=1)
+        figure = show_detections([pixels], [found], None, model.categories, score, columns=1)
         save_figure(figure, out / f"{stem}.png")
         shown = int((found.scores >= score).sum())
         print(f"{path}: {shown} objects with score >= {score} -> {out / stem}.json, .png")

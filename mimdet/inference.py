@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from mimdet.images import Size, to_rgb
+from mimdet.models.checkpoint_files import check_finite
 from mimdet.models.detector import Detector, autocast
 from mimdet.models.rcnn import clip_boxes, non_empty
 from mimdet.models.sampling import DEFAULT, Keep, Sample, Sampling
@@ -35,6 +36,7 @@ def predict(
     them outright. Only images of equal padded size share a batch, so `predict(model, [a, b])`
     equals `predict(model, a)`, `predict(model, b)`.
     """
+    check_finite(model.state_dict(), "the detector")
     many = isinstance(images, list | tuple)
     sizes: list[Size] = []
     resized: list[Tensor] = []

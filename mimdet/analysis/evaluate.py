@@ -23,6 +23,7 @@ from mimdet.inference import (
     equal_padded_size,
     generator_for,
 )
+from mimdet.models.checkpoint_files import check_finite
 from mimdet.models.detector import Detector
 from mimdet.models.sampling import Keep, Sampling
 from mimdet.structures import Detections, probabilities_to_rle
@@ -111,6 +112,7 @@ def evaluate(
     share the images; the first one holds all results.
     """
     start = time.perf_counter()
+    check_finite(model.state_dict(), "the detector")
     if sample_ratio is None:
         sample_ratio = model.sample_ratio_eval
     category_ids = ids_of_labels(model.categories, dataset)

@@ -11,6 +11,7 @@ import json
 import os
 import pkgutil
 import warnings
+from collections.abc import Iterable
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -199,6 +200,23 @@ class CocoDataset(AnnotatedImages):
             f"image {path}, named in {self.json_path}, does not exist; check the image folder "
             f"{self.image_folder}, `mimdet check-data` lists all missing files"
         )
+
+
+def ids_of_files(cfg: DataConfig, files: Iterable[Path]) -> dict[Path, int | str]:
+    """Image ids of the files that belong to the data of `cfg`, as its annotation files have them;
+    files of elsewhere are left out."""
+    found: dict[Path, int | str] = {}
+    for split in ("train", "val"):
+        folder = Path(getattr(cfg, f"{split}_images")).resolve()
+        annotations = Path(getattr(cfg, f"{split}_json"))
+        inside = [file for file in files if file.resolve().is_relative_to(folder)]
+        if cfg.source == "coco" and inside and annotations.is_file():
+            rows = Table(annotations).rows
+            columns = (rows.column(name).to_pylist() for name in ("file_name", "image_id"))
+            known = dict(zip(*columns, strict=True))
+            names = {file: file.resolve().relative_to(folder).as_posix() for file in inside}
+            found |= {f: json.loads(known[name]) for f, name in names.items() if name in known}
+    return found
 
 
 def build_dataset(cfg: DataConfig, split: Literal["train", "val"], seed: int = 0) -> "Dataset":

@@ -17,8 +17,10 @@ from mimdet.config import AT_USE, WHILE_TRAINING, Config, flat, set_field, to_di
 from mimdet.models.checkpoint_files import read_safetensors
 from mimdet.models.detector import build_detector
 from mimdet.models.mae import MAE
+from mimdet.models.official import export_detectron2
 from mimdet.models.weights import load_mae, load_mae_model, save_mae
 from mimdet.presets import PRETRAIN_PRESETS
+from mimdet.training.pretrain import pretrain
 from mimdet.training.train import fit, resume
 from tests.small import small
 
@@ -130,7 +132,7 @@ def test_a_pretraining_goes_on_with_its_own_numbers(tmp_path) -> None:
     cfg.data.held_out, cfg.data.workers, cfg.mae.image_size = 1, 0, 32
     for name, value in (("shapes_size", 64), ("shapes_train", 10)):
         set_field(cfg, f"data.{name}", value)
-    for _ in mimdet.training.pretrain.pretrain(cfg, tmp_path / "mae"):
+    for _ in pretrain(cfg, tmp_path / "mae"):
         break
     edit(tmp_path / "mae", **{"mae.num_heads": 1})
     with pytest.raises(ValueError, match=r"mae.num_heads: \d -> 1"):
@@ -183,6 +185,29 @@ def test_predictions_have_the_ids_of_the_annotation_file(animals, monkeypatch) -
         assert ids == {entry["category_id"] for entry in found}
         truth = COCO("animals.json")
         assert len(truth.loadRes(found).anns) == len(found)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(run, animals, value: float) -> None:
+    """However they come in, of a parameter or of a norm's statistics."""
+    name = "neck.pyramid.inner_blocks.2.1.running_var"
+    model = mimdet.load_detector(run)
+    model.get_buffer(name)[1] = value
+    with pytest.raises(ValueError, match=f"{name} holds NaN or infinite"):
+        mimdet.predict(model, animals / "animals/0.png")
+    with pytest.raises(ValueError, match=f"{name} holds NaN or infinite"):
+        mimdet.evaluate(model, mimdet.ShapesCOCO(size=64, length=2, split="val"))
+    mimdet.save_detector(model, run / "one.safetensors")
+    export_detectron2(model, run / "one.pth")
+    save_file(model.state_dict(), run / "checkpoints/000002/model.safetensors")
+    files = {"one.safetensors": name, "one.pth": "fpn_lateral4.norm.running_var"}
+    for source, tensor in ({"": name} | files).items():
+        with pytest.raises(ValueError, match=f"{tensor} holds NaN or infinite"):
+            mimdet.load_detector(run / source)
+    cfg = small(4)
+    cfg.training.init_from = str(run / "one.pth")
+    with pytest.raises(ValueError, match="holds NaN or infinite"):
+        fit(cfg, "next", runs=run)
 
 
 def test_without_stored_ids_labels_count_from_one() -> None:
