@@ -93,10 +93,11 @@ def pil_to_rgb(image: Image.Image) -> Tensor:
     return pixels.permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
 
 
-def to_rgb(image: Any) -> Tensor:
-    """A path, PIL image, uint8 array or uint8 tensor -> uint8 (3, H, W) RGB."""
-    if isinstance(image, str | Path):
-        return read_image(image)
+def to_rgb(image: Any, name: str = "") -> Tensor:
+    """A path, a file's bytes (which errors call `name`), PIL image, uint8 array or uint8 tensor ->
+    uint8 (3, H, W) RGB."""
+    if isinstance(image, Source):
+        return read_image(image, name)
     if isinstance(image, np.ndarray):
         channels = image.shape[2] if image.ndim == 3 else int(image.ndim == 2)
         if image.dtype != np.uint8 or channels not in (1, 3, 4):

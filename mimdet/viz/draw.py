@@ -44,6 +44,8 @@ MASK_OPACITY = 0.4
 TEXT = 12
 """Pixels of a name's letters in a panel."""
 DASH = 6
+TALL = 3
+"""Times its width that a picture may be high: 400 x 2,000,000 pixels would fill the memory."""
 MOST_NAMED = 30
 """Objects of one picture that still get a name; with more, the names would hide the image."""
 
@@ -61,17 +63,20 @@ def image_size(image: Tensor) -> Size:
 
 
 def to_pixels(image: Tensor, width: int = 0) -> Pixels:
-    """uint8 (3, H, W) -> uint8 (H, W, 3); width: enlarged to so many pixels."""
+    """uint8 (3, H, W) -> uint8 (H, W, 3); width: at a width of so many pixels, as `enlarged`."""
     image_size(image)
     pixels = np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())
     return enlarged(pixels, width) if width else pixels
 
 
 def enlarged(pixels: Pixels, width: int, smooth: bool = True) -> Pixels:
-    """The picture at a width of so many pixels; smooth=False keeps the edges of tokens sharp."""
-    height = max(1, round(width * pixels.shape[0] / pixels.shape[1]))
+    """The picture at a width of so many pixels, less where its height would be more than TALL times
+    that; smooth=False keeps the edges of tokens sharp."""
+    rows, columns = pixels.shape[:2]
+    scale = min(width / columns, TALL * width / rows)
+    size = max(1, round(columns * scale)), max(1, round(rows * scale))
     way = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
-    return np.asarray(Image.fromarray(pixels).resize((width, height), way))
+    return np.asarray(Image.fromarray(pixels).resize(size, way))
 
 
 def heat(
@@ -287,7 +292,7 @@ def draw_marks(
 def with_marks(pixels: Pixels, marks: Sequence[Mark], size: Size, text: int = TEXT) -> Pixels:
     """A picture, of any resolution, of an image of `size` = (height, width) with its marks."""
     picture = Image.fromarray(pixels).convert("RGBA")
-    draw_marks(picture, marks, pixels.shape[1] / size[1], text)
+    draw_marks(picture, marks, max(picture.size) / max(size), text)
     return np.asarray(picture.convert("RGB"))
 
 

@@ -148,8 +148,7 @@ def test_large_grids_keep_one_row_and_have_no_rollout(panel, monkeypatch):
     panel.seed.value = 1
     panel.seed.value = 0
     assert panel.map.picture == before  # one row gives the same picture
-    with pytest.raises(ValueError, match="rollout needs whole maps"):
-        panel.rollout.value = True
+    panel.rollout.value = True
     assert "rollout needs whole maps" in panel.status.value
     panel.rollout.value = False
     assert panel.map.picture == before

@@ -1,22 +1,29 @@
 """Every panel in Python: what its controls change, what a saved notebook shows, what is refused."""
 
 import copy
+import json
+import re
 import statistics
 import time
+import types
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import mimdet
 from mimdet import presets
 from mimdet.config import DataConfig
 from mimdet.data.shapes import ShapesCOCO
+from mimdet.images import to_rgb
 from mimdet.models.detector import Detector
 from mimdet.models.mae import MAE
+from mimdet.structures import Record, Target
 from mimdet.viz.features import fit_basis, pca_picture
 
 pytest.importorskip("anywidget", reason='panels need pip install "mimdet[notebooks]"')
@@ -191,6 +198,144 @@ def test_panels_leave_model_image_and_random_state_alone() -> None:
     assert model.backbone.encoder.blocks[1].attn.fused_attn
     assert not any(module._forward_hooks for module in model.modules())
     assert torch.equal(image, IMAGES[0]) and torch.equal(torch.get_rng_state(), state)
+
+
+# ------------------------------------------------------------------------------- any picture
+
+OPEN: dict[str, Callable[[Any], Any]] = {
+    "token": lambda images: TokenLab(tiny(), tiny_mae(), images),
+    "attention": lambda images: AttentionExplorer(tiny(), images),
+    "pyramid": lambda images: PyramidViewer(tiny(), images),
+    "ratio": lambda images: RatioDial(tiny(), images),
+}
+
+
+def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, channels), np.uint8)
+
+
+def any_pictures(folder: Path) -> list[Any]:
+    """Of every kind that predict takes, and of sizes nobody thought of."""
+    photo, deep = Image.fromarray(noise(60, 90)), folder / "deep.png"
+    Image.fromarray(noise(40, 50, 2).view(np.uint16)[..., 0]).save(deep)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # as a phone that was held upright writes it
+    photo.save(folder / "phone.jpg", exif=turned)
+    return [
+        *(photo, photo.convert("CMYK"), photo.convert("P"), photo.convert("LA")),
+        *(deep, str(folder / "phone.jpg"), noise(40, 50), noise(40, 50)[..., 0], noise(40, 50, 4)),
+        torch.zeros(3, 5000, 1, dtype=torch.uint8),  # a scan line
+        noise(1, 5000),
+        noise(90, 6000),  # a panorama
+        noise(3000, 4000),  # 12 megapixels
+        noise(1, 1),
+    ]
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_a_picture_of_any_kind_and_size_is_shown(name, tmp_path) -> None:
+    pictures = any_pictures(tmp_path)
+    panel = OPEN[name](pictures)
+    for index, picture in enumerate(pictures):
+        panel.image.value = index
+        assert "Error" not in panel.status.value
+        assert torch.equal(panel.chosen, to_rgb(picture))
+        assert all(c.picture and c.size[0] <= 400 and c.size[1] <= 1200 for c in panel.canvases)
+        panel.snapshot()
+    assert "Error" not in OPEN[name](pictures[0]).status.value  # one, as for predict
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_what_is_no_picture_is_said_in_the_panel_which_goes_on(name, tmp_path) -> None:
+    (tmp_path / "notes.txt").write_text("words")
+    Image.fromarray(noise(90, 90)).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:900])
+    wrong = {
+        tmp_path / "notes.txt": "ValueError.*notes.txt",
+        tmp_path / "cut.jpg": "ValueError.*cut.jpg",
+        str(tmp_path / "none.png"): "FileNotFoundError.*none.png",
+        None: "ValueError.*NoneType",
+    }
+    panel = OPEN[name]([*wrong, IMAGES[0]])
+    for index, message in enumerate(wrong.values()):
+        panel.image.value = index
+        assert re.search(message, panel.status.value)
+        assert not any(canvas.picture or canvas.title for canvas in panel.canvases)
+        assert "Error" in panel.label
+    panel.image.value = len(wrong)
+    assert "Error" not in panel.status.value + panel.label
+    assert all(canvas.picture for canvas in panel.canvases)
+
+
+def test_an_image_of_a_data_set_that_cannot_be_read_is_said_and_the_others_are_shown() -> None:
+    class Broken(ShapesCOCO):
+        def __getitem__(self, index: int) -> Any:
+            if index == 0:
+                raise ValueError("0.png cannot be read as an image")
+            return super().__getitem__(index)
+
+    broken = Broken("shapes-v1-medium", length=3, split="val")
+    samples, browser = SampleBrowser(broken, DataConfig()), ResultBrowser(broken, results(1))
+    for panel, control, value in ((samples, samples.index, 1), (browser, browser.position, 2)):
+        assert "0.png cannot be read" in panel.status.value
+        assert not any(canvas.picture for canvas in panel.canvases)
+        control.value = value
+        assert "Error" not in panel.status.value
+        assert all(canvas.picture for canvas in panel.canvases)
+
+
+@pytest.mark.parametrize("height, width", [(5000, 1), (1, 5000)])
+def test_a_thin_image_with_objects_is_shown(height, width) -> None:
+    """Objects stand where they are along the long side."""
+    box = [0, 0.25 * height, width, 0.5 * height] if width == 1 else [1250, 0, 2500, 1]
+    target = Target(torch.tensor([box]), torch.tensor([0]))
+    record = Record(torch.zeros(3, height, width, dtype=torch.uint8), target, 1)
+    panel = SampleBrowser([record], DataConfig())
+    assert "Error" not in panel.status.value
+    panel.kind.value = "none"
+    long = np.asarray(panel.stored.snapshot())[20:].max(axis=(1 if width == 1 else 0, 2))
+    marked = np.flatnonzero(long > 60) / len(long)
+    assert 0.2 < marked.min() < 0.3 and 0.45 < marked.max() < 0.55
+
+
+# ------------------------------------------------------------------------------- what goes wrong
+
+
+def test_an_error_of_a_part_of_ones_own_is_shown_with_its_place() -> None:
+    def helpful(tokens: torch.Tensor, grid: Any, generator: Any) -> torch.Tensor:
+        return {}["<no>"]
+
+    lab = TokenLab(tiny(), tiny_mae(), IMAGES, samplers={"helpful": helpful})
+    lab.sampler.value = "helpful"
+    assert "KeyError" in lab.status.value and "&lt;no&gt;" in lab.status.value
+    assert "in helpful" in lab.status.value  # the traceback
+    assert not any(canvas.picture for canvas in lab.canvases)
+    lab.sampler.value = "random"
+    assert "KeyError" not in lab.status.value and all(c.picture for c in lab.canvases)
+
+
+def test_an_error_nobody_expected_ends_the_cell_that_opens_the_panel(monkeypatch) -> None:
+    monkeypatch.setattr(RatioDial, "_detect", lambda self: {}["no"])
+    with pytest.raises(KeyError):
+        RatioDial(tiny(), IMAGES)
+
+
+def test_results_are_read_from_files_and_folders_of_runs(tmp_path) -> None:
+    file = tmp_path / "predictions.json"
+    file.write_text(json.dumps(results(1)))
+    expected = ResultBrowser(SCENES, results(1)).status.value
+    evaluation = types.SimpleNamespace(results=results(1))
+    for given in (file, str(file), tmp_path, {"detections": file}, evaluation):
+        assert ResultBrowser(SCENES, given).status.value == expected
+    file.write_text("[]")
+    assert "3 of 3 images match" in ResultBrowser(SCENES, file).status.value
+
+
+@pytest.mark.parametrize("text", ["words", "{}", '[{"image_id": 1}]', "[1]", '"words"', "[[]]", ""])
+def test_a_file_that_holds_no_results_is_refused(text, tmp_path) -> None:
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=r"results\.json"):
+        ResultBrowser(SCENES, tmp_path / "results.json")
 
 
 # ------------------------------------------------------------------------------- the viewer

@@ -1,5 +1,7 @@
 """TokenLab: every control changes what it says, and both models get exactly the chosen tokens."""
 
+import re
+
 import pytest
 import torch
 
@@ -185,6 +187,5 @@ def test_a_sampler_of_ones_own_is_in_the_list_and_its_shape_is_checked(models):
     lab = TokenLab(*models, images=[noise(64, 64)], samplers=own)
     lab.sampler.value = "last"
     assert kept(lab) == [12, 13, 14, 15]
-    with pytest.raises(ValueError, match=r"returned scores of shape \(3,\).*\(16,\)"):
-        lab.sampler.value = "wrong"
-    assert "ValueError" in lab.status.value
+    lab.sampler.value = "wrong"
+    assert re.search(r"ValueError.*returned scores of shape \(3,\).*\(16,\)", lab.status.value)

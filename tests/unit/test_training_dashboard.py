@@ -11,7 +11,7 @@ from PIL import Image
 
 from mimdet.files import write_json
 from mimdet.presets import tiny_mae
-from mimdet.training.job import Job
+from mimdet.training.job import Job, JobState
 from mimdet.training.run import OPTIMIZER, STATUS, WEIGHTS, CheckpointStore, Run
 from mimdet.training.train import resume
 from mimdet.viz import TrainingDashboard
@@ -99,10 +99,27 @@ def test_a_failure_is_shown_with_the_end_of_the_log(tmp_path) -> None:
     assert board.progress.bar_style == "danger"
 
 
-def test_what_a_button_cannot_do_is_said_in_the_panel(tmp_path) -> None:
+def test_what_a_button_cannot_do_is_said_in_the_panel_and_stays(tmp_path) -> None:
     board = TrainingDashboard(short(), tmp_path / "run", processes=5)
     board.buttons["start"].click()
+    board.look()
     assert "processes=5 cannot share" in board.log.value and board.state.name == "new"
+
+
+def test_a_run_whose_folder_is_gone_is_said_and_watched_on(tmp_path, monkeypatch) -> None:
+    """Such as a network's folder that is away for a while."""
+    monkeypatch.setattr(training_dashboard, "LOOK_EVERY", 0.01)
+    run = tmp_path / "run"
+    board = TrainingDashboard(short(), run)
+    run.rename(tmp_path / "away")
+    board._watch()
+    wait_until(lambda: f"{run} is gone" in board.status.value, "it is said")
+    assert usable(board) == [] and watchers(run)
+    board.buttons["start"].click()
+    assert "FileNotFoundError" in board.log.value
+    (tmp_path / "away").rename(run)
+    wait_until(lambda: not watchers(run), "it is seen again, and nothing runs")
+    assert usable(board) == ["start"] and "new" in board.status.value
 
 
 def checkpoint_without_weights(run: Path) -> None:
@@ -117,8 +134,8 @@ def test_a_picture_that_cannot_be_made_is_said_and_ends_no_watching(tmp_path, mo
     monkeypatch.setattr(training_dashboard, "DRAW_EVERY", 0.0)
     monkeypatch.setattr(training_dashboard, "SHARE", 1e9)
     board = TrainingDashboard(short(), tmp_path / "run")
-    states = iter([True, True, False])
-    monkeypatch.setattr(board, "look", lambda: type("State", (), {"running": next(states)})())
+    states = iter([JobState("training"), JobState("training"), JobState("finished")])
+    monkeypatch.setattr(board, "look", lambda: next(states))
     checkpoint_without_weights(tmp_path / "run")
     board._follow()
     assert next(states, None) is None

@@ -1,7 +1,6 @@
 """AttentionExplorer: click a patch of a picture and see what it attends to."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import ipywidgets
@@ -43,8 +42,8 @@ class AttentionExplorer(ImagePanel):
 
     name = "attention"
 
-    def __init__(self, model: Detector, images: Sequence[Tensor] | None = None) -> None:
-        """model: a MIMDet; images: uint8 (3, H, W), by default scenes of ShapesCOCO. Raises
+    def __init__(self, model: Detector, images: Any = None) -> None:
+        """model: a MIMDet; images: as `predict` takes them, by default scenes of ShapesCOCO. Raises
         ValueError for a model with another backbone, whose tokens are not sampled."""
         super().__init__(images)
         if not isinstance(model.backbone, MIMDetBackbone):

@@ -3,6 +3,7 @@
 import html
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,12 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from mimdet.data.shapes import ShapesCOCO
-from mimdet.images import read_image
+from mimdet.images import to_rgb
 from mimdet.models.detector import Detector
 from mimdet.viz.draw import beside
 from mimdet.viz.style import VERMILLION
 from mimdet.viz.widgets.canvas import PatchCanvas, with_picture
 
+EXPECTED = (ValueError, OSError)
+"""What goes wrong with inputs; anything else is a mistake in code, and its place is shown."""
 MANY_PROPOSALS, FEW_PROPOSALS = 300, 100
 
 
@@ -56,7 +59,8 @@ class Panel:
         """Put rows of widgets below each other, the status line last, and draw for the first time.
 
         From then on the value of every widget in a list is answered by `redraw`, of a slider when
-        it is let go; of other widgets only what is observed by `changed`.
+        it is let go; of other widgets only what is observed by `changed`. All errors are then
+        written below; the first time those that nobody expected end the cell.
         """
         for name, widget in vars(self).items():
             if isinstance(widget, ipywidgets.DOMWidget):
@@ -72,7 +76,7 @@ class Panel:
             ipywidgets.HBox(row, layout={"flex_flow": "row wrap"}) if isinstance(row, list) else row
             for row in (*rows, self.status)
         ]
-        self.redraw()
+        self.attempt(self.redraw, EXPECTED)
 
     def button(self, name: str, action: Callable[[], Any], text: str = "", style: str = "") -> Any:
         """A button with the class `mimdet-<panel>-<name>` that does this."""
@@ -82,11 +86,13 @@ class Panel:
         button.on_click(lambda _: self.attempt(action))
         return button
 
-    def attempt(self, action: Callable[[], Any]) -> None:
-        """Do this; what goes wrong is written below the panel."""
+    def attempt(
+        self, action: Callable[[], Any], kinds: type[Exception] | tuple[Any, ...] = Exception
+    ) -> None:
+        """Do this; an error of these kinds is written below the panel, not in the server's log."""
         try:
             action()
-        except Exception as error:
+        except kinds as error:
             self.complaints.value = in_words(error)
 
     def draw(self) -> str:
@@ -102,24 +108,27 @@ class Panel:
     def redraw(self) -> None:
         """Answer the controls as they stand now."""
         with self._lock, torch.inference_mode():
-            self._drawing_thread = threading.get_ident()
-            text, start = "", time.perf_counter()
+            self._drawing_thread, start = threading.get_ident(), time.perf_counter()
+            vars(self).pop("label", None)
             try:
-                text = self.draw()
+                self.status.value = self.draw()
                 self.milliseconds.append(1000 * (time.perf_counter() - start))
             except Exception as error:
-                text = in_words(error)
+                self._made.clear()
+                self.label = f"{type(error).__name__}: {error}"
+                for canvas in self.canvases:  # an old picture would pass for the answer
+                    canvas.picture = canvas.title = ""
+                    canvas.label = "nothing"
                 raise
             finally:
                 self._drawing_thread = 0
-                self.status.value = text
                 for canvas in self.canvases:
                     canvas.answered()
 
     def changed(self, change: Any) -> None:
         """For `observe` of a trait besides those that `open` observes: redraws."""
         if self._drawing_thread != threading.get_ident():  # `draw` itself may move a control
-            self.redraw()
+            self.attempt(self.redraw)
 
     def snapshot(self) -> Image.Image:
         """The canvases side by side, as a saved notebook shows them."""
@@ -137,15 +146,16 @@ class ImagePanel(Panel):
     tokens kept, and `seed` draws others.
     """
 
-    def __init__(self, images: Sequence[Tensor] | None = None, ratio: float = 0.25) -> None:
-        """images: uint8 (3, H, W); by default eight held-out scenes of ShapesCOCO."""
+    def __init__(self, images: Any = None, ratio: float = 0.25) -> None:
+        """images: one or a list, as `mimdet.predict` takes them: a path, a PIL image, a uint8 array
+        or tensor; by default eight held-out scenes of ShapesCOCO. They are read when chosen."""
         super().__init__()
         if images is None:
             scenes = ShapesCOCO("shapes-v1-medium", length=8, split="val")
             images = [scenes[i].image for i in range(len(scenes))]
-        if not len(images):
+        self.images = list(images) if isinstance(images, list | tuple) else [images]
+        if not self.images:
             raise ValueError("no images to choose from: give at least one")
-        self.images = list(images)
         self.image = dropdown("image", [(f"image {i + 1}", i) for i in range(len(self.images))])
         self.upload = ipywidgets.FileUpload(accept="image/*", description="your own")
         self.upload.observe(self._uploaded, "value")
@@ -159,7 +169,8 @@ class ImagePanel(Panel):
     @property
     def chosen(self) -> Tensor:
         """uint8 (3, H, W)."""
-        return self.images[self.image.value]
+        index = self.image.value
+        return self.once("chosen", index, lambda: to_rgb(self.images[index]))
 
     def add(self, image: Tensor, name: str) -> None:
         """Append a picture to `images` and choose it."""
@@ -172,13 +183,17 @@ class ImagePanel(Panel):
             self.attempt(partial(self._read, bytes(file["content"]), file["name"]))
 
     def _read(self, content: bytes, name: str) -> None:
-        self.add(read_image(content, name), name)
+        self.add(to_rgb(content, name), name)
 
 
 def in_words(error: Exception) -> str:
-    """A line of a page."""
+    """A line of a page; under it, where the error was not expected, its place in the code."""
     said = html.escape(str(error), quote=False)
-    return f"<b style='color:{VERMILLION}'>{type(error).__name__}</b>: {said}"
+    line = f"<b style='color:{VERMILLION}'>{type(error).__name__}</b>: {said}"
+    if isinstance(error, EXPECTED):
+        return line
+    place = html.escape("".join(traceback.format_exception(error)))
+    return f"{line}<details><summary>where</summary><pre>{place}</pre></details>"
 
 
 def dropdown(description: str, options: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import ipywidgets
 from torch import Tensor
@@ -35,12 +36,9 @@ class PyramidViewer(ImagePanel):
 
     name = "pyramid"
 
-    def __init__(
-        self, models: Detector | Mapping[str, Detector], images: Sequence[Tensor] | None = None
-    ) -> None:
-        """models: a detector, or name -> detector; images: uint8 (3, H, W), default: drawn scenes.
-
-        Raises ValueError when there is no model.
+    def __init__(self, models: Detector | Mapping[str, Detector], images: Any = None) -> None:
+        """models: a detector, or name -> detector; images: as `predict` takes them, default: drawn
+        scenes. Raises ValueError when there is no model.
         """
         super().__init__(images, ratio=1.0)
         self.models = {"model": models} if isinstance(models, Detector) else dict(models)

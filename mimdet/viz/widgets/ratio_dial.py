@@ -7,7 +7,6 @@ from typing import Any
 
 import ipywidgets
 import numpy as np
-from torch import Tensor
 
 from mimdet.inference import predict
 from mimdet.models.detector import Detector
@@ -43,12 +42,12 @@ class RatioDial(ImagePanel):
     def __init__(
         self,
         model: Detector,
-        images: Sequence[Tensor] | None = None,
+        images: Any = None,
         targets: Sequence[Target] | None = None,
         categories: Sequence[str] | None = None,
     ) -> None:
-        """images: uint8 (3, H, W), default: drawn scenes; targets: their truth, one an image;
-        categories: class names, default: the model's own.
+        """images: as `predict` takes them, default: drawn scenes; targets: their truth, one an
+        image; categories: class names, default: the model's own.
 
         Raises ValueError for a model that keeps every token, and for another number of targets.
         """

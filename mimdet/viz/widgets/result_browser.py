@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
 import ipywidgets
@@ -10,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from mimdet.analysis.errors import SIZES, ErrorReport, find_errors
 from mimdet.analysis.matching import VERDICTS, Verdict, Verdicts
-from mimdet.analysis.metrics import IouType
+from mimdet.analysis.metrics import IouType, read_results
 from mimdet.data.loader import Dataset
 from mimdet.structures import Crops
 from mimdet.viz import draw
@@ -18,8 +19,6 @@ from mimdet.viz.draw import Mark, Pixels, Size
 from mimdet.viz.style import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, YELLOW, plural
 from mimdet.viz.widgets.canvas import PatchCanvas
 from mimdet.viz.widgets.panel import Panel, dropdown
-
-Results = list[dict[str, Any]]
 
 REMEMBERED = 16
 """Images kept, so that a filter does not read a file again."""
@@ -59,16 +58,17 @@ class ResultBrowser(Panel):
     def __init__(
         self,
         dataset: Dataset,
-        results: Results | Mapping[str, Results],
+        results: Any,
         iou_type: IouType = "bbox",
         *,
         iou_threshold: float = 0.5,
         score_threshold: float = 0.3,
         width: int | None = None,
     ) -> None:
-        """dataset: what the results were made on; results: COCO results, as `Evaluation.results`
-        or predictions.json, of one run, or {name: results} of one or two; iou_threshold: from which
-        a detection is correct; score_threshold: at first; width: of a picture, pixels.
+        """dataset: what the results were made on; results: of one run, or {name: results} of one or
+        two: an `Evaluation`, its list of COCO results, a file of them, or the folder of a run with
+        predictions.json; iou_threshold: from which a detection is correct; score_threshold: at
+        first; width: of a picture, pixels.
 
         Raises ValueError for another number of runs, and naming a result that cannot be judged.
         """
@@ -79,9 +79,9 @@ class ResultBrowser(Panel):
         if not len(dataset):
             raise ValueError("the data set has no images: there is nothing to look at")
         truth = dataset.ground_truth()
-        scale = getattr(dataset, "area_scale", 1.0)
+        limits = {"iou_threshold": iou_threshold, "area_scale": getattr(dataset, "area_scale", 1.0)}
         self.runs = {
-            name: find_errors(truth, mine, iou_type, iou_threshold=iou_threshold, area_scale=scale)
+            name: find_errors(truth, _entries(mine, truth), iou_type, **limits)
             for name, mine in runs.items()
         }
         self.iou_type = iou_type
@@ -207,6 +207,15 @@ class ResultBrowser(Panel):
         text = f"{', '.join(chosen)}: {len(self.matches)} of {plural(len(self._ids), 'image')}"
         whole = draw.captioned(draw.below([np.asarray(super().snapshot()), legend()]), text)
         return draw.with_few_colours(whole, [colour for colour, _, _ in LOOKS.values()])
+
+
+def _entries(results: Any, truth: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those of an `Evaluation`, a list, a file, or the folder of a run."""
+    if isinstance(results, str | Path):
+        path = Path(results)
+        return read_results(path / "predictions.json" if path.is_dir() else path, truth)
+    entries: list[dict[str, Any]] = getattr(results, "results", results)
+    return entries
 
 
 @cache

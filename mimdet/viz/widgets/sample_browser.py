@@ -85,7 +85,8 @@ class SampleBrowser(Panel):
         marks = draw.marks_of(target, self.categories)
         pixels = draw.with_marks(draw.to_pixels(image, WIDTH), marks, size)
         faded = (0.25 * pixels + 0.75 * PALE).astype(np.uint8)
-        x1, y1, x2, y2 = (round(value * WIDTH / size[1]) for value in used)
+        scale = np.array([pixels.shape[1] / size[1], pixels.shape[0] / size[0]] * 2)
+        x1, y1, x2, y2 = (scale * used).round().astype(int)
         faded[y1:y2, x1:x2] = pixels[y1:y2, x1:x2]
         return faded
 

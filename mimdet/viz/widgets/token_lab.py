@@ -1,8 +1,9 @@
 """TokenLab: choose the tokens, see what an autoencoder and a detector make of exactly these."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
+from typing import Any
 
 import ipywidgets
 import torch
@@ -49,16 +50,16 @@ class TokenLab(ImagePanel):
         self,
         detector: Detector | None = None,
         mae: MAE | None = None,
-        images: Sequence[Tensor] | None = None,
+        images: Any = None,
         *,
         samplers: Mapping[str, Sampler] | None = None,
         ratio: float = 0.25,
     ) -> None:
         """detector, mae: one of them, or both; the shipped tiny ones when neither is given.
-        images: uint8 (3, H, W), default held-out scenes of ShapesCOCO. samplers: more of them, by
-        name: (tokens (L, D), grid, generator) -> scores (L,); tokens are those of the detector's
-        stem, without a detector the autoencoder's patch embeddings. ratio: of the first sample, a
-        multiple of 0.05. Raises ValueError for a detector that cannot leave tokens out.
+        images: as `predict` takes them, default held-out scenes of ShapesCOCO. samplers: more of
+        them, by name: (tokens (L, D), grid, generator) -> scores (L,); tokens are those of the
+        detector's stem, without a detector the autoencoder's patch embeddings. ratio: of the first
+        sample, a multiple of 0.05. Raises ValueError for a detector that cannot leave tokens out.
         """
         super().__init__(images, ratio)
         if detector is None and mae is None:

@@ -21,7 +21,7 @@ from mimdet.training.train import stored_config
 from mimdet.viz import draw
 from mimdet.viz.charts import show_training
 from mimdet.viz.widgets.canvas import PatchCanvas
-from mimdet.viz.widgets.panel import Panel
+from mimdet.viz.widgets.panel import EXPECTED, Panel
 
 WIDTH = 960
 """Pixels of both pictures on the screen."""
@@ -79,7 +79,7 @@ class TrainingDashboard(Panel):
             self.job = Job.prepare(training, run, **slots)
         else:
             raise ValueError("give the folder to train in: TrainingDashboard(cfg, 'runs/name')")
-        self.processes = processes
+        self.processes, self.state = processes, JobState("unknown")
         self.path = self.job.path
         self._lock = threading.RLock()  # its model is its own: other panels need not wait
         self._looking = threading.Lock()  # a button answers while a picture is being made
@@ -120,7 +120,7 @@ class TrainingDashboard(Panel):
             return self.job.wait(timeout)
         finally:
             self.look()
-            self.redraw()
+            self.attempt(self.redraw)
 
     def close(self) -> None:
         """End the thread; the training goes on."""
@@ -139,18 +139,20 @@ class TrainingDashboard(Panel):
 
     def _follow(self) -> None:
         torch.set_num_threads(self._threads)  # a new thread would use every core
-        due, running = 0.0, True
-        while running and not self._closed.wait(LOOK_EVERY):
-            running = self.look().running
+        due, ended = 0.0, False
+        while not ended and not self._closed.wait(LOOK_EVERY):
+            state = self.look()
+            ended = not state.running and state.name != "unknown"  # which may pass
             start = time.monotonic()
-            if start >= due or not running:
-                self.redraw()
+            if start >= due or ended:
+                self.attempt(self.redraw)
                 due = start + max(DRAW_EVERY, (time.monotonic() - start) / SHARE)
 
     def look(self) -> JobState:
         """Read the run's files; set buttons, bar and texts, no pictures. Milliseconds."""
         with self._looking:
-            state = self.state = self.job.state()
+            before, state = self.state.name, self._state()
+            self.state = state
             enabled = "stop" if state.running else BEGINNINGS.get(state.name, "")
             for name, button in self.buttons.items():
                 button.disabled = name != enabled or state.name == "stopping"
@@ -161,11 +163,21 @@ class TrainingDashboard(Panel):
                 f"<span role='status' data-state='{state.name}' data-step='{state.step}'>"
                 f"{html.escape(str(state))}</span>"
             )
-            self.log.value = ""
+            if state.name != before:
+                self.log.value = ""
             if state.name == "failed":
                 tail = html.escape("\n".join(self.job.log(12)))
                 self.log.value = f"the end of the log<pre role='alert'>{tail}</pre>"
             return state
+
+    def _state(self) -> JobState:
+        """That of the job; `unknown` while its files cannot be read."""
+        try:
+            if not self.path.is_dir():
+                raise FileNotFoundError(f"{self.path} is gone: was the run moved or removed?")
+            return self.job.state()
+        except EXPECTED as error:
+            return JobState("unknown", error=str(error))
 
     # --------------------------------------------------------------------------- the pictures
 
