@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageColor
 from torch import Tensor
 
+from mimdet.images import to_rgb
 from mimdet.models.sampling import Sample
 from mimdet.viz.draw import UNSAMPLED, Picture, Pixels, heat, on_tokens, show_rows
 from mimdet.viz.record import Recording, matching, rollout
@@ -123,7 +124,7 @@ def overlay(values: Tensor, high: float) -> NDArray[np.uint8]:
 
 def greyed(image: Tensor) -> Tensor:
     """uint8 (3, H, W) -> the same without colour: the heat above it has colours of its own."""
-    return image.float().mean(0, keepdim=True).expand(3, -1, -1).to(torch.uint8)
+    return to_rgb(image).float().mean(0, keepdim=True).expand(3, -1, -1).to(torch.uint8)
 
 
 def _chosen(seen: Recording, names: str | Sequence[str]) -> list[str]:

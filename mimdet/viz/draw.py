@@ -7,11 +7,12 @@ numpy and PIL, and a figure lays the same marks over its image. Pictures are uin
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import matplotlib as mpl
 import numpy as np
@@ -22,6 +23,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
 from mimdet.data.rasters import crops_from_segmentations
+from mimdet.images import to_rgb
 from mimdet.models.sampling import PATCH
 from mimdet.structures import Crops, Detections, Target, as_rle, paste
 from mimdet.viz.style import (
@@ -38,6 +40,7 @@ from mimdet.viz.style import (
 Pixels = NDArray[np.uint8]
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1; y grows downwards
 Size = tuple[int, int]  # height, width
+T = TypeVar("T")
 
 UNSAMPLED = (225, 225, 225)
 MASK_OPACITY = 0.4
@@ -46,6 +49,8 @@ TEXT = 12
 DASH = 6
 TALL = 3
 """Times its width that a picture may be high: 400 x 2,000,000 pixels would fill the memory."""
+MOST = 200
+"""Pictures of one figure."""
 MOST_NAMED = 30
 """Objects of one picture that still get a name; with more, the names would hide the image."""
 
@@ -53,19 +58,20 @@ MOST_NAMED = 30
 # ------------------------------------------------------------------------------- pictures
 
 
-def image_size(image: Tensor) -> Size:
-    """(height, width) of a (3, H, W) uint8 image. Raises ValueError for anything else."""
-    if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
-        raise ValueError(
-            f"an image of shape {tuple(image.shape)} and {image.dtype}: give uint8 (3, H, W) RGB"
-        )
-    return image.shape[1], image.shape[2]
+def image_size(image: Any) -> Size:
+    """(height, width) of whatever `predict` takes: uint8 (3, H, W), a path, an array, a PIL image.
+    Raises ValueError for anything else, and without a pixel."""
+    height, width = to_rgb(image).shape[1:]
+    if not height or not width:
+        raise ValueError(f"an image of {height} x {width} pixels: there is nothing to show")
+    return height, width
 
 
-def to_pixels(image: Tensor, width: int = 0) -> Pixels:
-    """uint8 (3, H, W) -> uint8 (H, W, 3); width: at a width of so many pixels, as `enlarged`."""
+def to_pixels(image: Any, width: int = 0) -> Pixels:
+    """An image as of `image_size` -> uint8 (H, W, 3), not a copy; width: at a width of so many
+    pixels, as `enlarged`."""
     image_size(image)
-    pixels = np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())
+    pixels = to_rgb(image).permute(1, 2, 0).cpu().numpy()
     return enlarged(pixels, width) if width else pixels
 
 
@@ -91,7 +97,8 @@ def heat(
     if high is None:
         high = float(plane[known].max()) if known.any() else 1.0
     scaled = np.where(known, (plane - low) / max(high - low, 1e-12), 0).clip(0, 1)
-    picture = np.rint(mpl.colormaps[colours](scaled)[..., :3] * 255).astype(np.uint8)
+    table = np.rint(255 * mpl.colormaps[colours](np.arange(256))[:, :3]).astype(np.uint8)
+    picture = table[(256 * scaled).clip(0, 255).astype(np.uint8)]
     picture[~known] = UNSAMPLED
     return picture
 
@@ -380,11 +387,10 @@ def show_rows(
     wider than `widest` inches. sharp: those of few pixels show each as a square, and the notebook
     stores no JPEG. Raises ValueError without pictures.
     """
-    if not pictures:
-        raise ValueError("nothing to show: give at least one image")
+    pictures = few(pictures)
     edge, near, far = 0.04, 0.05, 0.22  # inches
     heading = 0.05 + 0.18 * max(picture.title.count("\n") + 1 for picture in pictures)
-    columns = max(group, min(columns, len(pictures)) // group * group)
+    columns = max(group, min(columns, len(pictures), 12) // group * group)
     gaps = (columns // group - 1) * far + (columns - columns // group) * near
     side = min(widest, (WIDTH - 2 * edge - gaps) / columns)
     rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
@@ -411,6 +417,15 @@ def show_rows(
     return fig
 
 
+def few(items: Iterable[T]) -> list[T]:
+    """The items. Raises ValueError for none, and for more than MOST before all of them are read."""
+    found = list(islice(items, MOST + 1))
+    if not 1 <= len(found) <= MOST:
+        much = f"more than {MOST} pictures" if found else "nothing"
+        raise ValueError(f"{much} to show: give 1 to {MOST}")
+    return found
+
+
 def _on_screen(picture: Picture, width: float, height: float, sharp: bool) -> Pixels:
     """The picture with its marks, as large as fits into twice so many pixels of the screen."""
     rows, columns = picture.pixels.shape[:2]
@@ -432,5 +447,6 @@ def on_tokens(image: Tensor, grid: Size, patch: int = PATCH) -> Pixels:
             f"an image of {(height, width)} pixels does not fit a grid of {grid} tokens of {patch} "
             "pixels: give the image as it was fed to the network"
         )
-    whole = to_pixels(F.pad(image, (0, right, 0, under), value=255))
-    return enlarged(whole, grid[1] * max(8, 1024 // max(grid)))
+    whole = to_pixels(F.pad(to_rgb(image), (0, right, 0, under), value=255))
+    side = max(8, 1024 // max(grid))
+    return np.asarray(Image.fromarray(whole).resize((grid[1] * side, grid[0] * side)))

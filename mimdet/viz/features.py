@@ -151,7 +151,7 @@ def show_pyramid(image: Tensor, maps: Mapping[str, Tensor]) -> NotebookFigure:
     for level, features in maps.items():
         basis = fit_basis(features)
         shape = " × ".join(map(str, features.shape))
-        stride = round(image.shape[1] / features.shape[1])
+        stride = round(len(pixels) / features.shape[1])
         picture = pca_picture(features, basis)
         colours.append(Picture(f"{level}: {shape}\nstride {stride}", picture))
         norms.append(plane_of(f"{level}: {explained(basis)}\nnorm", norm_map(features)))

@@ -60,7 +60,7 @@ def show_data(
     Images are uint8 (3, H, W). Raises ValueError when there are none.
     """
     pictures = []
-    for item in items:
+    for item in draw.few(items):
         image, target = (item.image, item.target) if isinstance(item, Record) else item
         height, width = draw.image_size(image)
         title = f"{plural(len(target), 'object')}, {width} × {height} px"

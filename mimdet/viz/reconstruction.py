@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimdet.analysis.cost import transformer_cost
-from mimdet.images import Resize, resize_image, shortest_edge
+from mimdet.images import Resize, resize_image, shortest_edge, to_rgb
 from mimdet.inference import device_of, generator_for, run_detector
 from mimdet.models.mae import MAE, Reconstruction
 from mimdet.models.rcnn import pad_and_normalise, to_uint8
@@ -116,7 +116,7 @@ def fit_to_mae(image: Tensor, mae: MAE) -> tuple[Tensor, Grid]:
     The short side becomes that of its training images; the aspect ratio stays.
     """
     side, patch = native_side(mae), mae.patch_size
-    resized = resize_image(image, shortest_edge(*image_size(image), side, LONGEST * side))
+    resized = resize_image(to_rgb(image), shortest_edge(*image_size(image), side, LONGEST * side))
     height, width = image_size(resized)
     grid = -(-height // patch), -(-width // patch)
     return whole_patches(resized, grid, patch), grid

@@ -203,7 +203,7 @@ def test_results_without_boxes_and_with_empty_masks(
 
 
 def test_galleries_that_cannot_be_drawn(report: ErrorReport, scenes: ShapesCOCO) -> None:
-    with pytest.raises(ValueError, match="no errors to show"):
+    with pytest.raises(ValueError, match="nothing to show"):
         show_error_gallery([], scenes)
     fewer = ShapesCOCO(size=SIZE, length=1, split="val")
     with pytest.raises(ValueError, match=r"image \d is not in the data set shapes-v1-medium@64"):

@@ -26,6 +26,7 @@ from mimdet.viz import (
     show_training,
 )
 from mimdet.viz.draw import Mark
+from tests.small import nothing_found
 
 ROOT = Path(__file__).resolve().parents[2]
 HEIGHT, WIDTH = 48, 64
@@ -99,7 +100,7 @@ def test_low_scores_are_left_out(painted: list[Sequence[Mark]]) -> None:
         ([image()] * 2, None, "shorter|longer"),
         ([image()], [], "shorter|longer"),
         ([image(HEIGHT, WIDTH + 1)], None, r"is \(48, 65\).*\(48, 64\)"),
-        ([image().float()], None, r"torch.float32: give uint8 \(3, H, W\)"),
+        ([image().float()], None, "uint8.*not torch.float32"),
         ([image().permute(1, 2, 0)], None, r"\(48, 64, 3\)"),
     ],
 )
@@ -158,6 +159,80 @@ def test_padding_is_counted_apart() -> None:
         show_sample(image(20, 30), sample, index=2)
     with pytest.raises(ValueError, match=r"\(49, 16\) pixels does not fit a grid of \(3, 4\)"):
         show_sample(image(49, 16), sample)
+
+
+# ------------------------------------------------------------------------------- odd pictures
+
+GREY = np.arange(12, dtype=np.uint8).reshape(3, 4)
+RGBA = np.dstack([GREY, GREY, GREY, GREY])
+
+
+@pytest.mark.parametrize("kind", [GREY, RGBA, Image.fromarray(GREY), Image.fromarray(RGBA), "path"])
+def test_a_picture_is_whatever_predict_takes(kind: Any, tmp_path: Path) -> None:
+    if isinstance(kind, str):
+        kind = tmp_path / "picture.png"
+        Image.fromarray(RGBA).save(kind)
+    assert draw.image_size(kind) == (3, 4)
+    assert (draw.to_pixels(kind) == GREY[..., None]).all()
+    for fig in (
+        viz.show_pictures({"one": kind}),
+        show_data([(kind, Target(BOXES[:0], torch.tensor([], dtype=torch.long)))], []),
+        show_detections([kind], [nothing_found(3, 4)]),
+        show_sample(kind, Sample([torch.tensor([0])], (1, 1))),
+    ):
+        assert fig.axes[0].images[0].get_array().shape[2] == 3
+
+
+@pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (3000, 4000), (1, 1)])
+def test_a_picture_of_any_size_is_shown_as_large_as_the_screen(size: tuple[int, int]) -> None:
+    picture = torch.zeros(3, *size, dtype=torch.uint8)
+    assert draw.to_pixels(picture, 400).size <= 3 * 400 * 1600  # a panel's
+    maps = draw.heat(torch.zeros(max(1, size[0] // 4), max(1, size[1] // 4)))
+    assert draw.enlarged(maps, 320, smooth=False).size <= 3 * 320 * 1280
+    grid = (-(-size[0] // 16), -(-size[1] // 16))
+    assert draw.on_tokens(picture, grid).size <= 3 * max(1024, 8 * max(grid)) ** 2
+    fig = show_data([(picture, target(masks=False))], ["cat", "dog"])
+    assert fig.axes[0].images[0].get_array().size <= 3 * 640 * 960
+    assert len(fig._repr_mimebundle_()[0]["image/jpeg"]) < 2**20
+
+
+def test_pixels_are_not_copied_before_they_are_drawn() -> None:
+    """A hundred photographs of 12 megapixels would otherwise be in memory twice."""
+    picture = image()
+    assert np.shares_memory(draw.to_pixels(picture), picture.numpy())
+
+
+@pytest.mark.parametrize(
+    ("picture", "said"),
+    [
+        (image().float(), "uint8.*not torch.float32"),
+        (image()[:1], r"not torch.uint8 \(1, 48, 64\)"),
+        (image()[None], r"\(1, 3, 48, 64\)"),
+        (image().numpy(), r"\(3, H, W\) becomes array.transpose"),
+        (image()[:, :0], "0 x 64 pixels"),
+        (None, "NoneType: give a path"),
+    ],
+)
+def test_what_is_no_picture_is_refused(picture: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        viz.show_pictures({"one": picture})
+    with pytest.raises(ValueError, match=said):
+        show_data([(picture, target())], [])
+
+
+def test_more_pictures_than_a_notebook_holds_are_refused_before_they_are_read() -> None:
+    read = []
+
+    def endless() -> Any:
+        while True:
+            read.append(1)
+            yield image(), target()
+
+    with pytest.raises(ValueError, match="more than 200 pictures to show"):
+        show_data(endless(), [])
+    assert len(read) == 201
+    wide = viz.show_bitmaps({str(i): np.eye(3) for i in range(60)})
+    assert len(wide.axes) == 60 and wide.axes[0].get_position().width > 0.05
 
 
 # ------------------------------------------------------------------------------- numbers
