@@ -79,8 +79,11 @@ def enlarged(pixels: Pixels, width: int, smooth: bool = True) -> Pixels:
     """The picture at a width of so many pixels, less where its height would be more than TALL times
     that; smooth=False keeps the edges of tokens sharp."""
     rows, columns = pixels.shape[:2]
-    scale = min(width / columns, TALL * width / rows)
-    size = max(1, round(columns * scale)), max(1, round(rows * scale))
+    return _scaled(pixels, min(width / columns, TALL * width / rows), smooth)
+
+
+def _scaled(pixels: Pixels, scale: float, smooth: bool = True) -> Pixels:
+    size = max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale))
     way = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
     return np.asarray(Image.fromarray(pixels).resize(size, way))
 
@@ -430,7 +433,7 @@ def _on_screen(picture: Picture, width: float, height: float, sharp: bool) -> Pi
     """The picture with its marks, as large as fits into twice so many pixels of the screen."""
     rows, columns = picture.pixels.shape[:2]
     scale = 2 * min(width / columns, height / rows)
-    pixels = enlarged(picture.pixels, max(1, round(columns * scale)), not sharp or scale < 1)
+    pixels = _scaled(picture.pixels, scale, not sharp or scale < 1)
     return with_marks(pixels, picture.marks, (rows, columns), round(2 * DPI / 72 * SMALL))
 
 
@@ -448,5 +451,4 @@ def on_tokens(image: Tensor, grid: Size, patch: int = PATCH) -> Pixels:
             "pixels: give the image as it was fed to the network"
         )
     whole = to_pixels(F.pad(to_rgb(image), (0, right, 0, under), value=255))
-    side = max(8, 1024 // max(grid))
-    return np.asarray(Image.fromarray(whole).resize((grid[1] * side, grid[0] * side)))
+    return _scaled(whole, max(8, 1024 // max(grid)) / patch)
