@@ -136,7 +136,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     except UnpicklingError as error:
         raise ValueError(_refused(path, str(error))) from None
     except Exception as error:  # what a damaged pickle raises is not limited to a few
-        raise ValueError(_damaged(path, error)) from error
+        raise ValueError(_damaged(path, str(error) or type(error).__name__)) from error
     tensors = _find_tensors(path, content)
     _check_sizes(path, tensors, records)
     return tensors
@@ -185,13 +185,13 @@ def _find_tensors(path: Path, content: Any) -> dict[str, Tensor]:
             content = content[key]
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
-    strange = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
-    if strange:
-        raise ValueError(
-            f"{path} is no dictionary of tensors: {strange[0]!r} holds a "
-            f"{type(content[strange[0]]).__name__}. Save the model's state_dict() alone, or "
-            'under the key "model"'
-        )
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(
+                f"{path} is no dictionary of tensors by name: {name!r} holds a "
+                f"{type(value).__name__}. Save the model's state_dict() alone, or under the key "
+                '"model"'
+            )
     return content
 
 

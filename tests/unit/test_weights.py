@@ -232,6 +232,15 @@ BAD_MAE: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]]
         lambda t: {n: v for n, v in t.items() if not n.startswith("blocks.1.")},
         "lacks 12 tensors, first 'blocks.1.norm1.weight': it has fewer blocks",
     ),
+    "no row of a class token": (
+        lambda t: t | {"pos_embed": t["pos_embed"][:, 1:]},
+        r"pos_embed has shape \(1, 16, 32\), not .*a row for the class token",
+    ),
+    "positions of no square": (
+        lambda t: t | {"pos_embed": torch.zeros(1, 13, 32)},
+        r"pos_embed has shape \(1, 13, 32\)",
+    ),
+    "a scalar": (lambda t: t | {"pos_embed": torch.ones(())}, r"pos_embed has shape \(\)"),
     "integers": (lambda t: {n: v.int() for n, v in t.items()}, "int32, not floating point"),
     "NaN": (lambda t: t | {"norm.bias": t["norm.bias"] * torch.nan}, "norm.bias holds NaN"),
     "no tensors": (lambda t: {}, "holds no tensors"),
