@@ -253,11 +253,16 @@ def damaged_value(value: Any, rng: Generator) -> Any:
                 parent[key] = json.dumps(old) if rng.random() < 0.5 else str(old)
             case "wrap":
                 parent[key] = [old] if rng.random() < 0.5 else {"size": old}
-            case "number" if isinstance(old, int | float):
+            case "number" if _is_moderate(old):
                 parent[key] = pick(rng, (-old, old + 1, old * 1.5, old * 1e6, float(old), old / 7))
-            case "number" if isinstance(old, list) and all(isinstance(o, int | float) for o in old):
+            case "number" if isinstance(old, list) and all(map(_is_moderate, old)):
                 parent[key] = [pick(rng, (-1, 0.5, 2, 10)) * one for one in old]
     return holder[0]
+
+
+def _is_moderate(value: Any) -> bool:
+    """A number that one can calculate with."""
+    return isinstance(value, int | float) and abs(value) < 1e300
 
 
 def _containers(value: Any) -> list[Any]:
