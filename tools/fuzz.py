@@ -296,7 +296,8 @@ def damaged_safetensors(data: bytes, rng: Generator) -> bytes:
         stored[name] = damaged_json(stored[name].encode(), rng).decode(errors="replace")
     else:
         names = [pick(rng, list(header)) for _ in range(4)]
-        header |= damaged_value({name: header[name] for name in names}, rng) or {}
+        changed = damaged_value({name: header[name] for name in names}, rng)
+        header = header | changed if isinstance(changed, dict) else changed
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data[8 + length :]
 
