@@ -12,6 +12,7 @@ from mimdet.analysis.evaluate import (
     evaluate,
     evaluate_ratios,
     image_seed,
+    ratio_row,
     ratio_table,
 )
 from mimdet.data.loader import ids_of_labels
@@ -116,8 +117,18 @@ def test_ratio_rows_by_hand(model, scenes, tmp_path):
         assert rows[1][f"{kind}_ap_sd"] == 0
     saved = json.loads((tmp_path / "p.json").read_text())
     assert saved == evaluate(model, scenes, sample_ratio=1.0).results
-    assert "±" in ratio_table(rows).splitlines()[1]
-    assert "±" not in ratio_table(rows).splitlines()[2]
+    passes = [{"box": {"AP": ap}, "mask": {}} for ap in (0.2, 0.4)]
+    row = ratio_row(0.5, passes, 1.234)
+    assert (row["box_ap"], row["box_ap_sd"]) == pytest.approx((0.3, 0.02**0.5))
+    table = ratio_table([row, ratio_row(1.0, passes[:1], 60.0)])
+    assert table.splitlines() == [
+        "ratio  draws      box AP     mask AP   seconds",
+        " 0.50      2  30.0 ± 14.1           -       1.2",
+        " 1.00      1        20.0           -      60.0",
+    ]
+    assert len(evaluate_ratios(model, scenes, [0.5], draws=1)[0]["metrics"]) == 1
+    with pytest.raises(ValueError, match="draws=0"):
+        evaluate_ratios(model, scenes, [0.5], draws=0)
 
 
 def test_small_means_small_on_a_coco_sized_image(model, scenes):

@@ -98,6 +98,13 @@ def check_against_reference(truth: dict[str, Any], results: list[dict[str, Any]]
     for iou_type, numbers in (("bbox", metrics.box), ("segm", metrics.mask)):
         ours = [numbers[column] for column in COLUMNS]
         np.testing.assert_allclose(ours, reference(truth, results, iou_type), rtol=0, atol=1e-9)
+    for numbers, per_class in (
+        (metrics.box, metrics.box_per_class),
+        (metrics.mask, metrics.mask_per_class),
+    ):
+        known = [ap for ap in per_class.values() if not math.isnan(ap)]
+        mean = sum(known) / len(known) if known else math.nan
+        np.testing.assert_allclose(mean, numbers["AP"], rtol=0, atol=1e-9)
 
 
 def random_ellipse(rng: np.random.Generator, around: list[float] | None = None) -> dict[str, Any]:
