@@ -159,7 +159,7 @@ def test_watch_redraws_the_same_outputs_and_never_twice_the_same(shown, monkeypa
     losses, detections = shown
     # A drawing takes 10 s here, so the next one waits for 90 s: one, and the last state.
     assert [text.rpartition(" at step ")[2].rstrip(".") for text in losses] == ["1", "4"]
-    assert "0.25 at step 4" in losses[1] and "box AP is 25.0 at step 4" in losses[1]
+    assert "0.25 at step 4" in losses[1] and "box AP 25.0 at step 4" in losses[1]
     assert detections == ["detections"] * 2
 
 
