@@ -412,8 +412,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     chosen = parser.parse_args().parts or list(PARTS)
     folder = ROOT / "build" / "mutation"
-    place = folder / "checkout"
-    shutil.rmtree(place, ignore_errors=True)
+    place = folder / f"checkout-{os.getpid()}"
     for name in ("mimdet", "tests", "tools", "docs", "notebooks/results", "notebooks/py"):
         shutil.copytree(ROOT / name, place / name)
     for name in ("pyproject.toml", "README.md"):
@@ -434,6 +433,7 @@ def main() -> None:
         say(f"{name}: {' '.join(part.tests)}")
         part.run()
         write(part)
+    shutil.rmtree(place)
 
 
 if __name__ == "__main__":
