@@ -55,13 +55,28 @@ def read_image(source: Source, name: str = "") -> Tensor:
     name = name or ("image" if isinstance(source, bytes) else str(source))
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with open_image(data) as image:
             return pil_to_rgb(image)
     except UnidentifiedImageError:
         raise ValueError(_unreadable(name, f"it is none of {', '.join(FORMATS)}")) from None
     except Exception as error:  # what a decoder raises for a broken file is not limited to a few
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(_unreadable(name, reason)) from error
+
+
+def open_image(source: Source) -> Image.Image:
+    """A file (or its bytes) of one of `FORMATS`, its header read and no pixel.
+
+    ValueError for more pixels than Pillow takes for a picture: a kilobyte may claim a billion.
+    """
+    image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, "r", FORMATS)
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and image.width * image.height > most:
+        raise ValueError(
+            f"{image.width} x {image.height} pixels are more than {most:,}; if it is a picture, "
+            "raise PIL.Image.MAX_IMAGE_PIXELS"
+        )
+    return image
 
 
 def _unreadable(name: str, reason: str) -> str:
@@ -73,8 +88,7 @@ def _unreadable(name: str, reason: str) -> str:
 
 def stored_size(source: Source) -> tuple[int, int]:
     """(height, width) of the stored pixels, from the file's header alone."""
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
-    with Image.open(file, formats=FORMATS) as image:
+    with open_image(source) as image:
         return image.height, image.width
 
 

@@ -251,6 +251,7 @@ MADE: dict[str, Callable[[Path], None]] = {
     "describes_no_model.safetensors": changed("backbone", num_heads=0),
     "claims_900_megapixels.png": lambda path: png(path, 30_000, 30_000, 8),
     "900_megapixels.png": lambda path: png(path, 30_000, 30_000, 30_000),
+    "142_megapixels.png": lambda path: png(path, 4_120, 34_560, 34_560),
     "claims_4_gigapixels.png": lambda path: png(path, 2**31 - 1, 2, 1),
     "text_of_500_mb.png": text_bomb,
     "leaves_the_folder.zip": lambda path: zipped(path, "../evil", "a/../../evil", "/tmp/../evil"),

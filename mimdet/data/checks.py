@@ -28,7 +28,7 @@ from mimdet.data.coco_file import (
     mask_area,
     mask_extent,
 )
-from mimdet.images import FORMATS
+from mimdet.images import open_image
 
 _KINDS = tomllib.loads(Path(__file__).with_name("check_kinds.toml").read_text("utf-8"))
 ERRORS: dict[str, str] = _KINDS["errors"]
@@ -240,7 +240,6 @@ class ImageFolder:
         Whatever Pillow raises for a file that is broken, cut off, of an unknown format or so large
         that it looks like a decompression bomb is a finding.
         """
-        from PIL import Image
 
         name, stored = image.entry.file_name, (image.entry.width, image.entry.height)
         path = self.folder / name
@@ -260,7 +259,7 @@ class ImageFolder:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow warns of odd tags and of large images
-                with Image.open(path, formats=FORMATS) as opened:
+                with open_image(path) as opened:
                     if self.decode:
                         opened.load()
                     size, mode = opened.size, opened.mode
