@@ -15,7 +15,7 @@ import tyro
 from tyro.conf import Positional, Suppress, subcommand
 
 from mimdet import __version__
-from mimdet.config import Config, PretrainConfig, load_config
+from mimdet.config import Config, PretrainConfig
 from mimdet.console import Stopped
 from mimdet.demo import demo, save_pictures
 from mimdet.files import write_json
@@ -295,6 +295,7 @@ def errors(run: Run, against: str = "", out: str = "", trust_code: bool = False)
     from mimdet.analysis.errors import find_errors
     from mimdet.analysis.metrics import read_results
     from mimdet.data.coco import build_dataset
+    from mimdet.training.inputs import stored_config
     from mimdet.training.slots import load_slots
     from mimdet.viz import show_comparison, show_errors, show_precision_recall
 
@@ -302,7 +303,8 @@ def errors(run: Run, against: str = "", out: str = "", trust_code: bool = False)
     for folder, file in files.items():
         if not file.exists():
             raise FileNotFoundError(f"{folder} has no predictions.json: `mimdet evaluate` makes it")
-    cfg = load_config(Path(run) / "config.json")
+    cfg = stored_config(Path(run))
+    assert isinstance(cfg, Config)  # an autoencoder leaves no predictions
     load_slots(Path(run), cfg, trust_code)  # the data may be one of them
     dataset = build_dataset(cfg.data, "val", cfg.training.seed)
     truth, scale = dataset.ground_truth(), getattr(dataset, "area_scale", 1.0)

@@ -224,7 +224,8 @@ class TrainingConfig:
     init_from: str = ""
     """Starting weights: a masked autoencoder (Meta's full file, as the paper; a hub id; a run of
     `mimdet pretrain`), a released MIMDet, a run or a weights file; of a detector, tensors of other
-    shapes (another class count) keep their initial values, and are listed."""
+    shapes (another class count) keep their initial values, and are listed. `random` says that none
+    are meant, where a recipe starts from an autoencoder."""
     init_decoder: Literal["pretrained", "random"] = "pretrained"
     """`random` allows an autoencoder file without decoder: MIMDet's decoder then starts new."""
     threads: int = 0
@@ -423,7 +424,7 @@ def change(section: Any, **fields: Any) -> None:
         setattr(section, name, value)
 
 
-def set_field(cfg: Config, dotted: str, value: Any) -> None:
+def set_field(cfg: Any, dotted: str, value: Any) -> None:
     """Assign a field by its dotted name, "backbone.sample_ratio". AttributeError on a typo."""
     parent, _, name = dotted.rpartition(".")
     setattr(attrgetter(parent)(cfg) if parent else cfg, name, value)

@@ -1,11 +1,17 @@
 """Files that are complete or not there at all."""
 
 import json
+import math
 import os
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from threading import get_ident
 from typing import Any
+
+PARTIAL = re.compile(r"\.partial-(\d+)(-\d+)?(-old)?$")
+"""Ends the name of what is being made or removed: the numbers of the process and the thread."""
 
 
 def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -15,7 +21,7 @@ def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}-{get_ident()}")
+    partial = partial_name(path)
     try:
         write(partial)
         sync(partial)
@@ -25,6 +31,68 @@ def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
     sync(path.parent)
 
 
+def write_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """The same for a folder of files; one that is there already gives way."""
+    partial = partial_name(path)
+    partial.mkdir(parents=True)
+    try:
+        write(partial)
+        for file in partial.iterdir():
+            sync(file)
+        if path.exists():
+            remove_folder(path)
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    sync(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Out of sight first: a process that is killed meanwhile leaves no half of a folder."""
+    gone = path.with_name(f"{partial_name(path).name}-old")
+    os.replace(path, gone)
+    _remove(gone)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add text in UTF-8 at the end; an interruption leaves the beginning of it."""
+    with path.open("a", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+
+
+def partial_name(path: Path) -> Path:
+    """Where this thread makes `path` before that has its name."""
+    return path.with_name(f"{path.name}.partial-{os.getpid()}-{get_ident()}")
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What killed processes left half made or half removed in a folder and those inside it.
+
+    What may belong to another living process of this machine is none.
+    """
+    import psutil  # here, because `mimdet --help` needs none of it
+
+    found = []
+    for path in folder.rglob("*.partial-*"):
+        made_by = PARTIAL.search(path.name)
+        if made_by and (int(made_by[1]) == os.getpid() or not psutil.pid_exists(int(made_by[1]))):
+            found.append(path)
+    return found
+
+
+def remove_leftovers(folder: Path) -> None:
+    for path in leftovers(folder):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """A file, a link, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write text in UTF-8, all or nothing."""
     write_file(path, lambda partial: partial.write_text(text, encoding="utf-8", newline="\n"))
@@ -32,6 +100,15 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
     write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """The same with None for NaN and infinities, which json does not know."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: str | Path) -> Any:

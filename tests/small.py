@@ -61,7 +61,7 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
 
 def state_of(run: Path) -> dict[str, Tensor]:
     """Every tensor of the last checkpoint."""
-    last = CheckpointStore(run / "checkpoints").load_last(torch.device("cpu"))
+    last = CheckpointStore(run / "checkpoints").load_last()
     assert last is not None
     tensors = dict(last.weights)
     for number, values in last.optimizer["optimizer"]["state"].items():

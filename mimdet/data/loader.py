@@ -90,6 +90,8 @@ class _Keyed:
 def _start(_: int) -> None:
     """Ctrl-C reaches the whole process group: the training process alone decides what it means."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP"):  # so does the end of its terminal
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not a handler inherited from training
 
 

@@ -24,7 +24,8 @@ from mimdet.models.backbones import BASELINES
 from mimdet.processes import usable_cores
 from mimdet.training.job import ERROR, Child, end_with_parent
 from mimdet.training.optim import Schedule
-from mimdet.training.run import MetricsFile, Run, TrainingStopped, alone_in, load_detector
+from mimdet.training.owner import alone_in
+from mimdet.training.run import MetricsFile, Run, TrainingStopped, load_detector
 from mimdet.training.slots import check_slots
 from mimdet.training.train import adapt_to_data, resume
 

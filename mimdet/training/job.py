@@ -36,26 +36,19 @@ from tqdm import tqdm
 from mimdet.config import Config, PretrainConfig
 from mimdet.data.coco import build_dataset
 from mimdet.files import read_json, write_json
-from mimdet.training.run import (
-    STATUS,
-    MetricsFile,
-    Run,
-    TrainingStopped,
-    in_use,
-    process_of,
-    process_record,
-    read_status,
-)
+from mimdet.training.inputs import stored_config
+from mimdet.training.owner import STATUS, in_use, process_of, process_record, read_status
+from mimdet.training.run import LOG, MetricsFile, Run, TrainingStopped
 from mimdet.training.slots import check_trust, name_dataset, read_slots
-from mimdet.training.train import adapt_to_data, stored_config, summary
+from mimdet.training.train import adapt_to_data, summary
 
 LOOK_EVERY = 0.1
 STOP_SECONDS = 600
 """What torchrun gives its processes to end a step and save; by default they are killed after 30."""
 KILLED = -9
 """Exit code after SIGKILL."""
-ASKED = (130, 128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGINT)
-"""Exit codes of a process that was asked to end."""
+ASKED = (129, 130, 143, -1, -2, -15)
+"""Exit codes of a process that was asked to end: by SIGHUP, SIGINT or SIGTERM."""
 ERROR = "error: "
 """Begins the line in which a command of mimdet says why it failed."""
 
@@ -236,8 +229,6 @@ def job_state(name: str, rows: list[dict[str, Any]], total: int, error: str) -> 
 JOB = "job.json"
 """In the folder of a run: the `process_record` of the child started last and {"run": its folder,
 "stopping": when a training was asked to end, in seconds since 1970}."""
-LOG = "log.txt"
-"""In the folder of a run: what its jobs printed."""
 
 _children: dict[int, Child] = {}
 """Jobs started by this process; they are asked how they ended, and not left as zombies."""

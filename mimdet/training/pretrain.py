@@ -19,9 +19,10 @@ from mimdet.models.detector import autocast
 from mimdet.models.mae import MAE
 from mimdet.models.rcnn import pad_and_normalise, to_uint8
 from mimdet.models.weights import load_exactly, load_mae_model, save_mae
+from mimdet.training.inputs import check_inputs
 from mimdet.training.optim import Schedule
 from mimdet.training.run import MAE_FILE, Run, weights_of
-from mimdet.training.trainer import Step, Trainer, set_up
+from mimdet.training.trainer import RANDOM, Step, Trainer, inputs_of, set_up
 
 SHOWN = 6
 """Reconstructions in a picture."""
@@ -42,8 +43,11 @@ def pretrain(cfg: PretrainConfig, run: str | Path) -> Iterator[Step]:
     """
     set_up(cfg.training)
     images, held_out = build_images(cfg.data, cfg.training.seed)
+    inputs = inputs_of(cfg, images.version, images.version)
+    check_inputs(Path(run), inputs)
     record = processes.in_turn(lambda: Run(run, cfg))
-    yield from PreTrainer(cfg, record, images, held_out).steps()
+    record.keep({})
+    yield from PreTrainer(cfg, record, images, held_out, inputs).steps()
 
 
 class PreTrainer(Trainer):
@@ -52,14 +56,21 @@ class PreTrainer(Trainer):
     cfg: PretrainConfig
     model: MAE
 
-    def __init__(self, cfg: PretrainConfig, run: Run, images: Images, held_out: Images) -> None:
+    def __init__(
+        self,
+        cfg: PretrainConfig,
+        run: Run,
+        images: Images,
+        held_out: Images,
+        inputs: dict[str, Any],
+    ) -> None:
         t, side = cfg.training, cfg.mae.image_size
         rank, world = processes.rank(), processes.world()
         loader = ImageLoader(
             images, cfg.data, side, t.batch_size, t.accumulate, t.seed, rank, world
         )
-        schedule, data = Schedule(t, len(images)), images.version
-        super().__init__(cfg, run, build_mae(cfg.mae), loader, schedule, data, data)
+        schedule = Schedule(t, len(images))
+        super().__init__(cfg, run, build_mae(cfg.mae), loader, schedule, inputs)
         self.held_out_images = held_out_images(held_out, side)
 
     def losses(self, batch: MicroBatch) -> dict[str, Tensor]:
@@ -69,7 +80,7 @@ class PreTrainer(Trainer):
     def start(self) -> None:
         """A new run may go on from another autoencoder of the same sizes."""
         source = self.cfg.training.init_from
-        if not source:
+        if source in ("", RANDOM):
             return
         heads = self.model.num_heads, self.model.decoder_heads
         found = load_mae_model(weights_of(source))

@@ -19,25 +19,22 @@ A run of `mimdet pretrain` holds mae.safetensors and pictures of reconstructions
 
 import json
 import os
-import platform
-import shutil
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, TypeVar
 
 import psutil
 import torch
-from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mimdet import __version__, processes
+from mimdet import processes
 from mimdet.config import (
     MODEL_PART,
     Config,
@@ -47,12 +44,26 @@ from mimdet.config import (
     save_config,
 )
 from mimdet.console import Stopped
-from mimdet.files import read_json, sync, write_json, write_text
-from mimdet.models.checkpoint_files import read_checkpoint, read_safetensors, shipped
+from mimdet.files import (
+    PARTIAL,
+    append_text,
+    finite,
+    remove_folder,
+    remove_leftovers,
+    write_folder,
+    write_json,
+    write_text,
+)
+from mimdet.models.checkpoint_files import CheckpointFile, check_finite, read_safetensors, shipped
 from mimdet.models.detector import Detector, read_categories
 from mimdet.models.official import detector_of, load_weights
+from mimdet.training.inputs import ENVIRONMENT, accepted, read_environment, stored_config
+from mimdet.training.owner import LOCK, STATUS, RunInUse, alone_in, process_record, read_status
 from mimdet.training.slots import SlotText, check_slots, load_slots, write_slots
 
+T = TypeVar("T")
+LOG = "log.txt"
+"""In the folder of a run: what its jobs printed."""
 MAE_FILE = "mae.safetensors"
 """What `mimdet pretrain` leaves in its run for others to read."""
 
@@ -69,20 +80,21 @@ class Run:
         self.cfg = cfg
         self.store = CheckpointStore(self.path / "checkpoints", cfg.training.keep_checkpoints)
         self.rows = MetricsFile(self.path / "metrics.jsonl")
+        self.began = 0.0
+        """When the training of this process began, in seconds since 1970; 0 while it does not."""
+        self._config = cfg
+        """What config.json is to hold once this configuration is trained."""
         existing = self.path / "config.json"
         if existing.exists():
-            changed = difference(load_config(existing, type(cfg)), cfg)
-            if changed:
-                raise ValueError(
-                    f"{self.path} holds a run with another configuration:\n  "
-                    + "\n  ".join(changed)
-                    + "\nUse another run name, or the old values to resume it."
-                )
-        elif self.path.exists() and any(self.path.iterdir()):
+            self._config = accepted(load_config(existing, type(cfg)), cfg, self.path)
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        names = {path.name for path in self.path.iterdir() if not PARTIAL.search(path.name)}
+        if not names <= {ENVIRONMENT, LOCK, LOG}:  # which one that was killed here may have left
             raise ValueError(f"{self.path} is not empty and holds no run: use another run name")
-        else:
-            self.path.mkdir(parents=True, exist_ok=True)
-            save_config(cfg, existing)
+        about = {"folder": str(Path.cwd()), "run": str(self.path.resolve())}
+        write_json(self.path / ENVIRONMENT, about)
+        save_config(cfg, existing)
 
     @contextmanager
     def in_training(self, total: int, done: Callable[[], int]) -> Iterator[None]:
@@ -102,21 +114,68 @@ class Run:
             if refused:
                 raise RunInUse(refused)
             if first:
-                stack.enter_context(_reported(self.path, total, done))
+                remove_leftovers(self.path)
+                stack.enter_context(self._reported(total, done))
             yield
 
+    @contextmanager
+    def _reported(self, total: int, done: Callable[[], int]) -> Iterator[None]:
+        """Keep STATUS while a training goes on inside, and say how it ended.
+
+        A process that is killed leaves "training" behind, in a run that nobody works on.
+        """
+        began = time.time()
+        about = {"total": total, "began": began, "run": str(self.path.resolve())}
+        about |= process_record(psutil.Process())
+
+        def write(state: str, error: str = "") -> None:
+            self.check_owner()
+            write_json(self.path / STATUS, about | {"state": state, "step": done(), "error": error})
+
+        write("training")
+        self.began = began
+        try:
+            yield
+        except BaseException as error:
+            asked = isinstance(error, GeneratorExit | KeyboardInterrupt | TrainingStopped)
+            with suppress(OSError, RunInUse):  # what went wrong first is what is told
+                if asked:
+                    write("finished" if done() >= total else "stopped")
+                else:
+                    write("failed", f"{type(error).__name__}: {error}")
+            raise
+        write("finished")
+
+    def check_owner(self) -> None:
+        """RunInUse where another training has begun here after that of this process."""
+        if self.began and read_status(self.path)["began"] not in (self.began, 0.0):
+            raise RunInUse(
+                f"another training has begun in {self.path}: this one writes nothing more there"
+            )
+
     def keep(self, texts: dict[str, SlotText]) -> None:
-        """Keep the code of parts that were written in a notebook, or see that it is the same."""
-        begun = ("environment.json", "slots/slots.json")
-        if any((self.path / name).exists() for name in begun):
+        """Keep the code of parts that were written in a notebook, or see that it is the same.
+
+        And the changes of a configuration that do not hinder it from going on.
+        """
+        if self.store.steps() or (self.path / "slots/slots.json").exists():
             check_slots(self.path, texts)
         elif processes.rank() == 0:
             write_slots(self.path, texts)
+        stored = load_config(self.path / "config.json", type(self.cfg))
+        changed = difference(stored, self._config)
+        if changed and processes.rank() == 0:
+            print(f"{self.path} goes on with {', '.join(changed)}")
+            about = read_environment(self.path)
+            changes = about.get("changes", [])
+            changes.append({"after": max(self.store.steps(), default=0), "changed": changed})
+            write_json(self.path / ENVIRONMENT, about | {"changes": changes})
+            save_config(self._config, self.path / "config.json")
 
     def append(self, row: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl."""
-        with self.rows.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self.check_owner()
+        append_text(self.rows.path, json.dumps(finite(row), allow_nan=False) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl: one per step and one per evaluation."""
@@ -127,9 +186,32 @@ class Run:
         return [row for row in self.metrics() if "evaluation" in row]
 
     def forget_after(self, step: int) -> None:
-        """Drop metrics of steps that will be done again."""
+        """Drop metrics and checkpoints of steps that will be done again."""
         kept = [json.dumps(row) for row in self.metrics() if row["step"] <= step]
         write_text(self.rows.path, "".join(line + "\n" for line in kept))
+        self.store.forget_after(step)
+
+
+def best_step(rows: Iterable[dict[str, Any]]) -> int | None:
+    """The first one of the highest box AP in rows of evaluations; None where there is none."""
+    scores = {
+        row["step"]: row["evaluation"].get("box", {}).get("AP")
+        for row in rows
+        if "evaluation" in row
+    }
+    scores = {step: ap for step, ap in scores.items() if ap is not None}
+    return max(scores, key=lambda step: scores[step], default=None)
+
+
+class TrainingStopped(Stopped):
+    """Raised after the checkpoint is written; the same call resumes."""
+
+    def __init__(self, step: int, run: Path, signal_number: int) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(signal_number).name}: step {step} is saved in {run}; "
+            "run the same command again to resume"
+        )
+        self.signal_number = signal_number
 
 
 class MetricsFile:
@@ -165,7 +247,12 @@ class MetricsFile:
             return self.rows
         whole = text[: text.rfind(b"\n") + 1]
         self._read = (about.st_ino, offset + len(whole))
-        self.rows += [json.loads(line) for line in whole.splitlines()]
+        for line in whole.splitlines():
+            try:
+                self.rows.append(json.loads(line))
+            except ValueError as error:
+                where = f"line {len(self.rows) + 1} of {self.path}"
+                raise ValueError(f"{where} is damaged ({error}): remove it") from error
         return self.rows
 
 
@@ -173,8 +260,6 @@ class MetricsFile:
 
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.pt"
-PARTIAL = ".partial-"
-"""Begins the name of a folder that is being written or deleted."""
 
 
 @dataclass(slots=True)
@@ -191,209 +276,135 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The folder `checkpoints/`: one folder per step, and the pointers `last` and `best`."""
+    """The folder `checkpoints/`: one folder per step, and the pointers `last` and `best`.
+
+    Nothing depends on the pointers alone: the last checkpoint is the newest complete one, and the
+    best one that of the best evaluation in metrics.jsonl.
+    """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder = folder
         self.keep = keep
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write beside, flush, rename; then move `last` and drop the oldest ones."""
-        place = self.folder / f"{checkpoint.step:06d}"
-        for left in self.folder.glob(f"{PARTIAL}*"):  # by a killed process; none other trains here
-            shutil.rmtree(left, ignore_errors=True)
-        partial = self.folder / f"{PARTIAL}{place.name}"
-        partial.mkdir(parents=True)
-        try:
-            weights = {name: value.contiguous() for name, value in checkpoint.weights.items()}
-            save_file(weights, partial / WEIGHTS, {MODEL_PART: checkpoint.model_part})
-            torch.save(checkpoint.optimizer, partial / OPTIMIZER)
-            for file in partial.iterdir():
-                sync(file)
-            if place.exists():  # not complete, or it would not be saved anew
-                self._delete(place)
-            os.replace(partial, place)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        sync(self.folder)
+        """Write it, complete or not at all; then move `last` and drop the oldest ones."""
+
+        def write(folder: Path) -> None:
+            weights = {k: v.contiguous() for k, v in checkpoint.weights.items()}
+            try:
+                save_file(weights, folder / WEIGHTS, {MODEL_PART: checkpoint.model_part})
+                torch.save(checkpoint.optimizer, folder / OPTIMIZER)
+            except (SafetensorError, RuntimeError) as error:  # of their compiled writers
+                raise OSError(f"{place} cannot be written: {error}") from error
+
+        place = self._place(checkpoint.step)
+        write_folder(place, write)
         self.point("last", place.name)
         best = self.find("best")
         for step in self.steps()[: -self.keep]:
-            old = self.folder / f"{step:06d}"
-            if old != best:
-                self._delete(old)
+            if self._place(step) != best:
+                remove_folder(self._place(step))
+
+    def forget_after(self, step: int) -> None:
+        """Remove later ones, which are damaged or will be made again."""
+        for later in self.steps((WEIGHTS,)):
+            if later > step:
+                remove_folder(self._place(later))
 
     def point(self, name: str, target: str) -> None:
         """Make the pointer file `last` or `best` name a checkpoint."""
         write_text(self.folder / name, target + "\n")
 
     def find(self, name: str | int) -> Path | None:
-        """The checkpoint of a step, or the one that `last` or `best` points to; else None."""
-        pointer = self.folder / str(name)
-        target = pointer.read_text().strip() if pointer.is_file() else str(name).zfill(6)
-        place = self.folder / target
-        return place if (place / WEIGHTS).exists() else None
+        """The checkpoint of a step, or the `last` or `best` one; None where there is none.
 
-    def steps(self) -> list[int]:
-        """Steps with a complete checkpoint, oldest first."""
+        ValueError for a pointer or a folder that leads out of the run.
+        """
+        steps = self.steps((WEIGHTS,))
+        pointer, text = self.folder / str(name), str(name)
+        if name in ("last", "best"):
+            self._inside(pointer)
+            if pointer.is_file():
+                text = pointer.read_text(encoding="utf-8", errors="replace").strip().strip("\0")
+                self._inside(self.folder / text)
+        step: int | None = int(text) if text.isascii() and text.isdecimal() else None
+        if name == "last":
+            step = max(steps, default=None)
+        elif name == "best" and step not in steps:
+            rows = MetricsFile(self.folder.parent / "metrics.jsonl").read()
+            step = best_step(r for r in rows if "evaluation" in r and r["step"] in steps)
+        return self._place(step) if step in steps else None
+
+    def steps(self, files: Sequence[str] = (WEIGHTS, OPTIMIZER)) -> list[int]:
+        """Steps whose checkpoint has these files, oldest first."""
         if not self.folder.exists():
             return []
         places = [place for place in self.folder.iterdir() if place.name.isdecimal()]
-        files = (WEIGHTS, OPTIMIZER)
+        places = [place for place in places if place == self._place(int(place.name))]
         return sorted(int(p.name) for p in places if all((p / file).exists() for file in files))
 
-    def load_last(self, device: torch.device) -> Checkpoint | None:
-        """The newest complete checkpoint, or None in a fresh run."""
-        steps = self.steps()
-        if not steps:
-            return None
-        place = self.folder / f"{steps[-1]:06d}"
-        optimizer = torch.load(place / OPTIMIZER, map_location=device, weights_only=True)
-        weights, metadata = read_safetensors(place / WEIGHTS)
-        return Checkpoint(steps[-1], weights, optimizer, metadata.get(MODEL_PART, "{}"))
+    def weights(self, place: Path) -> CheckpointFile:
+        """Those of a checkpoint. ValueError where the file is damaged, or leads out of the run."""
+        self._inside(place / WEIGHTS)
+        try:
+            return CheckpointFile(str(place / WEIGHTS), *read_safetensors(place / WEIGHTS))
+        except ValueError as error:
+            reason = error.__cause__ or error
+            raise ValueError(f"{place / WEIGHTS} is cut off or damaged ({reason})") from error
 
-    def _delete(self, place: Path) -> None:
-        """Out of sight first: a process that is killed meanwhile leaves no half of a checkpoint."""
-        partial = self.folder / f"{PARTIAL}{place.name}-old"
-        shutil.rmtree(partial, ignore_errors=True)
-        os.replace(place, partial)
-        shutil.rmtree(partial)
+    def load_last(self) -> Checkpoint | None:
+        """The newest checkpoint, on the CPU, as `newest` reads it; None in a fresh run."""
+        return self.newest(self._load, self.steps((WEIGHTS,)))
 
+    def newest(self, read: Callable[[Path], T], steps: Sequence[int]) -> T | None:
+        """What `read` finds in the newest of these checkpoints; None where there is none.
 
-# ------------------------------------------------------------------------------- who trains here
-
-LOCK = "lock"
-STATUS = "status.json"
-"""In the folder of a run: {"state": "starting" (by a `Job`), "training", "finished", "stopped" or
-"failed", "step", "total", "error", "began": seconds since 1970} and the `process_record` of the
-last training."""
-WAIT_SECONDS = 2.0
-"""A process that only looks whether a run is in use holds the lock for a moment."""
-
-
-class RunInUse(ValueError):
-    """Another process trains in this run."""
-
-
-class TrainingStopped(Stopped):
-    """Raised after the checkpoint is written; the same call resumes."""
-
-    def __init__(self, step: int, run: Path, signal_number: int) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(signal_number).name}: step {step} is saved in {run}; "
-            "run the same command again to resume"
-        )
-        self.signal_number = signal_number
-
-
-@contextmanager
-def alone_in(path: Path, wait: float = WAIT_SECONDS) -> Iterator[None]:
-    """Hold the lock of the run directory `path`; the system drops it when this process ends.
-
-    Raises RunInUse, with what to do, when another process still holds it after `wait` seconds.
-    """
-    lock = FileLock(path / LOCK, thread_local=False)
-    try:
-        lock.acquire(timeout=wait)
-    except Timeout:
-        status = read_status(path)
-        who = (
-            f"process {status['pid']} on {status['host']}" if "pid" in status else "another process"
-        )
-        raise RunInUse(
-            f"{who} already trains in {path}: wait for it, stop it, or use another run name"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def in_use(path: str | Path) -> bool:
-    """Whether a process trains in this run now, on whatever machine."""
-    if not (Path(path) / LOCK).exists():
-        return False
-    try:
-        with alone_in(Path(path), wait=0):
-            return False
-    except RunInUse:
-        return True
-
-
-def process_record(process: psutil.Process) -> dict[str, Any]:
-    """For a file: what tells a process from a later one with the same number."""
-    return {"pid": process.pid, "started": process.create_time(), "host": platform.node()}
-
-
-def process_of(record: dict[str, Any]) -> psutil.Process | None:
-    """The process of a `process_record`, while it runs on this machine; a zombie does not."""
-    if record.get("host") != platform.node():
+        In place of a damaged one the one before it is taken, and a line says so. ValueError where
+        no one is whole.
+        """
+        damaged: list[str] = []
+        for step in reversed(steps):
+            try:
+                found = read(self._place(step))
+            except ValueError as error:
+                damaged.append(str(error))
+                continue
+            if damaged and processes.rank() == 0:
+                print(f"{'; '.join(damaged)}: step {step} is used instead")
+            return found
+        if damaged:
+            raise ValueError(
+                f"{damaged[0]}, and there is no whole checkpoint before it: copy one back into "
+                f"{self.folder}, or remove that folder to train from the start"
+            )
         return None
-    with suppress(psutil.Error):
-        process = psutil.Process(record["pid"])
-        same = abs(process.create_time() - record["started"]) < 2  # clocks are set now and then
-        if same and process.status() != psutil.STATUS_ZOMBIE:
-            return process
-    return None
+
+    def _place(self, step: int) -> Path:
+        return self.folder / f"{step:06d}"
+
+    def _load(self, place: Path) -> Checkpoint:
+        weights = self.weights(place)
+        self._inside(place / OPTIMIZER)
+        if not (place / OPTIMIZER).exists():
+            raise ValueError(f"{place / OPTIMIZER} is missing")
+        with (place / OPTIMIZER).open("rb") as file:
+            try:
+                optimizer = torch.load(file, map_location="cpu", weights_only=True)
+            except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+                reason = str(error).partition("\n")[0] or type(error).__name__
+                raise ValueError(f"{file.name} is cut off or damaged ({reason})") from error
+            except UnpicklingError as error:  # whose text advises to run what the file holds
+                raise ValueError(f"{file.name} holds something else than numbers") from error
+        part = weights.metadata.get(MODEL_PART, "{}")
+        return Checkpoint(int(place.name), weights.tensors, optimizer, part)
+
+    def _inside(self, path: Path) -> None:
+        """ValueError where a path leads out of this folder: absolute, by `..` or through a link."""
+        if not path.resolve().is_relative_to(self.folder.resolve()):
+            raise ValueError(f"{path} leads out of the run, to {path.resolve()}: remove it")
 
 
-def read_status(path: Path) -> dict[str, Any]:
-    """The run's STATUS; "new" before its first training."""
-    found = read_json(path / STATUS) if (path / STATUS).exists() else {}
-    return {"state": "new", "step": 0, "total": 0, "error": "", "began": 0.0} | found
-
-
-@contextmanager
-def _reported(path: Path, total: int, done: Callable[[], int]) -> Iterator[None]:
-    """Keep STATUS while a training goes on inside, and say how it ended.
-
-    A process that is killed leaves "training" behind, in a run that nobody works on.
-    """
-    status = {"total": total, "began": time.time()} | process_record(psutil.Process())
-
-    def write(state: str, error: str = "") -> None:
-        write_json(path / STATUS, {"state": state, "step": done(), "error": error, **status})
-
-    write("training")
-    try:
-        yield
-    except (GeneratorExit, KeyboardInterrupt, TrainingStopped):
-        write("finished" if done() >= total else "stopped")
-        raise
-    except BaseException as error:
-        write("failed", f"{type(error).__name__}: {error}")
-        raise
-    write("finished")
-
-
-# ------------------------------------------------------------------------------- what it began with
-
-
-def environment(cfg: Config | PretrainConfig, data: str) -> dict[str, Any]:
-    """Versions, machine, seed and data fingerprint."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "mimdet": __version__,
-        "git": git_state(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "torchvision", "timm")},
-        "platform": platform.platform(),
-        "gpus": gpus,
-        "cpu_threads": torch.get_num_threads(),
-        "seed": cfg.training.seed,
-        "data": data,
-    }
-
-
-def git_state() -> str | None:
-    """Commit of the library's checkout, with a + when it has changes; None outside git."""
-    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*"]
-    try:
-        return subprocess.check_output(
-            [*words, "--dirty=+"], text=True, stderr=subprocess.DEVNULL, timeout=10
-        ).strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+# ------------------------------------------------------------------------------- what it gives
 
 
 def weights_of(source: str | Path) -> str | Path:
@@ -431,8 +442,10 @@ def load_detector(
         )
     if cfg is not None:
         raise ValueError(f"{path} is a run and has its own configuration: leave cfg out")
-    cfg = load_config(path / "config.json")
-    slots = load_slots(path, cfg, trust_code)
+    own = stored_config(path)
+    if not isinstance(own, Config):
+        raise ValueError(f"{path} is a run of an autoencoder: mimdet.load_mae_model reads it")
+    slots = load_slots(path, own, trust_code)
     slots.pop("dataset", None)
     store = CheckpointStore(path / "checkpoints")
     place = store.find(checkpoint)
@@ -441,10 +454,11 @@ def load_detector(
             f"{path} has no checkpoint {checkpoint!r}; it has steps {store.steps()}, "
             "and the names 'last' and (after an evaluation) 'best'"
         )
-    file = read_checkpoint(place / WEIGHTS)
-    file.name = str(place / WEIGHTS)
-    model = detector_of(
-        file, cfg, read_categories((path / "categories.json").read_bytes()), **slots
-    )
-    model.step = int(place.name)
+    steps = [int(place.name)] if checkpoint != "last" else store.steps((WEIGHTS,))
+    file = store.newest(store.weights, steps)
+    assert file is not None  # `find` has found one
+    check_finite(file.tensors, file.name)
+    categories = read_categories((path / "categories.json").read_bytes())
+    model = detector_of(file, own, categories, **slots)
+    model.step = int(Path(file.name).parent.name)
     return model.to(device)

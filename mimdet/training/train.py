@@ -1,6 +1,5 @@
 """Train a detector: a generator that can be stopped and resumed at any step."""
 
-import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,19 +15,20 @@ from mimdet.config import (
     PretrainConfig,
     difference,
     load_config,
-    save_config,
 )
 from mimdet.data.coco import build_dataset
 from mimdet.data.loader import Dataset, MicroBatch, TrainLoader
-from mimdet.files import read_json, write_json
+from mimdet.files import write_json
 from mimdet.models.checkpoint_files import read_checkpoint
 from mimdet.models.detector import Detector, build_detector, category_entries
 from mimdet.models.official import detectron2_rules, from_detectron2
 from mimdet.models.weights import LoadReport, load_mae
+from mimdet.presets import STARTS_FROM_MAE
+from mimdet.training.inputs import check_inputs, stored_config
 from mimdet.training.optim import Schedule
 from mimdet.training.run import Run, load_detector, weights_of
 from mimdet.training.slots import load_slots, name_dataset, read_slots
-from mimdet.training.trainer import Step, Trainer, set_up
+from mimdet.training.trainer import RANDOM, Step, Trainer, inputs_of, set_up
 
 DatasetFunction = Callable[[DataConfig, Literal["train", "val"]], Dataset]
 
@@ -58,12 +58,15 @@ def train(
     Raises ValueError, before anything is written, for a model of another configuration and for data
     sets whose classes differ; and where the run holds parts written as other code than these.
     """
+    check_start(cfg)
     set_up(cfg.training)
     own = {"dataset": dataset} if dataset is not None else {}
     name_dataset(cfg, read_slots(own))
     data = train_data or build_dataset(cfg.data, "train", cfg.training.seed)
     held_out = val_data or build_dataset(cfg.data, "val", cfg.training.seed)
     ids_of_labels(data.categories, held_out)
+    inputs = inputs_of(cfg, data.version, held_out.version) | {"classes": list(data.categories)}
+    check_inputs(Path(run), inputs)
     if model is None:
         adapt_to_data(cfg, data)
         model = build_detector(cfg, **slots)
@@ -75,7 +78,7 @@ def train(
     # The first process makes the directory, the others then find it.
     record = processes.in_turn(lambda: Run(run, cfg, locked=locked))
     record.keep(texts)
-    yield from DetectorTrainer(cfg, record, model, data, held_out).steps()
+    yield from DetectorTrainer(cfg, record, model, data, held_out, inputs).steps()
 
 
 def fit(cfg: Config, name: str, *, runs: str | Path = "runs", **parts: Any) -> Detector:
@@ -101,13 +104,13 @@ def resume(run: str | Path, *, trust_code: bool = False, locked: bool = False) -
         yield from pretrain(cfg, path)
         return
     slots = load_slots(path, cfg, trust_code)
-    data = build_dataset(cfg.data, "train", cfg.training.seed)
-    adapted = copy.deepcopy(cfg)
-    adapt_to_data(adapted, data)
-    if adapted != cfg and processes.rank() == 0:  # it was written before the data were opened
-        save_config(adapted, path / "config.json")
-    processes.wait_for_all()
-    yield from train(adapted, path, train_data=data, locked=locked, **slots)
+    try:
+        yield from train(cfg, path, locked=locked, **slots)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error} (where the files of this run lie elsewhere now, say so in "
+            f"{path / 'config.json'}, or give their paths to the command that began it)"
+        ) from error
 
 
 class DetectorTrainer(Trainer):
@@ -123,17 +126,18 @@ class DetectorTrainer(Trainer):
         model: Detector,
         data: Dataset,
         val_data: Dataset,
+        inputs: dict[str, Any],
     ) -> None:
         t, rank, world = cfg.training, processes.rank(), processes.world()
         loader = TrainLoader(
             data, cfg.data, t.batch_size, t.accumulate, t.seed, rank, world, cfg.data.workers
         )
         schedule = Schedule(t, len(data))
-        super().__init__(cfg, run, model, loader, schedule, data.version, val_data.version)
+        super().__init__(cfg, run, model, loader, schedule, inputs)
         self.val_data = val_data
 
     def start(self) -> None:
-        if self.cfg.training.init_from:
+        if self.cfg.training.init_from not in ("", RANDOM):
             initialise(self.model, self.cfg.training.init_from, self.cfg.training.init_decoder)
         write_json(self.run.path / "categories.json", category_entries(self.model))
 
@@ -175,6 +179,16 @@ def rows_from_training(run: str | Path, data: str) -> list[dict[str, Any]]:
     ]
 
 
+def check_start(cfg: Config) -> None:
+    """ValueError for a recipe that starts from a masked autoencoder, and is given none."""
+    if cfg.preset in STARTS_FROM_MAE and not cfg.training.init_from:
+        raise ValueError(
+            f"{cfg.preset} starts from the weights of a masked autoencoder, and training.init_from "
+            "is empty: name them (--init-from FILE; `mimdet download` lists public ones), or say "
+            f"training.init_from={RANDOM!r} to begin with random weights, which takes far longer"
+        )
+
+
 def check_model(model: Detector, cfg: Config, categories: list[str]) -> None:
     """ValueError where `model` was built from another configuration, or for other data."""
     changed = [
@@ -202,16 +216,6 @@ def adapt_to_data(cfg: Config, data: Dataset) -> None:
         if processes.rank() == 0:
             print("The data set has boxes but no masks: training without the mask head.")
         cfg.detector.masks = False
-
-
-def stored_config(path: Path) -> Config | PretrainConfig:
-    """The configuration of a run, of a detector or of an autoencoder."""
-    file = path / "config.json"
-    if not file.exists():
-        raise FileNotFoundError(f"{path} holds no run: there is no config.json in it")
-    kind = Config if "detector" in read_json(file) else PretrainConfig
-    found: Config | PretrainConfig = load_config(file, kind)
-    return found
 
 
 def initialise(

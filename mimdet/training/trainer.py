@@ -1,12 +1,13 @@
 """One training between two steps: gradients, updates, checkpoints, evaluations, stop signals."""
 
+import hashlib
 import math
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -17,10 +18,15 @@ from torch import Tensor, nn
 from mimdet import processes
 from mimdet.config import Config, PretrainConfig, TrainingConfig, check_model_part, model_part
 from mimdet.data.loader import StepLoader
-from mimdet.files import write_json
+from mimdet.files import finite, write_json
+from mimdet.models.checkpoint_files import find
 from mimdet.models.detector import autocast
+from mimdet.training.inputs import ENVIRONMENT, environment, read_environment
 from mimdet.training.optim import Schedule, build_optimizer, scaled_rate
-from mimdet.training.run import Checkpoint, Run, TrainingStopped, environment
+from mimdet.training.run import Checkpoint, Run, TrainingStopped, weights_of
+
+RANDOM = "random"
+"""As `training.init_from`: deliberately no weights."""
 
 
 @dataclass(slots=True)
@@ -41,6 +47,8 @@ class Step:
     """Wall time of the step, loading included."""
     loading: float
     """Share of it spent waiting for the loader."""
+    skipped: bool = False
+    """Gradients that fp16 cannot hold: the weights are as before."""
     evaluation: dict[str, Any] = field(default_factory=dict)
     """Metrics, when this step ended with an evaluation."""
 
@@ -58,13 +66,12 @@ class Trainer:
         model: nn.Module,
         loader: StepLoader,
         schedule: Schedule,
-        data: str,
-        held_out: str,
+        inputs: dict[str, Any],
     ) -> None:
-        """data, held_out: the versions of what is trained and evaluated on."""
+        """inputs: what the run begins with, as `inputs_of` says it."""
         t = cfg.training
         self.cfg, self.run, self.loader, self.schedule = cfg, run, loader, schedule
-        self.data, self.held_out = data, held_out
+        self.inputs = inputs
         self.device = pick_device(t.device)
         dtype = torch.float64 if t.precision == "fp64" else torch.float32
         self.model = model.to(self.device, dtype).train()
@@ -110,7 +117,7 @@ class Trainer:
             processes.sum_gradients(self.parameters)
             means = self.mean_losses(micro_batches, found)
             grad_norm = self.clip(micro_batches)
-        self.update(rate)
+        skipped = self.update(rate)
         self.done += 1
         seconds = time.perf_counter() - start
         return Step(
@@ -123,6 +130,7 @@ class Trainer:
             images=sum(len(batch.images) for batch in micro_batches) * processes.world(),
             seconds=seconds,
             loading=loading / seconds,
+            skipped=skipped,
         )
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
@@ -164,15 +172,17 @@ class Trainer:
             raise self.not_finite("gradient", f"norm {norm}", micro_batches)
         return norm
 
-    def update(self, rate: float) -> None:
-        """One optimiser step at this share of the base rates."""
+    def update(self, rate: float) -> bool:
+        """One optimiser step at this share of the base rates; whether fp16 skipped it."""
         self.updating = True
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * rate
+        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.updating = False
+        return self.scaler.get_scale() < scale
 
     @contextmanager
     def whole_or_undone(self) -> Iterator[None]:
@@ -223,14 +233,28 @@ class Trainer:
         """Save, however the training ends; what stopped it becomes one TrainingStopped."""
         try:
             yield
+        except (GeneratorExit, KeyboardInterrupt):
+            self.save()
+            raise
         except StepAbandoned:
+            self.save()
             raise TrainingStopped(self.done, self.run.path, self.signals.received) from None
         except processes.ProcessLost as lost:
             # First the message: torchrun is about to end the processes that are left.
             print(f"\n{lost}; run the same command again to resume", file=sys.stderr)
-            raise TrainingStopped(self.done, self.run.path, signal.SIGTERM) from None
-        finally:
             self.save()
+            raise TrainingStopped(self.done, self.run.path, signal.SIGTERM) from None
+        except Exception as error:  # what went wrong first is what is told
+            try:
+                self.save()
+            except Exception as second:
+                error.add_note(f"Nor could step {self.done} be saved: {second}")
+            last = self.run.store.find("last") or "none yet"
+            error.add_note(
+                f"The last checkpoint of this run: {last}. The same call goes on from it."
+            )
+            raise
+        self.save()
 
     def stop_together(self) -> None:
         """With several processes a signal waits for the end of the step, and stops them all."""
@@ -242,6 +266,8 @@ class Trainer:
         """Write the step's metrics; checkpoint and evaluate when it is time."""
         row: dict[str, Any] = {"step": step.number, "loss": step.loss, **step.losses}
         row |= {"grad_norm": step.grad_norm, "rate": step.rate, "images": step.images}
+        if step.skipped:
+            row["skipped"] = True
         row["time"] = {
             "seconds": round(step.seconds, 4),
             "images_per_second": round(step.images / step.seconds, 3),
@@ -273,8 +299,8 @@ class Trainer:
             metrics = self.measure()
             self.evaluated = self.done
             if processes.rank() == 0:
-                about = {"step": self.done, "data": self.held_out}
-                write_json(self.run.path / "eval.json", about | metrics)
+                about = {"step": self.done, "data": self.inputs["held_out"]}
+                write_json(self.run.path / "eval.json", finite(about | metrics))
                 seconds = round(time.perf_counter() - start, 2)
                 spent = {"seconds": seconds, "cpu_seconds": self.cpu_seconds()}
                 # Last: a run that is killed before this line evaluates again when it is resumed.
@@ -291,6 +317,7 @@ class Trainer:
         """
         if self.updating or self.done == self.saved or processes.rank() != 0:
             return
+        self.run.check_owner()
         state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         part = model_part(self.cfg)
         self.run.store.save(Checkpoint(self.done, self.model.state_dict(), state, part))
@@ -298,11 +325,12 @@ class Trainer:
 
     def resume(self) -> None:
         """Continue from the newest checkpoint, or start fresh."""
-        last = self.run.store.load_last(self.device)
+        last = self.run.store.load_last()
         if last is None:
             if processes.rank() == 0:
                 self.start()
-                write_json(self.run.path / "environment.json", environment(self.cfg, self.data))
+                about = environment(self.cfg) | self.inputs
+                write_json(self.run.path / ENVIRONMENT, read_environment(self.run.path) | about)
             processes.copy_first(self.model.state_dict().values())
         else:
             check_model_part(last.model_part, self.cfg, str(self.run.path))
@@ -320,6 +348,19 @@ class Trainer:
             self.run.forget_after(self.done)
             self.evaluated = max((row["step"] for row in self.run.evaluations()), default=-1)
         self.evaluated = processes.from_first(self.evaluated)
+
+
+def inputs_of(cfg: Config | PretrainConfig, data: str, held_out: str) -> dict[str, Any]:
+    """What a training begins with, for `check_inputs`: versions of its data, hash of its weights.
+
+    In the first process; the weights are hashed there only. Weights that are not there have none:
+    a run that has begun does not need them any more.
+    """
+    source, weights = cfg.training.init_from, ""
+    if source not in ("", RANDOM) and processes.rank() == 0:
+        with suppress(FileNotFoundError), find(weights_of(source)).open("rb") as file:
+            weights = f"{source} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    return {"data": data, "held_out": held_out, "weights": weights}
 
 
 def set_up(cfg: TrainingConfig) -> None:
@@ -358,7 +399,9 @@ class StepAbandoned(Exception):
     """Leaves the middle of a step; never seen outside the training loop."""
 
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)
+"""The terminal was closed; Windows has no such signal."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, HANGUP)
 
 
 class StopSignals:
@@ -380,7 +423,13 @@ class StopSignals:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        old = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        # nohup has SIGHUP ignored, and means it.
+        heard = [
+            n
+            for n in STOP_SIGNALS
+            if n in STOP_SIGNALS[:2] or signal.getsignal(n) != signal.SIG_IGN
+        ]
+        old = {number: signal.signal(number, self._handle) for number in heard}
         try:
             yield
         finally:

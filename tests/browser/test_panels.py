@@ -247,6 +247,6 @@ def test_training_dashboard(server: Server, page: Page, tmp_path: Path) -> None:
 
 
 def last_weights(run: Path) -> dict[str, torch.Tensor]:
-    last = CheckpointStore(run / "checkpoints").load_last(torch.device("cpu"))
+    last = CheckpointStore(run / "checkpoints").load_last()
     assert last is not None
     return last.weights

@@ -4,7 +4,8 @@ import json
 import time
 
 from mimdet.training.job import JOB, Job
-from mimdet.training.run import CheckpointStore, process_of, read_status
+from mimdet.training.owner import process_of, read_status
+from mimdet.training.run import CheckpointStore
 from tests.small import small
 
 STEPS = 30

@@ -28,7 +28,8 @@ from mimdet.experiments.results import (
 )
 from mimdet.experiments.runs import RATIOS, PlannedRun, places_for, plan
 from mimdet.presets import PRESETS
-from mimdet.training.run import CheckpointStore, MetricsFile, Run, in_use, load_detector
+from mimdet.training.owner import in_use
+from mimdet.training.run import CheckpointStore, MetricsFile, Run, load_detector
 from mimdet.training.slots import write_slots
 from mimdet.training.train import resume
 from mimdet.viz import save_figures, show_arms, show_learning_curves, show_matrix

@@ -15,21 +15,19 @@ import torch
 from mimdet.config import Config, load_config
 from mimdet.files import write_json
 from mimdet.training import job as jobs
+from mimdet.training.inputs import stored_config
 from mimdet.training.job import JOB, Child, Job, JobFailed, job_state, last_lines
-from mimdet.training.run import (
+from mimdet.training.owner import (
     STATUS,
-    CheckpointStore,
-    MetricsFile,
-    Run,
     RunInUse,
-    TrainingStopped,
     alone_in,
     in_use,
     process_of,
     process_record,
     read_status,
 )
-from mimdet.training.train import resume, stored_config, train
+from mimdet.training.run import CheckpointStore, MetricsFile, Run, TrainingStopped
+from mimdet.training.train import resume, train
 from tests.small import assert_same_end, small, wait_until
 
 STEPS = 8
@@ -93,7 +91,7 @@ def test_two_trainings_of_one_run_are_refused(tmp_path) -> None:
 def test_a_lock_ends_with_its_process_and_is_not_kept_by_forks(tmp_path) -> None:
     code = (
         "import os, sys, time; from pathlib import Path\n"
-        "from mimdet.training.run import alone_in\n"
+        "from mimdet.training.owner import alone_in\n"
         "with alone_in(Path(sys.argv[1])):\n"
         "    if os.fork() == 0: time.sleep(60); os._exit(0)\n"
         "    print('held', flush=True); time.sleep(60)"

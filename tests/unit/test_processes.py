@@ -62,7 +62,7 @@ def in_two_processes(*words: str) -> str:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    last = CheckpointStore(run / "checkpoints").load_last(torch.device("cpu"))
+    last = CheckpointStore(run / "checkpoints").load_last()
     assert last is not None
     return last.weights
 

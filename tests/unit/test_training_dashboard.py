@@ -12,7 +12,8 @@ from PIL import Image
 from mimdet.files import write_json
 from mimdet.presets import tiny_mae
 from mimdet.training.job import Job, JobState
-from mimdet.training.run import OPTIMIZER, STATUS, WEIGHTS, CheckpointStore, Run
+from mimdet.training.owner import STATUS
+from mimdet.training.run import OPTIMIZER, WEIGHTS, CheckpointStore, Run
 from mimdet.training.train import resume
 from mimdet.viz import TrainingDashboard
 from mimdet.viz.widgets import training_dashboard
@@ -51,7 +52,7 @@ def short():
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
-    last = CheckpointStore(path / "checkpoints").load_last(torch.device("cpu"))
+    last = CheckpointStore(path / "checkpoints").load_last()
     assert last is not None and last.step == STEPS
     return last.weights
 

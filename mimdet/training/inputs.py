@@ -1,0 +1,167 @@
+"""What a run began with: its configuration, the files it names; and what may change since."""
+
+import copy
+import os
+import platform
+import subprocess
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mimdet import __version__
+from mimdet.config import Config, PretrainConfig, flat, load_config, set_field
+from mimdet.files import read_json
+
+ENVIRONMENT = "environment.json"
+"""In the folder of a run: what it began with. {"folder": in which the first command ran, "run": its
+own folder then} and, from the first step on, `environment` and the inputs; "changes" since."""
+INPUTS = {
+    "data": "the data that are trained on",
+    "held_out": "the data that are evaluated on",
+    "weights": "the initial weights",
+    "classes": "the classes",
+}
+"""What a run began with, by its name in ENVIRONMENT."""
+PATHS = {f"data.{split}_{kind}" for split in ("train", "val") for kind in ("json", "images")}
+MAY_BE_NAMES = {"training.init_from", "data.hub_name"}
+PATHS |= MAY_BE_NAMES | {"data.folder"}
+"""Fields that name a file or folder."""
+FREE = (
+    "data.workers",
+    "training.checkpoint_every_steps",
+    "training.keep_checkpoints",
+    "training.threads",
+    "training.device",
+    "training.answer_minutes",
+)
+"""Fields that decide no result."""
+FROM_DATA = ("detector.num_classes", "detector.masks")
+"""Fields that follow from the data, which may not have been there when the run was made."""
+MICRO = ("training.batch_size", "training.accumulate")
+
+
+def environment(cfg: Config | PretrainConfig) -> dict[str, Any]:
+    """Versions, machine and seed."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "mimdet": __version__,
+        "git": git_state(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "torchvision", "timm")},
+        "platform": platform.platform(),
+        "gpus": gpus,
+        "cpu_threads": torch.get_num_threads(),
+        "seed": cfg.training.seed,
+    }
+
+
+def git_state() -> str | None:
+    """Commit of the library's checkout, with a + when it has changes; None outside git."""
+    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*"]
+    try:
+        return subprocess.check_output(
+            [*words, "--dirty=+"], text=True, stderr=subprocess.DEVNULL, timeout=10
+        ).strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def read_environment(path: Path) -> dict[str, Any]:
+    """The run's ENVIRONMENT; empty before it was begun."""
+    file = path / ENVIRONMENT
+    found: dict[str, Any] = read_json(file) if file.exists() else {}
+    return found
+
+
+def check_inputs(path: Path, inputs: dict[str, Any]) -> None:
+    """ValueError where a run that has a checkpoint began with other data, weights or classes.
+
+    inputs: what they are now, as ENVIRONMENT records them: versions, hashes, names.
+    """
+    if not has_checkpoint(path):
+        return
+    known = read_environment(path)
+    changed = [name for name, now in inputs.items() if now and known.get(name, now) != now]
+    if changed:
+        lines = [f"{INPUTS[name]}: {known[name]} -> {inputs[name]}" for name in changed]
+        raise ValueError(
+            f"{path} began with other inputs than there are now:\n  "
+            + "\n  ".join(lines)
+            + "\nPut the old ones back to go on, or train the new ones under another run name."
+        )
+
+
+def stored_config(path: Path) -> Config | PretrainConfig:
+    """The configuration of a run, of a detector or of an autoencoder.
+
+    Relative paths in it are made absolute where they would lead elsewhere from here.
+    """
+    file = path / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{path} holds no run: there is no config.json in it")
+    kind = Config if "detector" in read_json(file) else PretrainConfig
+    cfg: Config | PretrainConfig = load_config(file, kind)
+    values = flat(cfg)
+    for name in PATHS & values.keys():
+        place = place_of(values[name], path)
+        is_path = place.exists() or name not in MAY_BE_NAMES
+        if values[name] and is_path and place.resolve() != Path(values[name]).resolve():
+            set_field(cfg, name, str(place))
+    return cfg
+
+
+def place_of(name: str, path: Path) -> Path:
+    """Where a relative path in the configuration of the run `path` leads.
+
+    From the folder in which it was begun or, where both were moved together, from the one that lies
+    to the run now as that did then.
+    """
+    about = read_environment(path)
+    folders = [Path(about.get("folder", "."))]
+    with suppress(KeyError, ValueError):  # on another drive of Windows
+        folders.append(path.resolve() / os.path.relpath(about["folder"], about["run"]))
+    places = [Path(os.path.normpath(folder / name)) for folder in folders]
+    return next((place for place in places if place.exists()), places[0])
+
+
+def accepted(stored: Any, cfg: Any, path: Path) -> Any:
+    """What config.json of the run `path` is to hold when it goes on with `cfg`.
+
+    Free to change are what decides no result, the micro-batches that a step's images come in,
+    where the same files lie, and before the first step what follows from the data. Raises
+    ValueError with the fields that differ otherwise.
+    """
+    kept = copy.deepcopy(cfg)
+    old, new, refused = flat(stored), flat(cfg), []
+    for name in [name for name in old if old[name] != new[name]]:
+        if name in FREE or (name in MICRO and step_images(stored) == step_images(cfg)):
+            continue
+        if name in FROM_DATA and not has_checkpoint(path):
+            continue
+        if name in PATHS and old[name] and Path(new[name]).exists():
+            place = place_of(old[name], path)
+            if place.resolve() == Path(new[name]).resolve():
+                set_field(kept, name, old[name])
+                continue
+            if not place.exists():
+                continue  # it was moved; `check_inputs` sees whether it is the same
+        refused.append(f"{name}: {old[name]} -> {new[name]}")
+    if refused:
+        raise ValueError(
+            f"{path} holds a run with another configuration:\n  "
+            + "\n  ".join(refused)
+            + "\nUse another run name, or the old values to resume it."
+        )
+    return kept
+
+
+def step_images(cfg: Any) -> int:
+    return int(cfg.training.batch_size * cfg.training.accumulate)
+
+
+def has_checkpoint(path: Path) -> bool:
+    """Whether something of this run would be lost."""
+    return any(place.name.isdecimal() for place in (path / "checkpoints").glob("*"))

@@ -1,0 +1,431 @@
+"""What becomes of a run: killed, damaged, moved, changed, shared; it goes on, or says why not."""
+
+import errno
+import functools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import mimdet
+from mimdet import presets
+from mimdet.config import load_config
+from mimdet.files import read_json, write_json
+from mimdet.training.owner import STATUS, RunInUse, in_use, read_status
+from mimdet.training.run import Checkpoint, CheckpointStore, Run, TrainingStopped, load_detector
+from mimdet.training.train import resume, train
+from tests.small import assert_same_end, rows_of, small, wait_until, write_coco
+
+
+def quick(steps: int = 4):
+    cfg = small(steps)
+    cfg.data.workers = 0
+    cfg.training.batch_size, cfg.training.accumulate = 1, 2
+    cfg.training.evaluate_every_steps = steps
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run with a checkpoint after each of its four steps."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    cfg = quick()
+    cfg.training.checkpoint_every_steps = 1
+    list(train(cfg, run))
+    return run
+
+
+@pytest.fixture
+def run(whole, tmp_path) -> Path:
+    return shutil.copytree(whole, tmp_path / "run")
+
+
+def own_config(run: Path):
+    return load_config(run / "config.json")
+
+
+# ------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("pointer", [None, "", "000099\n", "\0\0\0", "000001\n"])
+def test_the_newest_checkpoint_is_found_whatever_the_pointers_say(run, pointer) -> None:
+    for name in ("last", "best"):
+        (run / "checkpoints" / name).unlink()
+        if pointer is not None:
+            (run / "checkpoints" / name).write_text(pointer)
+    store = CheckpointStore(run / "checkpoints")
+    assert store.find("last").name == "000004"
+    assert store.find("best").name == ("000001" if pointer == "000001\n" else "000004")
+    assert load_detector(run) and load_detector(run, checkpoint="best")
+
+
+def test_the_best_checkpoint_stays_although_nothing_points_to_it(tmp_path) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", keep=1)
+    rows = [{"step": s, "evaluation": {"box": {"AP": ap}}} for s, ap in ((1, None), (2, 0.5))]
+    lines = [json.dumps(row) + "\n" for row in [*rows, {"step": 3, "loss": 1.0}]]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    for step in (1, 2, 3, 4):
+        store.save(Checkpoint(step, {"w": torch.zeros(2)}, {}))
+    assert store.steps() == [2, 4] and store.find("best").name == "000002"
+
+
+def outside(run: Path, name: str) -> None:
+    """Make the pointer `last` lead to a run beside it."""
+    pointer, other = run / "checkpoints" / "last", run.parent / "other" / "checkpoints"
+    pointer.unlink()
+    if name == "absolute":
+        pointer.write_text(f"{other / '000004'}\n")
+    elif name == "dots":
+        pointer.write_text("../../other/checkpoints/000004\n")
+    elif name == "link to a folder":
+        pointer.symlink_to(other / "000004")
+    elif name == "link to a pointer":
+        pointer.symlink_to(other / "last")
+    else:
+        shutil.rmtree(run / "checkpoints")
+        (run / "checkpoints").mkdir()
+        (run / "checkpoints/000004").symlink_to(other / "000004")
+
+
+@pytest.mark.parametrize(
+    "way", ["absolute", "dots", "link to a folder", "link to a pointer", "link in its place"]
+)
+def test_no_checkpoint_lies_outside_of_the_run(run, way) -> None:
+    shutil.copytree(run, run.parent / "other")
+    outside(run, way)
+    with pytest.raises(ValueError, match=r"leads out of the run, to .*other"):
+        load_detector(run)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize("left", [0, 7, 5000])
+def test_of_a_damaged_checkpoint_the_one_before_is_used(run, whole, capsys, file, left) -> None:
+    path = run / "checkpoints/000004" / file
+    path.write_bytes(path.read_bytes()[:left])
+    assert load_detector(run)
+    said = capsys.readouterr().out
+    assert ("step 3 is used instead" in said) == (file == "model.safetensors")
+    assert [step.number for step in resume(run)] == [4]
+    said = capsys.readouterr().out
+    assert re.search(
+        rf"000004.{re.escape(file)} (is cut off or damaged|holds something else).*: step 3 is used",
+        said,
+    )
+    assert_same_end(run, whole)
+
+
+def test_where_no_checkpoint_is_whole_it_is_said_what_to_do(run) -> None:
+    for path in (run / "checkpoints").glob("0*/model.safetensors"):
+        path.write_bytes(b"")
+    for use in (load_detector, lambda folder: next(resume(folder))):
+        with pytest.raises(ValueError, match=r"000004.model.safetensors.*copy one back") as error:
+            use(run)
+        assert "download" not in str(error.value)
+    with pytest.raises(ValueError, match=r"000003.model.safetensors is cut off or damaged"):
+        load_detector(run, checkpoint=3)
+
+
+# ------------------------------------------------------------------------------- leftovers
+
+
+def test_a_run_that_was_killed_before_it_had_a_configuration_begins(tmp_path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.json.partial-4999999-1", "environment.json.partial-4999999", "lock"):
+        (run / name).write_text('{"back')
+    assert next(train(quick(), run)).number == 1
+    assert not list(run.rglob("*partial*"))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.jpg").touch()
+    with pytest.raises(ValueError, match="not empty and holds no run"):
+        next(train(quick(), tmp_path / "photos"))
+
+
+def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(run) -> None:
+    living = f"eval.json.partial-{os.getppid()}-1"
+    dead = ["eval.json.partial-4999999-1", f"metrics.jsonl.partial-{os.getpid()}-1"]
+    for name in (living, *dead):
+        (run / name).touch()
+    (run / "checkpoints/000002.partial-4999999-3-old").mkdir()
+    list(resume(run))
+    assert [path.name for path in run.rglob("*.partial-*")] == [living]
+
+
+# ------------------------------------------------------------------------------- other inputs
+
+
+def with_data(folder: Path):
+    """A configuration of data in `folder`, by relative paths."""
+    (folder / "data").mkdir(parents=True)
+    write_coco(folder / "data", [[[8, 8, 24, 24]], [[20, 10, 30, 30]]] * 2)
+    cfg = quick()
+    cfg.data.source = "coco"
+    for split in ("train", "val"):
+        setattr(cfg.data, f"{split}_json", "data/annotations.json")
+        setattr(cfg.data, f"{split}_images", "data/images")
+    return cfg
+
+
+def begin(cfg, run: str, steps: int = 1) -> None:
+    training = train(cfg, run)
+    for _ in range(steps):
+        next(training)
+    training.close()
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_other_annotations_are_refused(tmp_path, monkeypatch, split) -> None:
+    monkeypatch.chdir(tmp_path)
+    cfg = with_data(tmp_path)
+    shutil.copy("data/annotations.json", "data/copy.json")
+    setattr(cfg.data, f"{split}_json", "data/copy.json")
+    begin(cfg, "run")
+    text = Path("data/copy.json").read_text()
+    Path("data/copy.json").write_text(text.replace('"area": 576', '"area": 577', 1))
+    for again in (lambda: next(train(cfg, "run")), lambda: next(resume("run"))):
+        said = r"copy.json sha256:\w+ -> copy.json sha256:\w+\nPut the old ones back"
+        with pytest.raises(ValueError, match=said):
+            again()
+    Path("data/copy.json").write_text(text)
+    assert next(resume("run")).number == 2
+
+
+def test_other_class_names_are_refused_although_the_data_call_themselves_the_same(tmp_path) -> None:
+    scenes = mimdet.ShapesCOCO(size=64, length=4)
+    steps = train(quick(), tmp_path / "run", train_data=scenes, val_data=scenes)
+    next(steps)
+    steps.close()
+    scenes.categories = scenes.categories[::-1]
+    with pytest.raises(ValueError, match=r"the classes: \['.*'\] -> \['.*'\]"):
+        next(train(quick(), tmp_path / "run", train_data=scenes, val_data=scenes))
+
+
+def test_other_initial_weights_are_refused_and_missing_ones_are_not_needed(tmp_path, whole) -> None:
+    cfg, weights = quick(), tmp_path / "start.safetensors"
+    shutil.copy(whole / "checkpoints/000004/model.safetensors", weights)
+    cfg.training.init_from = str(weights)
+    begin(cfg, tmp_path / "run")
+    shutil.copy(whole / "checkpoints/000003/model.safetensors", weights)
+    with pytest.raises(ValueError, match=r"initial weights: .*sha256:\w+ -> .*sha256:\w+"):
+        next(train(cfg, tmp_path / "run"))
+    weights.unlink()
+    assert next(train(cfg, tmp_path / "run")).number == 2
+
+
+def test_another_class_count_changes_a_run_only_before_its_first_step(tmp_path) -> None:
+    cfg = quick()
+    Run(tmp_path / "run", cfg)
+    cfg.data.shapes_level = "shapes-v1-easy"
+    write_json(tmp_path / "run/config.json", read_json(tmp_path / "run/config.json"))
+    with pytest.raises(ValueError, match="shapes_level"):
+        next(train(cfg, tmp_path / "run"))
+    easy = mimdet.ShapesCOCO("shapes-v1-easy", size=64, length=4)
+    begin_with = dict(train_data=easy, val_data=easy)
+    steps = train(quick(), tmp_path / "run", **begin_with)
+    next(steps)
+    steps.close()
+    assert own_config(tmp_path / "run").detector.num_classes == 6
+    with pytest.raises(ValueError, match="the classes"):
+        next(train(quick(), tmp_path / "run"))
+    assert own_config(tmp_path / "run").detector.num_classes == 6
+
+
+# ------------------------------------------------------------------------------- elsewhere
+
+
+def test_relative_paths_are_found_from_elsewhere_and_after_a_move(tmp_path, monkeypatch) -> None:
+    home, away = tmp_path / "home", tmp_path / "away"
+    cfg = with_data(home)
+    monkeypatch.chdir(home)
+    begin(cfg, "run")
+    stored = (home / "run/config.json").read_text()
+    (away / "data").mkdir(parents=True)
+    (away / "data/annotations.json").write_text("another file of that name")
+    monkeypatch.chdir(away)
+    assert next(resume(home / "run")).number == 2
+    assert (home / "run/config.json").read_text() == stored
+    found = load_detector(home / "run").config.data
+    assert found.val_json == str(home / "data/annotations.json")
+    shutil.copytree(home / "run", away / "deep/copy")
+    assert next(resume("deep/copy")).number == 3  # its data stayed where they were
+    shutil.move(home, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "moved")
+    assert next(train(cfg, "run")).number == 3  # all moved together
+    monkeypatch.chdir(away)
+    with pytest.raises(FileNotFoundError, match=r"home.data.annotations.json.*config.json"):
+        next(resume("deep/copy"))
+    for split in ("train", "val"):
+        setattr(cfg.data, f"{split}_json", str(tmp_path / "moved/data/annotations.json"))
+        setattr(cfg.data, f"{split}_images", str(tmp_path / "moved/data/images"))
+    assert next(train(cfg, "deep/copy")).number == 4  # said where they are now
+    assert own_config(away / "deep/copy").data.val_json == cfg.data.val_json
+
+
+# ------------------------------------------------------------------------------- what may change
+
+
+def test_a_run_goes_on_with_other_micro_batches_and_workers(run, capsys) -> None:
+    for step in ("000003", "000004"):
+        shutil.rmtree(run / "checkpoints" / step)
+    cfg = own_config(run)
+    cfg.training.batch_size, cfg.training.accumulate = 2, 1
+    cfg.data.workers, cfg.training.checkpoint_every_steps = 1, 3
+    assert [step.number for step in train(cfg, run)] == [3, 4]
+    assert "training.batch_size: 1 -> 2" in capsys.readouterr().out
+    assert own_config(run) == cfg
+    (change,) = read_json(run / "environment.json")["changes"]
+    assert change["after"] == 2 and "data.workers: 0 -> 1" in change["changed"]
+    cfg.training.batch_size = 4  # another number of images a step
+    with pytest.raises(ValueError, match=r"training.batch_size: 2 -> 4\nUse another"):
+        next(train(cfg, run))
+
+
+def test_a_recipe_that_starts_from_an_autoencoder_asks_for_one(tmp_path) -> None:
+    cfg = presets.mimdet_base()
+    cfg.data.source = "shapes"
+    with pytest.raises(ValueError, match=r"--init-from FILE.*init_from='random'"):
+        next(train(cfg, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    deliberate = quick()
+    deliberate.preset, deliberate.training.init_from = "mimdet_base", "random"
+    assert next(train(deliberate, tmp_path / "run")).number == 1
+
+
+# ------------------------------------------------------------------------------- two at once
+
+
+def no_locks(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+def test_where_nothing_guards_a_run_it_is_said_and_rows_do_not_double(tmp_path, monkeypatch):
+    import fcntl
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    first = train(quick(), tmp_path / "run")
+    with pytest.warns(UserWarning, match=r"no file locks in .*run .*: see that no other process"):
+        next(first)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        second = train(quick(), tmp_path / "run")
+        next(second)
+    with pytest.raises(RunInUse, match=r"another training has begun in .*: this one writes"):
+        next(first)
+    assert read_status(tmp_path / "run")["state"] == "training"
+    assert [step.number for step in second] == [2, 3, 4]
+    assert [row["step"] for row in rows_of(tmp_path / "run") if "loss" in row] == [1, 2, 3, 4]
+
+
+def start(run: Path, steps: int, **options) -> subprocess.Popen:
+    words = "--shapes-size 64 --short-sides 64 --test-short-side 64 --shapes-val 2 --batch-size 1"
+    words += f" --threads 1 --evaluate-every 0 --steps {steps} --checkpoint-every-steps {steps}"
+    command = [sys.executable, "-m", "mimdet", "train", "tiny", str(run), *words.split()]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, **options)
+
+
+def test_a_training_whose_lock_was_removed_is_still_alone(tmp_path) -> None:
+    run = tmp_path / "run"
+    child = start(run, 4000)
+    wait_until(lambda: len(rows_of(run)) >= 2, "two steps")
+    (run / "lock").unlink()
+    assert in_use(run)
+    with pytest.raises(RunInUse, match=f"process {child.pid} on .* already trains in"):
+        list(resume(run))
+    copy = shutil.copytree(run, tmp_path / "copy")
+    assert not in_use(copy)
+    child.terminate()
+    child.wait(60)
+    assert not in_use(run) and read_status(run)["state"] == "stopped"
+
+
+def test_a_damaged_status_says_as_much_as_none(run) -> None:
+    (run / STATUS).write_text('{"state": "trai')
+    assert read_status(run)["state"] == "new" and not in_use(run)
+    list(resume(run))
+    assert read_status(run)["state"] == "finished"
+
+
+# ------------------------------------------------------------------------------- how it ends
+
+
+def test_a_closed_terminal_saves(tmp_path) -> None:
+    """The terminal goes with all that was to be printed to it."""
+    ours, theirs = os.openpty()
+    run = tmp_path / "run"
+    child = start(run, 4000, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    wait_until(lambda: len(rows_of(run)) >= 3, "three steps")
+    os.close(ours)
+    os.killpg(child.pid, signal.SIGHUP)
+    assert child.wait(60) == 128 + signal.SIGHUP
+    last = CheckpointStore(run / "checkpoints").steps()[-1]
+    assert last >= 3 and last == len(rows_of(run)) and read_status(run)["state"] == "stopped"
+
+
+def test_sighup_is_left_to_nohup(tmp_path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        steps = train(quick(), tmp_path / "run")
+        next(steps)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert next(steps).number == 2
+        steps.close()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        steps = train(quick(), tmp_path / "run")
+        next(steps)
+        os.kill(os.getpid(), signal.SIGHUP)
+        with pytest.raises(TrainingStopped, match="stopped by SIGHUP: step 3 is saved"):
+            next(steps)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_an_unexpected_error_says_where_the_last_checkpoint_is(tmp_path, monkeypatch) -> None:
+    steps = train(quick(), tmp_path / "run")
+    next(steps)
+    monkeypatch.setattr("mimdet.training.trainer.Trainer.clip", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as error:
+        next(steps)
+    (note,) = error.value.__notes__
+    assert str(tmp_path / "run/checkpoints/000001") in note
+    monkeypatch.undo()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    steps = train(quick(), tmp_path / "run")
+    next(steps)
+    monkeypatch.setattr("mimdet.training.run.append_text", full)
+    monkeypatch.setattr("mimdet.training.run.write_json", full)
+    monkeypatch.setattr("mimdet.training.run.write_folder", lambda *_: 1 / 0)
+    with pytest.raises(OSError, match=r"No space left on device: 'metrics.jsonl'") as error:
+        next(steps)
+    assert "Nor could step 3 be saved" in error.value.__notes__[0]  # the first failure is told
+
+
+def test_steps_that_fp16_skipped_are_counted_and_rows_stay_strict_json(tmp_path, monkeypatch):
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**60)
+    monkeypatch.setattr("mimdet.training.trainer.torch.amp.GradScaler", scaler)
+    cfg = quick()
+    cfg.training.precision = "fp16"
+    model = mimdet.build_detector(cfg)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    assert all(step.skipped for step in train(cfg, tmp_path / "run", model=model))
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not json")
+
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [row["skipped"] for row in rows if "loss" in row] == [True] * 4
+    assert rows[0]["grad_norm"] is None
