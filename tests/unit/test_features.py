@@ -56,6 +56,24 @@ def test_colours_by_hand() -> None:
     assert picture[1, 1].tolist() == [128, 0, 128]
 
 
+def test_signs_are_fixed() -> None:
+    """The largest entry of an axis is positive, so mirrored data have mirrored coordinates."""
+    features = random_map(8, 6, 5)
+    basis, mirrored = fit_basis(features), fit_basis(-features)
+    largest = basis.axes.gather(1, basis.axes.abs().argmax(1, keepdim=True))
+    assert (largest > 0).all()
+    torch.testing.assert_close(basis.axes, mirrored.axes)
+
+
+def test_a_basis_is_reused() -> None:
+    """The same feature vector has the same colour, whatever else is in the map."""
+    features = random_map(6, 4, 8)
+    basis = fit_basis(features)
+    part = pca_picture(features[:, :2], basis)
+    assert np.array_equal(part, pca_picture(features, basis)[:2])
+    assert not np.array_equal(part, pca_picture(features[:, :2]))
+
+
 def test_a_basis_is_the_same_whatever_the_order_or_size_of_the_places() -> None:
     features = random_map(6, 4, 8)
     order = torch.randperm(32, generator=torch.Generator().manual_seed(1))

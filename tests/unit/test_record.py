@@ -126,6 +126,18 @@ def count_hooks(model: nn.Module) -> int:
 # ------------------------------------------------------------------------------- names
 
 
+def test_recordings_may_lie_in_each_other(model, image):
+    with record(model, ENCODER) as outer:
+        with record(model, ENCODER, query=9) as inner:
+            model.detect([image], sample=SOME)
+        assert not model.get_submodule(ENCODER).fused_attn
+    assert model.get_submodule(ENCODER).fused_attn
+    assert torch.equal(outer[ENCODER][:, :, 0], inner[ENCODER])
+
+
+# ------------------------------------------------------------------------------- names
+
+
 def test_a_pattern_means_every_name_it_fits(model, image):
     with record(model, "backbone.encoder.blocks.*.attn", ENCODER) as seen:
         model.detect([image], sample=SOME)
