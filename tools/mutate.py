@@ -50,8 +50,8 @@ PARTS = {
         ["analysis/evaluate.py", "analysis/metrics.py"],
         ["metrics", "results", "evaluate"],
     ),
-    "annotation reader": (["data/coco_file.py", "data/coco.py"], ["coco", "hub"]),
-    "run directory": (["training/run.py"], ["training"]),
+    "annotation reader": (["data/coco_file.py", "data/coco.py"], ["coco", "hub", "checks"]),
+    "run directory": (["training/run.py"], ["job", "training"]),
 }
 """Part -> its files in the package, and its tests in tests/unit."""
 OPTIONS = ["-q", "-p", "no:cacheprovider"]
@@ -180,7 +180,7 @@ class Tests:
 
     def pytest_runtestloop(self, session: Any) -> bool:
         part, files = self.part, [item.path for item in session.items]
-        noted = part.folder / "seconds.json"
+        noted = Path("seconds.json").resolve()
         part.seconds = self.fork(session, 3600, noted).seconds("survived")
         self.seconds.update(json.loads(noted.read_text()))
         session.items = [item for item in session.items if self.seconds[item.nodeid] < LONGEST]

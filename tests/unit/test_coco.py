@@ -5,6 +5,7 @@ import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from mimdet.analysis.metrics import coco_metrics
 from mimdet.config import DataConfig
 from mimdet.data import coco
 from mimdet.data.coco import CocoDataset, build_dataset
+from mimdet.data.coco_file import Annotation, Side, Whole, mask_area, mask_extent
 from mimdet.structures import crops_to_bitmaps
 
 SQUARE = [[2.0, 2.0, 10.0, 2.0, 10.0, 10.0, 2.0, 10.0]]
@@ -319,3 +321,32 @@ def test_real_nuclei_polygons_and_runs_agree(shared_data):
         found += overlaps(full_masks(polygons, index), full_masks(runs, index))
     assert len(found) == 1649
     assert np.mean(found) > 0.999 and np.min(found) > 0.95
+
+
+@pytest.mark.parametrize(
+    ("kind", "least", "most"), [(Whole, -(2**63), 2**63 - 1), (Side, 1, 2**31 - 1)]
+)
+def test_numbers_of_a_file_have_limits(kind, least, most):
+    """Of ids, what a table holds; of sides, what pycocotools counts with."""
+    assert [msgspec.convert(value, kind) for value in (least, most)] == [least, most]
+    for value in (least - 1, most + 1):
+        with pytest.raises(msgspec.ValidationError):
+            msgspec.convert(value, kind)
+
+
+def test_extent_and_area_by_hand():
+    triangle, line = [3.0, 4.0, 7.0, 4.0, 3.0, 8.0], [0.0, 1.0, 9.0, 9.0]
+    assert mask_extent([triangle, line]) == (0, 1, 9, 9)
+    assert mask_extent([triangle, line], least=6) == (3, 4, 7, 8)
+    assert mask_extent([line], least=6) == (0, 0, 0, 0) and mask_extent(None) is None
+    assert mask_extent([triangle, line], least=4) == (0, 1, 9, 9)
+    areas = [
+        mask_area(Annotation("1", 1, box, 0.0, False, mask), 20, 30)
+        for box, mask in (
+            ((0.0, 0.0, 0.5, 0.5), None),
+            ((0.0, 0.0, -2.0, -3.0), None),
+            ((0.0, 0.0, 2.0, 3.0), [line]),
+            ((0.0, 0.0, 1.0, 1.0), SQUARE),
+        )
+    ]
+    assert areas == [0.25, 0, 6, 64]
