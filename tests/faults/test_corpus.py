@@ -27,16 +27,23 @@ PENDING = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def libraries_are_there() -> None:
+    measure_faults.load_libraries()
+
+
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.reader}-{fault.file}")
 def test_a_broken_file_is_answered(
     fault: measure_faults.Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MIMDET_CACHE", str(tmp_path / "cache"))
-    found = measure_faults.read(fault, tmp_path)
+    memory = fuzz.peak_mb()
+    found, seconds = measure_faults.read(fault, tmp_path)
     if fault.file in PENDING and found.kind != fault.outcome:
         pytest.xfail(found.message)
     assert found.kind == fault.outcome, found.message
     assert re.search(fault.said, found.message), found.message
+    assert seconds < 2 and fuzz.peak_mb() - memory < 300
 
 
 def test_every_file_of_the_corpus_is_in_the_table() -> None:

@@ -3,8 +3,6 @@
 import argparse
 import hashlib
 import json
-import os
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -259,57 +257,6 @@ def test_bad_mae_files(cfg, mae_tensors, tmp_path, record_property, fault: str) 
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
 
 
-def test_a_pickle_that_would_run_code(cfg, mae_tensors, tmp_path, monkeypatch, record_property):
-    class RunsCode:
-        def __reduce__(self):
-            return os.system, ("touch was-executed",)
-
-    monkeypatch.chdir(tmp_path)
-    torch.save({"model": mae_tensors, "extra": RunsCode()}, "evil.pth")
-    with pytest.raises(ValueError, match="Loading those can run any code") as caught:
-        load_mae(build_detector(cfg), "evil.pth")
-    record_property("refused", ["pickle that would run code", str(caught.value)])
-    assert not Path("was-executed").exists()
-
-
-BAD_FILES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "cut off": (
-        lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2]),
-        "cut off or damaged.*download it again",
-    ),
-    "a web page": (lambda p: p.write_bytes(b"<!DOCTYPE html><html>404</html>"), "web page"),
-    "a git-lfs pointer": (
-        lambda p: p.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0"),
-        "pointer, not the weights",
-    ),
-    "another zip": (lambda p: zipfile.ZipFile(p, "w").writestr("a.txt", "a"), "cut off or damaged"),
-    "empty": (lambda p: p.write_bytes(b""), "cut off or damaged"),
-    "a bare tensor": (lambda p: torch.save(torch.ones(2), p), "holds a Tensor, not a dictionary"),
-    "an optimiser's state": (
-        lambda p: torch.save({"state": {0: 1}, "param_groups": []}, p),
-        "'state' holds a dict. Save the model's state_dict",
-    ),
-}
-
-
-@pytest.mark.parametrize("fault", BAD_FILES)
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_bad_files(mae_tensors, tmp_path, record_property, fault: str, suffix: str) -> None:
-    path = tmp_path / f"bad{suffix}"
-    if suffix == ".pth":
-        write(mae_tensors, path)
-    else:
-        save_file(mae_tensors, path)
-    spoil, message = BAD_FILES[fault]
-    spoil(path)
-    with pytest.raises(
-        ValueError, match=message if suffix == ".pth" else "cannot be read"
-    ) as caught:
-        read_checkpoint(path)
-    assert "bad" + suffix in str(caught.value)
-    record_property("refused", [f"file {suffix}: {fault}", str(caught.value)])
-
-
 def test_missing_files_name_the_remedy(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="mimdet download facebook/vit-mae-none"):
@@ -450,3 +397,10 @@ def test_a_file_of_weights_that_names_code_is_refused(cfg, tmp_path) -> None:
     save_file(tensors, file, metadata | {"config": json.dumps(config)})
     with pytest.raises(ValueError, match=r"named\.safetensors names code .*stem=os:_exit"):
         mimdet.load_detector(file)
+
+
+def test_tied_weights_and_a_slice_are_no_fault(tmp_path) -> None:
+    whole = torch.arange(12.0)
+    torch.save({"a": whole, "b": whole.view(3, 4), "c": whole[2:4]}, tmp_path / "a.pth")
+    tensors = read_checkpoint(tmp_path / "a.pth").tensors
+    assert torch.equal(tensors["b"].flatten(), whole) and tensors["c"].tolist() == [2, 3]
