@@ -72,19 +72,23 @@ def git_state() -> str | None:
 def read_environment(path: Path) -> dict[str, Any]:
     """The run's ENVIRONMENT; empty before it was begun."""
     file = path / ENVIRONMENT
-    found: dict[str, Any] = read_json(file) if file.exists() else {}
+    found: Any = read_json(file) if file.exists() else {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds no record of a run: remove it")
     return found
 
 
 def check_inputs(path: Path, inputs: dict[str, Any]) -> None:
     """ValueError where a run that has a checkpoint began with other data, weights or classes.
 
-    inputs: what they are now, as ENVIRONMENT records them: versions, hashes, names.
+    inputs: what they are now, as ENVIRONMENT records them: versions, hashes, names. Where there is
+    a hash it alone counts, so that a file may be moved.
     """
     if not has_checkpoint(path):
         return
     known = read_environment(path)
-    changed = [name for name, now in inputs.items() if now and known.get(name, now) != now]
+    bare = {name: str(now).rpartition("sha256:")[2] for name, now in inputs.items() if now}
+    changed = [n for n in bare if n in known and str(known[n]).rpartition("sha256:")[2] != bare[n]]
     if changed:
         lines = [f"{INPUTS[name]}: {known[name]} -> {inputs[name]}" for name in changed]
         raise ValueError(
@@ -120,7 +124,7 @@ def place_of(name: str, path: Path) -> Path:
     to the run now as that did then.
     """
     about = read_environment(path)
-    folders = [Path(about.get("folder", "."))]
+    folders = [Path(str(about.get("folder", ".")))]
     with suppress(KeyError, ValueError):  # on another drive of Windows
         folders.append(path.resolve() / os.path.relpath(about["folder"], about["run"]))
     places = [Path(os.path.normpath(folder / name)) for folder in folders]

@@ -98,6 +98,6 @@ def process_of(record: dict[str, Any]) -> psutil.Process | None:
 def read_status(path: Path) -> dict[str, Any]:
     """The run's STATUS; "new" before its first training."""
     found: dict[str, Any] = {}
-    with suppress(FileNotFoundError, ValueError):  # a damaged one says as much as none
-        found = read_json(path / STATUS)
+    with suppress(FileNotFoundError, ValueError, TypeError):  # a damaged one says as much as none
+        found = dict(read_json(path / STATUS))
     return {"state": "new", "step": 0, "total": 0, "error": "", "began": 0.0} | found

@@ -8,10 +8,10 @@
     evaluation.json   metrics at several sample ratios, from `mimdet evaluate`
     categories.json   class names, so that the folder alone is enough to predict
     slots             code of parts that were written in a notebook
-    environment.json  versions, machine, seed, fingerprint of the data
+    environment.json  versions, machine, seed; hashes of data and weights; changes since
     log.txt           what a job printed that was started from a notebook
     job.json          its process, so that it can be found again
-    status.json       how the last training ended
+    status.json       which process trains, or how the last training ended
     lock              held while a process trains here: a second one is refused
 
 A run of `mimdet pretrain` holds mae.safetensors and pictures of reconstructions besides.
@@ -69,7 +69,7 @@ MAE_FILE = "mae.safetensors"
 
 
 class Run:
-    """The directory of one training. Same configuration: resumed. Another one: an error."""
+    """The directory of one training. Same configuration (`accepted`): resumed. Another: an error."""
 
     def __init__(
         self, path: str | Path, cfg: Config | PretrainConfig, *, locked: bool = False
@@ -390,11 +390,11 @@ class CheckpointStore:
         with (place / OPTIMIZER).open("rb") as file:
             try:
                 optimizer = torch.load(file, map_location="cpu", weights_only=True)
-            except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-                reason = str(error).partition("\n")[0] or type(error).__name__
-                raise ValueError(f"{file.name} is cut off or damaged ({reason})") from error
             except UnpicklingError as error:  # whose text advises to run what the file holds
                 raise ValueError(f"{file.name} holds something else than numbers") from error
+            except Exception as error:  # what a damaged pickle raises is not limited to a few
+                reason = str(error).partition("\n")[0] or type(error).__name__
+                raise ValueError(f"{file.name} is cut off or damaged ({reason})") from error
         part = weights.metadata.get(MODEL_PART, "{}")
         return Checkpoint(int(place.name), weights.tensors, optimizer, part)
 
@@ -454,8 +454,8 @@ def load_detector(
             f"{path} has no checkpoint {checkpoint!r}; it has steps {store.steps()}, "
             "and the names 'last' and (after an evaluation) 'best'"
         )
-    steps = [int(place.name)] if checkpoint != "last" else store.steps((WEIGHTS,))
-    file = store.newest(store.weights, steps)
+    steps = store.steps((WEIGHTS,))
+    file = store.newest(store.weights, steps) if checkpoint == "last" else store.weights(place)
     assert file is not None  # `find` has found one
     check_finite(file.tensors, file.name)
     categories = read_categories((path / "categories.json").read_bytes())

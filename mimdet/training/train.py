@@ -47,16 +47,17 @@ def train(
     """Train and yield after every step; `for step in train(cfg, "runs/x"): ...`.
 
     A run directory that already holds this configuration is resumed, bit for bit as if it had
-    never stopped (on CPU). Ctrl-C and SIGTERM abandon the step in progress, save, and raise
-    TrainingStopped; leaving the loop saves too.
+    never stopped (on CPU). Ctrl-C, SIGTERM and a closed terminal abandon the step in progress, save,
+    and raise TrainingStopped; leaving the loop saves too.
 
     dataset: a function `(cfg.data, split) -> data set`; slots: parts of the detector, as for
     `build_detector` (sampler=..., stem=...). Both may be written in a cell: their code is kept with
     the run. A finished model, for example with such parts, and data sets may be passed in as well.
     locked: this process holds the run's lock already (`alone_in`).
 
-    Raises ValueError, before anything is written, for a model of another configuration and for data
-    sets whose classes differ; and where the run holds parts written as other code than these.
+    Raises ValueError, before anything is written, for a model of another configuration, for data
+    sets whose classes differ, and for a recipe that lacks its weights; and where the run began with
+    other data, weights, classes or code than these.
     """
     check_start(cfg)
     set_up(cfg.training)

@@ -129,8 +129,9 @@ def test_where_no_checkpoint_is_whole_it_is_said_what_to_do(run) -> None:
         with pytest.raises(ValueError, match=r"000004.model.safetensors.*copy one back") as error:
             use(run)
         assert "download" not in str(error.value)
-    with pytest.raises(ValueError, match=r"000003.model.safetensors is cut off or damaged"):
+    with pytest.raises(ValueError, match=r"000003.model.safetensors is cut off or damaged") as one:
         load_detector(run, checkpoint=3)
+    assert "remove" not in str(one.value)
 
 
 # ------------------------------------------------------------------------------- leftovers
@@ -217,7 +218,11 @@ def test_other_initial_weights_are_refused_and_missing_ones_are_not_needed(tmp_p
     with pytest.raises(ValueError, match=r"initial weights: .*sha256:\w+ -> .*sha256:\w+"):
         next(train(cfg, tmp_path / "run"))
     weights.unlink()
-    assert next(train(cfg, tmp_path / "run")).number == 2
+    begin(cfg, tmp_path / "run")
+    moved = tmp_path / "moved.safetensors"
+    shutil.copy(whole / "checkpoints/000004/model.safetensors", moved)
+    cfg.training.init_from = str(moved)
+    assert next(train(cfg, tmp_path / "run")).number == 3
 
 
 def test_another_class_count_changes_a_run_only_before_its_first_step(tmp_path) -> None:
