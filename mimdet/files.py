@@ -5,7 +5,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import get_ident
 from typing import Any
@@ -23,7 +24,8 @@ def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_name(path)
     try:
-        write(partial)
+        with named(path):
+            write(partial)
         sync(partial)
         os.replace(partial, path)
     finally:
@@ -36,7 +38,8 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     partial = partial_name(path)
     partial.mkdir(parents=True)
     try:
-        write(partial)
+        with named(path):
+            write(partial)
         for file in partial.iterdir():
             sync(file)
         if path.exists():
@@ -56,8 +59,19 @@ def remove_folder(path: Path) -> None:
 
 def append_text(path: Path, text: str) -> None:
     """Add text in UTF-8 at the end; an interruption leaves the beginning of it."""
-    with path.open("a", encoding="utf-8", newline="\n") as file:
+    with named(path), path.open("a", encoding="utf-8", newline="\n") as file:
         file.write(text)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Errors name the file, which those of a full or failing disk do not by themselves."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def partial_name(path: Path) -> Path:
@@ -125,6 +139,7 @@ def sync(path: Path) -> None:
         return  # Windows has no descriptor for folders
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
-        os.fsync(descriptor)
+        with named(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

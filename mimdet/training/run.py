@@ -69,7 +69,7 @@ MAE_FILE = "mae.safetensors"
 
 
 class Run:
-    """The directory of one training. Same configuration (`accepted`): resumed. Another: an error."""
+    """The directory of one training. Same configuration: resumed. Another one: an error."""
 
     def __init__(
         self, path: str | Path, cfg: Config | PretrainConfig, *, locked: bool = False

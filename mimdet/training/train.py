@@ -47,8 +47,8 @@ def train(
     """Train and yield after every step; `for step in train(cfg, "runs/x"): ...`.
 
     A run directory that already holds this configuration is resumed, bit for bit as if it had
-    never stopped (on CPU). Ctrl-C, SIGTERM and a closed terminal abandon the step in progress, save,
-    and raise TrainingStopped; leaving the loop saves too.
+    never stopped (on CPU). Ctrl-C, SIGTERM and a closed terminal abandon the step in progress,
+    save, and raise TrainingStopped; leaving the loop saves too.
 
     dataset: a function `(cfg.data, split) -> data set`; slots: parts of the detector, as for
     `build_detector` (sampler=..., stem=...). Both may be written in a cell: their code is kept with

@@ -18,7 +18,7 @@ import torch
 import mimdet
 from mimdet import presets
 from mimdet.config import load_config
-from mimdet.files import read_json, write_json
+from mimdet.files import append_text, read_json, write_json
 from mimdet.training.owner import STATUS, RunInUse, in_use, read_status
 from mimdet.training.run import Checkpoint, CheckpointStore, Run, TrainingStopped, load_detector
 from mimdet.training.train import resume, train
@@ -415,6 +415,12 @@ def test_an_unexpected_error_says_where_the_last_checkpoint_is(tmp_path, monkeyp
     with pytest.raises(OSError, match=r"No space left on device: 'metrics.jsonl'") as error:
         next(steps)
     assert "Nor could step 3 be saved" in error.value.__notes__[0]  # the first failure is told
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+def test_a_full_disk_is_told_with_the_file_s_name() -> None:
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+        append_text(Path("/dev/full"), "a row\n")
 
 
 def test_steps_that_fp16_skipped_are_counted_and_rows_stay_strict_json(tmp_path, monkeypatch):
