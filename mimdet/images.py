@@ -1,8 +1,11 @@
 """Any image -> (3, H, W) uint8 RGB, resized as the detector wants it.
 
-Pixels come as they are stored: the EXIF orientation is not applied, because COCO's sizes, boxes and
-polygons refer to stored pixels. PIL decodes (torchvision's decoders give the same pixels, are less
-than a fifth faster and announced for removal), and every mode has one way to RGB:
+Files are read upright, as viewers show them: the EXIF orientation of phone photos is applied. Of
+images that belong to an annotation file its sizes decide, as boxes and polygons refer to them:
+pixels come as they are stored, as in COCO, unless only the upright image has the size that is said.
+
+PIL decodes (torchvision's decoders give the same pixels, are less than a fifth faster and announced
+for removal), and every mode has one way to RGB:
 
 - grey and palette: expanded; transparency: dropped, the colour underneath stays;
 - CMYK, YCbCr, LAB: converted;
@@ -10,6 +13,7 @@ than a fifth faster and announced for removal), and every mode has one way to RG
 """
 
 import io
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,18 @@ from torch import Tensor
 
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What is read. Pillow knows more, and some run programs: Ghostscript for PostScript."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what makes the image upright; 1 is upright."""
+SIDEWAYS = (5, 6, 7, 8)
+"""Orientations that exchange width and height."""
 Source = str | Path | bytes
 Size = tuple[int, int]
 """(height, width) in pixels."""
@@ -46,17 +62,18 @@ class Resize:
         return shortest_edge(height, width, self.short_side, self.max_side)
 
 
-def read_image(source: Source, name: str = "") -> Tensor:
-    """Read a file (or its bytes) as (3, H, W) uint8 RGB.
+def read_image(source: Source, name: str = "", size: Size | None = None) -> Tensor:
+    """Read a file (or its bytes) as (3, H, W) uint8 RGB: upright, or as it has `size`.
 
-    name: how errors call an image that is given as bytes. Raises FileNotFoundError, and ValueError
-    naming the file when it is no image, is cut off, or holds floating point pixels.
+    name: how errors call an image that is given as bytes. size: (height, width) that annotations
+    say; pixels as stored, unless only the upright image has it. Raises FileNotFoundError, and
+    ValueError naming the file when it is no image, is cut off, or holds floating point pixels.
     """
     name = name or ("image" if isinstance(source, bytes) else str(source))
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
     try:
         with open_image(data) as image:
-            return pil_to_rgb(image)
+            return pil_to_rgb(_turned(image, size))
     except UnidentifiedImageError:
         raise ValueError(_unreadable(name, f"it is none of {', '.join(FORMATS)}")) from None
     except Exception as error:  # what a decoder raises for a broken file is not limited to a few
@@ -84,6 +101,30 @@ def _unreadable(name: str, reason: str) -> str:
         f"{name} cannot be read as an image ({reason}); replace the file or remove it from the "
         "data set, `mimdet check-data` lists every such file"
     )
+
+
+def _turned(image: Image.Image, size: Size | None) -> Image.Image:
+    """The image upright where nothing, or nothing but its upright size, speaks against it."""
+    turned = orientation(image)
+    stored, other = (image.height, image.width), (image.width, image.height)
+    if turned == 1 or (size is not None and not (turned in SIDEWAYS and stored != size == other)):
+        return image
+    if size is None:
+        warnings.warn(
+            "an image file has an EXIF orientation, which is applied: boxes and masks refer to the "
+            "upright image that viewers show",
+            stacklevel=3,
+        )
+    return image.transpose(TURNS[turned])
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF orientation 1..8; 1 where there is none, or none that can be read."""
+    try:
+        turned = image.getexif().get(0x0112, 1)
+    except Exception:  # a broken tag does not spoil the pixels
+        return 1
+    return int(turned) if turned in TURNS else 1
 
 
 def stored_size(source: Source) -> tuple[int, int]:
@@ -130,6 +171,12 @@ def to_rgb(image: Any, name: str = "") -> Tensor:
             )
         return image
     if hasattr(image, "convert"):
+        if orientation(image) != 1:
+            warnings.warn(
+                "a PIL image has an EXIF orientation, which is not applied: give its path, or "
+                "PIL.ImageOps.exif_transpose(image), for boxes and masks of the upright image",
+                stacklevel=2,
+            )
         return pil_to_rgb(image)
     raise ValueError(
         f"cannot read an image from {type(image).__name__}: give a path, a PIL image, an array "

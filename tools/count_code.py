@@ -17,6 +17,7 @@ CORE = (
     "images.py",
     "inference.py",
     "models/*.py",
+    "data/annotations.py",
     "data/coco.py",
     "data/coco_file.py",
     "data/augment.py",

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from mimdet.data.coco_file import Id, Number, RunLengths, Whole, compressed
+from mimdet.data.annotations import Id, Number, RunLengths, Whole, compressed
 from mimdet.files import read_json
 
 IouType = Literal["bbox", "segm"]
@@ -290,5 +290,6 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def percent(value: float) -> str:
-    return "-" if math.isnan(value) else f"{100 * value:.1f}"
+def percent(value: float | None) -> str:
+    """x 100; "-" where there was nothing to find."""
+    return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"

@@ -8,35 +8,19 @@ set as a whole. It never raises for what it finds. What may be found is listed i
 import hashlib
 import os
 import textwrap
-import tomllib
 import warnings
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from mimdet.data.coco_file import (
-    Annotation,
-    CocoReader,
-    Problem,
-    Read,
-    brief,
-    mask_area,
-    mask_extent,
-)
-from mimdet.images import open_image
-
-_KINDS = tomllib.loads(Path(__file__).with_name("check_kinds.toml").read_text("utf-8"))
-ERRORS: dict[str, str] = _KINDS["errors"]
-"""Kinds of faults that spoil training or its numbers, and what to do about each."""
-WARNINGS: dict[str, str] = _KINDS["warnings"]
-"""Kinds that may be meant so, and what to do if not."""
-KINDS = ERRORS | WARNINGS
-"""Every kind with its remedy, in the order in which findings are printed."""
+from mimdet.data.annotations import TOLERANCE, Annotation, Note, brief
+from mimdet.data.coco_file import ERRORS, KINDS, CocoReader, Problem, Read
+from mimdet.images import SIDEWAYS, open_image, orientation
 
 
 @dataclass(slots=True)
@@ -111,12 +95,6 @@ def _summary_lines(summary: dict[str, Any], classes: int = 10) -> list[str]:
 
 SMALL, MEDIUM = 32**2, 96**2
 """Areas in pixels below which COCO calls an object small, medium."""
-TOLERANCE = 1.0
-"""Pixels a box may reach out of its image: rounding and 1-based tools."""
-EXIF_ORIENTATION = 0x0112
-
-Note = Callable[[str, str], None]
-"""Takes kind and message of a finding; its place is known."""
 
 
 def check_dataset(
@@ -130,100 +108,154 @@ def check_dataset(
     from tqdm import tqdm
 
     problems: list[Problem] = []
-    reader = CocoReader(Path(json_path), problems.append)
+    reader = CocoReader(Path(json_path), problems.append, thorough=True)
     files = ImageFolder(Path(image_folder), decode)
     if reader.images and not files.folder.is_dir():
         reader.problem("folder-missing", f"{image_folder} is not a folder")
-    images: list[_Image] = []
-    objects: list[_Object] = []
-    count = len(reader.images)
-    for image, pairs in tqdm(reader.rows(), "images", count, disable=not progress):
-        size = files.check(image, partial(reader.problem, read=image))
-        images.append(_Image(*size, len(pairs)))
+    survey, count = Survey(reader), len(reader.images)
+    for image, _ in tqdm(survey.rows(), "images", count, disable=not progress):
+        files.check(image, partial(reader.problem, read=image))
+    return Report(problems, survey.summary())
+
+
+@dataclass
+class Survey:
+    """A whole file, image by image: counts, and what is wrong with several entries together."""
+
+    reader: CocoReader
+    names: dict[str, int] = field(default_factory=dict)
+    """File name -> place of its first image."""
+    ids: dict[int | str, int] = field(default_factory=dict)
+    """Id of an annotation -> place of the first that has it."""
+    sizes: list[tuple[int, int, int]] = field(default_factory=list)
+    """Width, height and annotations of each image."""
+    classes: Counter[int] = field(default_factory=Counter)
+    """Category id -> its objects, crowds left out."""
+    areas: list[float] = field(default_factory=list)
+    """Of the objects, crowds left out."""
+    used: set[int] = field(default_factory=set)
+    """Category ids, of crowds too."""
+    masked: Counter[bool] = field(default_factory=Counter)
+    """By whether they are crowds: the annotations that have a mask."""
+    without_mask: list[Read] = field(default_factory=list)
+    """Single objects; after the first with a mask they are complete only in number."""
+    small_boxes: int = 0
+    """Boxes without a number above 1, in images of more than 2 pixels."""
+    leaving: int = 0
+    """Boxes that leave their image as x, y, width, height."""
+    as_corners: int = 0
+    """Boxes that are sound as x1, y1, x2, y2."""
+
+    def rows(self) -> Iterator[tuple[Read, list[tuple[Read, Annotation]]]]:
+        """Those of the reader, after the last of which the whole is judged."""
+        for image, pairs in self.reader.rows():
+            self._add(image, pairs)
+            yield image, pairs
+        self._finish()
+
+    def _add(self, image: Read, pairs: list[tuple[Read, Annotation]]) -> None:
+        note, name = partial(self.reader.problem, read=image), image.entry.file_name
+        first = self.names.setdefault(name, image.position)
+        if first != image.position:
+            note("duplicate-file-name", f"also in images[{first}]")
+        if leaves_folder(name):
+            note("file-name-leaves-folder", f"file_name is {brief(name)}")
+        width, height = image.entry.width, image.entry.height
+        self.sizes.append((width, height, len(pairs)))
+        boxes: dict[tuple[Any, ...], int] = {}
         for read, annotation in pairs:
-            _check_annotation(read, annotation, size, partial(reader.problem, read=read))
-            masked = annotation.mask is not None
-            objects.append(_Object(read, annotation.iscrowd, masked, size, annotation.area))
-    _check_twins(reader, objects)
-    _check_layout(reader, objects)
-    _check_whole(reader, images, objects)
-    return Report(problems, _summary(reader, images, objects))
+            self._add_object(read, annotation, width, height)
+            if not annotation.iscrowd:
+                key = annotation.category_id, annotation.bbox
+                twin = boxes.setdefault(key, read.position)
+                if twin != read.position:
+                    found = f"the same as annotations[{twin}]"
+                    self.reader.problem("duplicate-annotation", found, read)
+
+    def _add_object(self, read: Read, annotation: Annotation, width: int, height: int) -> None:
+        number = read.entry.id
+        if not number:
+            found = "it has no id" if number is None else "id is 0"
+            self.reader.problem("annotation-id", found, read)
+        if number is not None:
+            first = self.ids.setdefault(number, read.position)
+            if first != read.position:
+                found = f"also the id of annotations[{first}]"
+                self.reader.problem("duplicate-annotation-id", found, read)
+        self.used.add(annotation.category_id)
+        masked = annotation.mask is not None
+        self.masked[annotation.iscrowd] += masked
+        if not annotation.iscrowd:
+            self.classes[annotation.category_id] += 1
+            self.areas.append(annotation.area)
+            if not masked:
+                self.without_mask.append(read)
+        x, y, second_x, second_y = annotation.bbox
+        self.small_boxes += (
+            max(annotation.bbox) <= 1 and min(annotation.bbox) >= -1 and min(width, height) > 2
+        )
+        self.leaving += x + second_x > width + TOLERANCE or y + second_y > height + TOLERANCE
+        self.as_corners += x < second_x <= width + TOLERANCE and y < second_y <= height + TOLERANCE
+
+    def _finish(self) -> None:
+        """Judge the whole; true xywh boxes meet neither condition on their layout."""
+        problem, reader = self.reader.problem, self.reader
+        total, single = sum(count for *_, count in self.sizes), len(self.areas)
+        if total >= 4 and self.small_boxes == total:
+            problem("boxes-look-normalised", f"no number in {total} boxes is above 1")
+        elif total >= 4 and self.as_corners > 0.99 * total and self.leaving > 0.2 * total:
+            found = f"of {total} boxes {self.leaving / total:.0%} leave their image as x, y, width,"
+            sound = f"{self.as_corners / total:.0%} are sound"
+            problem("boxes-look-xyxy", f"{found} height; as x1, y1, x2, y2 {sound}")
+        for read in self.without_mask if self.masked[False] else ():
+            found = f"{self.masked[False]} objects have a mask, this one has not"
+            problem("segmentation-missing", found, read)
+        if total > 2 * single:
+            problem("mostly-crowds", f"{total - single} of {total} annotations have iscrowd 1")
+        names: set[str] = set()
+        for number, name in reader.categories.items():
+            found = f"category {number} {brief(name)}"
+            if name in names:
+                problem("duplicate-category-name", found)
+            names.add(name)
+            if number not in self.used:
+                problem("category-unused", found)
+        empty = sum(not count for *_, count in self.sizes)
+        if empty > len(self.sizes) / 2:
+            problem("mostly-empty-images", f"{empty} of {len(self.sizes)} images")
+
+    def summary(self) -> dict[str, Any]:
+        """See `Report.summary`."""
+        columns = np.array(self.sizes, dtype=np.int64).reshape(-1, 3)
+        areas = np.array(self.areas)
+        edges = np.digitize(areas[areas > 0], [SMALL, MEDIUM])
+        labels = ("small", "medium", "large")
+        total = int(columns[:, 2].sum())
+        return {
+            "images": len(columns),
+            "empty_images": int((columns[:, 2] == 0).sum()),
+            "annotations": total,
+            "crowds": total - len(areas),
+            "with_masks": sum(self.masked.values()),
+            "categories": len(self.reader.categories),
+            "class_histogram": {
+                name: self.classes[number] for number, name in self.reader.categories.items()
+            },
+            "instances_per_image": _quartiles(columns[:, 2]),
+            "image_width": _quartiles(columns[:, 0]),
+            "image_height": _quartiles(columns[:, 1]),
+            "size_share": {
+                k: float(np.mean(edges == i)) for i, k in enumerate(labels) if len(edges)
+            },
+        }
 
 
-class _Image(NamedTuple):
-    width: int
-    height: int
-    annotations: int
-
-
-class _Object(NamedTuple):
-    """What is kept of an annotation to judge the data set as a whole."""
-
-    read: Read
-    crowd: bool
-    masked: bool
-    size: tuple[int, int]
-    """(width, height) of the image."""
-    area: float
-
-
-def _check_annotation(
-    read: Read, annotation: Annotation, size: tuple[int, int], note: Note
-) -> None:
-    """What is wrong with an annotation that can be read; size: (width, height) of its image."""
-    width, height = size
-    x, y, w, h = box = annotation.bbox
-    polygons = annotation.mask if isinstance(annotation.mask, list) else []
-    over = max(-x, -y, x + w - width, y + h - height)
-    if w <= 0 or h <= 0:
-        note("empty-box", f"width {w:g}, height {h:g}")
-    elif x >= width or y >= height or x + w <= 0 or y + h <= 0:
-        note("box-outside", f"bbox {brief(box)} in an image of {width} x {height}")
-    elif over > TOLERANCE:
-        note("box-exceeds-image", f"by {over:.1f} pixels: {brief(box)} in {width} x {height}")
-    for part, flat in enumerate(polygons):
-        if len(flat) < 6:
-            note("polygon-too-short", f"part {part} has {len(flat) // 2} points")
-    if annotation.iscrowd and polygons:
-        note("crowd-with-polygon", f"{len(polygons)} polygons")
-    extent = mask_extent(annotation.mask)
-    if extent is not None and (extent[2] <= extent[0] or extent[3] <= extent[1]):
-        note("segmentation-empty", "its mask encloses nothing")
-        extent = None
-    elif extent is not None and w > 0 and h > 0:
-        _compare_extents(extent, (x, y, x + w, y + h), note)
-    if read.entry.iscrowd is None:
-        note("iscrowd-missing", "iscrowd is not there")
-    if read.entry.area is None:
-        note("area-missing", "area is not there")
-    elif annotation.area <= 0:
-        note("bad-area", f"area is {annotation.area:g}")
-    elif extent is not None:
-        # A polygon's area and its pixel count differ by up to half its outline.
-        own = mask_area(annotation, height, width)
-        outline = extent[2] - extent[0] + extent[3] - extent[1]
-        if abs(annotation.area - own) > 0.2 * max(annotation.area, own) + outline:
-            note("area-mismatch", f"area is {annotation.area:g}, its mask covers {own:g}")
-    elif w > 0 and h > 0 and not polygons:
-        own = w * h  # an upper bound: masks may have been dropped, their areas kept
-        if not 0.01 * own <= annotation.area <= 1.2 * own + w + h:
-            note("area-mismatch", f"area is {annotation.area:g}, its box covers {own:g}")
-
-
-def _compare_extents(mask: tuple[float, ...], box: tuple[float, ...], note: Note) -> None:
-    """Compare a mask's extent with its box, both x1, y1, x2, y2.
-
-    COCO's own boxes are the extents of their polygons to 1e-12. Tools that round or count whole
-    pixels stay within 2 pixels; tools that pad their boxes, above an overlap (IoU) of 0.6.
-    """
-    apart = max(abs(a - b) for a, b in zip(mask, box, strict=True))
-    w = min(mask[2], box[2]) - max(mask[0], box[0])
-    h = min(mask[3], box[3]) - max(mask[1], box[1])
-    common = max(0.0, w) * max(0.0, h)
-    union = sum((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (mask, box)) - common
-    if apart > 2 and common < 0.6 * union:
-        ours, theirs = (", ".join(f"{edge:.1f}" for edge in edges) for edges in (mask, box))
-        note("segmentation-box-mismatch", f"mask spans {ours}; box spans {theirs} (x1 y1 x2 y2)")
+def _quartiles(values: np.ndarray) -> dict[str, int]:
+    """min, 25%, 50%, 75% and max, each a value that occurs; empty for no values."""
+    if not len(values):
+        return {}
+    cuts = np.quantile(values, [0, 0.25, 0.5, 0.75, 1], method="nearest")
+    return dict(zip(("min", "25%", "50%", "75%", "max"), map(int, cuts), strict=True))
 
 
 class ImageFolder:
@@ -231,31 +263,29 @@ class ImageFolder:
 
     def __init__(self, folder: Path, decode: bool) -> None:
         self.folder, self.decode = folder, decode
-        self.names: dict[str, int] = {}
+        self.names: set[str] = set()
         self.digests: dict[str, str] = {}
 
-    def check(self, image: Read, note: Note) -> tuple[int, int]:
-        """Look for faults of one image -> its (width, height): the file's, else the entry's.
+    def check(self, image: Read, note: Note) -> None:
+        """Look for faults of one image file.
 
         Whatever Pillow raises for a file that is broken, cut off, of an unknown format or so large
         that it looks like a decompression bomb is a finding.
         """
 
-        name, stored = image.entry.file_name, (image.entry.width, image.entry.height)
+        name, said = image.entry.file_name, (image.entry.width, image.entry.height)
         path = self.folder / name
-        first = self.names.setdefault(name, image.position)
-        if first != image.position:
-            note("duplicate-file-name", f"also in images[{first}]")
-            return stored
-        if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
-            note("file-name-leaves-folder", f"file_name is {brief(name)}")
-        if not self.folder.is_dir():
-            return stored
+        if name in self.names or not self.folder.is_dir():
+            return
+        self.names.add(name)
         if not os.path.isfile(path):  # also False for names no file can have
             other = self.by_name.get(path.name.lower())
             hint = f"; did you mean {brief(other)}?" if other else ""
-            note("image-missing", f"no such file{hint}")
-            return stored
+            note("image-missing", f"there is no {path}{hint}")
+            return
+        target = link_target(self.folder, path)
+        if target and not leaves_folder(name):
+            note("link-leaves-folder", f"it leads to {target}")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow warns of odd tags and of large images
@@ -263,18 +293,16 @@ class ImageFolder:
                     if self.decode:
                         opened.load()
                     size, mode = opened.size, opened.mode
-                    # Without decoding: a PNG may keep its EXIF behind the pixels.
-                    skip = not self.decode and opened.format == "PNG"
-                    turned = 1 if skip else opened.getexif().get(EXIF_ORIENTATION, 1)
+                    # A PNG may keep its EXIF behind the pixels, which takes decoding.
+                    skip = not self.decode and opened.format == "PNG" and size == said
+                    turned = 1 if skip else orientation(opened)
         except Exception as error:  # Pillow's readers raise nearly anything
             note("image-unreadable", f"{type(error).__name__}: {error}")
-            return stored
-        if size != stored:
-            swapped = " (swapped)" if size == stored[::-1] else ""
-            says = f"the annotations say {stored[0]} x {stored[1]}{swapped}"
-            note("image-size-wrong", f"{says}, the file is {size[0]} x {size[1]}")
-        if turned in range(2, 9):
+            return
+        if size == said and turned != 1:
             note("image-rotated", f"EXIF orientation {turned}")
+        elif size != said and not (turned in SIDEWAYS and size == said[::-1]):
+            note("image-size-wrong", size_words(said, size))
         if mode.startswith(("F", "I")):
             kind = "image-float" if mode == "F" else "image-16-bit"
             note(kind, f"Pillow's mode is {mode}")
@@ -282,7 +310,6 @@ class ImageFolder:
             twin = self.digests.setdefault(hashlib.sha256(path.read_bytes()).hexdigest(), name)
             if twin != name:
                 note("duplicate-image-content", f"the same bytes as {brief(twin)}")
-        return size
 
     @cached_property
     def by_name(self) -> dict[str, str]:
@@ -291,92 +318,18 @@ class ImageFolder:
         return {file.name.lower(): file.as_posix() for file in files}
 
 
-def _check_twins(reader: CocoReader, objects: list[_Object]) -> None:
-    """Annotations that occur twice, or whose id does."""
-    ids: dict[Any, int] = {}
-    boxes: dict[tuple[Any, ...], int] = {}
-    for read, crowd, *_ in objects:
-        entry = read.entry
-        if not entry.id:
-            found = "it has no id" if entry.id is None else "id is 0"
-            reader.problem("annotation-id", found, read)
-        first = ids.setdefault(entry.id, read.position)
-        if first != read.position and entry.id is not None:
-            reader.problem("duplicate-annotation-id", f"also the id of annotations[{first}]", read)
-        key = (entry.image_id, entry.category_id, *entry.bbox)
-        if not crowd and boxes.setdefault(key, read.position) != read.position:
-            reader.problem("duplicate-annotation", f"the same as annotations[{boxes[key]}]", read)
+def leaves_folder(name: str) -> bool:
+    return PurePath(name).is_absolute() or ".." in PurePath(name).parts
 
 
-def _check_layout(reader: CocoReader, objects: list[_Object]) -> None:
-    """Judge what the four numbers of all boxes mean; true xywh data meets neither condition."""
-    total = len(objects)
-    if total < 4:
-        return
-    boxes = np.array([one.read.entry.bbox for one in objects])  # (N, 4)
-    sizes = np.array([one.size for one in objects])  # (N, 2) width, height
-    corner, second = boxes[:, :2], boxes[:, 2:]
-    if (np.abs(boxes) <= 1).all() and (sizes > 2).all():
-        reader.problem("boxes-look-normalised", f"no number in {total} boxes is above 1")
-        return
-    sound = ((second > corner) & (second <= sizes + TOLERANCE)).all(1).mean()
-    beyond = (corner + second > sizes + TOLERANCE).any(1).mean()
-    if sound > 0.99 and beyond > 0.2:
-        found = f"of {total} boxes {beyond:.0%} leave their image as x, y, width, height; "
-        reader.problem("boxes-look-xyxy", found + f"as x1, y1, x2, y2 {sound:.0%} are sound")
+def size_words(said: tuple[int, int], found: tuple[int, int]) -> str:
+    """said, found: (width, height)."""
+    swapped = " (swapped)" if found == said[::-1] else ""
+    says = f"the annotations say {said[0]} x {said[1]}{swapped}"
+    return f"{says}, the file is {found[0]} x {found[1]}"
 
 
-def _check_whole(reader: CocoReader, images: list[_Image], objects: list[_Object]) -> None:
-    """Faults that show only over all annotations."""
-    single = [one for one in objects if not one.crowd]
-    masked = sum(one.masked for one in single)
-    for one in single:
-        if masked and not one.masked:
-            found = f"{masked} objects have a mask, this one has not"
-            reader.problem("segmentation-missing", found, one.read)
-    crowds = len(objects) - len(single)
-    if crowds > len(single):
-        found = f"{crowds} of {len(objects)} annotations have iscrowd 1"
-        reader.problem("mostly-crowds", found)
-    used = {one.read.entry.category_id for one in objects}
-    names: set[str] = set()
-    for number, name in reader.categories.items():
-        found = f"category {number} {brief(name)}"
-        if name in names:
-            reader.problem("duplicate-category-name", found)
-        names.add(name)
-        if number not in used:
-            reader.problem("category-unused", found)
-    empty = sum(not image.annotations for image in images)
-    if empty > len(images) / 2:
-        reader.problem("mostly-empty-images", f"{empty} of {len(images)} images")
-
-
-def _summary(reader: CocoReader, images: list[_Image], objects: list[_Object]) -> dict[str, Any]:
-    """See `Report.summary`."""
-    single = [one for one in objects if not one.crowd]
-    classes = Counter(reader.categories.get(one.read.entry.category_id) for one in single)
-    areas = [one.area for one in single if one.area > 0]
-    edges = np.digitize(areas, [SMALL, MEDIUM])
-    labels = ("small", "medium", "large")
-    return {
-        "images": len(images),
-        "empty_images": sum(not image.annotations for image in images),
-        "annotations": len(objects),
-        "crowds": len(objects) - len(single),
-        "with_masks": sum(one.masked for one in objects),
-        "categories": len(reader.categories),
-        "class_histogram": {name: classes[name] for name in reader.categories.values()},
-        "instances_per_image": _quartiles([image.annotations for image in images]),
-        "image_width": _quartiles([image.width for image in images]),
-        "image_height": _quartiles([image.height for image in images]),
-        "size_share": {k: float(np.mean(edges == i)) for i, k in enumerate(labels) if areas},
-    }
-
-
-def _quartiles(values: list[int]) -> dict[str, int]:
-    """min, 25%, 50%, 75% and max, each a value that occurs; empty for no values."""
-    if not values:
-        return {}
-    cuts = np.quantile(values, [0, 0.25, 0.5, 0.75, 1], method="nearest")
-    return dict(zip(("min", "25%", "50%", "75%", "max"), map(int, cuts), strict=True))
+def link_target(folder: Path, path: Path) -> str:
+    """Where a file of the folder lies if a link leads out of it; else empty."""
+    target = os.path.realpath(path)
+    return "" if Path(target).is_relative_to(os.path.realpath(folder)) else target

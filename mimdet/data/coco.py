@@ -10,8 +10,12 @@ import hashlib
 import json
 import os
 import pkgutil
+import tempfile
 import warnings
+import zlib
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,7 +26,9 @@ import numpy as np
 from torch import Tensor
 
 from mimdet.config import DataConfig
-from mimdet.data.coco_file import AnnotatedImages, Annotation, CocoReader, ImageEntry
+from mimdet.data.annotations import AnnotatedImages, Annotation
+from mimdet.data.checks import Survey, link_target, size_words
+from mimdet.data.coco_file import REFUSED, CocoReader, ImageEntry, Problem, Read, refuse
 from mimdet.files import write_file
 from mimdet.images import read_image
 
@@ -30,9 +36,11 @@ if TYPE_CHECKING:
     from mimdet.data.loader import Dataset
 
 
-FORMAT = 4
-"""Part of the cache's file name; raised when the columns or the meaning of `usable` change."""
+FORMAT = 5
+"""Part of the cache's file name; raised when the columns or the meaning of `left_out` change."""
 ROWS_AT_A_TIME = 1000
+SEAL = 0x2144DF1C
+"""The CRC-32 of any file that ends with its own."""
 
 
 def cache_folder() -> Path:
@@ -41,76 +49,112 @@ def cache_folder() -> Path:
 
 
 class Table:
-    """A COCO instances file, read through the cache; in another process it is opened anew.
+    """A COCO instances file as a memory-mapped Arrow table; in another process it is mapped anew.
 
-    rows: a memory-mapped `pyarrow.Table` with the columns image_id (json text: ids may be numbers
-    or strings), file_name, height, width, usable (number of trainable annotations) and annotations
-    (json text of a list of `Annotation`). head: what holds for the whole file: sha256, categories
-    [(id, name), ...] sorted by id, with_mask (whether any single object has one), and the ids of at
-    most 5 single objects each that are without_mask and unusable.
-
-    Raises FileNotFoundError, and ValueError naming file, entry and field where it is not COCO.
+    rows: a `pyarrow.Table` with the columns image_id (json text: ids may be numbers or strings),
+    file_name, height, width, usable (number of trainable annotations), left_out (for each of the
+    others why, as `Annotation` has it) and annotations (msgpack of a list of `Annotation`).
+    head: what holds for the whole file: sha256, categories [(id, name), ...] sorted by id, masks
+    (whether any single object has one), and found: kind of fault -> [count, the first `Problem`].
     """
 
-    def __init__(self, json_path: Path) -> None:
+    def __init__(self, path: Path, folder: Any = None) -> None:
+        """folder: is kept as long as the table."""
         import pyarrow as pa
 
-        if not json_path.is_file():
-            raise FileNotFoundError(f"annotation file {json_path} does not exist; check the path")
-        with json_path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self.json_path = json_path
-        cached = cache_folder() / f"coco-{FORMAT}-{digest}.arrow"
-        if not cached.exists():
-            write_file(cached, partial(_build, CocoReader(json_path)))
-        with pa.ipc.open_stream(pa.memory_map(str(cached))) as reader:
+        self.path, self._folder = path, folder
+        with pa.ipc.open_stream(pa.memory_map(str(path))) as reader:
             *batches, last = reader.iter_batches_with_custom_metadata()
         self.rows = pa.Table.from_batches([batch.batch for batch in batches])
-        self.head = json.loads(last.custom_metadata[b"mimdet"]) | {"sha256": digest}
+        self.head = json.loads(last.custom_metadata[b"mimdet"])
 
     def __reduce__(self) -> Any:
-        return Table, (self.json_path,)
+        return Table, (self.path,)
 
     def column(self, name: str) -> Any:
         """(rows,) int array."""
         return self.rows.column(name).to_numpy()
 
 
-def _build(reader: CocoReader, path: Path) -> None:
+def open_table(json_path: Path) -> Table:
+    """Read a COCO instances file through the cache; where that cannot be used, with a warning.
+
+    Raises FileNotFoundError, and ValueError naming file, entry and field where it is not COCO.
+    """
+    if not json_path.is_file():
+        raise FileNotFoundError(f"annotation file {json_path} does not exist; check the path")
+    with json_path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    cached = cache_folder() / f"coco-{FORMAT}-{digest}.arrow"
+    if cached.exists():
+        if _checksum(cached) == SEAL:
+            return Table(cached)
+        warnings.warn(f"{cached} is damaged: it is made again from {json_path}", stacklevel=4)
+    build = partial(_build, json_path, digest)
+    try:
+        write_file(cached, build)
+        return Table(cached)
+    except OSError as error:
+        warnings.warn(
+            f"{cached} cannot be written ({error}): {json_path} is read anew each time; set "
+            "MIMDET_CACHE to a folder with room",
+            stacklevel=4,
+        )
+    folder = tempfile.TemporaryDirectory()
+    build(Path(folder.name) / cached.name)
+    return Table(Path(folder.name) / cached.name, folder)
+
+
+def _build(json_path: Path, digest: str, path: Path) -> None:
     """Write the table, some rows at a time: as objects they take ten times the memory."""
     import pyarrow as pa
 
     kinds = {"image_id": pa.string(), "file_name": pa.string(), "height": pa.int32()}
-    kinds |= {"width": pa.int32(), "usable": pa.int32(), "annotations": pa.binary()}
-    schema = pa.schema(kinds)
-    head: dict[str, Any] = {"without_mask": [], "with_mask": False, "unusable": []}
-    head["categories"] = sorted(reader.categories.items())
-    rows = (_row(image.entry, [one for _, one in pairs], head) for image, pairs in reader.rows())
+    kinds |= {"width": pa.int32(), "usable": pa.int32(), "left_out": pa.list_(pa.string())}
+    schema = pa.schema(kinds | {"annotations": pa.binary()})
+    found: dict[str, list[Any]] = {}
+
+    def report(problem: Problem) -> None:
+        # Whether masks are missing depends on whether they are wanted.
+        if problem.kind in REFUSED and problem.kind != "segmentation-missing":
+            refuse(problem)
+        found.setdefault(problem.kind, [0, asdict(problem)])[0] += 1
+
+    survey = Survey(CocoReader(json_path, report))
+    rows = survey.rows()
     with pa.ipc.new_stream(str(path), schema) as writer:
-        while some := list(islice(rows, ROWS_AT_A_TIME)):
+        while some := [_row(image.entry, pairs) for image, pairs in islice(rows, ROWS_AT_A_TIME)]:
             writer.write_batch(pa.RecordBatch.from_pylist(some, schema))
+        head: dict[str, Any] = {"sha256": digest, "masks": survey.masked[False] > 0, "found": found}
+        head["categories"] = sorted(survey.reader.categories.items())
         end = pa.RecordBatch.from_pylist([], schema)
         writer.write_batch(end, custom_metadata={"mimdet": json.dumps(head)})
+    with path.open("ab") as file:
+        file.write(_checksum(path).to_bytes(4, "little"))
 
 
-def _row(image: ImageEntry, annotations: list[Annotation], head: dict[str, Any]) -> dict[str, Any]:
-    """A row of the table; what it says of the whole goes into the head."""
-    for annotation in annotations:
-        if annotation.iscrowd:
-            continue
-        head["with_mask"] |= annotation.mask is not None
-        if annotation.mask is None and len(head["without_mask"]) < 5:
-            head["without_mask"].append(annotation.source_id)
-        if not annotation.usable and len(head["unusable"]) < 5:
-            head["unusable"].append(annotation.source_id)
+def _row(image: ImageEntry, pairs: list[tuple[Read, Annotation]]) -> dict[str, Any]:
+    """A row of the table."""
+    annotations = [annotation for _, annotation in pairs]
+    left_out = [annotation.left_out for annotation in annotations if annotation.left_out]
     return {
         "image_id": json.dumps(image.id),
         "file_name": image.file_name,
         "height": image.height,
         "width": image.width,
-        "usable": sum(annotation.usable for annotation in annotations),
-        "annotations": msgspec.json.encode(annotations),
+        "usable": len(annotations) - len(left_out),
+        "left_out": left_out,
+        "annotations": msgspec.msgpack.encode(annotations),
     }
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            crc = zlib.crc32(chunk, crc)
+    return crc
 
 
 class CocoDataset(AnnotatedImages):
@@ -119,10 +163,12 @@ class CocoDataset(AnnotatedImages):
     json_path: annotations, read once and cached (see `Table`).
     limit: use only the first N images of the file; 0 = all.
     skip_empty: leave out images (of those) without a trainable annotation.
+    masks: False reads boxes only.
 
-    Labels are the ranks of the category ids. Crowds appear in `ground_truth()` only. Annotations
-    with an empty box or mask are left out of training, with a warning. `has_masks` is False for a
-    file of boxes only; a file in which some objects have a mask and some do not is an error.
+    Labels are the ranks of the category ids. Crowds appear in `ground_truth()` only. What
+    `mimdet check-data` calls an error raises ValueError, or is named once in a warning; annotations
+    with an empty box or mask are left out of training. `has_masks` is False for a file of boxes
+    only; a file in which some objects have a mask and some do not is an error, if masks are read.
     """
 
     def __init__(
@@ -131,52 +177,70 @@ class CocoDataset(AnnotatedImages):
         image_folder: str | Path,
         limit: int = 0,
         skip_empty: bool = False,
+        masks: bool = True,
     ) -> None:
         self.json_path = Path(json_path)
         self.image_folder = Path(image_folder)
-        self._table = Table(self.json_path)
+        self._table = open_table(self.json_path)
         head = self._table.head
-        if head["with_mask"] and head["without_mask"]:
-            raise ValueError(
-                f"{json_path}: some objects have a segmentation and some have none (annotations "
-                f"{', '.join(head['without_mask'])}, ...); complete them, or remove all "
-                "segmentations to train on boxes only"
-            )
-        if head["unusable"]:
-            warnings.warn(
-                f"{json_path}: annotations {', '.join(head['unusable'])}, ... have an empty box or "
-                "mask and are left out of training; `mimdet check-data` lists all",
-                stacklevel=2,
-            )
+        self._report(dict(head["found"]), masks)
         self.category_ids = [number for number, _ in head["categories"]]
         self.categories = [name for _, name in head["categories"]]
-        self.has_masks = head["with_mask"]
+        self.has_masks = head["masks"] and masks
         self.version = f"{self.json_path.name} sha256:{head['sha256']}"
         self._sizes = np.stack([self._table.column(name) for name in ("height", "width")], axis=1)
-        rows = np.arange(len(self._sizes))[: limit or None]
-        if skip_empty:
-            rows = rows[self._table.column("usable")[rows] > 0]
-        self._rows = rows
-        if not len(rows):
+        usable = self._table.column("usable")
+        rows = np.arange(len(usable))[: limit or None]
+        self._rows = rows[usable[rows] > 0] if skip_empty else rows
+        if not len(self._rows):
             raise ValueError(f"{json_path} has no images{' with objects' if skip_empty else ''}")
-        if not os.path.isfile(self._file(0)):
-            raise FileNotFoundError(self._missing(self._file(0)))
+        reasons = Counter({"images without objects": len(rows) - len(self._rows)})
+        reasons.update(
+            self._table.rows.column("left_out").take(rows).combine_chunks().flatten().to_pylist()
+        )
+        left_out = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
+        self.summary = (
+            f"{self.json_path}: {len(self._rows):,} of {len(usable):,} images, "
+            f"{usable[self._rows].sum():,} objects; left out: {left_out or 'nothing'}"
+        )
+        self._link_told = False
+        if not self.image_folder.is_dir():
+            found = f"{self.image_folder} is not a folder"
+            raise FileNotFoundError(str(Problem("folder-missing", found, str(json_path))))
+        self._path(0)
+
+    def _report(self, found: dict[str, list[Any]], masks: bool) -> None:
+        """Refuse, or name once, what is wrong with the file."""
+        missing = found.pop("segmentation-missing", None)
+        if missing is not None and masks:
+            problem = Problem(**missing[1] | {"file": str(self.json_path)})
+            raise ValueError(f"{problem}; without masks (--no-masks) it can be used as it is")
+        places = []
+        for kind, (count, first) in found.items():
+            problem = Problem(**first)
+            places.append(f"{count} {kind} ({problem.where}: {problem.message})")
+        if places:
+            warnings.warn(
+                f"{self.json_path}: {'; '.join(places)}. Objects with an empty box or mask are "
+                "left out of training; `mimdet check-data` lists all",
+                stacklevel=3,
+            )
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def image(self, index: int) -> Tensor:
-        height, width = self.image_size(index)
-        path = self._file(index)
-        if not os.path.isfile(path):  # also False for names no file can have
-            raise FileNotFoundError(self._missing(path))
-        image = read_image(path)  # (3, H, W)
-        if tuple(image.shape[1:]) != (height, width):
-            raise ValueError(
-                f"{path} is {image.shape[2]} x {image.shape[1]} pixels, but {self.json_path} says "
-                f"{width} x {height}; correct the one or the other (EXIF rotation is not applied: "
-                "sizes and boxes refer to stored pixels), `mimdet check-data` lists all"
-            )
+        height, width = size = self.image_size(index)
+        path = self._path(index)
+        target = "" if self._link_told else link_target(self.image_folder, path)
+        if target:
+            self._link_told = True
+            found = self._problem(index, "link-leaves-folder", f"it leads to {target}")
+            warnings.warn(str(found), stacklevel=2)
+        image = read_image(path, size=size)  # (3, H, W)
+        if tuple(image.shape[1:]) != size:
+            words = size_words((width, height), (image.shape[2], image.shape[1]))
+            raise ValueError(str(self._problem(index, "image-size-wrong", words)))
         return image
 
     def image_size(self, index: int) -> tuple[int, int]:
@@ -187,19 +251,22 @@ class CocoDataset(AnnotatedImages):
         return json.loads(self._cell(index, "image_id"))
 
     def annotations(self, index: int) -> list[Annotation]:
-        return msgspec.json.decode(self._cell(index, "annotations"), type=list[Annotation])
+        return msgspec.msgpack.decode(self._cell(index, "annotations"), type=list[Annotation])
 
     def _cell(self, index: int, column: str) -> Any:
         return self._table.rows.column(column)[int(self._rows[index])].as_py()
 
-    def _file(self, index: int) -> Path:
-        return self.image_folder / self._cell(index, "file_name")
+    def _path(self, index: int) -> Path:
+        """The image file. FileNotFoundError if there is none."""
+        path = self.image_folder / self._cell(index, "file_name")
+        if not os.path.isfile(path):  # also False for names no file can have
+            found = self._problem(index, "image-missing", f"there is no {path}")
+            raise FileNotFoundError(str(found))
+        return path
 
-    def _missing(self, path: Path) -> str:
-        return (
-            f"image {path}, named in {self.json_path}, does not exist; check the image folder "
-            f"{self.image_folder}, `mimdet check-data` lists all missing files"
-        )
+    def _problem(self, index: int, kind: str, message: str) -> Problem:
+        name, number = self._cell(index, "file_name"), self.image_id(index)
+        return Problem(kind, message, str(self.json_path), image_id=number, file_name=name)
 
 
 def ids_of_files(cfg: DataConfig, files: Iterable[Path]) -> dict[Path, int | str]:
@@ -211,7 +278,7 @@ def ids_of_files(cfg: DataConfig, files: Iterable[Path]) -> dict[Path, int | str
         annotations = Path(getattr(cfg, f"{split}_json"))
         inside = [file for file in files if file.resolve().is_relative_to(folder)]
         if cfg.source == "coco" and inside and annotations.is_file():
-            rows = Table(annotations).rows
+            rows = open_table(annotations).rows
             columns = (rows.column(name).to_pylist() for name in ("file_name", "image_id"))
             known = dict(zip(*columns, strict=True))
             names = {file: file.resolve().relative_to(folder).as_posix() for file in inside}
@@ -219,13 +286,16 @@ def ids_of_files(cfg: DataConfig, files: Iterable[Path]) -> dict[Path, int | str
     return found
 
 
-def build_dataset(cfg: DataConfig, split: Literal["train", "val"], seed: int = 0) -> "Dataset":
+def build_dataset(
+    cfg: DataConfig, split: Literal["train", "val"], seed: int = 0, masks: bool = True
+) -> "Dataset":
     """Open the training or evaluation data a config names.
 
     data.source may be "module:function", which is called with `cfg` and the split.
 
     seed: of the scenes of ShapesCOCO that are trained on; its evaluation scenes are the same for
-    every seed, so that runs can be compared. Raises ValueError naming the field that is missing.
+    every seed, so that runs can be compared. masks: False reads boxes only, of files and tables;
+    otherwise masks must be complete. Raises ValueError naming the field that is missing.
     """
     if split not in ("train", "val"):
         raise ValueError(f"split={split!r}: use 'train' or 'val'")
@@ -255,7 +325,7 @@ def build_dataset(cfg: DataConfig, split: Literal["train", "val"], seed: int = 0
                 f"data.{split}_{'images' if json_path else 'json'} is empty: data.source='coco' "
                 "needs an annotation file and an image folder"
             )
-        return CocoDataset(json_path, folder, limit, skip_empty)
+        return CocoDataset(json_path, folder, limit, skip_empty, masks)
     if cfg.source == "hub":
         from mimdet.data.hub import HubDataset
 
@@ -264,6 +334,6 @@ def build_dataset(cfg: DataConfig, split: Literal["train", "val"], seed: int = 0
                 "data.hub_name is empty: data.source='hub' needs a data set id or path"
             )
         hub_split = cfg.hub_train_split if train else cfg.hub_val_split
-        return HubDataset(cfg.hub_name, hub_split, cfg.bbox_format, limit, skip_empty)
+        return HubDataset(cfg.hub_name, hub_split, cfg.bbox_format, limit, skip_empty, masks)
     known = "'shapes', 'coco', 'hub' or 'module:function'"
     raise ValueError(f"data.source={cfg.source!r}: use {known}")

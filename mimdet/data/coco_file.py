@@ -5,39 +5,39 @@ the file at the first, `mimdet check-data` collects them all.
 """
 
 import json
-import reprlib
+import re
+import tomllib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypedDict
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
-import torch
 from msgspec import Meta, Struct
 
-from mimdet.data.rasters import crops_from_segmentations
-from mimdet.structures import Record, Target, as_rle
+from mimdet.data.annotations import (
+    Annotation,
+    AnnotationEntry,
+    Id,
+    Mask,
+    Side,
+    Whole,
+    brief,
+    checked,
+)
 
-Whole = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
-Id = Whole | Annotated[str, Meta(min_length=1)]
-Side = Annotated[int, Meta(gt=0, lt=2**31)]
-Number = Annotated[float, Meta(gt=-1e9, lt=1e9)]
-"""Beyond a billion there are no pixels."""
-Polygons = list[list[Number]]
-FAR = 10
-"""Sides of the image that a polygon may leave it by: pycocotools takes memory for every pixel."""
-
-
-class RunLengths(TypedDict):
-    size: Annotated[list[Side], Meta(min_length=2, max_length=2)]
-    """Height, width."""
-    counts: str | list[Annotated[int, Meta(ge=0, lt=2**62)]]
-
-
-Mask = Polygons | RunLengths | None
-"""A COCO segmentation."""
+_KINDS = tomllib.loads(Path(__file__).with_name("check_kinds.toml").read_text("utf-8"))
+REFUSED: dict[str, str] = _KINDS["refused"]
+"""Kinds of faults with which nothing is trained or evaluated, and what to do about each."""
+ERRORS: dict[str, str] = REFUSED | _KINDS["named"]
+"""And those that spoil an object or its number: training and evaluation name them once."""
+WARNINGS: dict[str, str] = _KINDS["warnings"]
+"""Kinds that may be meant so, and what to do if not."""
+KINDS = ERRORS | WARNINGS
+"""Every kind with its remedy, in the order in which findings are printed."""
 
 
 class CategoryEntry(Struct):
@@ -52,43 +52,12 @@ class ImageEntry(Struct):
     width: Side
 
 
-class AnnotationEntry(Struct):
-    """An annotation as the file has it; None where a field is missing."""
-
-    image_id: Id
-    category_id: Whole
-    bbox: tuple[Number, Number, Number, Number]
-    """x, y, width, height in pixels."""
-    id: Id | None = None
-    segmentation: msgspec.Raw = msgspec.Raw(b"null")
-    """Left encoded until the annotation's turn comes: it is most of the file."""
-    area: Number | None = None
-    iscrowd: Literal[0, 1] | bool | None = None
-
-
-class Annotation(Struct, gc=False):
-    """A checked annotation."""
-
-    source_id: str
-    """The file's own id, for messages."""
-    category_id: int
-    bbox: tuple[float, float, float, float]
-    """x, y, width, height in pixels, as the file has it."""
-    area: float
-    """Of the file; where it has none, the pixels of the mask or else of the box."""
-    iscrowd: bool
-    mask: Mask = None
-    """Polygons or compressed run lengths of the whole image; None where the file has none."""
-    usable: bool = True
-    """Trainable: no crowd, a box inside the image, no empty mask."""
-
-
 @dataclass(slots=True, frozen=True)
 class Problem:
     """One finding and its place."""
 
     kind: str
-    """A key of `mimdet.data.checks.KINDS`."""
+    """A key of `KINDS`."""
     message: str
     """What was found there."""
     file: str
@@ -110,23 +79,27 @@ class Problem:
             parts.append(" ".join(["image", *image]))
         return ", ".join(parts)
 
-
-_BRIEF = reprlib.Repr()
-_BRIEF.maxlevel = 2
-_BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = 60
-
-
-def brief(value: Any) -> str:
-    """A value from a file, safe to print: short, on one line, without control characters."""
-    return _BRIEF.repr(value)
+    def __str__(self) -> str:
+        place = ": ".join(part for part in (self.file, self.where) if part)
+        return (
+            f"{place}: {self.message} ({self.kind}). {KINDS[self.kind]} `mimdet check-data` lists "
+            "all that is wrong"
+        )
 
 
 def refuse(problem: Problem) -> None:
-    place = ": ".join(part for part in (problem.file, problem.where) if part)
-    raise ValueError(
-        f"{place}: {problem.message}; correct it or remove it, `mimdet check-data` lists all "
-        "that is wrong"
-    )
+    raise ValueError(str(problem))
+
+
+def in_words(error: Exception, field: str = "") -> str:
+    """What msgspec says of a value, with the field first, as the file names it.
+
+    field: what the value is called that msgspec calls `$`.
+    """
+    found = re.fullmatch(r"(.*) - at `\$(.*)`", str(error))
+    name = (field + (found[2] if found else "")).lstrip(".")
+    message = found[1] if found else str(error)
+    return f"{name} is wrong: {message}" if name else message
 
 
 class Sections(Struct):
@@ -159,11 +132,13 @@ class CocoReader:
     """A COCO instances file, entry by entry.
 
     report: is called with each problem. `refuse` raises ValueError; where it returns, the entry is
-    left out, and a file that is none is one without entries.
+    left out, and a file that is none is one without entries. thorough: compare areas too.
     """
 
-    def __init__(self, path: Path, report: Callable[[Problem], None] = refuse) -> None:
-        self.path, self.report = path, report
+    def __init__(
+        self, path: Path, report: Callable[[Problem], None] = refuse, thorough: bool = False
+    ) -> None:
+        self.path, self.report, self.thorough = path, report, thorough
         self.unsound: dict[str, set[Any]] = defaultdict(set)
         """Ids of entries that were left out: what refers to them is not reported again."""
         self.images: dict[int | str, Read] = {}
@@ -174,6 +149,8 @@ class CocoReader:
         self.images = self._by_id("images", ImageEntry, "duplicate-image-id")
 
     def problem(self, kind: str, message: str, read: Read | None = None) -> None:
+        if not self.thorough and kind in WARNINGS:
+            return
         place: dict[str, Any] = {}
         if read is not None:
             entry = read.entry
@@ -196,12 +173,13 @@ class CocoReader:
             for position in of_image.pop(number, ()):
                 entry = _ANNOTATION.decode(self._sections.annotations[position])
                 read = Read("annotations", position, entry)
+                note = partial(self.problem, read=read)
                 try:
                     mask = _MASK.decode(entry.segmentation)
                     size = image.entry.height, image.entry.width
-                    pairs.append((read, checked(entry, mask, *size)))
+                    pairs.append((read, checked(entry, mask, *size, note, self.thorough)))
                 except ValueError as error:
-                    self.problem("bad-segmentation", f"segmentation: {error}", read)
+                    note("bad-segmentation", in_words(error, "segmentation"))
             yield image, pairs
 
     def _by_image(self) -> dict[int | str, list[int]]:
@@ -241,7 +219,7 @@ class CocoReader:
                 content = json.loads(data, parse_constant=str)
                 sections = msgspec.json.decode(json.dumps(content), type=Sections)
         except msgspec.ValidationError as error:
-            self.problem("not-coco", f"it is not a COCO instances file ({error})")
+            self.problem("not-coco", f"it is not a COCO instances file ({in_words(error)})")
         except (OSError, ValueError, RecursionError) as error:
             self.problem("json-unreadable", f"it is not a json file ({error}); was it cut off?")
         else:
@@ -261,164 +239,8 @@ class CocoReader:
                     entry = msgspec.json.decode(raw)
                 if isinstance(entry, dict) and type(entry.get("id")) in (int, str):
                     self.unsound[section].add(entry["id"])
-                self.problem("bad-field", str(error), Read(section, index, entry))
+                self.problem("bad-field", in_words(error), Read(section, index, entry))
 
 
 _ANNOTATION = msgspec.json.Decoder(AnnotationEntry)
 _MASK: msgspec.json.Decoder[Mask] = msgspec.json.Decoder(Mask)
-
-
-def checked(entry: AnnotationEntry, mask: Mask, height: int, width: int) -> Annotation:
-    """An annotation of an image of height x width pixels, its mask decoded.
-
-    Uncompressed run lengths are compressed. A box or mask that is only empty makes the annotation
-    unusable; a mask that cannot be understood raises ValueError.
-    """
-    if isinstance(mask, dict):
-        mask = compressed(mask, height, width)
-    elif any(len(flat) % 2 for flat in mask or []):
-        raise ValueError("a polygon has an odd number of coordinates; write x0, y0, x1, y1, ...")
-    else:
-        reach = FAR * max(height, width)
-        if any(max(flat) > reach or min(flat) < -reach for flat in mask or [] if flat):
-            raise ValueError(f"a polygon leaves its image by {FAR} times the image's size or more")
-    annotation = Annotation(
-        "without id" if entry.id is None else str(entry.id),
-        entry.category_id,
-        entry.bbox,
-        0.0 if entry.area is None else entry.area,
-        bool(entry.iscrowd),
-        mask or None,
-    )
-    if entry.area is None:
-        annotation.area = mask_area(annotation, height, width)
-    annotation.usable = not annotation.iscrowd and not _is_empty(annotation, height, width)
-    return annotation
-
-
-def compressed(mask: RunLengths, height: int, width: int) -> RunLengths:
-    """Run lengths that are known to fill the image: pycocotools does not look."""
-    size, counts = mask["size"], mask["counts"]
-    if size != [height, width]:
-        swapped = " (height comes first)" if size == [width, height] else ""
-        raise ValueError(
-            f"its run lengths are for {(*size,)} pixels{swapped}, the image has {height, width}"
-        )
-    if height * width >= 2**32:
-        raise ValueError(f"run lengths count to 2^32, the image has {height} x {width} pixels")
-    if isinstance(counts, str):
-        from faster_coco_eval.mask_api_new_cpp import toUncompressedRLE
-
-        try:
-            (plain,) = toUncompressedRLE([{"size": size, "counts": counts.encode()}])
-        except RuntimeError as error:
-            raise ValueError(str(error)) from error
-        counts = plain["counts"]
-    if sum(counts) != height * width or min(counts) < 0:
-        raise ValueError(f"its runs cover {sum(counts)} of {height * width} pixels")
-    if mask["counts"] is not counts:
-        return mask
-    return RunLengths(size=size, counts=as_rle(mask, height, width)["counts"].decode("ascii"))
-
-
-def mask_area(annotation: Annotation, height: int, width: int) -> float:
-    """Pixels of the mask, or of the box where there is no mask."""
-    from pycocotools import mask as coco_mask
-
-    mask = annotation.mask
-    if isinstance(mask, list):
-        mask = [flat for flat in mask if len(flat) >= 6]
-    if mask:
-        return float(coco_mask.area(as_rle(mask, height, width)))
-    _, _, w, h = annotation.bbox
-    return max(w, 0.0) * max(h, 0.0)
-
-
-def mask_extent(mask: Mask, least: int = 0) -> tuple[float, float, float, float] | None:
-    """x1, y1, x2, y2 of a mask, x2 <= x1 or y2 <= y1 if it is empty; None without one.
-
-    least: polygons of fewer numbers than that are left out.
-    """
-    from pycocotools import mask as coco_mask
-
-    if mask is None:
-        return None
-    if isinstance(mask, dict):
-        x, y, w, h = coco_mask.toBbox(mask).tolist()
-        return x, y, x + w, y + h
-    flat = [value for flat in mask if len(flat) >= least for value in flat] or [0.0, 0.0]
-    return min(flat[::2]), min(flat[1::2]), max(flat[::2]), max(flat[1::2])
-
-
-def _is_empty(annotation: Annotation, height: int, width: int) -> bool:
-    boxes = clipped_box(annotation.bbox, height, width), mask_extent(annotation.mask, 6)
-    return any(box is not None and (box[2] <= box[0] or box[3] <= box[1]) for box in boxes)
-
-
-def clipped_box(
-    bbox: Sequence[float], height: int, width: int
-) -> tuple[float, float, float, float]:
-    """x, y, width, height -> x1, y1, x2, y2 inside the image; empty where x2 <= x1 or y2 <= y1."""
-    x, y, w, h = bbox
-    return max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
-
-
-class AnnotatedImages:
-    """What data sets of annotations have in common; `Dataset` in `mimdet.data.loader` says what.
-
-    A subclass adds `__len__`, `image`, `image_id`, `image_size` and `annotations`.
-    """
-
-    categories: list[str]
-    category_ids: list[int]
-    has_masks: bool
-
-    def annotations(self, index: int) -> list[Annotation]:
-        raise NotImplementedError
-
-    def __getitem__(self, index: int) -> Record:
-        """The image and its trainable annotations as tensors."""
-        dataset: Any = self
-        usable = [annotation for annotation in self.annotations(index) if annotation.usable]
-        size = dataset.image_size(index)
-        boxes = [clipped_box(annotation.bbox, *size) for annotation in usable]
-        labels = [self.category_ids.index(annotation.category_id) for annotation in usable]
-        masks = [annotation.mask for annotation in usable]
-        target = Target(
-            torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-            torch.tensor(labels, dtype=torch.int64),
-            crops_from_segmentations(masks, *size) if self.has_masks else None,
-        )
-        return Record(dataset.image(index), target, dataset.image_id(index))
-
-    def ground_truth(self) -> dict[str, Any]:
-        """A COCO dictionary for evaluation: crowds included, annotation ids renumbered from 1.
-
-        Renumbered because pycocotools takes a match with annotation 0 for no match. A crowd without
-        a mask gets its box as one: detections there are left out, as they are of boxes.
-        """
-        dataset: Any = self
-        images: list[dict[str, Any]] = []
-        items: list[dict[str, Any]] = []
-        for index in range(len(dataset)):
-            height, width = dataset.image_size(index)
-            images.append({"id": dataset.image_id(index), "height": height, "width": width})
-            for annotation in self.annotations(index):
-                item = {
-                    "id": len(items) + 1,
-                    "image_id": images[-1]["id"],
-                    "category_id": annotation.category_id,
-                    "bbox": list(annotation.bbox),
-                    "area": annotation.area,
-                    "iscrowd": int(annotation.iscrowd),
-                }
-                if annotation.mask is not None:
-                    item["segmentation"] = annotation.mask
-                elif annotation.iscrowd:
-                    x1, y1, x2, y2 = clipped_box(annotation.bbox, height, width)
-                    item["segmentation"] = [[x1, y1, x2, y1, x2, y2, x1, y2]]
-                items.append(item)
-        pairs = zip(self.category_ids, self.categories, strict=True)
-        categories = [{"id": number, "name": name} for number, name in pairs]
-        head: dict[str, Any] = {"info": {}, "licenses": []}
-        return head | {"images": images, "annotations": items, "categories": categories}

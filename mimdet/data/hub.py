@@ -7,15 +7,26 @@ boxes differs from table to table and is never guessed: `bbox_format` must be gi
 
 import hashlib
 import json
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from torch import Tensor
 
-from mimdet.data.coco_file import AnnotatedImages, Annotation, AnnotationEntry, Mask, checked
+from mimdet.data.annotations import (
+    AnnotatedImages,
+    Annotation,
+    AnnotationEntry,
+    Mask,
+    brief,
+    checked,
+)
+from mimdet.data.coco_file import ERRORS, in_words
 from mimdet.images import read_image, stored_size
 
 if TYPE_CHECKING:
@@ -43,6 +54,7 @@ class HubDataset(AnnotatedImages):
         bbox_format: str = "",
         limit: int = 0,
         skip_empty: bool = False,
+        masks: bool = True,
     ) -> None:
         self.name = table if isinstance(table, str) else "table"
         if bbox_format not in FORMATS:
@@ -53,10 +65,17 @@ class HubDataset(AnnotatedImages):
         self.bbox_format = bbox_format
         rows = _open(table, split) if isinstance(table, str) else table
         self._table, self._key, names = _check_columns(rows, self.name)
-        values, kept, self.has_masks, digest = self._scan(skip_empty)  # the classes of all rows
+        values, kept, self.has_masks, digest = self._scan(skip_empty, masks)  # of all rows
         kept = [index for index in kept if not limit or index < limit]
         if not kept:
             raise ValueError(f"{self.name} has no images{' with objects' if skip_empty else ''}")
+        if "image_id" in rows.column_names:
+            twice = [i for i, count in Counter(rows["image_id"]).items() if count > 1]
+            if twice:
+                raise ValueError(
+                    f"{self.name}: image_id {brief(twice[0])} stands in more than one row; number "
+                    "the images anew, or drop the column"
+                )
         self.version = f"{self.name} {split} objects sha256:{digest}"
         if names is not None:
             values = list(range(len(names)))
@@ -65,6 +84,7 @@ class HubDataset(AnnotatedImages):
         self.category_ids = list(self._value_ids.values())
         self.categories = names or [str(value) for value in values]
         self._table = self._table.select(kept)
+        self._told: set[str] = set()
         self._known_sizes: dict[int, tuple[int, int]] = {}
         self._check_extents(range(min(len(kept), 100)))
 
@@ -72,8 +92,8 @@ class HubDataset(AnnotatedImages):
         return len(self._table)
 
     def image(self, index: int) -> Tensor:
-        image = read_image(self._source(index), f"{self.name}, row {index}, image")
-        height, width = self.image_size(index)
+        height, width = size = self.image_size(index)
+        image = read_image(self._source(index), f"{self.name}, row {index}, image", size)
         if tuple(image.shape[1:]) != (height, width):
             raise ValueError(
                 f"{self.name}, row {index}: the image is {image.shape[2]} x {image.shape[1]}, the "
@@ -107,8 +127,16 @@ class HubDataset(AnnotatedImages):
                 raw |= {"image_id": index, "category_id": self._value_ids[item[self._key]]}
                 mask = msgspec.convert(item.get("segmentation"), Mask)
                 entry = msgspec.convert(raw, AnnotationEntry)
-                found.append(checked(entry, mask, height, width))
+                found.append(checked(entry, mask, height, width, partial(self._note, index)))
         return found
+
+    def _note(self, index: int, kind: str, message: str) -> None:
+        """Name the first fault of a kind."""
+        if kind in ERRORS and kind not in self._told:
+            self._told.add(kind)
+            warnings.warn(
+                f"{self.name}, row {index}: {message} ({kind}). {ERRORS[kind]}", stacklevel=5
+            )
 
     @contextmanager
     def _row(self, index: int) -> Iterator[None]:
@@ -116,9 +144,9 @@ class HubDataset(AnnotatedImages):
         try:
             yield
         except ValueError as error:
-            raise ValueError(f"{self.name}, row {index}: {error}") from error
+            raise ValueError(f"{self.name}, row {index}: {in_words(error)}") from error
 
-    def _scan(self, skip_empty: bool) -> tuple[list[Any], list[int], bool, str]:
+    def _scan(self, skip_empty: bool, with_masks: bool) -> tuple[list[Any], list[int], bool, str]:
         """One pass over the objects.
 
         -> (category values, rows to keep, whether the objects have masks, sha256 of the objects)
@@ -141,12 +169,12 @@ class HubDataset(AnnotatedImages):
                         masks.append(bool(item.get("segmentation")))
             if trainable or not skip_empty:
                 kept.append(index)
-        if any(masks) and not all(masks):
+        if with_masks and any(masks) and not all(masks):
             raise ValueError(
                 f"{self.name}: {masks.count(False)} of {len(masks)} objects have no segmentation; "
                 "complete them, or remove the column to train on boxes only"
             )
-        return sorted(values), kept, any(masks), content.hexdigest()
+        return sorted(values), kept, with_masks and any(masks), content.hexdigest()
 
     def _check_extents(self, rows: Iterable[int]) -> None:
         """Corners read as sizes reach far out of the image; shares read as pixels cover nothing."""

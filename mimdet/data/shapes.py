@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mimdet.data.coco_file import AnnotatedImages, Annotation, RunLengths
+from mimdet.data.annotations import AnnotatedImages, Annotation, RunLengths
 from mimdet.data.rasters import crops_from_bitmaps, extent
 from mimdet.data.scenes import LEVELS, REVISION, Scene, draw_scene
 from mimdet.data.textures import Draws

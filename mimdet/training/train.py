@@ -284,7 +284,7 @@ def summary(evaluation: dict) -> str:  # type: ignore[type-arg]
         loss = evaluation["held_out"].get("loss")
         return "" if loss is None else f"loss of held-out images {loss:.4f}"
     parts = [
-        f"{kind} AP {100 * evaluation[kind]['AP']:.1f}"
+        f"{kind} AP {percent(evaluation[kind]['AP'])}"
         for kind in ("box", "mask")
         if evaluation.get(kind)
     ]

@@ -2,6 +2,7 @@
 Hostile files and values are findings too, and real data sets have none."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from mimdet.data.checks import ERRORS, KINDS, Report, check_dataset
+from mimdet.data.coco import CocoDataset
+from mimdet.data.coco_file import REFUSED
 
 WIDTH, HEIGHT = 64, 48
 
@@ -68,6 +71,7 @@ AT = {"annotations": 4, "images": 2, "categories": 1}
 """The entry of each section that is spoilt."""
 SIZE = [HEIGHT, WIDTH]
 MISMATCH = "segmentation-box-mismatch"
+EMPTY = "segmentation-empty"
 Plant = Callable[[dict[str, Any], Path], Any]
 """Changes the content, which it may return as another one, or the files."""
 
@@ -106,7 +110,7 @@ FIELDS: list[tuple[Any, ...]] = [
     ("image-missing", "images", {"file_name": "a\0b.png"}),
     ("image-missing", "images", {"file_name": "a" * 5000}),
     ("image-size-wrong", "images", {"width": WIDTH + 1}),
-    ("image-size-wrong", "images", {"width": HEIGHT, "height": WIDTH}),
+    ("image-size-wrong", "images", {"width": HEIGHT, "height": WIDTH}, "box-exceeds-image"),
     ("empty-box", "annotations", {"bbox": [6, 6, 0, 16]}),
     ("empty-box", "annotations", {"bbox": [26, 6, -20, 16]}),
     ("box-outside", "annotations", {"bbox": [106, 6, 20, 16]}, MISMATCH),
@@ -137,7 +141,7 @@ FIELDS: list[tuple[Any, ...]] = [
             (SIZE, "o" * 100_000),
         ]
     ),
-    ("polygon-too-short", "annotations", {"segmentation": [[6, 6, 26, 22]]}),
+    ("polygon-too-short", "annotations", {"segmentation": [[6, 6, 26, 22]]}, EMPTY),
     ("segmentation-empty", "annotations", {"segmentation": [[6, 6, 26, 6, 6, 6]]}),
     ("segmentation-empty", "annotations", {"segmentation": {"size": SIZE, "counts": [3072]}}),
     (MISMATCH, "annotations", {"segmentation": [[36, 6, 56, 6, 56, 22, 36, 22]]}),
@@ -200,6 +204,11 @@ def outside(data: dict[str, Any], folder: Path) -> None:
     data["images"][2]["file_name"] = f"../{folder.name}/scene2.png"
 
 
+def linked(data: dict[str, Any], folder: Path) -> None:
+    (folder / "scene2.png").rename(folder.with_name(f"{folder.name}-elsewhere.png"))
+    (folder / "scene2.png").symlink_to(folder.with_name(f"{folder.name}-elsewhere.png"))
+
+
 def not_an_image(data: dict[str, Any], folder: Path) -> None:
     (folder / "scene2.png").write_text("<html>404</html>")
 
@@ -230,6 +239,7 @@ FAULTS: list[tuple[Any, ...]] = [
     ("category-unused", "", adds("categories", SPOT)),
     ("duplicate-annotation", "annotations[12], annotation 113", adds("annotations", TWIN)),
     ("file-name-leaves-folder", "images[2]", outside),
+    ("link-leaves-folder", "images[2]", linked),
     ("image-unreadable", "images[2]", not_an_image),
     ("image-rotated", "images[2]", rotated),
     ("image-float", "images[2], image 13 'scene2.tif'", floating),
@@ -263,6 +273,39 @@ def test_a_fault_is_found_and_named(
     text = f"{kind} (1)\n    {problem.where or problem.file}: {problem.message}"
     assert text in report.table()
     assert json.loads(json.dumps(report.to_dict()))["problems"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "plant"),
+    [pytest.param(row[0], row[2], id=row[0]) for row in FAULTS if row[0] in ERRORS],
+)
+def test_training_refuses_or_names_every_error(
+    kind: str, plant: Plant, data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the words of check-data, when the file is opened or the image is read."""
+    monkeypatch.setenv("MIMDET_CACHE", str(tmp_path / "cache"))
+    changed = plant(data, tmp_path)
+    report = check(data if changed is None else changed, tmp_path)
+    said = report.by_kind()[kind][0].message
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            dataset = CocoDataset(tmp_path / "set.json", tmp_path)
+            objects = sum(len(dataset[i].target) for i in range(len(dataset)))
+        except (ValueError, FileNotFoundError) as error:
+            text = str(error)
+            assert kind in REFUSED and ("mimdet check-data" in text or kind == "image-float")
+            if kind not in ("image-unreadable", "image-float"):  # the reader of images says why
+                assert said in text or said.partition(";")[0] in text
+                assert f"({kind}). {KINDS[kind]}" in text
+            return
+    assert kind not in REFUSED
+    (text,) = [str(one.message) for one in caught if "set.json" in str(one.message)]
+    assert kind in text and said in text
+    left_out = {annotation.left_out for i in range(6) for annotation in dataset.annotations(i)}
+    assert (kind in left_out) == (kind in ("empty-box", "box-outside", EMPTY))
+    assert f"{objects} objects" in dataset.summary
+    assert kind not in left_out or f"1 {kind}" in dataset.summary
 
 
 def test_every_kind_is_planted() -> None:

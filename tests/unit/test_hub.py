@@ -87,8 +87,21 @@ def test_faulty_rows_are_named():
     with pytest.raises(ValueError, match=r"row 0: an object has no category"):
         HubDataset(hub_table([[1, 1, 5, 5]], category=[-1]), bbox_format="xywh")
     text = hub_table([[2, 2, 8, 8]], segmentation=[[[1.0, 2, 3]]])
-    with pytest.raises(ValueError, match=r"row 0: a polygon has an odd number"):
+    with pytest.raises(ValueError, match=r"row 0: polygon 0 has an odd number"):
         HubDataset(text, bbox_format="xywh")[0]
+
+
+def test_ids_of_images_and_faults_of_objects():
+    pictures = [Image.new("RGB", (30, 20))] * 2
+    objects = {"bbox": [[1.0, 1, 5, 5], [2.0, 2, 0, 5]], "category": ["dog", "dog"]}
+    content = {"image": pictures, "objects": [objects] * 2, "image_id": [7, 7]}
+    with pytest.raises(ValueError, match="image_id 7 stands in more than one row"):
+        HubDataset(datasets.Dataset.from_dict(content), bbox_format="xywh")
+    content["image_id"] = [7, 8]
+    dataset = HubDataset(datasets.Dataset.from_dict(content), bbox_format="xywh")
+    with pytest.warns(UserWarning, match=r"table, row 0: width 0, height 5 .empty-box") as said:
+        assert [len(dataset[i].target) for i in range(2)] == [1, 1]
+    assert len(said) == 1  # named once
 
 
 def test_hub_masks():
@@ -100,6 +113,7 @@ def test_hub_masks():
     half = hub_table([[2, 2, 8, 8]] * 2, segmentation=[SQUARE, []])
     with pytest.raises(ValueError, match=r"1 of 2 objects have no segmentation"):
         HubDataset(half, bbox_format="xywh")
+    assert not HubDataset(half, bbox_format="xywh", masks=False).has_masks
 
 
 @pytest.mark.parametrize(
