@@ -191,7 +191,7 @@ def evaluate(
     # In the run itself only what belongs to all of its data and its last weights.
     place = Path(run, "-".join(["evaluation", *special]) if special else "")
     folder = Path(out or (place if Path(run).is_dir() else Path(run).with_suffix("")))
-    dataset = build_dataset(data, "val", model.config.training.seed)
+    dataset = build_dataset(data, "val", model.config.training.seed, model.config.detector.masks)
     reuse = reuse and not special and folder == Path(run)
     rows = evaluate_ratios(
         model,
@@ -306,7 +306,7 @@ def errors(run: Run, against: str = "", out: str = "", trust_code: bool = False)
     cfg = stored_config(Path(run))
     assert isinstance(cfg, Config)  # an autoencoder leaves no predictions
     load_slots(Path(run), cfg, trust_code)  # the data may be one of them
-    dataset = build_dataset(cfg.data, "val", cfg.training.seed)
+    dataset = build_dataset(cfg.data, "val", cfg.training.seed, cfg.detector.masks)
     truth, scale = dataset.ground_truth(), getattr(dataset, "area_scale", 1.0)
     found = {folder: read_results(file, truth) for folder, file in files.items()}
     reports = {"box": find_errors(truth, found[run], "bbox", area_scale=scale)}

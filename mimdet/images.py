@@ -105,6 +105,7 @@ def _unreadable(name: str, reason: str) -> str:
 
 def _turned(image: Image.Image, size: Size | None) -> Image.Image:
     """The image upright where nothing, or nothing but its upright size, speaks against it."""
+    image.load()  # before anything asks for tags, which would hide that it is cut off
     turned = orientation(image)
     stored, other = (image.height, image.width), (image.width, image.height)
     if turned == 1 or (size is not None and not (turned in SIDEWAYS and stored != size == other)):
@@ -171,6 +172,7 @@ def to_rgb(image: Any, name: str = "") -> Tensor:
             )
         return image
     if hasattr(image, "convert"):
+        image.load()
         if orientation(image) != 1:
             warnings.warn(
                 "a PIL image has an EXIF orientation, which is not applied: give its path, or "

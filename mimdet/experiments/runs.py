@@ -106,8 +106,8 @@ def plan(
     first: dict[str, PlannedRun] = {}
     for arm in arms:
         cfg = copy.deepcopy(arm.cfg)
-        train = build_dataset(cfg.data, "train", cfg.training.seed)
-        held_out = build_dataset(cfg.data, "val", cfg.training.seed)
+        train = build_dataset(cfg.data, "train", cfg.training.seed, cfg.detector.masks)
+        held_out = build_dataset(cfg.data, "val", cfg.training.seed, cfg.detector.masks)
         adapt_to_data(cfg, train)
         at = tuple(map(float, evaluate_ratios or (cfg.backbone.sample_ratio_eval,)))
         at = (1.0,) if cfg.backbone.kind in BASELINES else at
@@ -201,7 +201,7 @@ def evaluate_run(path: Path, draws: int, ratios: list[float]) -> None:
     model = load_detector(path, trust_code=True)
     t = model.config.training
     model = model.to(pick_device(t.device))
-    dataset = build_dataset(model.config.data, "val", t.seed)
+    dataset = build_dataset(model.config.data, "val", t.seed, model.config.detector.masks)
     known = read_ratios(path, dataset.version)
     for ratio in ratios:
         if known.get(ratio, {}).get("draws") == passes(ratio, draws):

@@ -272,7 +272,8 @@ class Job:
         ValueError when the folder holds another configuration or other code, or something else.
         """
         if isinstance(cfg, Config) and "dataset" not in slots:
-            build_dataset(cfg.data, "train", cfg.training.seed)  # a wrong path fails here, at once
+            # A wrong path fails here, at once.
+            build_dataset(cfg.data, "train", cfg.training.seed, cfg.detector.masks)
         job = cls.prepare(cfg, run, **slots)
         job.resume(processes)
         return job
@@ -287,7 +288,8 @@ class Job:
         if isinstance(cfg, Config):
             name_dataset(cfg, texts)
             with suppress(ValueError, OSError):  # data that come later are opened when it starts
-                adapt_to_data(cfg, build_dataset(cfg.data, "train", cfg.training.seed))
+                masks = cfg.detector.masks
+                adapt_to_data(cfg, build_dataset(cfg.data, "train", cfg.training.seed, masks))
         Run(path, cfg).keep(texts)
         return cls(path, trust_code=True)
 

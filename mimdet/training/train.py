@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mimdet import processes
 from mimdet.analysis.evaluate import evaluate, ids_of_labels, ratio_row, save_results
+from mimdet.analysis.metrics import percent
 from mimdet.config import (
     Config,
     DataConfig,
@@ -63,11 +64,14 @@ def train(
     set_up(cfg.training)
     own = {"dataset": dataset} if dataset is not None else {}
     name_dataset(cfg, read_slots(own))
-    data = train_data or build_dataset(cfg.data, "train", cfg.training.seed)
-    held_out = val_data or build_dataset(cfg.data, "val", cfg.training.seed)
+    data = train_data or build_dataset(cfg.data, "train", cfg.training.seed, cfg.detector.masks)
+    held_out = val_data or build_dataset(cfg.data, "val", cfg.training.seed, cfg.detector.masks)
     ids_of_labels(data.categories, held_out)
     inputs = inputs_of(cfg, data.version, held_out.version) | {"classes": list(data.categories)}
     check_inputs(Path(run), inputs)
+    for part in (data, held_out):
+        if processes.rank() == 0 and getattr(part, "summary", None):
+            print(part.summary)  # type: ignore[attr-defined]
     if model is None:
         adapt_to_data(cfg, data)
         model = build_detector(cfg, **slots)

@@ -209,7 +209,7 @@ class TrainingDashboard(Panel):
         if not isinstance(cfg, Config) or step == 0:
             return  # an autoencoder, or nothing learnt
         model = load_detector(self.path, checkpoint=str(step), trust_code=self.job.trust_code)
-        data = build_dataset(cfg.data, "val", cfg.training.seed)
+        data = build_dataset(cfg.data, "val", cfg.training.seed, cfg.detector.masks)
         records = [data[i] for i in range(min(SHOWN, len(data)))]
         found = predict(model, [record.image for record in records])
         pictures, count = [], 0
