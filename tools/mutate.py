@@ -50,7 +50,10 @@ PARTS = {
         ["analysis/evaluate.py", "analysis/metrics.py"],
         ["metrics", "results", "evaluate"],
     ),
-    "annotation reader": (["data/coco_file.py", "data/coco.py"], ["coco", "hub", "checks"]),
+    "annotation reader": (
+        ["data/annotations.py", "data/coco_file.py", "data/coco.py"],
+        ["coco", "hub", "checks"],
+    ),
     "run directory": (["training/run.py"], ["job", "training"]),
 }
 """Part -> its files in the package, and its tests in tests/unit."""

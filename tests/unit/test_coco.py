@@ -16,8 +16,8 @@ from mimdet import files
 from mimdet.analysis.metrics import coco_metrics
 from mimdet.config import DataConfig
 from mimdet.data import coco
+from mimdet.data.annotations import Annotation, Side, Whole, mask_area, mask_extent, ring_area
 from mimdet.data.coco import CocoDataset, build_dataset
-from mimdet.data.coco_file import Annotation, Side, Whole, mask_area, mask_extent
 from mimdet.structures import crops_to_bitmaps
 
 SQUARE = [[2.0, 2.0, 10.0, 2.0, 10.0, 10.0, 2.0, 10.0]]
@@ -401,10 +401,10 @@ def test_numbers_of_a_file_have_limits(kind, least, most):
 
 def test_extent_and_area_by_hand():
     triangle, line = [3.0, 4.0, 7.0, 4.0, 3.0, 8.0], [0.0, 1.0, 9.0, 9.0]
-    assert mask_extent([triangle, line]) == (0, 1, 9, 9)
-    assert mask_extent([triangle, line], least=6) == (3, 4, 7, 8)
-    assert mask_extent([line], least=6) == (0, 0, 0, 0) and mask_extent(None) is None
-    assert mask_extent([triangle, line], least=4) == (0, 1, 9, 9)
+    assert mask_extent([triangle, line]) == mask_extent([triangle]) == (3, 4, 7, 8)
+    assert mask_extent([triangle, [0.0, 9.0, 5.0, 5.0, 1.0, 6.0]]) == (0, 4, 7, 9)
+    assert mask_extent([line]) == mask_extent(None) == (0, 0, 0, 0)
+    assert ring_area(triangle) == 8 and ring_area(triangle[::-1]) == 8
     areas = [
         mask_area(Annotation("1", 1, box, 0.0, False, mask), 20, 30)
         for box, mask in (
