@@ -122,5 +122,5 @@ def _table(times: dict[float, list[tuple[float, float]]]) -> str:
     from pandas import DataFrame
 
     rows = [(ratio, *np.median(runs, axis=0), len(runs)) for ratio, runs in sorted(times.items())]
-    table = DataFrame(rows, columns=["ratio kept", "detector, ms", "of it backbone, ms", "runs"])
-    return table.to_html(index=False, border=0, float_format="{:.3g}".format)
+    table = DataFrame(rows, columns=["ratio", "detector, ms", "backbone, ms", "runs"])
+    return table.to_html(index=False, border=0, col_space=100, float_format="{:.3g}".format)

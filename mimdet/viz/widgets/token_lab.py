@@ -19,6 +19,7 @@ from mimdet.structures import Detections
 from mimdet.training.run import load_detector
 from mimdet.viz import draw
 from mimdet.viz.reconstruction import Answer, Painted, SameTokens, View
+from mimdet.viz.style import plural
 from mimdet.viz.widgets.canvas import PatchCanvas
 from mimdet.viz.widgets.panel import ImagePanel, dropdown, few_proposals, toggles
 
@@ -149,7 +150,7 @@ class TokenLab(ImagePanel):
             marks = draw.marks_of(answer.found, self.detector.categories, SCORE)
             pixels = draw.with_marks(whole, marks, draw.image_size(view.whole))
             self.detections.show(pixels, title=f"detected from {some}")
-            parts.append(f"{len(marks)} objects of score ≥ {SCORE:g}")
+            parts.append(f"{plural(len(marks), 'object')} of score ≥ {SCORE:g}")
         for other in self.canvases[1:]:
             other.rows, other.columns = view.grid
             other.selected = place
