@@ -4,7 +4,6 @@
 """
 
 import inspect
-import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,7 +15,7 @@ from tyro.conf import Positional, Suppress, subcommand
 
 from mimdet import __version__
 from mimdet.config import Config, PretrainConfig
-from mimdet.console import Stopped
+from mimdet.console import FIRST, open_console, told
 from mimdet.demo import demo, save_pictures
 from mimdet.files import write_json
 from mimdet.presets import PRESETS, PRETRAIN_PRESETS
@@ -25,45 +24,37 @@ if TYPE_CHECKING:
     from mimdet.models.detector import Detector
 
 Run = Annotated[Positional[str], tyro.conf.arg(metavar="RUN")]
-FIRST = os.environ.get("RANK", "0") == "0"
-"""Of the processes that torchrun starts, one speaks."""
+TRACEBACK = "--traceback"
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `mimdet` command."""
+    if arguments is None:
+        open_console()
     words = sys.argv[1:] if arguments is None else arguments
-    name, *rest = words or ["--help"]
-    if name in ("-h", "--help", "help"):
-        print(
-            f"mimdet {__version__}: a ViT detector that trains on a sample of an image's tokens\n"
-        )
-        for command, function in COMMANDS.items():
-            print(f"  {command:<11} {str(function.__doc__).splitlines()[0]}")
-        print("\n`mimdet COMMAND --help` explains its arguments and options.")
-    elif name == "--version":
-        print(__version__)
-    elif name not in COMMANDS:
-        sys.exit(f"mimdet has no command {name!r}; it has {', '.join(COMMANDS)}")
-    else:
-        run_command(name, rest)
+    name, *rest = [word for word in words if word != TRACEBACK] or ["--help"]
+    with told(show=TRACEBACK in words):
+        if name in ("-h", "--help", "help"):
+            what = "a ViT detector that trains on a sample of an image's tokens"
+            print(f"mimdet {__version__}: {what}\n")
+            for command, function in COMMANDS.items():
+                print(f"  {command:<11} {str(function.__doc__).splitlines()[0]}")
+            print("\n`mimdet COMMAND --help` explains its arguments and options;")
+            print(f"{TRACEBACK}, with any command, shows where an error came from.")
+        elif name == "--version":
+            print(__version__)
+        elif name not in COMMANDS:
+            raise ValueError(f"mimdet has no command {name!r}; it has {', '.join(COMMANDS)}")
+        else:
+            run_command(name, rest)
 
 
 def run_command(name: str, words: list[str]) -> None:
-    """Run a command; a user's mistake, a broken file or a lost process ends it with one line."""
     command = COMMANDS[name]
     options = from_presets(command, PRESETS_OF[name], words) if name in PRESETS_OF else command
     about = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0]
     unprefixed = (tyro.conf.OmitArgPrefixes,)
-    try:
-        tyro.cli(options, args=words, prog=f"mimdet {name}", description=about, config=unprefixed)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
-    except Stopped as stopped:
-        if FIRST:
-            print(stopped)
-        sys.exit(128 + stopped.signal_number)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    tyro.cli(options, args=words, prog=f"mimdet {name}", description=about, config=unprefixed)
 
 
 def from_presets(command: Any, presets: dict[str, Callable[[], Any]], words: list[str]) -> Any:
@@ -116,7 +107,7 @@ def resume(run: Run, trust_code: bool = False) -> None:
 
     Args:
         run: Directory of the run, of a detector or of an autoencoder.
-        trust_code: Execute a sampler or stem that a notebook stored in the run.
+        trust_code: Execute parts that a notebook stored in the run, or that its config.json names.
     """
     from mimdet.training.train import resume
 
@@ -169,7 +160,7 @@ def evaluate(
             measured.
         batch_size: Images at a time.
         device: `auto` = cuda, then cpu; or any torch device.
-        trust_code: Execute a sampler or stem that a notebook stored in the run.
+        trust_code: Execute parts that a notebook stored in the run, or that its config.json names.
     """
     from mimdet import processes
     from mimdet.analysis.evaluate import evaluate_ratios, ratio_table
@@ -204,10 +195,10 @@ def evaluate(
         known=rows_from_training(run, dataset.version) if reuse else (),
     )
     if FIRST:
+        write_json(folder / "evaluation.json", {"data": dataset.version, "ratios": rows})
         print(ratio_table(rows))
         if folder != Path(run):
             print(f"in {folder}: evaluation.json, predictions.json")
-        write_json(folder / "evaluation.json", {"data": dataset.version, "ratios": rows})
 
 
 def _load(run: str, checkpoint: str, device: str, trust_code: bool) -> "Detector":
@@ -245,7 +236,7 @@ def predict(
         checkpoint: `last`, `best` or a step number.
         device: `auto` = cuda, then cpu; or any torch device.
         seed: Of the tokens that are drawn below ratio 1.
-        trust_code: Execute a sampler or stem that a notebook stored in the run.
+        trust_code: Execute parts that a notebook stored in the run, or that its config.json names.
     """
     from mimdet.analysis.evaluate import results_for, save_results
     from mimdet.data.coco import ids_of_files
@@ -254,6 +245,8 @@ def predict(
     from mimdet.models.detector import category_entries
     from mimdet.viz import save_figure, show_detections
 
+    if not 0 <= score <= 1:
+        raise ValueError(f"--score {score}: scores are in 0..1")
     stems = {image.stem: image for image in images}
     for image in images:
         if stems[image.stem] != image:
@@ -289,7 +282,7 @@ def errors(run: Run, against: str = "", out: str = "", trust_code: bool = False)
         run: Directory of the run.
         against: Another run on the same data, to compare with image by image.
         out: Folder for the results; default: the run.
-        trust_code: Execute a data set that a notebook stored in the run.
+        trust_code: Execute parts that a notebook stored in the run, or that its config.json names.
     """
     from mimdet.analysis.comparison import compare_runs
     from mimdet.analysis.errors import find_errors
@@ -322,7 +315,13 @@ def errors(run: Run, against: str = "", out: str = "", trust_code: bool = False)
     write_json(Path(out or run, "errors.json"), {name: r.to_dict() for name, r in reports.items()})
 
 
-def export(run: Run, file: Positional[str], half: bool = False, checkpoint: str = "last") -> None:
+def export(
+    run: Run,
+    file: Positional[str],
+    half: bool = False,
+    checkpoint: str = "last",
+    trust_code: bool = False,
+) -> None:
     """Write a run's weights into one file.
 
     A .safetensors file holds configuration and class names too: `mimdet predict FILE IMAGE` works
@@ -334,6 +333,7 @@ def export(run: Run, file: Positional[str], half: bool = False, checkpoint: str 
         file: The .safetensors or .pth to write.
         half: Store float16 (.safetensors only).
         checkpoint: `last`, `best` or a step number.
+        trust_code: Execute parts that a notebook stored in the run, or that its config.json names.
     """
     from mimdet.models.official import export_detectron2, save_detector
     from mimdet.training.run import load_detector
@@ -344,7 +344,7 @@ def export(run: Run, file: Positional[str], half: bool = False, checkpoint: str 
             f"{file}: name it .safetensors (one file that describes itself; --half is for these "
             "only), or .pth or .pkl (the original's layout)"
         )
-    model = load_detector(run, checkpoint=checkpoint)
+    model = load_detector(run, checkpoint=checkpoint, trust_code=trust_code)
     if ours:
         save_detector(model, file, half=half)
         print(f"{file}: for mimdet.load_detector, with configuration and class names")
@@ -377,10 +377,7 @@ def ablate(
     from mimdet.experiments.experiment import ablate
     from mimdet.viz.experiments import save_figures
 
-    try:
-        result = ablate(file, runs=runs, seeds=seeds, processes=processes, dry_run=dry_run, out=out)
-    except RuntimeError as failed:  # every run failed, and the message says why
-        sys.exit(f"error: {failed}")
+    result = ablate(file, runs=runs, seeds=seeds, processes=processes, dry_run=dry_run, out=out)
     if result is not None:
         for path in save_figures(result, result.folder):
             print(f"figure: {path}")
@@ -403,6 +400,8 @@ def cost(
     unknown = [name for name in presets if name not in PRESETS]
     if unknown:
         raise ValueError(f"there is no preset {unknown[0]!r}; there are {', '.join(PRESETS)}")
+    if not 32 <= min(size) <= max(size) <= 1 << 15:
+        raise ValueError(f"--size {size[0]} {size[1]}: height and width in pixels, 32 to {1 << 15}")
     rows = []
     for name in presets or PRESETS:
         cfg = PRESETS[name]()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mimdet.config import Config, change, flat, load_config
+from mimdet.console import Stopped
 from mimdet.files import read_json
 from mimdet.presets import tiny
 
@@ -122,7 +123,7 @@ def steps_that_fit(seconds: float, cfg: Config) -> int:
         try:
             times = [step.seconds for step in train(cfg, trial)]
         except TrainingStopped:
-            sys.exit("stopped before the training began; run the same command again")
+            raise Stopped("stopped before the training began; run the same command again") from None
         evaluation = Run(trial, cfg).metrics()[-1]
     steady = times[len(times) // 3 :]  # the first ones pay for warming up
     per_scene = evaluation["time"]["seconds"] / TIMED_SCENES
@@ -141,9 +142,9 @@ def launch(words: list[str]) -> None:
         child.wait()
     except KeyboardInterrupt:  # the child has received it too, and saves
         child.wait()
-        sys.exit("stopped; run the same command again to go on")
+        raise Stopped("stopped; run the same command again to go on") from None
     if child.returncode:
-        sys.exit(f"mimdet {words[0]} failed with exit code {child.returncode}")
+        sys.exit(child.returncode)  # it has said why
 
 
 def suit_machine(cfg: Config) -> None:

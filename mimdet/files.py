@@ -1,12 +1,13 @@
 """Files that are complete or not there at all."""
 
+import errno
 import json
 import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import get_ident
 from typing import Any
@@ -21,33 +22,56 @@ def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
     An interruption leaves the old file (or none), never half a file.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_name(path)
-    try:
-        with named(path):
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.touch()  # a library may not say why it cannot
             write(partial)
-        sync(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync(path.parent)
+            sync(partial)
+            os.replace(partial, path)
+        finally:
+            with suppress(OSError):  # the first failure is the one to tell
+                partial.unlink()
+        sync(path.parent)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system refuses inside is an OSError that names `path`, which was to be written.
+
+    The libraries that store tensors say it in their own ways.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or (error.filename and ".partial-" not in str(error.filename)):
+            raise  # of a file that is read meanwhile
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+    except Exception as error:
+        said = re.search(r"os error (\d+)", str(error))  # safetensors
+        if not said and "iostream" not in f"{error} {error.__context__}":  # torch.save
+            raise
+        full = shutil.disk_usage(path.parent).free < 1 << 20
+        number = int(said[1]) if said else errno.ENOSPC if full else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     """The same for a folder of files; one that is there already gives way."""
     partial = partial_name(path)
-    partial.mkdir(parents=True)
-    try:
-        with named(path):
+    with writing(path):
+        partial.mkdir(parents=True)
+        try:
             write(partial)
-        for file in partial.iterdir():
-            sync(file)
-        if path.exists():
-            remove_folder(path)
-        os.replace(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    sync(path.parent)
+            for file in partial.iterdir():
+                sync(file)
+            if path.exists():
+                remove_folder(path)
+            os.replace(partial, path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        sync(path.parent)
 
 
 def remove_folder(path: Path) -> None:
@@ -59,19 +83,8 @@ def remove_folder(path: Path) -> None:
 
 def append_text(path: Path, text: str) -> None:
     """Add text in UTF-8 at the end; an interruption leaves the beginning of it."""
-    with named(path), path.open("a", encoding="utf-8", newline="\n") as file:
+    with writing(path), path.open("a", encoding="utf-8", newline="\n") as file:
         file.write(text)
-
-
-@contextmanager
-def named(path: Path) -> Iterator[None]:
-    """Errors name the file, which those of a full or failing disk do not by themselves."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = str(path)
-        raise
 
 
 def partial_name(path: Path) -> Path:
@@ -139,7 +152,6 @@ def sync(path: Path) -> None:
         return  # Windows has no descriptor for folders
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
-        with named(path):
-            os.fsync(descriptor)
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -107,6 +107,8 @@ def equal_padded_size(sizes: Sequence[Sequence[int]], batch_size: int) -> list[l
     Padding changes a detector's output a little (GroupNorm, positions, decoder), so padded sizes
     are never mixed.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: at least one image at a time")
     groups: dict[Size, list[int]] = defaultdict(list)
     for i, (height, width) in enumerate(sizes):
         groups[padded_size(height, width)].append(i)
@@ -118,7 +120,7 @@ def equal_padded_size(sizes: Sequence[Sequence[int]], batch_size: int) -> list[l
 
 
 def generator_for(seed: int, device: torch.device) -> Generator:
-    return Generator(device=device).manual_seed(seed)
+    return Generator(device=device).manual_seed(seed % (1 << 63))
 
 
 def device_of(model: torch.nn.Module) -> torch.device:

@@ -160,6 +160,8 @@ def evaluate_ratios(
     """
     if draws < 1:
         raise ValueError(f"draws={draws}: at least one sampling of the tokens per ratio")
+    if not ratios:
+        raise ValueError("ratios: give at least one share of the tokens, for example 1")
     rows, measured = [], {row["sample_ratio"]: row for row in known}
     for ratio in ratios:
         if ratio in measured:

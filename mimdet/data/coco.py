@@ -311,6 +311,8 @@ def build_dataset(
         )
     train = split == "train"
     limit = cfg.limit_train if train else cfg.limit_val
+    if limit < 0:
+        raise ValueError(f"data.limit_{split}={limit}: the first N images; 0 = all")
     skip_empty = train and cfg.skip_empty
     if cfg.source == "shapes":
         from mimdet.data.shapes import ShapesCOCO

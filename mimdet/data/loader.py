@@ -7,8 +7,11 @@ at any step, on any number of processes, with any number of workers, and sees th
 import io
 import pickle
 import signal
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -29,8 +32,10 @@ def stream(keys: Iterable[Any], task: Callable[[Any], Any], workers: int) -> Ite
     """task(key) for every key, in order, computed here (workers=0) or in `workers` processes.
 
     task must be picklable, and so must keys and results. Keys are taken as they are needed.
+    ChildProcessError where one of the processes ends.
     """
-    if not workers:
+    main = _main_of_workers(task) if workers else None
+    if main is None:
         yield from map(task, keys)
         return
     loader: DataLoader[Any] = DataLoader(
@@ -42,8 +47,45 @@ def stream(keys: Iterable[Any], task: Callable[[Any], Any], workers: int) -> Ite
         worker_init_fn=_start,
         generator=torch.Generator(),  # else a number is drawn from the global generator
     )
-    for packed in loader:
-        yield unpack(packed)
+    own, sys.modules["__main__"] = sys.modules["__main__"], main
+    try:
+        loaded = iter(loader)
+    finally:
+        sys.modules["__main__"] = own
+    try:
+        yield from map(unpack, loaded)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ChildProcessError(
+            "a process that loads images ended: is the memory full, or /dev/shm? Use fewer "
+            "data.workers (--workers); with 0 the images are loaded in the training process"
+        ) from error
+
+
+def _main_of_workers(task: Callable[[Any], Any]) -> ModuleType | None:
+    """The `__main__` of processes that are to compute `task`; None where they cannot.
+
+    One that is not forked runs the user's script again, from its first line: only where the task
+    is defined in it. What a notebook defines, it cannot have.
+    """
+    main = sys.modules["__main__"]
+    if torch.multiprocessing.get_start_method() == "fork":
+        return main
+    try:
+        text = pickle.dumps(task)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        text = b"mimdet_slot_"
+    if b"mimdet_slot_" not in text and b"__main__" not in text:
+        return ModuleType("__main__")
+    if b"mimdet_slot_" not in text and hasattr(main, "__file__"):
+        return main
+    warnings.warn(
+        "new processes cannot import data sets that are defined in a notebook or inside a "
+        "function: images are loaded in this one (data.workers = 0)",
+        stacklevel=2,
+    )
+    return None
 
 
 def pack(value: Any) -> Packed:

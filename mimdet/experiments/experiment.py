@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mimdet.config import Config
+from mimdet.console import Failed
 from mimdet.experiments.grid import Grid
 from mimdet.experiments.results import Experiment, measured
 from mimdet.experiments.runs import ExperimentStopped, places_for, plan, run_all
@@ -41,7 +42,7 @@ def experiment(
     and raises ExperimentStopped; the same call resumes, and skips what is complete. So does a call
     with more seeds, values or evaluation ratios. A run that fails is reported and the others go on.
     Raises ValueError, before anything starts, for a grid that cannot be used or a folder that holds
-    runs of another configuration; RuntimeError when no run succeeds.
+    runs of another configuration; Failed when no run succeeds.
     """
     planned = plan(
         base, grid, seeds, name=name, runs=runs, evaluate_ratios=evaluate_ratios, draws=draws
@@ -62,7 +63,7 @@ def experiment(
             raise ExperimentStopped(planned) from None
     if not any(run.complete() for run in planned):
         failed, why = next(iter(errors.items()))
-        raise RuntimeError(f"no run succeeded; {failed}: {why} (output in {folder / 'logs'})")
+        raise Failed(f"no run succeeded; {failed}: {why} (output in {folder / 'logs'})")
     result = measured(base, planned, errors)
     result.command = (
         f"mimdet.experiment(base, {[arm.values for arm in result.arms]}, seeds={result.seeds}, "
@@ -105,8 +106,14 @@ def ablate(
 
 def read_grid(file: str | Path) -> dict[str, Any]:
     """Execute a grid file; returns the arguments of `mimdet.experiment` that it defines."""
-    found = runpy.run_path(str(file))
-    if not isinstance(found.get("base"), Config) or "grid" not in found:
+    try:
+        found = runpy.run_path(str(file))
+    except OSError:
+        raise
+    except Exception as error:  # whatever the code of others may raise
+        raise Failed(f"{file} does not run: {type(error).__name__}: {error}") from error
+    given = isinstance(found.get("grid"), dict | list)
+    if not given or not isinstance(found.get("base"), Config):
         raise ValueError(
             f"{file} must define `base`, a Config such as presets.tiny(), and `grid`, such as "
             '{"backbone.sample_ratio": [0.25, 1.0]}'

@@ -4,7 +4,6 @@ import copy
 import os
 import sys
 import time
-import traceback
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mimdet.config import Config, flat
-from mimdet.console import Stopped
+from mimdet.console import Stopped, open_console, told
 from mimdet.data.augment import resize_of
 from mimdet.data.coco import build_dataset
 from mimdet.data.loader import Dataset
@@ -22,10 +21,10 @@ from mimdet.experiments.grid import Arm, Grid, arms_of, short_names
 from mimdet.files import read_json, write_json
 from mimdet.models.backbones import BASELINES
 from mimdet.processes import usable_cores
-from mimdet.training.job import ERROR, Child, end_with_parent
+from mimdet.training.job import Child, end_with_parent
 from mimdet.training.optim import Schedule
 from mimdet.training.owner import alone_in
-from mimdet.training.run import MetricsFile, Run, TrainingStopped, load_detector
+from mimdet.training.run import MetricsFile, Run, load_detector
 from mimdet.training.slots import check_slots
 from mimdet.training.train import adapt_to_data, resume
 
@@ -169,24 +168,15 @@ def passes(ratio: float, draws: int) -> int:
 # ------------------------------------------------------------------------------- in the child
 
 
-def main(path: Path, draws: int, ratios: list[float]) -> int:
-    """The process of a run: it trains or resumes, and evaluates. Returns its exit code.
+def main(path: Path, draws: int, ratios: list[float]) -> None:
+    """The process of a run: it trains or resumes, and evaluates.
 
     The code in the folder is trusted: `start` has compared it with that of its caller.
     """
-    try:
-        with alone_in(path, LOCK_SECONDS):
-            for _ in resume(path, trust_code=True, locked=True):
-                pass
-            evaluate_run(path, draws, ratios)
-    except TrainingStopped as stopped:
-        print(stopped)
-        return 128 + stopped.signal_number
-    except Exception as error:
-        traceback.print_exc(file=sys.stdout)
-        print(ERROR + f"{type(error).__name__}: {error}".replace("\n", " "))
-        return 1
-    return 0
+    with told(show=True), alone_in(path, LOCK_SECONDS):
+        for _ in resume(path, trust_code=True, locked=True):
+            pass
+        evaluate_run(path, draws, ratios)
 
 
 def evaluate_run(path: Path, draws: int, ratios: list[float]) -> None:
@@ -315,6 +305,7 @@ def places_for(runs: Sequence[PlannedRun], processes: int = 0) -> list[dict[str,
 
 
 if __name__ == "__main__":
+    open_console()
     end_with_parent()
     folder, draws, *ratios = sys.argv[1:]
-    sys.exit(main(Path(folder), int(draws), [float(ratio) for ratio in ratios]))
+    main(Path(folder), int(draws), [float(ratio) for ratio in ratios])

@@ -34,6 +34,7 @@ import torch
 from tqdm import tqdm
 
 from mimdet.config import Config, PretrainConfig
+from mimdet.console import ERROR, Failed
 from mimdet.data.coco import build_dataset
 from mimdet.files import read_json, write_json
 from mimdet.training.inputs import stored_config
@@ -49,8 +50,6 @@ KILLED = -9
 """Exit code after SIGKILL."""
 ASKED = (129, 130, 143, -1, -2, -15)
 """Exit codes of a process that was asked to end: by SIGHUP, SIGINT or SIGTERM."""
-ERROR = "error: "
-"""Begins the line in which a command of mimdet says why it failed."""
 
 
 class Child:
@@ -234,7 +233,7 @@ _children: dict[int, Child] = {}
 """Jobs started by this process; they are asked how they ended, and not left as zombies."""
 
 
-class JobFailed(RuntimeError):
+class JobFailed(Failed):
     """The training ended with an error, whose text and last lines are the message."""
 
     def _render_traceback_(self) -> list[str]:
@@ -370,7 +369,7 @@ class Job:
         process = self._process() or process_of(status)
         where = status.get("host", platform.node())
         if process is None and where != platform.node():
-            raise RuntimeError(f"a process on {where} trains in {self.path}: stop it there")
+            raise Failed(f"a process on {where} trains in {self.path}: stop it there")
         self._note(self._about() | {"stopping": time.time()})
         if process is not None:
             ask_to_end(process)

@@ -30,7 +30,6 @@ from typing import Any, TypeVar
 
 import psutil
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -291,11 +290,8 @@ class CheckpointStore:
 
         def write(folder: Path) -> None:
             weights = {k: v.contiguous() for k, v in checkpoint.weights.items()}
-            try:
-                save_file(weights, folder / WEIGHTS, {MODEL_PART: checkpoint.model_part})
-                torch.save(checkpoint.optimizer, folder / OPTIMIZER)
-            except (SafetensorError, RuntimeError) as error:  # of their compiled writers
-                raise OSError(f"{place} cannot be written: {error}") from error
+            save_file(weights, folder / WEIGHTS, {MODEL_PART: checkpoint.model_part})
+            torch.save(checkpoint.optimizer, folder / OPTIMIZER)
 
         place = self._place(checkpoint.step)
         write_folder(place, write)
@@ -435,6 +431,8 @@ def load_detector(
     """
     path = Path(source)
     if path.is_file() or str(source) in shipped():
+        if checkpoint != "last":
+            raise ValueError(f"{source} is a file of weights, without checkpoint {checkpoint!r}")
         return load_weights(source, cfg).to(device)
     if not (path / "config.json").exists():
         raise FileNotFoundError(

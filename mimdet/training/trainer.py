@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import multiprocessing
 import signal
 import sys
 import threading
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from mimdet import processes
 from mimdet.config import Config, PretrainConfig, TrainingConfig, check_model_part, model_part
+from mimdet.console import Failed
 from mimdet.data.loader import StepLoader
 from mimdet.files import finite, write_json
 from mimdet.models.checkpoint_files import find
@@ -364,8 +366,17 @@ def inputs_of(cfg: Config | PretrainConfig, data: str, held_out: str) -> dict[st
 
 
 def set_up(cfg: TrainingConfig) -> None:
-    """What every training begins with: the other processes, the seed, the CPU threads."""
+    """What every training begins with: the other processes, the seed, the CPU threads.
+
+    Failed in a process that imports the user's script again, as those do that are not forked.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise Failed(
+            "this script starts a training when another process only imports it: put the training "
+            'under `if __name__ == "__main__":`'
+        )
     processes.join(cfg.answer_minutes)
+    pick_device(cfg.device)
     seed_all(cfg.seed)
     use_threads(cfg.threads)
 
@@ -385,11 +396,21 @@ def use_threads(count: int) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    if not torch.cuda.is_available():
+    """The device of this name. ValueError, with those that there are, where it cannot be used."""
+    if name == "auto" and not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
+    if name == "auto":
+        return torch.device("cuda", torch.cuda.current_device())
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        there = ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        there += ["mps"] if torch.backends.mps.is_available() else []
+        raise ValueError(
+            f"device={name!r} (--device) is not on this machine; there are {', '.join(there)}"
+        ) from error
+    return device
 
 
 # ------------------------------------------------------------------------------- stop signals

@@ -126,7 +126,7 @@ def test_predictions_are_never_written_over(run, scenes, tmp_path, capsys):
         assert all(entry["category"] in mimdet.ShapesCOCO().categories for entry in found)
     with pytest.raises(SystemExit, match=r"a/1.png and .*b/1.png would both become"):
         cli.main(["predict", str(run), *map(str, files[2:]), *out])
-    with pytest.raises(SystemExit, match=r"error: .*directory"):
+    with pytest.raises(SystemExit, match=r"error: .*a folder, where a file is needed"):
         cli.main(["predict", str(run), str(tmp_path / "a"), *out])
 
 
