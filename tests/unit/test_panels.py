@@ -183,6 +183,8 @@ def test_it_answers_in_time(name, control, limit) -> None:
         (lambda: ResultBrowser(SCENES, {n: [] for n in "abc"}), "results of 3 runs: give one or"),
         (lambda: ResultBrowser(SCENES, [{"image_id": 1}]), r"results\[0\] has no"),
         (lambda: ResultBrowser(SCENES, [], iou_threshold=0), "iou_threshold=0"),
+        (lambda: ResultBrowser(SCENES, [1]), "these are no results"),
+        (lambda: ResultBrowser(SCENES, {"a": None}), "these are no results"),
     ],
 )
 def test_what_cannot_be_shown_is_refused(make, message) -> None:

@@ -214,7 +214,9 @@ def _entries(results: Any, truth: dict[str, Any]) -> list[dict[str, Any]]:
     if isinstance(results, str | Path):
         path = Path(results)
         return read_results(path / "predictions.json" if path.is_dir() else path, truth)
-    entries: list[dict[str, Any]] = getattr(results, "results", results)
+    entries: Any = getattr(results, "results", results)
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError("these are no results: give an Evaluation, COCO results, or their file")
     return entries
 
 
