@@ -33,6 +33,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
 from inspect import CO_OPTIMIZED
 from pathlib import Path
 from py_compile import PycInvalidationMode
@@ -142,9 +143,11 @@ def is_silent(node: ast.AST) -> bool:
     match node:
         case ast.JoinedStr() | ast.Expr(value=ast.Constant()):
             return True
-        case ast.Assign() | ast.If() | ast.AnnAssign():
-            text = ast.unparse(node)
-            return "Literal[" in text or text.startswith("if TYPE_CHECKING")
+        case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+            return True
+        case ast.Assign() | ast.AnnAssign():
+            names = (inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name))
+            return "Literal" in names
     return False
 
 
@@ -154,6 +157,7 @@ def sites(source: str) -> list[tuple[int, int]]:
     return [(place, i) for place, node in nodes for i, _ in enumerate(changes(node))]
 
 
+@cache
 def change(source: str, place: int, number: int) -> tuple[int, str, str]:
     """(line, change in words, changed source)."""
     tree = ast.parse(source)
