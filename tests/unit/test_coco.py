@@ -16,7 +16,17 @@ from mimdet import files
 from mimdet.analysis.metrics import coco_metrics
 from mimdet.config import DataConfig
 from mimdet.data import coco
-from mimdet.data.annotations import Annotation, Side, Whole, mask_area, mask_extent, ring_area
+from mimdet.data.annotations import (
+    Annotation,
+    AnnotationEntry,
+    Side,
+    Whole,
+    checked,
+    clipped_box,
+    mask_area,
+    mask_extent,
+    ring_area,
+)
 from mimdet.data.coco import CocoDataset, build_dataset
 from mimdet.structures import crops_to_bitmaps
 
@@ -399,7 +409,7 @@ def test_numbers_of_a_file_have_limits(kind, least, most):
             msgspec.convert(value, kind)
 
 
-def test_extent_and_area_by_hand():
+def test_boxes_and_masks_by_hand():
     triangle, line = [3.0, 4.0, 7.0, 4.0, 3.0, 8.0], [0.0, 1.0, 9.0, 9.0]
     assert mask_extent([triangle, line]) == mask_extent([triangle]) == (3, 4, 7, 8)
     assert mask_extent([triangle, [0.0, 9.0, 5.0, 5.0, 1.0, 6.0]]) == (0, 4, 7, 9)
@@ -415,3 +425,15 @@ def test_extent_and_area_by_hand():
         )
     ]
     assert areas == [0.25, 0, 6, 64]
+    assert clipped_box((-5.0, -4.0, 50.0, 60.0), 20, 30) == (0, 0, 30, 20)
+
+    def read(box, mask):
+        return checked(AnnotationEntry(1, 1, box), mask, 20, 30, lambda *_: None)
+
+    square = (0.0, 0.0, 0.5, 0.5)
+    assert [bool(read(square, mask).left_out) for mask in (None, [triangle], [line])] == [0, 0, 1]
+    thin = [(0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 0.0, 1.0), (30.0, 0.0, 1.0, 1.0)]
+    assert all(read(box, None).left_out for box in thin)
+    assert read(square, [[0.0, 0.0, 300.0, 0.0, 5.0, 5.0]]).left_out == ""
+    with pytest.raises(ValueError, match="a polygon leaves its image by 10 times"):
+        read(square, [[0.0, 0.0, 301.0, 0.0, 5.0, 5.0]])
