@@ -43,6 +43,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "notebooks" / "results" / "mutation.json"
 SEED, MUTANTS = 0, 150
+ROOM = 12 * 2**30
+"""Bytes of address space that a mutant may take; the libraries need half of it."""
 LONGEST = 3.0
 """CPU seconds of a test that takes part."""
 PARTS = {
@@ -234,6 +236,7 @@ class Fork:
             os.environ |= {"TMPDIR": str(own), "MIMDET_CACHE": str(own)}
             tempfile.tempdir = None
             resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(limit), math.ceil(limit)))
+            resource.setrlimit(resource.RLIMIT_AS, (ROOM, ROOM))
             output = os.open("output.txt", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
             os.dup2(output, 1)
             os.dup2(output, 2)
