@@ -142,8 +142,8 @@ def evaluate(
     """COCO box and mask metrics of a trained run, at any list of sample ratios.
 
     Below ratio 1 the tokens are drawn at random, so the mean and the standard deviation over
-    --draws samplings are given. Writes evaluation.json and, at the last ratio, predictions.json in
-    COCO results format.
+    --draws samplings are given. Writes evaluation.json and, of the last draw at the last ratio,
+    predictions.json in COCO results format with its metrics and what they belong to, eval.json.
 
     Args:
         run: Directory of the run, or a released MIMDet file (.pth).
@@ -191,8 +191,8 @@ def evaluate(
         draws,
         batch_size=batch_size,
         progress=True,
-        save_to=folder / "predictions.json",
-        known=rows_from_training(run, dataset.version) if reuse else (),
+        save_to=folder,
+        known=rows_from_training(run, model, dataset) if reuse else (),
     )
     if FIRST:
         write_json(folder / "evaluation.json", {"data": dataset.version, "ratios": rows})
@@ -286,6 +286,7 @@ def errors(run: Run, against: str = "", out: str = "", trust_code: bool = False)
     """
     from mimdet.analysis.comparison import compare_runs
     from mimdet.analysis.errors import find_errors
+    from mimdet.analysis.evaluate import check_belonging
     from mimdet.analysis.metrics import read_results
     from mimdet.data.coco import build_dataset
     from mimdet.training.inputs import stored_config
@@ -301,6 +302,8 @@ def errors(run: Run, against: str = "", out: str = "", trust_code: bool = False)
     load_slots(Path(run), cfg, trust_code)  # the data may be one of them
     dataset = build_dataset(cfg.data, "val", cfg.training.seed, cfg.detector.masks)
     truth, scale = dataset.ground_truth(), getattr(dataset, "area_scale", 1.0)
+    for folder in files:
+        print(check_belonging(Path(folder), dataset.version))
     found = {folder: read_results(file, truth) for folder, file in files.items()}
     reports = {"box": find_errors(truth, found[run], "bbox", area_scale=scale)}
     if cfg.detector.masks and dataset.has_masks:

@@ -25,7 +25,7 @@ def collect(run: Path, command: str, hardware: str, note: str, minutes: float) -
     rows = MetricsFile(run / "metrics.jsonl").read()
     steps = [row for row in rows if "loss" in row]
     environment = read_json(run / "environment.json")
-    final = read_json(run / "eval.json")
+    final = [row["evaluation"] for row in rows if "evaluation" in row][-1]
     result: dict[str, Any] = {
         "command": command,
         "note": note,

@@ -1,5 +1,7 @@
 """A detector on a data set: predictions, COCO metrics, at any sample ratio."""
 
+import hashlib
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -13,8 +15,9 @@ from torch import Tensor
 
 from mimdet import processes
 from mimdet.analysis.metrics import IouType, Metrics, coco_metrics
+from mimdet.config import model_part
 from mimdet.data.loader import Dataset, ids_of_labels, stream
-from mimdet.files import write_json
+from mimdet.files import read_json, write_json, write_text
 from mimdet.images import Resize
 from mimdet.inference import (
     DEFAULT_BATCH,
@@ -64,9 +67,11 @@ def results_for(
     return [result | {"segmentation": rle} for result, rle in zip(results, rles, strict=True)]
 
 
-def save_results(results: list[dict[str, Any]], path: str | Path) -> None:
-    """Write a COCO results file: complete or, if interrupted, as it was before."""
-    write_json(path, results, indent=None)
+def save_results(results: list[dict[str, Any]], path: str | Path) -> str:
+    """Write a COCO results file: complete or, if interrupted, as it was before; -> its sha256."""
+    text = json.dumps(results) + "\n"
+    write_text(path, text)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(slots=True)
@@ -76,8 +81,8 @@ class Evaluation:
     metrics: Metrics
     results: list[dict[str, Any]]
     """COCO results format: boxes, scores, categories, masks as RLE."""
-    sample_ratio: float
-    seed: int
+    about: dict[str, Any]
+    """What the numbers belong to (`belonging`)."""
     seconds: float
 
     @property
@@ -138,7 +143,69 @@ def evaluate(
     if processes.rank() == 0:
         metrics = coco_metrics(dataset.ground_truth(), results, kinds, scale)
     metrics = processes.from_first(metrics)
-    return Evaluation(metrics, results, sample_ratio, seed, time.perf_counter() - start)
+    about = belonging(model, dataset, sample_ratio, keep, seed)
+    return Evaluation(metrics, results, about, time.perf_counter() - start)
+
+
+def belonging(
+    model: Detector, dataset: Dataset, ratio: float, keep: Keep | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """What an evaluation's numbers follow from, besides this code and the machine.
+
+    step of the weights in their run; sample_ratio, keep and seed of the tokens; data: version, and
+    images: how many; config: sha256 of the model's part of the configuration; weights: sha256 of
+    names and values.
+    """
+    weights = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        weights.update(name.encode())
+        weights.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return {
+        "step": model.step,
+        "sample_ratio": ratio,
+        "keep": keep or getattr(model.backbone, "keep", None),
+        "seed": seed,
+        "data": dataset.version,
+        "images": len(dataset),
+        "config": hashlib.sha256(model_part(model.config).encode()).hexdigest(),
+        "weights": weights.hexdigest(),
+    }
+
+
+def save_evaluation(evaluation: Evaluation, folder: Path) -> None:
+    """Replace predictions.json and eval.json, whose metrics are of these predictions.
+
+    eval.json comes last and names the other's sha256: where an interruption leaves two that do not
+    belong together, `check_belonging` refuses them.
+    """
+    digest = save_results(evaluation.results, folder / "predictions.json")
+    about = evaluation.about | {"predictions": digest}
+    write_json(folder / "eval.json", about | evaluation.metrics.to_dict())
+
+
+def check_belonging(folder: Path, data: str) -> str:
+    """What a folder's predictions.json belongs to, in words.
+
+    ValueError where it is not that of the eval.json beside it, or not of the `data` in use. Results
+    of another tool have no eval.json.
+    """
+    file, about = folder / "predictions.json", folder / "eval.json"
+    if not about.exists():
+        return f"{file}: of another tool, there is no eval.json beside it"
+    found = read_json(about)
+    if found.get("predictions") != hashlib.sha256(file.read_bytes()).hexdigest():
+        raise ValueError(
+            f"{file} is not what {about} was measured on, because an evaluation was interrupted or "
+            f"a file was replaced: run `mimdet evaluate {folder}` again. Before the results of "
+            "another tool are looked at, remove eval.json"
+        )
+    if found["data"] != data:
+        raise ValueError(
+            f"{file} was made on {found['data']}, the data of the run are {data}: run `mimdet "
+            f"evaluate {folder}` again"
+        )
+    drawn = "" if found["sample_ratio"] == 1 else f", draw {found['seed']}"
+    return f"{file}: step {found['step']}, sample ratio {found['sample_ratio']:g}{drawn}"
 
 
 def evaluate_ratios(
@@ -154,9 +221,9 @@ def evaluate_ratios(
 ) -> list[dict[str, Any]]:
     """One row per ratio: mean and standard deviation of box and mask AP over `draws` samplings.
 
-    At ratio 1 every token is kept, so one pass is enough and the deviation is 0. `save_to`: where
-    the predictions of the last pass go, in COCO results format. `known`: rows of ratios that need
-    not be measured again; predictions are saved of what is measured.
+    At ratio 1 every token is kept, so one pass is enough and the deviation is 0. `save_to`: folder
+    for predictions and metrics of the last pass (`save_evaluation`). `known`: rows of ratios that
+    need not be measured again; predictions are saved of what is measured.
     """
     if draws < 1:
         raise ValueError(f"draws={draws}: at least one sampling of the tokens per ratio")
@@ -179,9 +246,10 @@ def evaluate_ratios(
             for seed in range(draws if ratio < 1 else 1)
         ]
         seconds = sum(p.seconds for p in passes)
-        rows.append(ratio_row(ratio, [p.metrics.to_dict() for p in passes], seconds))
+        row = ratio_row(ratio, [p.metrics.to_dict() for p in passes], seconds)
+        rows.append(row | {"about": passes[0].about})
         if save_to is not None and processes.rank() == 0 and ratio == ratios[-1]:
-            save_results(passes[-1].results, save_to)
+            save_evaluation(passes[-1], Path(save_to))
     return rows
 
 

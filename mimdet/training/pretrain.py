@@ -92,22 +92,22 @@ class PreTrainer(Trainer):
             )
         load_exactly(self.model, found.state_dict(), source)
 
-    def measure(self) -> dict[str, Any]:
+    def measure(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Loss of the held-out images, always with the same patches kept; pictures of a few.
 
         Without held-out images only the weights are written.
         """
         if processes.rank() != 0:
-            return {"held_out": {}}
+            return {}, {"held_out": {}}
         save_mae(self.model, self.run.path / MAE_FILE)
         if not self.held_out_images:
-            return {"held_out": {}}
+            return {}, {"held_out": {}}
         ratio = self.cfg.mae.sample_ratio
         loss, picture = look(self.model, self.held_out_images, ratio, self.device)
         image = Image.fromarray(picture.permute(1, 2, 0).numpy())
         file = self.run.path / "reconstructions" / f"{self.done:06d}.png"
         write_file(file, lambda partial: image.save(partial, format="PNG"))
-        return {"held_out": {"loss": loss}}
+        return {}, {"held_out": {"loss": loss}}
 
 
 @torch.inference_mode()

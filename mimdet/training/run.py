@@ -3,7 +3,7 @@
     config.json       every number of the run; another configuration is refused here
     metrics.jsonl     a line a step (losses, gradient norm, rate, times), a line an evaluation
     checkpoints       weights and optimiser state of the last two steps saved, and of the best
-    eval.json         metrics of the last evaluation
+    eval.json         metrics of the last evaluation, and what they belong to
     predictions.json  its detections in COCO's results format
     evaluation.json   metrics at several sample ratios, from `mimdet evaluate`
     categories.json   class names, so that the folder alone is enough to predict

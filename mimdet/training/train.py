@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from mimdet import processes
-from mimdet.analysis.evaluate import evaluate, ids_of_labels, ratio_row, save_results
+from mimdet.analysis.evaluate import belonging, evaluate, ids_of_labels, ratio_row, save_results
 from mimdet.analysis.metrics import percent
 from mimdet.config import (
     Config,
@@ -27,7 +27,7 @@ from mimdet.models.weights import LoadReport, load_mae
 from mimdet.presets import STARTS_FROM_MAE
 from mimdet.training.inputs import check_inputs, stored_config
 from mimdet.training.optim import Schedule
-from mimdet.training.run import Run, load_detector, weights_of
+from mimdet.training.run import MetricsFile, Run, load_detector, weights_of
 from mimdet.training.slots import load_slots, name_dataset, read_slots
 from mimdet.training.trainer import RANDOM, Step, Trainer, inputs_of, set_up
 
@@ -149,7 +149,8 @@ class DetectorTrainer(Trainer):
     def losses(self, batch: MicroBatch) -> dict[str, Tensor]:
         return self.model(batch.images, batch.targets)
 
-    def measure(self) -> dict[str, Any]:
+    def measure(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        self.model.step = self.done
         evaluation = evaluate(
             self.model,
             self.val_data,
@@ -158,30 +159,28 @@ class DetectorTrainer(Trainer):
             progress=len(self.val_data) >= 1000,
         )
         if processes.rank() == 0:
-            save_results(evaluation.results, self.run.path / "predictions.json")
+            file = self.run.path / "predictions.json"
+            evaluation.about["predictions"] = save_results(evaluation.results, file)
             earlier = [row["evaluation"]["box"]["AP"] for row in self.run.evaluations()]
             best = max((ap for ap in earlier if ap is not None), default=-1.0)
             if evaluation.box["AP"] > best:
                 self.run.store.point("best", f"{self.done:06d}")
-        return evaluation.metrics.to_dict()
+        return evaluation.about, evaluation.metrics.to_dict()
 
 
-def rows_from_training(run: str | Path, data: str) -> list[dict[str, Any]]:
-    """The row of ratio 1 from a run's last evaluation while training; none if it does not fit.
-
-    It fits when it was made with the newest weights, on the data set of version `data`, and with
-    all tokens: below ratio 1 an evaluation while training is one draw only.
-    """
-    cfg = load_config(Path(run) / "config.json")
-    record = Run(run, cfg)
-    if cfg.backbone.sample_ratio_eval < 1:
-        return []
-    newest = record.store.steps()[-1:]
-    return [
-        ratio_row(1.0, [row["evaluation"]], row["time"]["seconds"])
-        for row in record.evaluations()[-1:]
-        if [row["step"]] == newest and row["data"] == data
-    ]
+def rows_from_training(run: str | Path, model: Detector, dataset: Dataset) -> list[dict[str, Any]]:
+    """The row of ratio 1 from a run's last evaluation while training; none, and a line that says
+    why, where that belongs to anything else than this evaluation would (`belonging`)."""
+    wanted = belonging(model, dataset, 1.0)
+    rows = [row for row in MetricsFile(Path(run, "metrics.jsonl")).read() if "evaluation" in row]
+    last = rows[-1] if rows else {}
+    other = [name for name, value in wanted.items() if last.get(name) != value]
+    if not other:
+        row = ratio_row(1.0, [last["evaluation"]], last["time"]["seconds"])
+        return [row | {"about": wanted}]
+    if processes.rank() == 0:
+        print(f"ratio 1 is measured: the training's last evaluation has another {', '.join(other)}")
+    return []
 
 
 def check_start(cfg: Config) -> None:

@@ -98,8 +98,9 @@ class Trainer:
         """The losses of one micro-batch, whose sum is minimised."""
         raise NotImplementedError
 
-    def measure(self) -> dict[str, Any]:
-        """Metrics of the model, whose files the first process writes into the run."""
+    def measure(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the metrics of the model belong to, and the metrics; what else there is to keep, the
+        first process writes into the run."""
         raise NotImplementedError
 
     # -------------------------------------------------------------- one step
@@ -298,10 +299,10 @@ class Trainer:
         """Measure the model and record it."""
         start = time.perf_counter()
         with self.signals.interruptible():
-            metrics = self.measure()
+            about, metrics = self.measure()
             self.evaluated = self.done
             if processes.rank() == 0:
-                about = {"step": self.done, "data": self.inputs["held_out"]}
+                about = {"step": self.done, "data": self.inputs["held_out"]} | about
                 write_json(self.run.path / "eval.json", finite(about | metrics))
                 seconds = round(time.perf_counter() - start, 2)
                 spent = {"seconds": seconds, "cpu_seconds": self.cpu_seconds()}

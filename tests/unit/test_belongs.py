@@ -1,6 +1,8 @@
 """What a number belongs to: weights to their configuration, results to weights, data and draw."""
 
+import hashlib
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from pycocotools.coco import COCO
 from safetensors.torch import save_file
 
 import mimdet
+from mimdet.analysis.evaluate import belonging, evaluate
 from mimdet.cli import main
 from mimdet.config import AT_USE, WHILE_TRAINING, Config, flat, set_field, to_dict
 from mimdet.models.checkpoint_files import read_safetensors
@@ -50,8 +53,6 @@ def trained(tmp_path_factory) -> Path:
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
     """A copy that a test may damage."""
-    import shutil
-
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
@@ -213,3 +214,82 @@ def test_weights_that_are_not_finite_are_refused_by_name(run, animals, value: fl
 def test_without_stored_ids_labels_count_from_one() -> None:
     model = mimdet.load_detector("tiny")
     assert model.category_ids == list(range(1, len(model.categories) + 1))
+
+
+# ------------------------------------------------------------------ results
+
+
+def test_results_name_what_they_belong_to(run, monkeypatch) -> None:
+    """As the training left them, and of the last draw of an evaluation at other ratios."""
+    of_training = json.loads((run / "eval.json").read_text())
+    main(["evaluate", str(run), "--ratios", "1", "0.5", "--draws", "2"])
+    now = json.loads((run / "eval.json").read_text())
+    model = mimdet.load_detector(run)
+    held_out = mimdet.ShapesCOCO("shapes-v1-medium", 64, 3, "val")
+    for found, ratio, seed in ((of_training, 1.0, 0), (now, 0.5, 1)):
+        about = belonging(model, held_out, ratio, seed=seed)
+        assert {name: found[name] for name in about} == about and about["step"] == 2
+    digest = hashlib.sha256((run / "predictions.json").read_bytes()).hexdigest()
+    assert now["predictions"] == digest != of_training["predictions"]
+    rows = json.loads((run / "evaluation.json").read_text())["ratios"]
+    assert now["box"] == rows[1]["metrics"][1]["box"]
+    assert [row["about"]["sample_ratio"] for row in rows] == [1.0, 0.5]
+    model.roi_heads.box_head.cls_score.bias.data[0] += 1
+    assert belonging(model, held_out, 1.0)["weights"] != now["weights"]
+    model.config.detector.score_threshold = 0.1
+    assert belonging(model, held_out, 1.0)["config"] != now["config"]
+
+
+def test_an_interrupted_evaluation_leaves_what_it_found(run, monkeypatch) -> None:
+    """In the middle of the last ratio: both files are the old ones. Between them: refused."""
+    files = [run / name for name in ("eval.json", "predictions.json")]
+    before = [file.read_bytes() for file in files]
+    passes = []
+
+    def interrupted(*arguments: Any, **others: Any) -> Any:
+        passes.append(others["sample_ratio"])
+        if len(passes) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*arguments, **others)
+
+    def stop(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mimdet.analysis.evaluate.evaluate", interrupted)
+        with pytest.raises(SystemExit):
+            main(["evaluate", str(run), "--ratios", "1", "0.5"])
+    assert passes == [1.0, 0.5] and before == [file.read_bytes() for file in files]
+    main(["errors", str(run)])
+    with monkeypatch.context() as patch:
+        patch.setattr("mimdet.analysis.evaluate.write_json", stop)
+        with pytest.raises(SystemExit):
+            main(["evaluate", str(run), "--ratios", "0.5"])
+    with pytest.raises(SystemExit, match=r"is not what .*eval.json was measured on"):
+        main(["errors", str(run)])
+    main(["evaluate", str(run), "--ratios", "0.5", "--draws", "1"])
+    main(["errors", str(run)])
+
+
+def test_errors_says_what_it_reads_and_refuses_other_data(run, capsys) -> None:
+    main(["evaluate", str(run), "--ratios", "0.5", "--draws", "2"])
+    main(["errors", str(run)])
+    assert "predictions.json: step 2, sample ratio 0.5, draw 1" in capsys.readouterr().out
+    edit(run, **{"data.shapes_level": "shapes-v1-easy"})
+    with pytest.raises(SystemExit, match=r"made on .*medium.* the data of the run are .*easy"):
+        main(["errors", str(run)])
+    edit(run, **{"data.shapes_level": "shapes-v1-medium"})
+    (run / "eval.json").unlink()
+    main(["errors", str(run)])
+    assert "of another tool" in capsys.readouterr().out
+
+
+def test_reuse_says_why_it_measures_again(run, capsys) -> None:
+    main(["evaluate", str(run), "--reuse"])
+    assert "measured" not in capsys.readouterr().out
+    edit(run, **{"detector.score_threshold": 0.06})
+    with pytest.warns(UserWarning, match="score_threshold"):
+        main(["evaluate", str(run), "--reuse"])
+    assert "ratio 1 is measured: the training's last evaluation has another config" in (
+        capsys.readouterr().out
+    )

@@ -108,14 +108,14 @@ def test_image_seeds_differ():
 
 
 def test_ratio_rows_by_hand(model, scenes, tmp_path):
-    rows = evaluate_ratios(model, scenes, [0.25, 1.0], draws=3, save_to=tmp_path / "p.json")
+    rows = evaluate_ratios(model, scenes, [0.25, 1.0], draws=3, save_to=tmp_path)
     assert [row["draws"] for row in rows] == [3, 1]
     for kind in ("box", "mask"):
         values = torch.tensor([m[kind]["AP"] for m in rows[0]["metrics"]], dtype=torch.float64)
         assert rows[0][f"{kind}_ap"] == pytest.approx(values.mean().item())
         assert rows[0][f"{kind}_ap_sd"] == pytest.approx(values.std().item())
         assert rows[1][f"{kind}_ap_sd"] == 0
-    saved = json.loads((tmp_path / "p.json").read_text())
+    saved = json.loads((tmp_path / "predictions.json").read_text())
     assert saved == evaluate(model, scenes, sample_ratio=1.0).results
     passes = [{"box": {"AP": ap}, "mask": {}} for ap in (0.2, 0.4)]
     row = ratio_row(0.5, passes, 1.234)
