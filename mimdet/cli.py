@@ -302,9 +302,9 @@ def errors(run: Run, against: str = "", out: str = "", trust_code: bool = False)
     load_slots(Path(run), cfg, trust_code)  # the data may be one of them
     dataset = build_dataset(cfg.data, "val", cfg.training.seed, cfg.detector.masks)
     truth, scale = dataset.ground_truth(), getattr(dataset, "area_scale", 1.0)
+    found = {folder: read_results(file, truth) for folder, file in files.items()}
     for folder in files:
         print(check_belonging(Path(folder), dataset.version))
-    found = {folder: read_results(file, truth) for folder, file in files.items()}
     reports = {"box": find_errors(truth, found[run], "bbox", area_scale=scale)}
     if cfg.detector.masks and dataset.has_masks:
         reports["mask"] = find_errors(truth, found[run], "segm", area_scale=scale)

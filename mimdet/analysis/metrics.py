@@ -10,7 +10,9 @@ is equal to 1e-9. What this module adds is what goes wrong around an evaluator:
 - the caller's dictionaries stay as they are, and nothing is printed.
 """
 
+import json
 import math
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
 
 from mimdet.data.annotations import Id, Number, RunLengths, Whole, compressed
 from mimdet.files import read_json
@@ -217,7 +220,8 @@ def read_results(path: str | Path, ground_truth: dict[str, Any]) -> list[dict[st
     """A COCO results file of these images, in which every entry has what the first one has.
 
     ValueError naming file and entry for anything else, run lengths that do not fill their image
-    included: pycocotools would read beyond them.
+    included: pycocotools would read beyond them. A warning names what else makes an AP of these
+    results wrong (`doubts_about`).
     """
     entries = read_json(path)
     if not isinstance(entries, list):
@@ -226,6 +230,7 @@ def read_results(path: str | Path, ground_truth: dict[str, Any]) -> list[dict[st
     ids = {"image_id": set(sizes)}
     ids["category_id"] = {category["id"] for category in ground_truth["categories"]}
     needed: list[str] = []
+    wrong: list[str] = []
     for index, entry in enumerate(entries):
         try:
             result = msgspec.convert(entry, Result)
@@ -236,8 +241,57 @@ def read_results(path: str | Path, ground_truth: dict[str, Any]) -> list[dict[st
             if result.segmentation is not None:
                 entry["segmentation"] = compressed(result.segmentation, *sizes[result.image_id])
         except ValueError as error:
-            raise ValueError(f"{path}: results[{index}]: {error}") from error
+            wrong.append(f"results[{index}]: {error}")
+    if wrong:
+        raise ValueError(f"{path}: {_first_of(wrong, len(entries))}")
+    doubts = doubts_about(ground_truth, entries)
+    if doubts:
+        warnings.warn("\n  ".join([f"{path}: its AP is to be doubted", *doubts]), stacklevel=2)
     return entries
+
+
+def doubts_about(ground_truth: dict[str, Any], results: list[dict[str, Any]]) -> list[str]:
+    """What a COCO evaluation takes from another tool's results without a word, with counts."""
+    total, images = len(results), ground_truth["images"]
+    answered = {result["image_id"] for result in results}
+    missing = [image["id"] for image in images if image["id"] not in answered]
+    entries = Counter(json.dumps(result, sort_keys=True) for result in results)
+    doubts = {
+        "scores are not in 0..1": sum(not 0 <= result["score"] <= 1 for result in results),
+        "results are there more than once": total - len(entries),
+        **_doubts_about_boxes(images, [result for result in results if result.get("bbox")]),
+    }
+    lines = [f"{count} of {total} {what}" for what, count in doubts.items() if count]
+    if total and len(missing) > len(images) / 10:
+        lines.append(
+            f"{len(missing)} of {len(images)} images have no result, first {missing[0]!r}; all of "
+            "their objects count as missed"
+        )
+    return lines
+
+
+def _doubts_about_boxes(
+    images: list[dict[str, Any]], results: list[dict[str, Any]]
+) -> dict[str, int]:
+    """Boxes of another layout or scale than x, y, width, height in pixels, by what is wrong."""
+    sizes = {image["id"]: (image["width"], image["height"]) for image in images}
+    boxes = np.array([result["bbox"] for result in results], dtype=float).reshape(-1, 4)
+    limits = np.array([sizes[result["image_id"]] for result in results], float).reshape(-1, 2) + 1
+    first, second = boxes[:, :2], boxes[:, 2:]
+    beyond = int((first + second > limits).any(1).sum())
+    corners = ((second >= first) & (second <= limits)).all(1).mean() if len(boxes) else 0.0
+    shares = len(boxes) if len(boxes) and boxes.max() <= 2 else 0
+    looks = "; as x1, y1, x2, y2 they would fit" if corners > 0.99 else ""
+    return {
+        "boxes are empty": int((second <= 0).any(1).sum()),
+        "boxes lie in 0..2, like shares of the image; they are pixels": shares,
+        f"boxes reach beyond their image as x, y, width, height{looks}": beyond,
+    }
+
+
+def _first_of(wrong: list[str], total: int) -> str:
+    """The first of some faulty results, and how many there are."""
+    return f"{wrong[0]} ({len(wrong)} of {total} results cannot be used)"
 
 
 def check_results(
@@ -245,7 +299,7 @@ def check_results(
     results: list[dict[str, Any]],
     iou_types: Sequence[IouType],
 ) -> None:
-    """Raise ValueError for the first entry the evaluator could not read or would leave out."""
+    """Raise ValueError for entries the evaluator could not read or would leave out."""
     unknown = set(iou_types) - {"bbox", "segm"}
     if unknown:
         raise ValueError(f"iou_types={tuple(iou_types)}: use 'bbox', 'segm' or both")
@@ -259,13 +313,19 @@ def check_results(
     needed = ["bbox"] * ("bbox" in iou_types) + ["segmentation"] * ("segm" in iou_types)
     for entry in ground_truth["annotations"]:
         _check_entry(entry, f"annotation {entry.get('id')}", ids, [*needed, "area"])
+    wrong = []
     for index, entry in enumerate(results):
         name = f"results[{index}]"
-        _check_entry(entry, name, ids, [*needed, "score"])
-        if not math.isfinite(entry["score"]):
-            raise ValueError(f"{name}: score is {entry['score']}; give {NEEDED['score']}")
-        if "segm" in iou_types and not isinstance(entry["segmentation"], dict):
-            raise ValueError(f"{name}: segmentation must be RLE; see bitmap_to_rle")
+        try:
+            _check_entry(entry, name, ids, [*needed, "score"])
+            if not math.isfinite(entry["score"]):
+                raise ValueError(f"{name}: score is {entry['score']}; give {NEEDED['score']}")
+            if "segm" in iou_types and not isinstance(entry["segmentation"], dict):
+                raise ValueError(f"{name}: segmentation must be RLE; see bitmap_to_rle")
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ValueError(_first_of(wrong, len(results)))
 
 
 def _check_entry(

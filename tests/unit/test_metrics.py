@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -354,9 +355,75 @@ def test_a_results_file_is_read_by_declared_types(
     """Run lengths included: pycocotools would read beyond those that are cut off."""
     truth, good = truth_of(rectangle(10, 10, 40, 40)), found(0.9, rectangle(10, 10, 40, 40))
     file = tmp_path / "results.json"
-    file.write_text(json.dumps([good, good]))
-    assert read_results(file, truth) == [good, good]
+    file.write_text(json.dumps([good, good | {"score": 0.8}]))
+    assert read_results(file, truth) == [good, good | {"score": 0.8}]
     bad = {key: value for key, value in (good | change).items() if value is not GONE}
     file.write_text(json.dumps([good, bad]))
     with pytest.raises(ValueError, match=rf"results\.json: results\[1\]: .*({said})"):
         read_results(file, truth)
+
+
+def results_of_others(truth: dict[str, Any]) -> list[dict[str, Any]]:
+    """A sound result in each of ten images, in different places and of different scores."""
+    return [
+        {
+            "image_id": image["id"],
+            "category_id": 1,
+            "bbox": [100.0 + i, 90.0, 60.0, 50.0 + i],
+            "score": i / 10,
+        }
+        for i, image in enumerate(truth["images"])
+    ]
+
+
+def corners(result: dict[str, Any]) -> dict[str, Any]:
+    x, y, w, h = result["bbox"]
+    return result | {"bbox": [x, y, x + w, y + h]}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda r: r, None),
+        (lambda r: [one | {"score": one["score"] * 3} for one in r], "6 of 10 scores are not in"),
+        (lambda r: r[:5], "5 of 10 images have no result, first 6"),
+        (lambda r: r[:9], None),
+        (lambda r: [corners(one) for one in r], "10 of 10 boxes reach .* as x1, y1, x2, y2 they"),
+        (lambda r: [*r, *r[:3]], "3 of 13 results are there more than once"),
+        (
+            lambda r: [one | {"bbox": [0.1, 0.2, 0.3, 0.4]} for one in r],
+            "10 of 10 boxes lie in 0..2, like shares",
+        ),
+        (
+            lambda r: [one | {"bbox": [9.0, 9.0, 0.0, 4.0]} for one in r[:1]] + r[1:],
+            "1 of 10 .*empty",
+        ),
+        (
+            lambda r: [one | {"bbox": [4 * side for side in one["bbox"]]} for one in r],
+            r"10 of 10 boxes reach beyond their image as x, y, width, height$",
+        ),
+        (lambda r: [], None),
+    ],
+)
+def test_results_of_others_are_doubted_with_counts(change, said, tmp_path, recwarn) -> None:
+    """Each of these gives an AP without a word from COCO's evaluation."""
+    truth = truth_of(rectangle(10, 10, 40, 40))
+    truth["images"] = [{"id": i, "height": 200, "width": 200} for i in range(1, 11)]
+    file = tmp_path / "others.json"
+    file.write_text(json.dumps(change(results_of_others(truth))))
+    read_results(file, truth)
+    told = [str(one.message) for one in recwarn]
+    assert len(told) == (said is not None)
+    assert not said or (re.search(said, told[0]) and "others.json" in told[0]), told
+
+
+def test_faulty_results_are_counted(tmp_path) -> None:
+    good = found(0.9, rectangle(10, 10, 40, 40))
+    truth = truth_of(rectangle(10, 10, 40, 40))
+    faulty = [good, *[good | {"image_id": 7}] * 3, good | {"score": math.nan}]
+    (tmp_path / "others.json").write_text(json.dumps(faulty))
+    message = r"results\[1\]: .*image_id 7 is not among the images \(4 of 5 results cannot be used"
+    with pytest.raises(ValueError, match=message):
+        read_results(tmp_path / "others.json", truth)
+    with pytest.raises(ValueError, match=message):
+        coco_metrics(truth, faulty)
