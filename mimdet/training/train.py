@@ -15,7 +15,6 @@ from mimdet.config import (
     DataConfig,
     PretrainConfig,
     difference,
-    load_config,
 )
 from mimdet.data.coco import build_dataset
 from mimdet.data.loader import Dataset, MicroBatch, TrainLoader

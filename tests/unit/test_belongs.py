@@ -275,8 +275,8 @@ def test_errors_says_what_it_reads_and_refuses_other_data(run, capsys) -> None:
     main(["evaluate", str(run), "--ratios", "0.5", "--draws", "2"])
     main(["errors", str(run)])
     assert "predictions.json: step 2, sample ratio 0.5, draw 1" in capsys.readouterr().out
-    edit(run, **{"data.shapes_level": "shapes-v1-easy"})
-    with pytest.raises(SystemExit, match=r"made on .*medium.* the data of the run are .*easy"):
+    edit(run, **{"data.shapes_level": "shapes-v1-hard"})
+    with pytest.raises(SystemExit, match=r"made on .*medium.* the data of the run are .*hard"):
         main(["errors", str(run)])
     edit(run, **{"data.shapes_level": "shapes-v1-medium"})
     (run / "eval.json").unlink()
