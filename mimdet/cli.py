@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from mimdet.models.detector import Detector
 
 Run = Annotated[Positional[str], tyro.conf.arg(metavar="RUN")]
+File = Annotated[Positional[str], tyro.conf.arg(metavar="FILE")]
+Images = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE...")]
+Names = Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="[NAME...]")]
+Folder = Annotated[Positional[str], tyro.conf.arg(metavar="FOLDER")]
 TRACEBACK = "--traceback"
 
 
@@ -53,8 +57,9 @@ def run_command(name: str, words: list[str]) -> None:
     command = COMMANDS[name]
     options = from_presets(command, PRESETS_OF[name], words) if name in PRESETS_OF else command
     about = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0]
-    unprefixed = (tyro.conf.OmitArgPrefixes,)
-    tyro.cli(options, args=words, prog=f"mimdet {name}", description=about, config=unprefixed)
+    look: list[Any] = [tyro.conf.OmitArgPrefixes]
+    look += [] if name in PRESETS_OF else [tyro.conf.FlagCreatePairsOff]
+    tyro.cli(options, args=words, prog=f"mimdet {name}", description=about, config=look)
 
 
 def from_presets(command: Any, presets: dict[str, Callable[[], Any]], words: list[str]) -> Any:
@@ -213,7 +218,7 @@ def _load(run: str, checkpoint: str, device: str, trust_code: bool) -> "Detector
 
 def predict(
     run: Run,
-    images: Positional[tuple[Path, ...]],
+    images: Images,
     out: Path = Path("predictions"),
     sample_ratio: float = 1.0,
     score: float = 0.3,
@@ -245,6 +250,8 @@ def predict(
     from mimdet.models.detector import category_entries
     from mimdet.viz import save_figure, show_detections
 
+    if not images:
+        raise ValueError("give at least one image: mimdet predict RUN IMAGE...")
     if not 0 <= score <= 1:
         raise ValueError(f"--score {score}: scores are in 0..1")
     stems = {image.stem: image for image in images}
@@ -320,7 +327,7 @@ def errors(run: Run, against: str = "", out: str = "", trust_code: bool = False)
 
 def export(
     run: Run,
-    file: Positional[str],
+    file: File,
     half: bool = False,
     checkpoint: str = "last",
     trust_code: bool = False,
@@ -357,7 +364,7 @@ def export(
 
 
 def ablate(
-    file: Positional[str],
+    file: File,
     runs: str = "runs",
     seeds: int = 0,
     processes: int = 0,
@@ -387,7 +394,7 @@ def ablate(
 
 
 def cost(
-    presets: Positional[tuple[str, ...]] = (),
+    presets: Names = (),
     size: tuple[int, int] = (800, 1344),
     ratios: tuple[float, ...] = (1.0,),
 ) -> None:
@@ -414,8 +421,8 @@ def cost(
 
 
 def check_data(
-    annotations: Positional[str],
-    images: Positional[str],
+    annotations: File,
+    images: Folder,
     examples: int = 3,
     quick: bool = False,
     json: str = "",
@@ -440,7 +447,7 @@ def check_data(
 
 
 def download(
-    names: Positional[tuple[str, ...]] = (),
+    names: Names = (),
     to: Path = Path("downloads"),
     yes: bool = False,
     unpack: bool = False,

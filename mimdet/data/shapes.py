@@ -161,7 +161,7 @@ def _replaceable(folder: Path) -> bool:
     if names != {"images", "annotations.json"}:
         return not names
     try:
-        content = json.loads((folder / "annotations.json").read_text())
+        content = json.loads((folder / "annotations.json").read_text(encoding="utf-8"))
         return content["info"]["description"] == "ShapesCOCO"
     except (ValueError, KeyError, TypeError, OSError):
         return False

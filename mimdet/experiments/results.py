@@ -335,7 +335,7 @@ def difference_text(row: dict[str, Any]) -> str:
 def hardware_text(gpus: Sequence[str]) -> str:
     """`2 CPU cores (name); NVIDIA H100`, of this machine and the GPUs a run saw."""
     information = Path("/proc/cpuinfo")  # Linux; elsewhere Python's own word
-    text = information.read_text() if information.exists() else ""
+    text = information.read_text(encoding="utf-8") if information.exists() else ""
     model = re.search(r"^model name\s*: (.+)", text, re.MULTILINE)
     name = model[1] if model else platform.processor() or platform.machine()
     return "; ".join([f"{os.cpu_count()} CPU cores ({name})", *gpus])

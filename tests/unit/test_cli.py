@@ -245,7 +245,9 @@ def test_pretrain_ablate_and_cost(tmp_path, capsys):
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])
-    assert len(capsys.readouterr().out) > 300
+    printed = capsys.readouterr().out
+    assert len(printed) > 300
+    assert not {"STR", "PATH"} & set(printed.splitlines()[0].replace("[", " ").split())
 
 
 def test_every_field_of_the_configuration_is_a_flag(capsys):
