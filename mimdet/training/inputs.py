@@ -110,25 +110,25 @@ def stored_config(path: Path) -> Config | PretrainConfig:
     cfg: Config | PretrainConfig = load_config(file, kind)
     values = flat(cfg)
     for name in PATHS & values.keys():
-        place = place_of(values[name], path)
-        is_path = place.exists() or name not in MAY_BE_NAMES
-        if values[name] and is_path and place.resolve() != Path(values[name]).resolve():
-            set_field(cfg, name, str(place))
+        target = path_of(values[name], path)
+        is_path = target.exists() or name not in MAY_BE_NAMES
+        if values[name] and is_path and target.resolve() != Path(values[name]).resolve():
+            set_field(cfg, name, str(target))
     return cfg
 
 
-def place_of(name: str, path: Path) -> Path:
+def path_of(name: str, path: Path) -> Path:
     """Where a relative path in the configuration of the run `path` leads.
 
-    From the folder in which it was begun or, where both were moved together, from the one that lies
+    From the folder in which it was begun or, where both were moved together, from the one that target
     to the run now as that did then.
     """
     about = read_environment(path)
     folders = [Path(str(about.get("folder", ".")))]
     with suppress(KeyError, ValueError):  # on another drive of Windows
         folders.append(path.resolve() / os.path.relpath(about["folder"], about["run"]))
-    places = [Path(os.path.normpath(folder / name)) for folder in folders]
-    return next((place for place in places if place.exists()), places[0])
+    paths = [Path(os.path.normpath(folder / name)) for folder in folders]
+    return next((target for target in paths if target.exists()), paths[0])
 
 
 def accepted(stored: Any, cfg: Any, path: Path) -> Any:
@@ -146,11 +146,11 @@ def accepted(stored: Any, cfg: Any, path: Path) -> Any:
         if name in FROM_DATA and not has_checkpoint(path):
             continue
         if name in PATHS and old[name] and Path(new[name]).exists():
-            place = place_of(old[name], path)
-            if place.resolve() == Path(new[name]).resolve():
+            target = path_of(old[name], path)
+            if target.resolve() == Path(new[name]).resolve():
                 set_field(kept, name, old[name])
                 continue
-            if not place.exists():
+            if not target.exists():
                 continue  # it was moved; `check_inputs` sees whether it is the same
         refused.append(f"{name}: {old[name]} -> {new[name]}")
     if refused:
@@ -168,4 +168,4 @@ def step_images(cfg: Any) -> int:
 
 def has_checkpoint(path: Path) -> bool:
     """Whether something of this run would be lost."""
-    return any(place.name.isdecimal() for place in (path / "checkpoints").glob("*"))
+    return any(entry.name.isdecimal() for entry in (path / "checkpoints").glob("*"))

@@ -293,19 +293,19 @@ class CheckpointStore:
             save_file(weights, folder / WEIGHTS, {MODEL_PART: checkpoint.model_part})
             torch.save(checkpoint.optimizer, folder / OPTIMIZER)
 
-        place = self._place(checkpoint.step)
+        place = self.folder_of(checkpoint.step)
         write_folder(place, write)
         self.point("last", place.name)
         best = self.find("best")
         for step in self.steps()[: -self.keep]:
-            if self._place(step) != best:
-                remove_folder(self._place(step))
+            if self.folder_of(step) != best:
+                remove_folder(self.folder_of(step))
 
     def forget_after(self, step: int) -> None:
         """Remove later ones, which are damaged or will be made again."""
         for later in self.steps((WEIGHTS,)):
             if later > step:
-                remove_folder(self._place(later))
+                remove_folder(self.folder_of(later))
 
     def point(self, name: str, target: str) -> None:
         """Make the pointer file `last` or `best` name a checkpoint."""
@@ -329,14 +329,14 @@ class CheckpointStore:
         elif name == "best" and step not in steps:
             rows = MetricsFile(self.folder.parent / "metrics.jsonl").read()
             step = best_step(r for r in rows if "evaluation" in r and r["step"] in steps)
-        return self._place(step) if step in steps else None
+        return self.folder_of(step) if step in steps else None
 
     def steps(self, files: Sequence[str] = (WEIGHTS, OPTIMIZER)) -> list[int]:
         """Steps whose checkpoint has these files, oldest first."""
         if not self.folder.exists():
             return []
         places = [place for place in self.folder.iterdir() if place.name.isdecimal()]
-        places = [place for place in places if place == self._place(int(place.name))]
+        places = [place for place in places if place == self.folder_of(int(place.name))]
         return sorted(int(p.name) for p in places if all((p / file).exists() for file in files))
 
     def weights(self, place: Path) -> CheckpointFile:
@@ -361,7 +361,7 @@ class CheckpointStore:
         damaged: list[str] = []
         for step in reversed(steps):
             try:
-                found = read(self._place(step))
+                found = read(self.folder_of(step))
             except ValueError as error:
                 damaged.append(str(error))
                 continue
@@ -375,7 +375,7 @@ class CheckpointStore:
             )
         return None
 
-    def _place(self, step: int) -> Path:
+    def folder_of(self, step: int) -> Path:
         return self.folder / f"{step:06d}"
 
     def _load(self, place: Path) -> Checkpoint:

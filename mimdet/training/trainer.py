@@ -252,10 +252,9 @@ class Trainer:
                 self.save()
             except Exception as second:
                 error.add_note(f"Nor could step {self.done} be saved: {second}")
-            last = self.run.store.find("last") or "none yet"
-            error.add_note(
-                f"The last checkpoint of this run: {last}. The same call goes on from it."
-            )
+            steps = self.run.store.steps()
+            last = self.run.store.folder_of(steps[-1]) if steps else "none yet"
+            error.add_note(f"The run's last checkpoint: {last}; the same call goes on from it.")
             raise
         self.save()
 
