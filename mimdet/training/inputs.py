@@ -120,7 +120,7 @@ def stored_config(path: Path) -> Config | PretrainConfig:
 def path_of(name: str, path: Path) -> Path:
     """Where a relative path in the configuration of the run `path` leads.
 
-    From the folder in which it was begun or, where both were moved together, from the one that target
+    From the folder in which it was begun or, where both were moved together, from the one that lies
     to the run now as that did then.
     """
     about = read_environment(path)
