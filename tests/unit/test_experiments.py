@@ -611,8 +611,8 @@ def test_two_at_once_interrupted_twice_equal_one_at_a_time(interrupted, one_at_a
 def test_failing_arm_is_reported_and_the_others_go_on(one_at_a_time) -> None:
     ((name, error),) = one_at_a_time.errors.items()
     assert name == "embed_dim=36,sampler=random-s0"
-    assert error.startswith("ValueError: embed_dim=36")
+    assert error.startswith("embed_dim=36")
     assert len(one_at_a_time.table) == 2
     assert one_at_a_time.summary()["n"].tolist() == [0, 0, 1, 1]
-    assert f"Failed: {name}: ValueError" in one_at_a_time.markdown()
+    assert f"Failed: {name}: embed_dim=36" in one_at_a_time.markdown()
     assert "Traceback" in (one_at_a_time.folder / "logs" / f"{name}.txt").read_text()
