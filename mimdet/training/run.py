@@ -245,13 +245,15 @@ class MetricsFile:
             self.rows, self._read = [], (0, 0)
             return self.rows
         whole = text[: text.rfind(b"\n") + 1]
-        self._read = (about.st_ino, offset + len(whole))
+        rows: list[dict[str, Any]] = []
         for line in whole.splitlines():
             try:
-                self.rows.append(json.loads(line))
+                rows.append(json.loads(line))
             except ValueError as error:
-                where = f"line {len(self.rows) + 1} of {self.path}"
+                where = f"line {len(self.rows) + len(rows) + 1} of {self.path}"
                 raise ValueError(f"{where} is damaged ({error}): remove it") from error
+        self.rows += rows
+        self._read = (about.st_ino, offset + len(whole))
         return self.rows
 
 

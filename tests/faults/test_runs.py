@@ -20,7 +20,14 @@ from mimdet import presets
 from mimdet.config import load_config
 from mimdet.files import append_text, read_json, write_json
 from mimdet.training.owner import STATUS, RunInUse, in_use, read_status
-from mimdet.training.run import Checkpoint, CheckpointStore, Run, TrainingStopped, load_detector
+from mimdet.training.run import (
+    Checkpoint,
+    CheckpointStore,
+    MetricsFile,
+    Run,
+    TrainingStopped,
+    load_detector,
+)
 from mimdet.training.train import resume, train
 from tests.small import assert_same_end, rows_of, small, wait_until, write_coco
 
@@ -440,3 +447,14 @@ def test_steps_that_fp16_skipped_are_counted_and_rows_stay_strict_json(tmp_path,
     rows = [json.loads(line, parse_constant=refuse) for line in lines]
     assert [row["skipped"] for row in rows if "loss" in row] == [True] * 4
     assert rows[0]["grad_norm"] is None
+
+
+def test_a_damaged_row_is_named_each_time_and_hides_none(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path)
+    path.write_text('{"step": 1}\n{"step" 2}\n{"step": 3}\n')
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"line 2 of .*metrics\.jsonl is damaged"):
+            file.read()
+    path.write_text('{"step": 1}\n{"step": 2, "x": 0}\n{"step": 3}\n')
+    assert [row["step"] for row in file.read()] == [1, 2, 3]
