@@ -50,7 +50,8 @@ def alone_in(path: Path, wait: float = WAIT_SECONDS) -> Iterator[None]:
         trainer = trainer_of(path)  # its lock may have been removed, or be of no use
         if not held or (trainer and trainer.pid != os.getpid()):
             status = read_status(path)
-            who = "process {pid} on {host}".format(**status) if "pid" in status else "a process"
+            known = "pid" in status
+            who = "process {pid} on {host}".format(**status) if known else "another process"
             raise RunInUse(
                 f"{who} already trains in {path}: wait for it, stop it, or use another run name"
             )
