@@ -197,11 +197,9 @@ def _moved(geometry: Geometry, boxes: Tensor) -> Tensor:
         boxes = boxes[:, [1, 0, 3, 2]]
     height, width = geometry.content_size
     if geometry.flip_h:
-        boxes = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
+        boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
     if geometry.flip_v:
-        boxes = torch.stack(
-            [boxes[:, 0], height - boxes[:, 3], boxes[:, 2], height - boxes[:, 1]], 1
-        )
+        boxes[:, [1, 3]] = height - boxes[:, [3, 1]]
     return boxes
 
 

@@ -13,43 +13,27 @@ from mimdet.config import PicturesConfig
 from mimdet.data.augment import Geometry, rng_for, transform_image
 from mimdet.data.loader import Images, Item, MicroBatch, Order, StepLoader
 from mimdet.data.shapes import ShapesCOCO
-from mimdet.images import pil_to_rgb, read_image, resize_image
+from mimdet.images import resize_image, to_rgb
 
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 TRIES = 10
 """Draws of a crop before the whole image is taken."""
 
 
-class FolderImages:
-    """Image files: all, or a part, of those under a folder and its subfolders."""
+class ListedImages:
+    """Image files, or the image column of a Hugging Face table, whose rows are read when asked."""
 
-    def __init__(self, files: Sequence[Path], version: str) -> None:
-        self.files, self.version = files, version
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def image(self, index: int) -> Tensor:
-        return read_image(self.files[index])
-
-    def image_id(self, index: int) -> str:
-        return str(self.files[index])
-
-
-class HubImages:
-    """The image column of a Hugging Face table, or of a part of its rows."""
-
-    def __init__(self, table: Any, column: str, version: str) -> None:
-        self.table, self.column, self.version = table, column, version
+    def __init__(self, images: Sequence[Any], version: str) -> None:
+        self.images, self.version = images, version
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.images)
 
     def image(self, index: int) -> Tensor:
-        return pil_to_rgb(self.table[index][self.column])
+        return to_rgb(self.images[index])
 
     def image_id(self, index: int) -> str:
-        return f"row {index}"
+        return str(self.images[index]) if isinstance(self.images, list) else f"row {index}"
 
 
 def build_images(cfg: PicturesConfig, seed: int) -> tuple[Images, Images]:
@@ -69,7 +53,7 @@ def build_images(cfg: PicturesConfig, seed: int) -> tuple[Images, Images]:
         names = "\n".join(path.relative_to(folder).as_posix() for path in files)
         digest = hashlib.sha256(names.encode()).hexdigest()[:16]
         version = f"{folder.name}: {len(files)} files, names sha256:{digest}"
-        return FolderImages(files[:count], version), FolderImages(files[count:], version)
+        return ListedImages(files[:count], version), ListedImages(files[count:], version)
     if cfg.source == "hub":
         from datasets import load_dataset
 
@@ -82,7 +66,7 @@ def build_images(cfg: PicturesConfig, seed: int) -> tuple[Images, Images]:
         count = _training_part(len(table), cfg)
         version = f"{cfg.hub_name} {cfg.hub_split} {table._fingerprint}"
         parts = (table.select(range(count)), table.select(range(count, len(table))))
-        train, held_out = (HubImages(part, cfg.hub_column, version) for part in parts)
+        train, held_out = (ListedImages(part[cfg.hub_column], version) for part in parts)
         return train, held_out
     raise ValueError(f"data.source={cfg.source!r}: use 'folder', 'hub' or 'shapes'")
 

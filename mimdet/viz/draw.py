@@ -88,9 +88,7 @@ def _scaled(pixels: Pixels, scale: float, smooth: bool = True) -> Pixels:
     return np.asarray(Image.fromarray(pixels).resize(size, way))
 
 
-def heat(
-    values: Tensor, low: float | None = None, high: float | None = None, colours: str = "viridis"
-) -> Pixels:
+def heat(values: Tensor, low: float | None = None, high: float | None = None) -> Pixels:
     """(h, w) numbers as colours; NaN (unsampled places) is light grey. low, high: ends of the
     scale, by default the smallest and largest value."""
     plane = values.float().cpu().numpy()
@@ -100,7 +98,7 @@ def heat(
     if high is None:
         high = float(plane[known].max()) if known.any() else 1.0
     scaled = np.where(known, (plane - low) / max(high - low, 1e-12), 0).clip(0, 1)
-    table = np.rint(255 * mpl.colormaps[colours](np.arange(256))[:, :3]).astype(np.uint8)
+    table = np.rint(255 * mpl.colormaps["viridis"](np.arange(256))[:, :3]).astype(np.uint8)
     picture = table[(256 * scaled).clip(0, 255).astype(np.uint8)]
     picture[~known] = UNSAMPLED
     return picture

@@ -6,7 +6,7 @@ no part in any statistic and are drawn in light grey.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,9 +22,6 @@ from mimdet.viz.style import NotebookFigure
 
 TAIL = 0.02
 """Share of the places beyond each end of a colour's scale, so that an outlier does not set it."""
-
-View = Literal["pca", "norm"]
-
 
 # ------------------------------------------------------------------------------- numbers of a map
 
@@ -180,17 +177,15 @@ def show_planes(planes: Mapping[str, Tensor], shared: bool = False) -> NotebookF
 
 
 def compare_pyramids(
-    pyramids: Mapping[str, Mapping[str, Tensor]], view: View = "pca", shared: bool = True
+    pyramids: Mapping[str, Mapping[str, Tensor]], shared: bool = True
 ) -> NotebookFigure:
-    """One row a model (or ratio), one column a level that all of them have.
+    """A PCA of every map: one row a model (or ratio), one column a level that all of them have.
 
-    pyramids: name -> level -> (C, h, w). shared: one PCA (view "pca") or scale ("norm") for all
-    pictures of a column whose channels are equally many: needed to compare ratios of one model.
+    pyramids: name -> level -> (C, h, w). shared: one PCA for all pictures of a column whose
+    channels are equally many: needed to compare ratios of one model.
     Networks trained apart name their channels differently: there a shared PCA shows which of them
     varies more, not that equal colours mean the same.
     """
-    if view not in ("pca", "norm"):
-        raise ValueError(f"view={view!r}: use 'pca' or 'norm'")
     first = next(iter(pyramids.values()), {})
     levels = [level for level in first if all(level in maps for maps in pyramids.values())]
     pictures = []
@@ -198,12 +193,8 @@ def compare_pyramids(
         for level in levels:
             features = own[level]
             title = f"{name}, {level}: {' × '.join(map(str, features.shape))}\n"
-            others = [maps[level] for maps in pyramids.values()] if shared else [features]
-            if view == "norm":
-                ends = scale_of(map(norm_map, others))
-                pictures.append(plane_of(f"{title}norm", norm_map(features), *ends))
-                continue
-            alike = all(len(other) == len(features) for other in others)
+            others = [maps[level] for maps in pyramids.values()]
+            alike = shared and all(len(other) == len(features) for other in others)
             basis = fit_basis(*others) if alike else fit_basis(features)
             pictures.append(Picture(title + explained(basis), pca_picture(features, basis)))
     return show_rows("Maps, a row each", pictures, len(levels), len(levels), 2.2, sharp=True)

@@ -211,12 +211,10 @@ class SameTokens:
     grid, as always. Padding is never kept.
     """
 
-    def __init__(
-        self, detector: "Detector | None" = None, mae: MAE | None = None, side: int = 0
-    ) -> None:
-        """side: short side of the image in pixels of the detector; 0 = what it is tested at, or
-        without a detector what the autoencoder was trained at. Raises ValueError without a model,
-        and for a detector that cannot leave tokens out."""
+    def __init__(self, detector: "Detector | None" = None, mae: MAE | None = None) -> None:
+        """An image has the side that the detector is tested at, without one that the autoencoder
+        was trained at. Raises ValueError without a model, and for a detector that cannot leave
+        tokens out."""
         if detector is None and mae is None:
             raise ValueError("neither a detector nor an autoencoder: give at least one")
         if detector is not None and not detector.samples:
@@ -228,12 +226,9 @@ class SameTokens:
         self.mae = mae
         if detector is not None:
             self.resize = detector.resize
-            if side:
-                longest = self.resize.max_side * side / (self.resize.short_side or side)
-                self.resize = Resize(side, longest)
         elif mae is not None:
             # In the detector's measure, where a token is 16 pixels.
-            side = side or native_side(mae) // mae.patch_size * PATCH
+            side = native_side(mae) // mae.patch_size * PATCH
             self.resize = Resize(side, LONGEST * side)
 
     def view(self, image: Tensor) -> View:

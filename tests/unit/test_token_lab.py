@@ -62,8 +62,6 @@ def test_a_token_covers_the_same_part_of_the_picture_in_both_models(models, rows
     fine = torch.nn.functional.avg_pool2d(view.patches.float(), 8)
     assert (coarse - fine).abs().max() < 4  # resizing blurs across the edges of tokens
     assert both.tokens(view).shape == (h * w, 32)
-    double = SameTokens(*models, side=128).view(noise(rows, columns))
-    assert double.whole.shape[1] == 128
 
 
 def test_the_detector_gets_the_chosen_tokens_and_no_padding(models, monkeypatch):

@@ -4,11 +4,9 @@ import math
 from typing import Any, NamedTuple
 
 import ipywidgets
-import numpy as np
 import torch
 import torch.nn.functional as F
 import traitlets
-from PIL import Image
 from torch import Tensor
 
 from mimdet.inference import device_of, generator_for
@@ -131,10 +129,7 @@ class AttentionExplorer(ImagePanel):
         return seen.on_grid(name, row), float(row.max()), text.capitalize()
 
     def _show_map(self, inputs: "Inputs", values: Tensor, high: float) -> None:
-        below = Image.fromarray(inputs.grey).convert("RGBA")
-        above = Image.fromarray(attention.overlay(values, high))
-        below.alpha_composite(above.resize(below.size, Image.Resampling.NEAREST))
-        self.map.show(np.asarray(below.convert("RGB")))
+        self.map.show(attention.laid_over(inputs.grey, attention.overlay(values, high)))
 
     def _prepare(self) -> "Inputs":
         """Image and sample of these controls: the same for every query, block and head."""

@@ -62,13 +62,12 @@ class ResultBrowser(Panel):
         iou_type: IouType = "bbox",
         *,
         iou_threshold: float = 0.5,
-        score_threshold: float = 0.3,
         width: int | None = None,
     ) -> None:
         """dataset: what the results were made on; results: of one run, or {name: results} of one or
         two: an `Evaluation`, its list of COCO results, a file of them, or the folder of a run with
-        predictions.json; iou_threshold: from which a detection is correct; score_threshold: at
-        first; width: of a picture, pixels.
+        predictions.json; iou_threshold: from which a detection is correct; width: of a picture,
+        pixels.
 
         Raises ValueError for another number of runs, and naming a result that cannot be judged.
         """
@@ -104,9 +103,7 @@ class ResultBrowser(Panel):
         self.size = dropdown("size", [("any", ""), *((s, s) for s in SIZES)])
         only = [f"only {name}" for name in self.runs]
         self.where = dropdown("where", ["either", *self.runs, *only])
-        self.score = ipywidgets.FloatSlider(
-            score_threshold, min=0, max=1, step=0.05, description="score ≥"
-        )
+        self.score = ipywidgets.FloatSlider(0.3, min=0, max=1, step=0.05, description="score ≥")
         self.position = ipywidgets.BoundedIntText(
             1, min=0, max=1, description="image number", layout={"width": "160px"}
         )
