@@ -21,17 +21,8 @@ from mimdet.config import (
 AnyConfig = TypeVar("AnyConfig", Config, PretrainConfig)
 PRESETS: dict[str, Callable[[], Config]] = {}
 PRETRAIN_PRESETS: dict[str, Callable[[], PretrainConfig]] = {}
-STARTS_FROM_MAE = (
-    "mimdet_base",
-    "mimdet_large",
-    "mimdet_v1_base",
-    "mimdet_v1_large",
-    "mimdet_patch_stem",
-    "mimdet_no_decoder",
-    "benchmarking_vit_base",
-    "vitdet_base",
-)
-"""Recipes that mean `training.init_from` to be given."""
+STARTS_FROM_MAE = ("mimdet_", "benchmarking_vit_", "vitdet_")
+"""Beginnings of the names of recipes that mean `training.init_from` to be given."""
 
 
 def recipe(

@@ -18,6 +18,9 @@ from mimdet.config import DataConfig
 from mimdet.images import Resize, Size, resize_image, shortest_edge
 from mimdet.structures import Crops, Record, Target
 
+Window = tuple[int, int, int, int]
+"""x1, y1, x2, y2 in whole pixels."""
+
 LSJ_FILL = 128
 """Grey of the empty part of an LSJ canvas, as detectron2's FixedSizeCrop pads."""
 
@@ -38,8 +41,8 @@ def rng_for(purpose: Literal["order", "geometry", "shuffle"], *numbers: int) -> 
 class Geometry:
     """Where each pixel of an image goes: crop, resize, transpose, flip, pad, in this order."""
 
-    crop: tuple[int, int, int, int]
-    """x1, y1, x2, y2: the part of the stored image that is used, whole pixels."""
+    crop: Window
+    """The part of the stored image that is used."""
     size: Size
     """What the crop is resized to."""
     transpose: bool = False
@@ -82,12 +85,12 @@ def draw_geometry(
     transpose = cfg.flips == "dihedral" and rng.random() < 0.5
     canvas = None
     if cfg.augment == "lsj":
-        crop, size = _draw_lsj(cfg, height, width, rng)
+        crop, size = _draw_lsj(cfg, (height, width), rng)
         canvas = (cfg.lsj_size, cfg.lsj_size)
     elif cfg.augment in ("paper", "multiscale"):
         crop, seen = whole, (height, width)
         if cfg.augment == "paper" and rng.random() < cfg.crop_probability:
-            crop, seen = _draw_crop(cfg, height, width, rng)
+            crop, seen = _draw_crop(cfg, (height, width), rng)
         short_side = cfg.short_sides[rng.integers(len(cfg.short_sides))]
         size = shortest_edge(*seen, short_side, cfg.max_side)
     else:
@@ -133,45 +136,39 @@ def transform_target(geometry: Geometry, target: Target) -> Target:
     return Target(boxes[keep], target.labels[keep], masks)
 
 
-def _draw_crop(
-    cfg: DataConfig, height: int, width: int, rng: np.random.Generator
-) -> tuple[tuple[int, int, int, int], Size]:
+def _draw_crop(cfg: DataConfig, stored: Size, rng: np.random.Generator) -> tuple[Window, Size]:
     """Resize the short side to one of `crop_short_sides`, then cut a window with both sides drawn
     from `crop_sides` (detectron2's "absolute_range": a side the image does not have is its whole).
 
     -> the window in stored pixels, its (height, width) in resized pixels.
     """
     short_side = cfg.crop_short_sides[rng.integers(len(cfg.crop_short_sides))]
-    resized = shortest_edge(height, width, short_side, float("inf"))
+    resized = shortest_edge(*stored, short_side, float("inf"))
     low, high = cfg.crop_sides
     crop_h, crop_w = (int(rng.integers(min(s, low), min(s, high) + 1)) for s in resized)
     top = int(rng.integers(resized[0] - crop_h + 1))
     left = int(rng.integers(resized[1] - crop_w + 1))
     window = (left, top, left + crop_w, top + crop_h)
-    return _stored_pixels(window, resized, (height, width)), (crop_h, crop_w)
+    return _stored_pixels(window, resized, stored), (crop_h, crop_w)
 
 
-def _draw_lsj(
-    cfg: DataConfig, height: int, width: int, rng: np.random.Generator
-) -> tuple[tuple[int, int, int, int], Size]:
+def _draw_lsj(cfg: DataConfig, stored: Size, rng: np.random.Generator) -> tuple[Window, Size]:
     """Resize to fit a square of lsj_size x scale, then cut out at most lsj_size x lsj_size.
 
     detectron2's FixedSizeCrop draws one number for both offsets; so do we.
     -> the window in stored pixels, its (height, width) in resized pixels.
     """
     side = cfg.lsj_size
-    factor = side * rng.uniform(*cfg.lsj_scale) / max(height, width)
-    resized = max(1, round(height * factor)), max(1, round(width * factor))
+    factor = side * rng.uniform(*cfg.lsj_scale) / max(stored)
+    resized = max(1, round(stored[0] * factor)), max(1, round(stored[1] * factor))
     place = rng.random()
     top, left = (round(max(length - side, 0) * place) for length in resized)
     size = min(resized[0], side), min(resized[1], side)
     window = (left, top, left + size[1], top + size[0])
-    return _stored_pixels(window, resized, (height, width)), size
+    return _stored_pixels(window, resized, stored), size
 
 
-def _stored_pixels(
-    window: tuple[int, int, int, int], resized: Size, stored: Size
-) -> tuple[int, int, int, int]:
+def _stored_pixels(window: Window, resized: Size, stored: Size) -> Window:
     """A window of the resized image in whole pixels of the stored one, at least 1 x 1."""
     x1, x2 = (round(x * stored[1] / resized[1]) for x in window[::2])
     y1, y2 = (round(y * stored[0] / resized[0]) for y in window[1::2])

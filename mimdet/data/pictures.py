@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from mimdet.config import PicturesConfig
-from mimdet.data.augment import Geometry, rng_for, transform_image
+from mimdet.data.augment import Geometry, Window, rng_for, transform_image
 from mimdet.data.loader import Images, Item, MicroBatch, Order, StepLoader
 from mimdet.data.shapes import ShapesCOCO
 from mimdet.images import resize_image, to_rgb
@@ -122,10 +122,8 @@ class ImageLoader(StepLoader):
         return batch
 
 
-def draw_crop(
-    cfg: PicturesConfig, height: int, width: int, rng: np.random.Generator
-) -> tuple[int, int, int, int]:
-    """x1, y1, x2, y2 of a crop of random area and aspect (torchvision's RandomResizedCrop)."""
+def draw_crop(cfg: PicturesConfig, height: int, width: int, rng: np.random.Generator) -> Window:
+    """A crop of random area and aspect (torchvision's RandomResizedCrop)."""
     widest = math.log(cfg.crop_aspect)
     for _ in range(TRIES):
         area = height * width * rng.uniform(*cfg.crop_scale)
@@ -137,8 +135,8 @@ def draw_crop(
     return centre_square(height, width)
 
 
-def centre_square(height: int, width: int) -> tuple[int, int, int, int]:
-    """x1, y1, x2, y2 of the largest square in the middle."""
+def centre_square(height: int, width: int) -> Window:
+    """The largest square in the middle."""
     side = min(height, width)
     x, y = (width - side) // 2, (height - side) // 2
     return x, y, x + side, y + side

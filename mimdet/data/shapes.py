@@ -20,6 +20,7 @@ from mimdet.data.annotations import AnnotatedImages, Annotation, RunLengths
 from mimdet.data.rasters import crops_from_bitmaps, extent
 from mimdet.data.scenes import LEVELS, REVISION, Scene, draw_scene
 from mimdet.data.textures import Draws
+from mimdet.images import to_rgb
 from mimdet.structures import Record, Target, bitmap_to_rle
 
 SPLITS = ("train", "val")
@@ -83,10 +84,10 @@ class ShapesCOCO(AnnotatedImages):
             torch.from_numpy(scene.labels),
             crops_from_bitmaps(scene.masks, boxes),
         )
-        return Record(_planes(scene), target, self.image_id(index))
+        return Record(to_rgb(scene.image), target, self.image_id(index))
 
     def image(self, index: int) -> Tensor:
-        return _planes(self.scene(index))
+        return to_rgb(self.scene(index).image)
 
     def scene(self, index: int) -> Scene:
         """Everything that is known of a scene. Raises IndexError outside 0..length-1."""
@@ -148,11 +149,6 @@ def export(dataset: ShapesCOCO, folder: str | Path) -> None:
         beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-
-
-def _planes(scene: Scene) -> Tensor:
-    """(3, H, W) uint8."""
-    return torch.from_numpy(np.ascontiguousarray(scene.image.transpose(2, 0, 1)))
 
 
 def _replaceable(folder: Path) -> bool:

@@ -184,7 +184,7 @@ def rows_from_training(run: str | Path, model: Detector, dataset: Dataset) -> li
 
 def check_start(cfg: Config) -> None:
     """ValueError for a recipe that starts from a masked autoencoder, and is given none."""
-    if cfg.preset in STARTS_FROM_MAE and not cfg.training.init_from:
+    if cfg.preset.startswith(STARTS_FROM_MAE) and not cfg.training.init_from:
         raise ValueError(
             f"{cfg.preset} starts from the weights of a masked autoencoder, and training.init_from "
             "is empty: name them (--init-from FILE; `mimdet download` lists public ones), or say "

@@ -9,7 +9,7 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -108,14 +108,10 @@ def beside(pictures: Sequence[Pixels], gap: int = 8) -> Pixels:
     """Pictures in a row on white, tops aligned."""
     if not pictures:
         raise ValueError("nothing to put in a row: give at least one picture")
-    height = max(picture.shape[0] for picture in pictures)
-    width = sum(picture.shape[1] for picture in pictures) + gap * (len(pictures) - 1)
-    row = np.full((height, width, 3), 255, np.uint8)
-    left = 0
-    for picture in pictures:
-        row[: picture.shape[0], left : left + picture.shape[1]] = picture
-        left += picture.shape[1] + gap
-    return row
+    height = max(map(len, pictures))
+    margins = [((0, height - len(picture)), (0, gap), (0, 0)) for picture in pictures]
+    padded = map(partial(np.pad, constant_values=255), pictures, margins)
+    return np.concatenate([*padded], axis=1)[:, :-gap]
 
 
 def below(pictures: Sequence[Pixels], gap: int = 8) -> Pixels:

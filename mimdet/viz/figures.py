@@ -4,6 +4,7 @@ Every function returns a new `NotebookFigure` (a matplotlib Figure) with its `al
 `save_figure` writes it as PNG and SVG.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -98,7 +99,7 @@ def _kept_in_words(image: Tensor, sample: Sample, index: int) -> str:
     own_grid = token_grid(*draw.image_size(image))
     kept = sample.mask()[index].flatten()
     own = int(kept[padded_places(own_grid, sample.grid, kept.device)].sum())
-    total = own_grid[0] * own_grid[1]
+    total = math.prod(own_grid)
     padding = len(sample.keep[index]) - own
     text = f"{own} of {total} tokens ({own / total:.2f})"
     return f"{text} + {padding} of padding" if padding else text
@@ -122,8 +123,8 @@ def padding_factor(batches: Sequence[Sequence[draw.Size]]) -> float:
 
     batches: (height, width) of the images of every batch.
     """
-    computed = sum(len(batch) * _tokens(_canvas(batch)) for batch in batches)
-    return computed / sum(_tokens(size) for batch in batches for size in batch)
+    computed = sum(len(batch) * math.prod(token_grid(*_canvas(batch))) for batch in batches)
+    return computed / sum(math.prod(token_grid(*size)) for batch in batches for size in batch)
 
 
 def show_batches(ways: Mapping[str, Sequence[Sequence[draw.Size]]]) -> NotebookFigure:
@@ -163,8 +164,3 @@ def _ink(colour: str) -> draw.Pixels:
 def _canvas(batch: Sequence[draw.Size]) -> draw.Size:
     """(height, width) that every image of the batch is padded to."""
     return padded_size(max(h for h, _ in batch), max(w for _, w in batch))
-
-
-def _tokens(size: draw.Size) -> int:
-    rows, columns = token_grid(*size)
-    return rows * columns

@@ -1,7 +1,8 @@
 """PyramidViewer: every map of one or several detectors, level by level."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import ipywidgets
@@ -111,11 +112,10 @@ class PyramidViewer(ImagePanel):
         if self.view.value == "PCA":
             basis = features.fit_basis(*among)
             return Picture(features.explained(basis), features.pca_picture(values, basis))
-        if self.view.value == "norm":
-            scale = features.scale_of(map(features.norm_map, among))
-            return features.plane_of("norm", features.norm_map(values), *scale)
-        channel = features.strongest_channels(own, self.channel.value + 1)[-1]
-        scale = features.scale_of([features.channel_map(own, channel)])
-        return features.plane_of(
-            f"channel {channel}", features.channel_map(values, channel), *scale
-        )
+        title = "norm"
+        plane: Callable[[Tensor], Tensor] = features.norm_map
+        if self.view.value == "channel":
+            channel = features.strongest_channels(own, self.channel.value + 1)[-1]
+            title, among = f"channel {channel}", [own]
+            plane = partial(features.channel_map, channel=channel)
+        return features.plane_of(title, plane(values), *features.scale_of(map(plane, among)))

@@ -1,7 +1,7 @@
 """ResultBrowser: predictions against the truth, image by image, filtered by what went wrong."""
 
 from collections.abc import Mapping
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,6 @@ from mimdet.viz.draw import Mark, Pixels, Size
 from mimdet.viz.style import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, YELLOW, plural
 from mimdet.viz.widgets.canvas import PatchCanvas
 from mimdet.viz.widgets.panel import Panel, dropdown
-
-REMEMBERED = 16
-"""Images kept, so that a filter does not read a file again."""
-
 
 LOOKS: dict[Verdict, tuple[str, str, str]] = {
     "correct": (GREEN, "+", "correct"),
@@ -87,7 +83,7 @@ class ResultBrowser(Panel):
         first = next(iter(self.runs.values()))
         self._ids, self._categories = first.image_ids, first.categories
         index = {dataset.image_id(i): i for i in range(len(dataset))}
-        self._record = lru_cache(REMEMBERED)(lambda place: dataset[index[self._ids[place]]])
+        self._read = lambda: dataset[index[self._ids[self._image]]]
         ids = sorted(category["id"] for category in truth["categories"])
         self._rank = {category_id: rank for rank, category_id in enumerate(ids)}
         self._objects = [a for a in truth["annotations"] if not a.get("iscrowd", 0)]
@@ -143,7 +139,7 @@ class ResultBrowser(Panel):
             for canvas in self.canvases:
                 canvas.show(nothing, title="nothing matches")
             return f"{self.label}. Nothing to show: loosen a filter"
-        image = self._record(self._image).image
+        image = self.once("record", self._image, self._read).image
         picture, size = draw.to_pixels(image, self._width), draw.image_size(image)
         marks = [
             Mark(draw.box_of(entry, size), WHITE, self._class(entry), self._mask(entry, size))
