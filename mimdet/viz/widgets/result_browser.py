@@ -83,13 +83,13 @@ class ResultBrowser(Panel):
         first = next(iter(self.runs.values()))
         self._ids, self._categories = first.image_ids, first.categories
         index = {dataset.image_id(i): i for i in range(len(dataset))}
-        self._read = lambda: dataset[index[self._ids[self._image]]]
         ids = sorted(category["id"] for category in truth["categories"])
         self._rank = {category_id: rank for rank, category_id in enumerate(ids)}
         self._objects = [a for a in truth["annotations"] if not a.get("iscrowd", 0)]
         self._width = width or (400 if len(runs) == 1 else 300)
         self._filter: tuple[Any, ...] = ()
         self._image = 0  # the one last shown
+        self._read = lambda: dataset[index[self._ids[self._image]]]
         self.matches: list[int] = []
         """Places of the images that match, in the order of their ids."""
         self.canvases = [PatchCanvas(tool="look") for _ in range(1 + len(runs))]
