@@ -5,9 +5,6 @@ masks. Scene i of a split is a pure function of (level, size, seed, split, i) an
 on every machine, so nothing is stored and any process may draw any scene.
 """
 
-import json
-import os
-import shutil
 import zlib
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +17,7 @@ from mimdet.data.annotations import AnnotatedImages, Annotation, RunLengths
 from mimdet.data.rasters import crops_from_bitmaps, extent
 from mimdet.data.scenes import LEVELS, REVISION, Scene, draw_scene
 from mimdet.data.textures import Draws
+from mimdet.files import read_json, write_folder, write_json
 from mimdet.images import to_rgb
 from mimdet.structures import Record, Target, bitmap_to_rle
 
@@ -135,20 +133,17 @@ def export(dataset: ShapesCOCO, folder: str | Path) -> None:
     folder = Path(folder)
     if folder.exists() and not _replaceable(folder):
         raise ValueError(f"{folder} holds something else than an export; name a new folder")
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
-        (beside / "images").mkdir(parents=True)
-        truth = dataset.ground_truth()
-        images = [entry | {"file_name": f"{entry['id']:06d}.png"} for entry in truth["images"]]
+    truth = dataset.ground_truth()
+    images = [entry | {"file_name": f"{entry['id']:06d}.png"} for entry in truth["images"]]
+
+    def write(beside: Path) -> None:
+        (beside / "images").mkdir()
         for entry in images:
             image = Image.fromarray(dataset.scene(entry["id"]).image)
             image.save(beside / "images" / entry["file_name"])
-        (beside / "annotations.json").write_text(json.dumps(truth | {"images": images}))
-        if folder.exists():
-            shutil.rmtree(folder)
-        beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        write_json(beside / "annotations.json", truth | {"images": images}, indent=None)
+
+    write_folder(folder, write)
 
 
 def _replaceable(folder: Path) -> bool:
@@ -157,7 +152,7 @@ def _replaceable(folder: Path) -> bool:
     if names != {"images", "annotations.json"}:
         return not names
     try:
-        content = json.loads((folder / "annotations.json").read_text(encoding="utf-8"))
+        content = read_json(folder / "annotations.json")
         return content["info"]["description"] == "ShapesCOCO"
     except (ValueError, KeyError, TypeError, OSError):
         return False

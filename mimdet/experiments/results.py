@@ -57,8 +57,6 @@ def t_quantile(degrees: int) -> float:
     With t = sqrt(degrees) x tan(angle), the density is cos(angle)^(degrees - 1), summed up here.
     Right to 7 digits.
     """
-    if degrees < 1:
-        raise ValueError(f"degrees={degrees}: an interval needs two values at least")
     angles = np.linspace(0, math.pi / 2, 100_001)
     middles = (angles[1:] + angles[:-1]) / 2
     share = np.append(0, np.cumsum(np.cos(middles) ** (degrees - 1)))

@@ -24,10 +24,10 @@ from mimdet.models.sampling import Grid
 from mimdet.models.vit import (
     Checkpointing,
     init_like_mae,
+    recompute,
     resize_table,
     run_block,
     sincos_table,
-    small_gpu,
     transformer_block,
 )
 
@@ -226,11 +226,6 @@ class PlainResNet(Baseline):
 def stage_widths(stages: Any) -> dict[str, int]:
     """Channels of c2..c5, from what timm says of a model's last four outputs."""
     return {level: i["num_chs"] for level, i in zip(LEVELS, stages.feature_info[-4:], strict=True)}
-
-
-def recompute(mode: Checkpointing, device: torch.device) -> bool:
-    """Whether timm's models shall recompute activations in this forward pass."""
-    return torch.is_grad_enabled() and (mode == "on" or (mode == "auto" and small_gpu(device)))
 
 
 def build_vitdet(cfg: BackboneConfig) -> ViTDet:

@@ -184,13 +184,13 @@ def init_like_mae(module: nn.Module) -> None:
 
 def run_block(block: Callable[[Tensor], Tensor], x: Tensor, mode: Checkpointing) -> Tensor:
     """One block, with its activations recomputed in the backward pass where that is wanted."""
-    if torch.is_grad_enabled() and (mode == "on" or (mode == "auto" and small_gpu(x.device))):
+    if recompute(mode, x.device):
         return checkpoint(block, x, use_reentrant=False)
     return block(x)
 
 
-def small_gpu(device: torch.device) -> bool:
-    """Below 40 GB, ViT-B at 800x1333 and more than two images needs checkpointing."""
-    if device.type != "cuda":
-        return False
-    return torch.cuda.get_device_properties(device).total_memory < 40e9
+def recompute(mode: Checkpointing, device: torch.device) -> bool:
+    """Whether this forward pass keeps no activations. "auto": on a GPU below 40 GB, where ViT-B at
+    800x1333 and more than two images needs that."""
+    small = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < 40e9
+    return torch.is_grad_enabled() and (mode == "on" or (mode == "auto" and small))

@@ -141,10 +141,8 @@ def show_pyramid(image: Tensor, maps: Mapping[str, Tensor]) -> NotebookFigure:
     image: uint8 (3, H, W) that the maps belong to, with its padding; maps: level -> (C, h, w).
     """
     pixels = to_pixels(image)
-    colours, norms = (
-        [Picture("image", pixels)],
-        [Picture("below: norms\ndark = small", np.full_like(pixels, 255))],
-    )
+    colours = [Picture("image", pixels)]
+    norms = [Picture("below: norms\ndark = small", np.full_like(pixels, 255))]
     for level, features in maps.items():
         basis = fit_basis(features)
         shape = " × ".join(map(str, features.shape))

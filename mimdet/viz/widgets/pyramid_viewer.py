@@ -66,7 +66,7 @@ class PyramidViewer(ImagePanel):
         level, ratio, seed = self.level.value, self.ratio.value, self.seed.value
         now = [self._pyramid(name, ratio, seed) for name in shown]
         full = [self._pyramid(name, 1.0, 0).maps[level] for name in shown]
-        found = [pyramid.only(level)[level] for pyramid in now]
+        found = [pyramid.maps[level] for pyramid in now]
         self.channel.max = min(map(len, found)) - 1
         self.channel.disabled = self.view.value != "channel"
         for name, canvas in self.maps.items():

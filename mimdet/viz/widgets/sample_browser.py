@@ -11,7 +11,7 @@ from torch import Tensor
 from mimdet.config import DataConfig
 from mimdet.data.augment import Geometry, apply, draw_geometry, rng_for
 from mimdet.models.sampling import token_grid
-from mimdet.structures import Record, Target
+from mimdet.structures import Target
 from mimdet.viz import draw
 from mimdet.viz.draw import Pixels
 from mimdet.viz.widgets.canvas import PatchCanvas
@@ -60,8 +60,7 @@ class SampleBrowser(Panel):
     def draw(self) -> str:
         index = self.index.value
         # Read once, however often its augmentation changes.
-        self.record: Record = self.once("record", index, lambda: self.dataset[index])
-        record = self.record
+        self.record = record = self.once("record", index, lambda: self.dataset[index])
         height, width = draw.image_size(record.image)
         cfg = dataclasses.replace(self.data, augment=self.kind.value)
         rng = rng_for("geometry", self.seed.value, 0, index)
