@@ -8,7 +8,6 @@ import copy
 import os
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +156,8 @@ def suit_machine(cfg: Config) -> None:
 
     from mimdet.processes import usable_cores
 
-    known: Mapping[str, Any] = {}
-    if hasattr(torch.cpu, "get_capabilities"):  # newer than the oldest PyTorch that is supported
-        known = torch.cpu.get_capabilities()
+    # Newer than the oldest PyTorch that is supported.
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     native = known.get("avx512_bf16") or known.get("amx_bf16")
     cfg.training.threads = min(4, usable_cores())
     cfg.training.precision = "bf16" if native and not torch.cuda.is_available() else "auto"

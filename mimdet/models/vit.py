@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -58,14 +58,8 @@ DetectorLayerNorm = partial(nn.LayerNorm, eps=1e-5)
 def transformer_block(
     dim: int, heads: int, drop_path: float = 0.0, norm: Callable[..., nn.Module] = DetectorLayerNorm
 ) -> Block:
-    return Block(
-        dim,
-        heads,
-        mlp_ratio=4.0,
-        qkv_bias=True,
-        drop_path=drop_path,
-        norm_layer=norm,  # type: ignore[arg-type]
-    )
+    options: dict[str, Any] = {"qkv_bias": True, "drop_path": drop_path, "norm_layer": norm}
+    return Block(dim, heads, mlp_ratio=4.0, **options)
 
 
 def frozen_positions(dim: int, side: int) -> nn.Parameter:

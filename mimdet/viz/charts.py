@@ -14,32 +14,15 @@ from mimdet.models.sampling import Grid
 from mimdet.models.vit import resize_table, sincos_table
 from mimdet.models.weights import LoadReport
 from mimdet.training.optim import Schedule, scaled_rate
+from mimdet.viz import style
 from mimdet.viz.draw import heat
-from mimdet.viz.style import (
-    BLACK,
-    BLUE,
-    FAINT,
-    GREEN,
-    INK,
-    LARGE,
-    NORMAL,
-    ORANGE,
-    SKY,
-    VERMILLION,
-    WIDTH,
-    NotebookFigure,
-    add_legend,
-    axes_of,
-    new_figure,
-    write_beside,
-    write_title,
-)
+from mimdet.viz.style import NotebookFigure
 
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
 # ------------------------------------------------------------------------------- AP
 
-KINDS = {"box": (BLUE, "o"), "mask": (VERMILLION, "s")}
+KINDS = {"box": (style.BLUE, "o"), "mask": (style.VERMILLION, "s")}
 
 
 Points = list[tuple[float, float, float]]
@@ -56,9 +39,9 @@ def show_training(metrics_rows: Sequence[dict[str, Any]]) -> NotebookFigure:
     steps = [row for row in metrics_rows if "loss" in row]
     evaluations = [row for row in metrics_rows if "evaluation" in row]
     curves = {kind: _evaluated(evaluations, kind) for kind in KINDS}
-    fig = new_figure(WIDTH, 3.4)
-    left = axes_of(fig, 1, 2, "training loss", "step", "loss (log scale)")
-    right = axes_of(fig, 2, 2, "evaluation", "step", "AP × 100")
+    fig = style.new_figure(style.WIDTH, 3.4)
+    left = style.axes_of(fig, 1, 2, "training loss", "step", "loss (log scale)")
+    right = style.axes_of(fig, 2, 2, "evaluation", "step", "AP × 100")
     last = max((row["step"] for row in metrics_rows), default=1)
     for ax in (left, right):
         ax.set_xlim(0, last * 1.02)
@@ -68,7 +51,7 @@ def show_training(metrics_rows: Sequence[dict[str, Any]]) -> NotebookFigure:
     _draw_scores(right, curves, mark_all=False)
     for ax, missing in ((left, "no steps yet"), (right, "no evaluation yet")):
         if not ax.lines:
-            write_title(ax, missing, LARGE)
+            style.write_title(ax, missing, style.LARGE)
             ax.set_yticks([])
     said = [
         f"loss {row['loss']:.2f} at step {row['step']}" for row in steps[:: len(steps) - 1 or 1]
@@ -96,9 +79,9 @@ def show_ratios(rows: Sequence[dict[str, Any]]) -> NotebookFigure:
         ]
         for kind in KINDS
     }
-    fig = new_figure(WIDTH / 2, 3.4)
+    fig = style.new_figure(style.WIDTH / 2, 3.4)
     title = f"mean ± sd of {draws} draws" if draws > 1 else ""
-    ax = axes_of(fig, 1, 1, title, "share of tokens kept", "AP × 100")
+    ax = style.axes_of(fig, 1, 1, title, "share of tokens kept", "AP × 100")
     _draw_scores(ax, curves, mark_all=True)
     ax.set_xlim(0, 1.08)
     ax.set_xticks([row["sample_ratio"] for row in rows])
@@ -132,13 +115,13 @@ def _draw_scores(ax: Axes, curves: dict[str, Points], mark_all: bool) -> None:
         colour, marker = KINDS[kind]
         x, ap, spread = zip(*curve, strict=True)
         bars = spread if any(spread) else None
-        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4.5}
-        ax.errorbar(x, ap, bars, capsize=3, label=kind, **style)
+        look: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4.5}
+        ax.errorbar(x, ap, bars, capsize=3, label=kind, **look)
         side = 1 if kind == upper else -1
         for point in curve if mark_all else curve[-1:]:
             name = f"{kind} " if point is curve[-1] else ""
             end = (point[0], point[1] + side * point[2])
-            write_beside(ax, f"{name}{point[1]:.1f}", end, (0, 7 * side), color=colour)
+            style.write_beside(ax, f"{name}{point[1]:.1f}", end, (0, 7 * side), color=colour)
     highest = max((ap + spread for c in curves.values() for _, ap, spread in c), default=0.0)
     ax.set_ylim(0, max(1.0, 1.18 * highest))  # from 0, with room for the values
     ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
@@ -147,12 +130,12 @@ def _draw_scores(ax: Axes, curves: dict[str, Points], mark_all: bool) -> None:
 # ------------------------------------------------------------------------------- losses
 
 LOSSES = {
-    "loss": ("total", BLACK),
-    "loss_rpn_cls": ("RPN objectness", SKY),
-    "loss_rpn_loc": ("RPN box", BLUE),
-    "loss_cls": ("class", VERMILLION),
-    "loss_box_reg": ("box", ORANGE),
-    "loss_mask": ("mask", GREEN),
+    "loss": ("total", style.BLACK),
+    "loss_rpn_cls": ("RPN objectness", style.SKY),
+    "loss_rpn_loc": ("RPN box", style.BLUE),
+    "loss_cls": ("class", style.VERMILLION),
+    "loss_box_reg": ("box", style.ORANGE),
+    "loss_mask": ("mask", style.GREEN),
 }
 
 
@@ -171,19 +154,19 @@ def _draw_losses(ax: Axes, steps: Sequence[dict[str, Any]]) -> None:
         ax.plot(losses[name], color=colour, linewidth=0.5, alpha=0.25, rasterized=True)
         ax.plot(means[name], color=colour, linewidth=1.6, label=label)
     if window > 1:
-        write_title(ax, f"training loss, mean of {window} steps", LARGE)
+        style.write_title(ax, f"training loss, mean of {window} steps", style.LARGE)
     ax.set_yscale("log")
     # For the means: one step with a loss near 0 would set the scale.
     ax.set_ylim(means.min().min() / 2, means.max().max() * 2)
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter(PLAIN)
     ax.yaxis.set_minor_locator(NullLocator())
-    add_legend(ax, loc="upper left", bbox_to_anchor=(1, 1))
+    style.add_legend(ax, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 # ------------------------------------------------------------------------------- bars
 
-PARTS = (BLUE, SKY, ORANGE, GREEN, VERMILLION)
+PARTS = (style.BLUE, style.SKY, style.ORANGE, style.GREEN, style.VERMILLION)
 """Colours of the parts of a bar."""
 SHORT = EngFormatter(places=1)
 """1.2 k, 85.8 M."""
@@ -223,22 +206,22 @@ def show_stacked(bars: Mapping[str, Mapping[str, float]], quantity: str) -> Note
     lengths = np.array([list(own.values()) for own in bars.values()], float)  # (bars, parts)
     ends = lengths.cumsum(axis=1)
     sums = ends[:, -1]
-    fig = new_figure(WIDTH, 0.9 + 0.42 * len(bars))
-    ax = axes_of(fig, 1, 1, "", quantity, "", lines="")
+    fig = style.new_figure(style.WIDTH, 0.9 + 0.42 * len(bars))
+    ax = style.axes_of(fig, 1, 1, "", quantity, "", lines="")
     for number, (part, length) in enumerate(zip(parts, lengths.T, strict=True)):
         colour = PARTS[number % len(PARTS)]
         starts = ends[:, number] - length
         drawn = ax.barh(list(bars), length, left=starts, color=colour, height=0.7, label=part)
         roomy = (length > 0.07 * sums.max()) & (length < sums)
         words = [SHORT(value) if room else "" for value, room in zip(length, roomy, strict=True)]
-        ink = "white" if colour == BLUE else INK
-        ax.bar_label(drawn, words, label_type="center", fontsize=NORMAL, color=ink)
+        ink = "white" if colour == style.BLUE else style.INK
+        ax.bar_label(drawn, words, label_type="center", fontsize=style.NORMAL, color=ink)
     for row, total in enumerate(sums):
-        write_beside(ax, SHORT(total), (total, row), (3, 0))
+        style.write_beside(ax, SHORT(total), (total, row), (3, 0))
     ax.invert_yaxis()
     ax.set_xlim(0, 1.1 * sums.max())
     ax.xaxis.set_major_formatter(EngFormatter())
-    add_legend(ax, ncols=len(parts), loc="lower left", bbox_to_anchor=(0, 1))
+    style.add_legend(ax, ncols=len(parts), loc="lower left", bbox_to_anchor=(0, 1))
     said = ", ".join(f"{name} {SHORT(total)}" for name, total in zip(bars, sums, strict=True))
     return fig.finish(f"Bars of {quantity}, made of {', '.join(parts)}: {said}.")
 
@@ -271,29 +254,29 @@ def show_positions(
     if not (0 <= at[0] < 1 and 0 <= at[1] < 1):
         raise ValueError(f"at={at}: give shares of the height and width, from 0 to below 1")
     table = table.detach().cpu()
-    fig = new_figure(WIDTH, 3.2)
-    along = axes_of(fig, 3, 3, "along the row", "distance, share of the width", "cosine")
+    fig = style.new_figure(style.WIDTH, 3.2)
+    along = style.axes_of(fig, 3, 3, "along the row", "distance, share of the width", "cosine")
 
-    def draw_line(name: str, values: Tensor, colour: str, style: str) -> None:
+    def draw_line(name: str, values: Tensor, colour: str, line: str) -> None:
         distance = (np.arange(len(values)) - int(at[1] * len(values))) / len(values)
         label = f"{name}, {len(values)} wide"
-        along.plot(distance, values.numpy(), style, color=colour, markersize=4, label=label)
+        along.plot(distance, values.numpy(), line, color=colour, markersize=4, label=label)
 
-    stored, resized = ("stored", FAINT, "o-"), ("resized", VERMILLION, "-")
+    stored, resized = ("stored", style.FAINT, "o-"), ("resized", style.VERMILLION, "-")
     tables = {stored: (table[:, 1:], (side, side)), resized: (resize_table(table, grid), grid)}
-    for number, ((name, colour, style), (places, (h, w))) in enumerate(tables.items(), start=1):
+    for number, ((name, colour, line), (places, (h, w))) in enumerate(tables.items(), start=1):
         row, column = int(at[0] * h), int(at[1] * w)
         values = similarity(places, (h, w), row * w + column)
         ax = fig.add_subplot(1, 3, number)
         ax.imshow(heat(values, high=1.0), interpolation="nearest")
-        ax.plot(column, row, "s", markersize=8, color=VERMILLION, fillstyle="none")
+        ax.plot(column, row, "s", markersize=8, color=style.VERMILLION, fillstyle="none")
         ax.set_axis_off()
-        write_title(ax, f"{name}: {h} × {w}")
-        draw_line(name, values[row], colour, style)
+        style.write_title(ax, f"{name}: {h} × {w}")
+        draw_line(name, values[row], colour, line)
     first_row = sincos_table(table.shape[2], grid[1])[:, 1 : 1 + grid[1]]
     fresh = similarity(first_row, (1, grid[1]), int(at[1] * grid[1]))
-    draw_line("made anew", fresh[0], BLUE, "--")
-    add_legend(along, loc="lower center")
+    draw_line("made anew", fresh[0], style.BLUE, "--")
+    style.add_legend(along, loc="lower center")
     low = along.dataLim.y0
     along.set_ylim(low - 0.45 * (1 - low), 1.03)  # room for the legend
     return fig.finish(
@@ -304,7 +287,7 @@ def show_positions(
 
 # ------------------------------------------------------------------------------- schedule
 
-RATES = {"rest": VERMILLION, "stem": BLUE, "encoder": GREEN}
+RATES = {"rest": style.VERMILLION, "stem": style.BLUE, "encoder": style.GREEN}
 PAPER = {16: 4e-5, 64: 8e-5}
 """Images a step -> learning rate of the stem, in the paper's two configurations."""
 
@@ -325,17 +308,19 @@ def show_schedule(cfg: TrainingConfig, images: int) -> NotebookFigure:
     total, warmup, per_epoch = schedule.total, schedule.warmup, schedule.epoch
     steps = np.unique(np.r_[0:warmup, np.linspace(0, total - 1, 800).astype(int)])
     factors = np.array([schedule.factor(int(step) + 1) for step in steps])
-    fig = new_figure(WIDTH, 3.4)
-    left = axes_of(fig, 1, 2, f"{total:,} steps", "epoch", "learning rate (log scale)")
+    fig = style.new_figure(style.WIDTH, 3.4)
+    left = style.axes_of(fig, 1, 2, f"{total:,} steps", "epoch", "learning rate (log scale)")
     rates = group_rates(cfg)
     named = {name: f"{name} {rate:.3g}" for name, rate in rates.items()}
     for name, rate in rates.items():
         left.plot(steps / per_epoch, rate * factors, color=RATES[name], linewidth=1.8)
         top = (0.5 * total / per_epoch * cfg.milestones[0], rate * factors.max())
-        write_beside(left, named[name], top, (0, 3), color=RATES[name])
+        style.write_beside(left, named[name], top, (0, 3), color=RATES[name])
     left.set_yscale("log")
     left.set_ylim(min(rates.values()) / 400, max(rates.values()) * 3)
-    right = axes_of(fig, 2, 2, "the stem's rate", "images a step", "learning rate (log scale)")
+    right = style.axes_of(
+        fig, 2, 2, "the stem's rate", "images a step", "learning rate (log scale)"
+    )
     _draw_rule(right, cfg)
     return fig.finish(
         f"Rates of {total:,} steps, {cfg.schedule} after a warm-up of {warmup:,} steps; at their "
@@ -349,12 +334,13 @@ def _draw_rule(ax: Axes, cfg: TrainingConfig) -> None:
     square_root, linear = (
         cfg.learning_rate * (batches / cfg.reference_batch) ** exponent for exponent in (0.5, 1)
     )
-    ax.plot(batches, square_root, "-", color=BLUE, linewidth=1.6, label="square root rule")
-    ax.plot(batches, linear, "--", color=FAINT, linewidth=1.6, label="linear rule")
-    ax.plot(list(PAPER), list(PAPER.values()), "o", color=BLACK, label="the paper's configurations")
-    ring: dict[str, Any] = {"ms": 11, "mfc": "none", "mew": 1.8, "color": ORANGE}
+    ax.plot(batches, square_root, "-", color=style.BLUE, linewidth=1.6, label="square root rule")
+    ax.plot(batches, linear, "--", color=style.FAINT, linewidth=1.6, label="linear rule")
+    paper = "the paper's configurations"
+    ax.plot(list(PAPER), list(PAPER.values()), "o", color=style.BLACK, label=paper)
+    ring: dict[str, Any] = {"ms": 11, "mfc": "none", "mew": 1.8, "color": style.ORANGE}
     ax.plot([cfg.batch_size * cfg.accumulate], [scaled_rate(cfg)], "o", label="this one", **ring)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_xticks([4, 16, 64, 256], ["4", "16", "64", "256"])
-    add_legend(ax, loc="upper left")
+    style.add_legend(ax, loc="upper left")

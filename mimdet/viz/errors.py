@@ -17,25 +17,8 @@ from mimdet.analysis.comparison import SAME, RunComparison
 from mimdet.analysis.errors import MEANINGS, Curve, DetectionError, ErrorReport
 from mimdet.data.loader import Dataset
 from mimdet.structures import Crops, Record
-from mimdet.viz import draw
-from mimdet.viz.style import (
-    BLUE,
-    FAINT,
-    INK,
-    LARGE,
-    NORMAL,
-    SERIES,
-    SMALL,
-    VERMILLION,
-    WIDTH,
-    NotebookFigure,
-    add_legend,
-    axes_of,
-    new_figure,
-    plain_axes,
-    plural,
-    write_beside,
-)
+from mimdet.viz import draw, style
+from mimdet.viz.style import NotebookFigure, plural
 
 
 def show_errors(reports: ErrorReport | Mapping[str, ErrorReport]) -> NotebookFigure:
@@ -44,25 +27,25 @@ def show_errors(reports: ErrorReport | Mapping[str, ErrorReport]) -> NotebookFig
     reports: one, or {name: report}, at most six. Raises ValueError for none or more.
     """
     named = {"": reports} if isinstance(reports, ErrorReport) else dict(reports)
-    if not 1 <= len(named) <= len(SERIES):
-        raise ValueError(f"{len(named)} reports: give 1 to {len(SERIES)}")
+    if not 1 <= len(named) <= len(style.SERIES):
+        raise ValueError(f"{len(named)} reports: give 1 to {len(style.SERIES)}")
     first = next(iter(named.values()))
     title = f"What each type of error costs at IoU {first.iou_threshold:g}"
     if len(named) == 1:
         title += f" (AP {100 * first.ap:.1f})"
     names = [*first.dap, *first.special]
     row = (0.26 if len(named) == 1 else 0.17) * len(named) + 0.13  # inches
-    fig = new_figure(WIDTH, row * len(names) + 0.9)
-    ax = axes_of(fig, 1, 1, title, "AP × 100 gained if fixed", "", lines="x")
+    fig = style.new_figure(style.WIDTH, row * len(names) + 0.9)
+    ax = style.axes_of(fig, 1, 1, title, "AP × 100 gained if fixed", "", lines="x")
     for number, (name, report) in enumerate(named.items()):
         _draw_bars(ax, report, number, len(named), f"{name}: AP {100 * report.ap:.1f}")
-    ax.axhline(len(first.dap) - 0.5, color=FAINT, linewidth=0.8)
+    ax.axhline(len(first.dap) - 0.5, color=style.FAINT, linewidth=0.8)
     ax.set_yticks(range(len(names)), [f"{name}\n{MEANINGS[name]}" for name in names])
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.tick_params(axis="y", length=0)
     ax.set_xlim(0, 1.25 * ax.dataLim.x1 or 1.0)
     if len(named) > 1:
-        add_legend(fig, loc="outside upper right", ncols=len(named))
+        style.add_legend(fig, loc="outside upper right", ncols=len(named))
     said = "; ".join(f"{name} {_in_words(report)}".lstrip() for name, report in named.items())
     return fig.finish(f"What each type of error costs, AP × 100. {said}.")
 
@@ -90,23 +73,25 @@ def show_precision_recall(curves: Sequence[Curve], most_classes: int = 15) -> No
     classes = sorted(panels, key=lambda name: sum(curve.ap for curve in panels[name]))
     shown = {"mean": mean, **{name: panels[name] for name in classes[:most_classes]}}
     rows = -(-len(shown) // 4)
-    fig = new_figure(WIDTH, 0.6 + 1.85 * rows)
+    fig = style.new_figure(style.WIDTH, 0.6 + 1.85 * rows)
     grid = fig.subplots(rows, 4, sharex=True, sharey=True, squeeze=False)
     for ax in grid.flat[len(shown) :]:
         ax.remove()
     for place, (name, own) in enumerate(shown.items()):
         ax = grid.flat[place]
         below = place + 4 >= len(shown)
-        plain_axes(ax, name, "recall" if below else "", "" if place % 4 else "precision", "both")
+        style.plain_axes(
+            ax, name, "recall" if below else "", "" if place % 4 else "precision", "both"
+        )
         ax.tick_params(labelbottom=below)
         _draw_curves(ax, own, thresholds)
     fig.axes[0].title.set_fontweight("bold")
     handles, labels = fig.axes[0].get_legend_handles_labels()
-    add_legend(fig, handles=handles, loc="outside upper right", ncols=len(labels))
+    style.add_legend(fig, handles=handles, loc="outside upper right", ncols=len(labels))
     few = len(shown) - 1
     note = f", the {few} classes of the lowest AP of {len(classes)}" if few < len(classes) else ""
     heading = f"Precision over recall, AP × 100{note}"
-    fig.suptitle(heading, x=0.01, ha="left", fontsize=LARGE, color=INK)
+    fig.suptitle(heading, x=0.01, ha="left", fontsize=style.LARGE, color=style.INK)
     numbers = ", ".join(f"{100 * c.ap:.1f} at IoU {c.iou_threshold:g}" for c in mean)
     return fig.finish(f"Precision over recall, mean AP {numbers}.")
 
@@ -119,25 +104,25 @@ def show_comparison(comparison: RunComparison, count: int = 8) -> NotebookFigure
     first, second = comparison.names
     images = comparison.images.dropna(subset="change")
     numbers = comparison.summary()
-    fig = new_figure(WIDTH, 4.4)
+    fig = style.new_figure(style.WIDTH, 4.4)
     x, y = f"AP × 100 with {first}", f"AP × 100 with {second}"
-    left = axes_of(fig, 1, 2, f"{numbers['images']} images", x, y, lines="both")
-    left.plot([0, 100], [0, 100], color=FAINT, linewidth=0.8)
+    left = style.axes_of(fig, 1, 2, f"{numbers['images']} images", x, y, lines="both")
+    left.plot([0, 100], [0, 100], color=style.FAINT, linewidth=0.8)
     change = images["change"]
     kinds = {
-        "gained": (change > SAME, BLUE, "^"),
-        "lost": (change < -SAME, VERMILLION, "v"),
-        "same": (change.abs() <= SAME, FAINT, "o"),
+        "gained": (change > SAME, style.BLUE, "^"),
+        "lost": (change < -SAME, style.VERMILLION, "v"),
+        "same": (change.abs() <= SAME, style.FAINT, "o"),
     }
     for name, (mine, colour, marker) in kinds.items():
         points = 100 * images.loc[mine, ["ap_1", "ap_2"]].to_numpy()
         label = f"{name}: {numbers[name]}"
         left.plot(*points.T, marker, color=colour, alpha=0.75, markersize=4, label=label)
     left.set(xlim=(-3, 103), ylim=(-3, 103), aspect="equal")
-    add_legend(left, loc="upper left", markerscale=1.4)
+    style.add_legend(left, loc="upper left", markerscale=1.4)
     gained, lost = comparison.gained(count), comparison.lost(count)
     title = f"the {plural(len(gained), 'largest gain')} and {plural(len(lost), 'loss', 'es')}"
-    right = axes_of(fig, 2, 2, title, "change of the image's AP × 100", "", lines="")
+    right = style.axes_of(fig, 2, 2, title, "change of the image's AP × 100", "", lines="")
     _draw_changes(right, [*gained.itertuples(), *reversed([*lost.itertuples()])])
     means = " to ".join(f"{100 * numbers[mean]:.1f}" for mean in ("mean_ap_1", "mean_ap_2"))
     return fig.finish(
@@ -155,11 +140,11 @@ def _draw_bars(ax: Axes, report: ErrorReport, number: int, of: int, label: str) 
     dap = report.dap | report.special
     values = 100 * np.nan_to_num([*dap.values()])
     places = np.arange(len(dap)) + (number - (of - 1) / 2) * thickness
-    bars = ax.barh(places, values, height=0.9 * thickness, color=SERIES[number], label=label)
+    bars = ax.barh(places, values, height=0.9 * thickness, color=style.SERIES[number], label=label)
     counts = {name: f"  ({plural(count, 'error')})" for name, count in report.counts.items()}
     labels = [f"{v:.1f}{counts.get(n, '')}" for n, v in zip(dap, values, strict=True)]
     beneath = {"facecolor": "white", "linewidth": 0, "pad": 1}  # no grid line through the text
-    ax.bar_label(bars, labels, padding=4, fontsize=NORMAL, color=INK, bbox=beneath)
+    ax.bar_label(bars, labels, padding=4, fontsize=style.NORMAL, color=style.INK, bbox=beneath)
 
 
 def _draw_curves(ax: Axes, curves: Sequence[Curve], thresholds: Sequence[float]) -> None:
@@ -171,16 +156,17 @@ def _draw_curves(ax: Axes, curves: Sequence[Curve], thresholds: Sequence[float])
         label = f"IoU {curve.iou_threshold:.2f}"
         ax.plot(curve.recall, curve.precision, color=shade, lw=1.6, clip_on=False, label=label)
     aps = " · ".join(f"{100 * curve.ap:.0f}" for curve in curves)
-    ax.set_title(f"AP {aps}", loc="right", fontsize=NORMAL, color=INK)
+    ax.set_title(f"AP {aps}", loc="right", fontsize=style.NORMAL, color=style.INK)
 
 
 def _draw_changes(ax: Axes, rows: Sequence[Any]) -> None:
     """A bar per image, from its AP in the first run to that in the second."""
-    ax.axvline(0, color=FAINT, linewidth=0.8)
+    ax.axvline(0, color=style.FAINT, linewidth=0.8)
     for place, row in enumerate(rows):
-        ax.barh(place, 100 * row.change, height=0.7, color=BLUE if row.change > 0 else VERMILLION)
+        colour, side = (style.BLUE, -4) if row.change > 0 else (style.VERMILLION, 4)
+        ax.barh(place, 100 * row.change, height=0.7, color=colour)
         found = f"{row.found_1} → {row.found_2} of {row.objects} found"
-        write_beside(ax, found, (0, place), (-4 if row.change > 0 else 4, 0), fontsize=SMALL)
+        style.write_beside(ax, found, (0, place), (side, 0), fontsize=style.SMALL)
     largest = max((abs(100 * row.change) for row in rows), default=1.0)
     ax.set(xlim=(-1.1 * largest, 1.1 * largest), ylim=(len(rows) - 0.4, -0.6))
     ax.set_yticks(range(len(rows)), [f"image {row.image_id}" for row in rows])

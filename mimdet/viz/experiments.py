@@ -16,19 +16,8 @@ from matplotlib.ticker import MaxNLocator
 
 from mimdet.experiments.grid import short_names, value_text
 from mimdet.experiments.results import Experiment, title_of
-from mimdet.viz.style import (
-    FAINT,
-    LARGE,
-    SERIES,
-    WIDTH,
-    NotebookFigure,
-    add_legend,
-    axes_of,
-    new_figure,
-    plural,
-    save_figure,
-    write_beside,
-)
+from mimdet.viz import style
+from mimdet.viz.style import NotebookFigure, plural
 
 MARKERS = "osD^vP"
 LIGHT = LinearSegmentedColormap.from_list("light blue", ["#F4F8FB", "#8FBFE0"])
@@ -53,11 +42,11 @@ def show_matrix(result: Experiment, metric: str = "box_ap") -> NotebookFigure:
     cells = summary.pivot(index="arm", columns="evaluate_ratio")
     cells = cells.reindex(index=[arm.label for arm in rows])
     means, halves = cells["mean"].to_numpy(float), cells["half"].to_numpy(float)
-    fig = new_figure(min(WIDTH, 2.6 + 1.25 * len(columns)), 1.5 + 0.62 * len(rows))
+    fig = style.new_figure(min(style.WIDTH, 2.6 + 1.25 * len(columns)), 1.5 + 0.62 * len(rows))
     seeds = plural(len(result.seeds), "seed")
     title = f"{title_of(metric)} × 100, mean ± 95 % interval of {seeds}"
     fields = _fields_text(result)
-    ax = axes_of(fig, 1, 1, title, "share of tokens kept at evaluation", fields, lines="")
+    ax = style.axes_of(fig, 1, 1, title, "share of tokens kept at evaluation", fields, lines="")
     ax.pcolormesh(means, cmap=LIGHT, edgecolors="white", linewidth=2)
     ax.invert_yaxis()
     ax.set_xticks(np.arange(len(columns)) + 0.5, [f"{ratio:g}" for ratio in columns])
@@ -69,9 +58,9 @@ def show_matrix(result: Experiment, metric: str = "box_ap") -> NotebookFigure:
             continue
         middle = (j + 0.5, i + 0.5)
         weight = "bold" if mean == np.nanmax(means[i]) else "normal"
-        write_beside(ax, f"{mean:.1f}", middle, (0, 1), fontsize=LARGE, weight=weight)
+        style.write_beside(ax, f"{mean:.1f}", middle, (0, 1), fontsize=style.LARGE, weight=weight)
         if not math.isnan(halves[i, j]):
-            write_beside(ax, f"± {halves[i, j]:.1f}", middle, (0, -2))
+            style.write_beside(ax, f"± {halves[i, j]:.1f}", middle, (0, -2))
     words = _summary_words(summary)
     return fig.finish(f"{title_of(metric)} x 100 by arm and evaluation ratio: {words}")
 
@@ -88,27 +77,27 @@ def show_arms(
     summary = summary[summary["evaluate_ratio"] == ratio].set_index("arm")
     if summary.empty:
         raise ValueError(f"ratio={ratio}: the experiment was evaluated at {result.ratios}")
-    fig = new_figure(WIDTH, 1.5 + 0.42 * len(result.arms))
+    fig = style.new_figure(style.WIDTH, 1.5 + 0.42 * len(result.arms))
     names, name = arm_names(result), title_of(metric)
     title = f"{name} with {100 * ratio:g} % of the tokens at evaluation"
-    left = axes_of(fig, 1, 2, title, f"{name} × 100, 95 % interval", "", "x")
+    left = style.axes_of(fig, 1, 2, title, f"{name} × 100, 95 % interval", "", "x")
     versus = f"difference to {_fields_text(result)} {names[0]}, paired by seed"
-    right = axes_of(fig, 2, 2, versus, f"difference in {name} × 100, 95 % interval", "", "x")
+    right = style.axes_of(fig, 2, 2, versus, f"difference in {name} × 100, 95 % interval", "", "x")
     baseline = result.scores(result.arms[0].label, ratio, metric)
     for place, arm in enumerate(result.arms):
         if arm.label not in summary.index:
             continue  # a baseline that sees every token
-        row, colour = summary.loc[arm.label], SERIES[place % len(SERIES)]
+        row, colour = summary.loc[arm.label], style.SERIES[place % len(style.SERIES)]
         scores = result.scores(arm.label, ratio, metric)
         _interval(left, place, row[["mean", "low", "high"]], scores.values(), colour)
         if place:
             pairs = [scores[seed] - baseline[seed] for seed in scores if seed in baseline]
             bounds = row[["difference", "difference_low", "difference_high"]]
             _interval(right, place, bounds, pairs, colour)
-    right.axvline(0, color=FAINT, linewidth=1)
+    right.axvline(0, color=style.FAINT, linewidth=1)
     low, high = right.get_xlim()
     side = 4 if high > -low else -4  # where there is room
-    write_beside(right, "0 by definition", (0, 0), (side, 0), color=FAINT)
+    style.write_beside(right, "0 by definition", (0, 0), (side, 0), color=style.FAINT)
     for ax in (left, right):
         ax.set_yticks(range(len(result.arms)), names if ax is left else [])
         ax.set_ylim(len(result.arms) - 0.5, -0.5)
@@ -130,19 +119,19 @@ def show_learning_curves(
     if curves[x].isna().all():
         raise ValueError(f"x={x!r}: these runs have no such numbers")
     panels = 1 + training_loss
-    fig = new_figure(WIDTH * panels / 2, 3.4)
+    fig = style.new_figure(style.WIDTH * panels / 2, 3.4)
     score = title_of(metric)
-    right = axes_of(fig, panels, panels, score, AXES[x], f"{score} × 100")
+    right = style.axes_of(fig, panels, panels, score, AXES[x], f"{score} × 100")
     axes = [right]
     if training_loss:
-        axes.append(axes_of(fig, 1, 2, "training loss, running mean", AXES[x], "loss"))
+        axes.append(style.axes_of(fig, 1, 2, "training loss, running mean", AXES[x], "loss"))
     words = []
     for place, (arm, name) in enumerate(zip(result.arms, arm_names(result), strict=True)):
-        colour, marker = SERIES[place % len(SERIES)], MARKERS[place % len(MARKERS)]
+        colour, marker = style.SERIES[place % len(style.SERIES)], MARKERS[place % len(MARKERS)]
         own = curves[curves["arm"] == arm.label]
         mean = _draw_seeds(right, own[own[metric].notna()], x, metric, colour)
-        style: dict[str, Any] = {"marker": marker, "markersize": 4.5, "linewidth": 1.8}
-        right.plot(mean[x], mean[metric], color=colour, label=name, **style)
+        look: dict[str, Any] = {"marker": marker, "markersize": 4.5, "linewidth": 1.8}
+        right.plot(mean[x], mean[metric], color=colour, label=name, **look)
         if len(mean):
             words.append(f"{name} ends at {mean[metric].iloc[-1]:.1f}")
         if training_loss:
@@ -153,7 +142,7 @@ def show_learning_curves(
         ax.set_xlim(left=0)
         ax.set_ylim(bottom=0)
     right.xaxis.set_major_locator(MaxNLocator(6))
-    add_legend(right, title=_fields_text(result))
+    style.add_legend(right, title=_fields_text(result))
     return fig.finish(f"{score} x 100 against {AXES[x]}: {'; '.join(words)}.")
 
 
@@ -168,7 +157,9 @@ def save_figures(result: Experiment, folder: str | Path) -> list[Path]:
         figures["curves_flops"] = show_learning_curves(result, "flops")
     if len(result.ratios) > 1:
         figures["matrix"] = show_matrix(result)
-    return [save_figure(fig, Path(folder) / f"{name}.png")[0] for name, fig in figures.items()]
+    return [
+        style.save_figure(fig, Path(folder) / f"{name}.png")[0] for name, fig in figures.items()
+    ]
 
 
 def arm_names(result: Experiment) -> list[str]:
@@ -199,7 +190,7 @@ def _interval(ax: Axes, y: int, bounds: Any, seeds: Collection[float], colour: s
     if not math.isnan(low):
         ax.errorbar(mean, y, xerr=[[mean - low], [high - mean]], color=colour, capsize=4)
     ax.plot([mean], [y], "D", color=colour, markersize=6)
-    write_beside(ax, f"{mean:z.1f}", (mean, y), (0, 5), color=colour)
+    style.write_beside(ax, f"{mean:z.1f}", (mean, y), (0, 5), color=colour)
 
 
 def _draw_seeds(ax: Axes, rows: Any, x: str, y: str, colour: str) -> Any:

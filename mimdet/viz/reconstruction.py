@@ -76,14 +76,8 @@ def paint(image: Tensor, mae: MAE, sample: Sample) -> Painted:
     errors = F.avg_pool2d(off[None, None], side)[0, 0]
     seen = sample.mask()[0].repeat_interleave(side, 0).repeat_interleave(side, 1)  # (H, W)
     visible = torch.where(seen.cpu(), pictures["visible"], UNSAMPLED[0])
-    return Painted(
-        visible,
-        pictures["painted"],
-        pictures["pasted"],
-        float(output.loss),
-        errors,
-        sample.to(torch.device("cpu")),
-    )
+    painted, pasted, own = pictures["painted"], pictures["pasted"], sample.to(torch.device("cpu"))
+    return Painted(visible, painted, pasted, float(output.loss), errors, own)
 
 
 def whole_patches(image: Tensor, grid: Grid, patch: int, token: int | None = None) -> Tensor:

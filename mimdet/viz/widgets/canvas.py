@@ -10,9 +10,9 @@ import traitlets
 from PIL import Image, ImageDraw
 
 from mimdet.viz.draw import captioned, data_url, from_data_url, png_bytes
+from mimdet.viz.style import VERMILLION
 
 HERE = Path(__file__).parent
-ORANGE = (0xD5, 0x5E, 0x00)
 FADED = (225, 225, 225, 224)
 LINE = (255, 255, 255, 115)
 
@@ -75,7 +75,7 @@ class PatchCanvas(anywidget.AnyWidget):
         for place in range(self.rows * self.columns if self.show_grid else 0):
             pen.rectangle(self._square(place), outline=LINE)
         if self.selected >= 0:
-            pen.rectangle(self._square(self.selected), outline=(*ORANGE, 255), width=3)
+            pen.rectangle(self._square(self.selected), outline=VERMILLION, width=3)
         base.alpha_composite(marks)
         picture = base.convert("RGB")
         if self.title:
