@@ -26,16 +26,8 @@ from mimdet.data.rasters import crops_from_segmentations
 from mimdet.images import to_rgb
 from mimdet.models.sampling import PATCH
 from mimdet.structures import Crops, Detections, Target, as_rle, paste
-from mimdet.viz.style import (
-    DPI,
-    INK,
-    PALETTE,
-    SMALL,
-    WIDTH,
-    NotebookFigure,
-    new_figure,
-    write_title,
-)
+from mimdet.viz import style
+from mimdet.viz.style import NotebookFigure
 
 Pixels = NDArray[np.uint8]
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1; y grows downwards
@@ -151,7 +143,7 @@ def png_bytes(picture: Image.Image, **options: Any) -> bytes:
 def with_few_colours(pixels: Pixels, exact: Sequence[str] = ()) -> Image.Image:
     """The picture with a palette of 255 colours, a third of the bytes as PNG. These are in it."""
     picture = Image.fromarray(pixels)
-    ours = [part for colour in (*exact, "white", INK) for part in ImageColor.getrgb(colour)]
+    ours = [part for colour in (*exact, "white", style.INK) for part in ImageColor.getrgb(colour)]
     most = 255 - len(ours) // 3
     palette = Image.new("P", (1, 1))
     palette.putpalette((picture.quantize(most).getpalette() or [])[: 3 * most] + ours)
@@ -172,7 +164,7 @@ def write_text(
 ) -> None:
     """A line of text, dark or white, whichever is easier to read on the colour `on`."""
     red, green, blue = ImageColor.getrgb(on)[:3]
-    ink = INK if 0.299 * red + 0.587 * green + 0.114 * blue > 127 else "white"
+    ink = style.INK if 0.299 * red + 0.587 * green + 0.114 * blue > 127 else "white"
     pen.text(left_middle, text, fill=ink, font=font(size), anchor="lm")
 
 
@@ -184,7 +176,7 @@ def class_name(label: int, categories: Sequence[str]) -> str:
 
 
 def class_colour(label: int) -> str:
-    return PALETTE[label % len(PALETTE)]
+    return style.PALETTE[label % len(style.PALETTE)]
 
 
 def score_text(score: float) -> str:
@@ -389,13 +381,13 @@ def show_rows(
     heading = 0.05 + 0.18 * max(picture.title.count("\n") + 1 for picture in pictures)
     columns = max(group, min(columns, len(pictures), 12) // group * group)
     gaps = (columns // group - 1) * far + (columns - columns // group) * near
-    side = min(widest, (WIDTH - 2 * edge - gaps) / columns)
+    side = min(widest, (style.WIDTH - 2 * edge - gaps) / columns)
     rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
     shapes = [[picture.pixels.shape[:2] for picture in row] for row in rows]
     heights = [side * max(min(h / w, 1.5) for h, w in row) for row in shapes]
     width = 2 * edge + gaps + columns * side
     height = 2 * edge + sum(heights) + len(rows) * heading + (len(rows) - 1) * near
-    fig = new_figure(width, height)
+    fig = style.new_figure(width, height)
     fig.has_photographs = not sharp
     fig.alt_text = f"{what}: {'; '.join(picture.title for picture in pictures)}.".replace(
         "\n", ", "
@@ -408,7 +400,7 @@ def show_rows(
             ax = fig.add_axes(box, anchor="N")
             ax.set_axis_off()
             ax.imshow(_on_screen(picture, ax.bbox.width, ax.bbox.height, sharp))
-            write_title(ax, picture.title)
+            style.write_title(ax, picture.title)
             left += side + (near if number % group else far)
         top = bottom - near
     return fig
@@ -428,7 +420,8 @@ def _on_screen(picture: Picture, width: float, height: float, sharp: bool) -> Pi
     rows, columns = picture.pixels.shape[:2]
     scale = 2 * min(width / columns, height / rows)
     pixels = _scaled(picture.pixels, scale, not sharp or scale < 1)
-    return with_marks(pixels, picture.marks, (rows, columns), round(2 * DPI / 72 * SMALL))
+    text = round(2 * style.DPI / 72 * style.SMALL)
+    return with_marks(pixels, picture.marks, (rows, columns), text)
 
 
 def on_tokens(image: Tensor, grid: Size, patch: int = PATCH) -> Pixels:
