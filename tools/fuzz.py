@@ -395,6 +395,8 @@ def run(reader: str, count: int, seed: int, folder: Path = KEPT) -> list[dict[st
         )
         if child.returncode > 0:
             raise RuntimeError(f"the reading process ended: {child.stderr[-2000:]}")
+        if -child.returncode in (signal.SIGTERM, signal.SIGINT):
+            raise KeyboardInterrupt("stopped from outside; the same command goes on")
         if child.returncode < 0:
             hung = -child.returncode == signal.SIGALRM
             ended = {"index": len(_rows(file)), "outcome": readers.HANG if hung else readers.CRASH}
