@@ -404,7 +404,13 @@ def model_part(cfg: Any) -> str:
 def check_model_part(trained: str, cfg: Any, where: str) -> None:
     """ValueError where weights that were trained with the `model_part` `trained` would compute
     other numbers with `cfg`, which comes from `where`; a warning names what differs in AT_USE."""
-    then, now = json.loads(trained), json.loads(model_part(cfg))
+    import msgspec  # here, because `mimdet --help` reads no file
+
+    try:
+        then = msgspec.convert(json.loads(trained), dict[str, Any])
+    except ValueError as error:
+        raise ValueError(f"{where}: what it was trained as cannot be read: {error}") from error
+    now = json.loads(model_part(cfg))
     changed = {k: f"{k}: {then[k]} -> {now[k]}" for k in now if then.get(k, now[k]) != now[k]}
     lines = "\n  ".join(changed.values())
     if changed.keys() - set(AT_USE):

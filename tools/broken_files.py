@@ -45,6 +45,19 @@ def changed(section: str, **fields: Any) -> Callable[[Path], None]:
     return lambda path: detector_file(path, lambda config: config[section].update(fields))
 
 
+def trained_as(record: str) -> Callable[[Path], None]:
+    """A detector whose record of what it was trained as is this text."""
+
+    def make(path: Path) -> None:
+        (_, sound), *_ = fuzz.weight_seeds()
+        length = struct.unpack("<Q", sound[:8])[0]
+        header = json.loads(sound[8 : 8 + length])
+        header["__metadata__"]["model_part"] = record
+        make_safetensors(path, header, sound[8 + length :])
+
+    return make
+
+
 def deep_json(path: Path) -> None:
     path.write_text("[" * 200_000)
 
@@ -287,6 +300,9 @@ MADE: dict[str, Callable[[Path], None]] = {
     "names_a_function.safetensors": changed("backbone", stem="os:_exit"),
     "names_a_module.safetensors": changed("backbone", kind="this:x"),
     "describes_2_tb.safetensors": changed("backbone", embed_dim=2**19, depth=24),
+    "describes_an_unknown_loss.safetensors": changed("detector", loss="mas{_rcnn"),
+    "trained_as_a_list.safetensors": trained_as("[]"),
+    "trained_as_half_a_record.safetensors": trained_as('{"backbone.depth": '),
     "describes_another_depth.safetensors": changed("backbone", depth=3),
     "describes_no_model.safetensors": changed("backbone", num_heads=0),
     "describes_half_a_head.safetensors": changed("backbone", num_heads=7),

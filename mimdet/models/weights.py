@@ -365,7 +365,7 @@ def check_sizes(build: Callable[[], nn.Module], tensors: dict[str, Tensor], name
     try:
         with torch.device("meta"):
             own = build().state_dict()
-    except (AssertionError, ArithmeticError, RuntimeError, TypeError) as error:
+    except (AssertionError, ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{name}: no model can be built of its sizes: {error}") from error
     check_fit(own, tensors, name)
 
