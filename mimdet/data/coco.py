@@ -29,7 +29,7 @@ from mimdet.config import DataConfig
 from mimdet.data.annotations import AnnotatedImages, Annotation
 from mimdet.data.checks import Survey, link_target, size_words
 from mimdet.data.coco_file import REFUSED, CocoReader, ImageEntry, Problem, Read, refuse
-from mimdet.files import write_file
+from mimdet.files import remove_leftovers, write_file
 from mimdet.images import read_image
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ def open_table(json_path: Path) -> Table:
         warnings.warn(f"{cached} is damaged: it is made again from {json_path}", stacklevel=4)
     build = partial(_build, json_path, digest)
     try:
+        remove_leftovers(cached.parent)
         write_file(cached, build)
         return Table(cached)
     except OSError as error:

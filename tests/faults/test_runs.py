@@ -157,6 +157,14 @@ def test_a_run_that_was_killed_before_it_had_a_configuration_begins(tmp_path) ->
         next(train(quick(), tmp_path / "photos"))
 
 
+def test_a_half_made_table_of_annotations_goes(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("MIMDET_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/coco-1-a.arrow.partial-4999999-1").touch()
+    mimdet.CocoDataset(write_coco(tmp_path, [[[8, 8, 24, 24]]]), tmp_path / "images")
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".arrow"]
+
+
 def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(run) -> None:
     living = f"eval.json.partial-{os.getppid()}-1"
     dead = ["eval.json.partial-4999999-1", f"metrics.jsonl.partial-{os.getpid()}-1"]
