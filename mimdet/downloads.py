@@ -6,6 +6,7 @@ is noted in its folder's downloads.json, and later runs compare it with that.
 
 import hashlib
 import shutil
+import stat
 import sys
 import time
 import tomllib
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.message import Message
 from http.client import HTTPException
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 from urllib.request import Request, urlopen
 
@@ -174,7 +175,8 @@ def fetch(file: PublicFile, folder: Path) -> Path:
     # The version in the name: a part is never continued with the bytes of another one.
     part = folder / f"{path.name}.{hashlib.sha256(version.encode()).hexdigest()[:8]}.part"
     for other in folder.glob(f"{path.name}.*.part"):
-        if other != part or not version:
+        # A part is a file of this function's own, never what a link leads to or a pipe.
+        if other != part or not version or other.is_symlink() or not other.is_file():
             other.unlink()
     check_space(folder, size - size_of(part))
     receive(file.address, part, size, version)
@@ -328,12 +330,15 @@ def size_of(path: Path) -> int:
 def unzip(archive: Path, folder: Path) -> str:
     """Unpack into `folder`; files that are there with the right size and CRC are left alone.
 
-    No entry leaves the folder: zipfile drops what would lead out of it. Returns how many files were
-    written. Raises ValueError for a full disk, before anything is written, or a damaged archive.
+    Returns how many files were written. Raises ValueError, before anything is written, for a full
+    disk and for an entry that leads out of the folder, is no plain file, or would be written
+    through a link or into something else than a file; later for a damaged archive.
     """
     try:
         with zipfile.ZipFile(archive) as content:
             entries = [entry for entry in content.infolist() if not entry.is_dir()]
+            for entry in entries:
+                check_entry(archive, entry, folder)
             lacking = [e for e in entries if size_of(folder / e.filename) != e.file_size]
             check_space(folder, sum(entry.file_size for entry in lacking))
             written = 0
@@ -344,6 +349,21 @@ def unzip(archive: Path, folder: Path) -> str:
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{archive} is damaged ({error}): delete it and download again") from error
     return f"{folder}: {written} files unpacked, {len(entries) - written} were there"
+
+
+def check_entry(archive: Path, entry: zipfile.ZipInfo, folder: Path) -> None:
+    name = PurePosixPath(entry.filename.replace("\\", "/"))
+    path, reason = folder / name, ""
+    if name.is_absolute() or ".." in name.parts or PureWindowsPath(name).drive:
+        reason = "leads out of the folder"
+    elif stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG):
+        reason = "is a link or a special file"
+    elif any(place.is_symlink() for place in (path, *path.parents[: len(name.parts) - 1])):
+        reason = f"would be written through a link: {path}"
+    elif path.exists() and not path.is_file():
+        reason = f"would be written into something that is no file: {path}"
+    if reason:
+        raise ValueError(f"{archive}: {entry.filename!r} {reason}; nothing was unpacked")
 
 
 def is_unpacked(entry: zipfile.ZipInfo, path: Path) -> bool:

@@ -380,14 +380,63 @@ def test_unpack_coco_and_go_on_with_what_is_incomplete(remote, file, tmp_path, m
     assert files_in(first.parent) == {"1.jpg", "2.jpg"}
 
 
-def test_nothing_lands_outside_the_folder(tmp_path):
-    link = zipfile.ZipInfo("link")
-    link.external_attr = (stat.S_IFLNK | 0o777) << 16
-    names = ["../evil1", "a/../../evil2", f"{tmp_path}/evil3"]
-    archive = zipped(tmp_path / "a.zip", {link: b"..", **dict.fromkeys(names, b"2")})
-    unzip(archive, tmp_path / "deep" / "coco")
-    assert files_in(tmp_path) == {"a.zip", "deep"} and files_in(tmp_path / "deep") == {"coco"}
-    assert not (tmp_path / "deep/coco/link").is_symlink()
+def special(name: str, kind: int) -> zipfile.ZipInfo:
+    entry = zipfile.ZipInfo(name)
+    entry.external_attr = (kind | 0o777) << 16
+    return entry
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("../evil", "leads out of the folder"),
+        ("a/../../evil", "leads out of the folder"),
+        ("a\\..\\..\\evil", "leads out of the folder"),
+        ("/tmp/evil", "leads out of the folder"),
+        ("C:/evil", "leads out of the folder"),
+        (special("link", stat.S_IFLNK), "is a link or a special file"),
+        (special("pipe", stat.S_IFIFO), "is a link or a special file"),
+        ("outside/1.jpg", "through a link"),
+        ("through.jpg", "through a link"),
+        ("dangling.jpg", "through a link"),
+        ("pipe.jpg", "no file"),
+        ("folder.jpg", "no file"),
+    ],
+)
+def test_an_archive_is_unpacked_whole_or_not_at_all(tmp_path, entry, said):
+    """Nothing is written outside the folder, through links that lie there, or into pipes."""
+    coco, outside = tmp_path / "deep" / "coco", tmp_path / "outside"
+    for folder in (coco / "folder.jpg", outside):
+        folder.mkdir(parents=True)
+    (outside / "1.jpg").write_bytes(b"own")
+    (coco / "outside").symlink_to(outside)
+    (coco / "through.jpg").symlink_to(outside / "1.jpg")
+    (coco / "dangling.jpg").symlink_to(outside / "2.jpg")
+    os.mkfifo(coco / "pipe.jpg")
+    before = files_in(coco)
+    archive = zipped(tmp_path / "a.zip", {"val2017/1.jpg": b"first", entry: b"2" * 3})
+    with pytest.raises(ValueError, match=rf"a\.zip: '.*' .*{said}.*nothing was unpacked"):
+        unzip(archive, coco)
+    assert files_in(coco) == before and files_in(outside) == {"1.jpg"}
+    assert (outside / "1.jpg").read_bytes() == b"own"
+    assert files_in(tmp_path) == {"a.zip", "deep", "outside"}
+
+
+def test_the_folder_itself_may_be_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "coco").symlink_to(tmp_path / "disk")
+    unzip(zipped(tmp_path / "a.zip", IMAGES), tmp_path / "coco")
+    assert (tmp_path / "disk/val2017/2.jpg").read_bytes() == IMAGES["val2017/2.jpg"]
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_part_is_no_link_and_no_pipe(file, tmp_path, part, kind):
+    part.unlink()
+    (tmp_path / "own").write_bytes(b"own")
+    part.symlink_to(tmp_path / "own") if kind == "link" else os.mkfifo(part)
+    assert fetch(file, tmp_path).read_bytes() == CONTENT
+    assert (tmp_path / "own").read_bytes() == b"own"
+    assert not (tmp_path / "weights.pth").is_symlink()
 
 
 def test_damaged_archive_and_full_disk(tmp_path, monkeypatch):
