@@ -208,5 +208,9 @@ def _visible(masks: Crops, height: int, width: int) -> Tensor:
     ys = y1 + (y2 - y1) * (torch.arange(rows) + 0.5) / rows  # (N, rows)
     inside_x = (xs >= 0) & (xs <= width)
     inside_y = (ys >= 0) & (ys <= height)
-    seen = masks.bitmaps.bool() & inside_y[:, :, None] & inside_x[:, None, :]
-    return seen.flatten(1).any(1)
+    parts = (part.split(1000) for part in (masks.bitmaps, inside_y, inside_x))  # of few bytes each
+    seen = [
+        (bitmaps.bool() & in_y[:, :, None] & in_x[:, None, :]).flatten(1).any(1)
+        for bitmaps, in_y, in_x in zip(*parts, strict=True)
+    ]
+    return torch.cat(seen)

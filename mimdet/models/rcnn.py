@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import roi_align
+from torchvision.ops import box_iou, roi_align
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 from mimdet.models.batchnorm import SyncedBatchNorm
@@ -182,6 +182,10 @@ class AlignedRoIPool(nn.Module):
         return level.clamp(0, len(self.strides) - 1).long()
 
 
+MATCHED_AT_ONCE = 1 << 22
+"""Pairs of a true box and a candidate; each takes 40 bytes for a moment."""
+
+
 def match(
     overlap: Tensor, low: float, high: float, rescue_best: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -201,6 +205,25 @@ def match(
     label[best >= high] = 1
     if rescue_best:
         label[(overlap == overlap.max(dim=1, keepdim=True).values).any(dim=0)] = 1
+    return index, label
+
+
+def match_boxes(
+    truth: Tensor, boxes: Tensor, low: float, high: float, rescue_best: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`match` of G true boxes with N candidates, (., 4) xyxy: the same for any number of them.
+
+    The candidates are taken in parts, as 10,000 objects in an image would need gigabytes.
+    """
+    parts = boxes.split(max(1, MATCHED_AT_ONCE // max(1, len(truth))))
+    if len(parts) == 1:
+        return match(box_iou(truth, boxes), low, high, rescue_best)
+    found = [match(box_iou(truth, part), low, high) for part in parts]
+    index, label = (torch.cat(column) for column in zip(*found, strict=True))
+    if rescue_best:
+        most = torch.stack([box_iou(truth, part).amax(1) for part in parts]).amax(0)  # (G,)
+        best = [(box_iou(truth, part) == most[:, None]).any(0) for part in parts]
+        label[torch.cat(best)] = 1
     return index, label
 
 

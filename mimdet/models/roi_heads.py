@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.ops import batched_nms, box_iou, roi_align
+from torchvision.ops import batched_nms, roi_align
 
 from mimdet.models.rcnn import (
     AlignedRoIPool,
@@ -16,7 +16,7 @@ from mimdet.models.rcnn import (
     Losses,
     at_least_float32,
     clip_boxes,
-    match,
+    match_boxes,
     subsample,
 )
 from mimdet.structures import Crops, Detections, Target
@@ -133,7 +133,7 @@ class RoIHeads(nn.Module):
     def sample(self, proposals: Tensor, target: Target) -> SampledBoxes:
         """Draw proposals for the loss, a quarter of them objects; the true boxes take part too."""
         boxes = torch.cat([proposals, target.boxes])
-        index, label = match(box_iou(target.boxes, boxes), 0.5, 0.5)
+        index, label = match_boxes(target.boxes, boxes, 0.5, 0.5)
         positive, negative = subsample(
             (label == 1).nonzero()[:, 0],
             (label == 0).nonzero()[:, 0],

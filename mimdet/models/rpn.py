@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops import batched_nms, box_iou
+from torchvision.ops import batched_nms
 
 from mimdet.models.rcnn import (
     AnchorGrid,
@@ -16,7 +16,7 @@ from mimdet.models.rcnn import (
     Losses,
     at_least_float32,
     clip_boxes,
-    match,
+    match_boxes,
     non_empty,
     subsample,
 )
@@ -128,7 +128,7 @@ class RPN(nn.Module):
         total = self.anchors_per_image * len(targets)
         loss_cls, loss_loc = logits.sum() * 0, deltas.sum() * 0
         for logit, delta, target in zip(logits, deltas, targets, strict=True):
-            index, label = match(box_iou(target.boxes, anchors), 0.3, 0.7, rescue_best=True)
+            index, label = match_boxes(target.boxes, anchors, 0.3, 0.7, rescue_best=True)
             positive, negative = subsample(
                 (label == 1).nonzero()[:, 0],
                 (label == 0).nonzero()[:, 0],

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torchvision.ops import box_iou
 
+from mimdet.models import rcnn
 from mimdet.models.batchnorm import SyncedBatchNorm
 from mimdet.models.rcnn import (
     IMAGENET_MEAN,
@@ -20,6 +22,7 @@ from mimdet.models.rcnn import (
     clip_boxes,
     make_norm,
     match,
+    match_boxes,
     non_empty,
     pad_and_normalise,
     padded_size,
@@ -192,6 +195,19 @@ def test_every_true_box_gets_its_best_candidates() -> None:
     index, label = match(overlap, 0.3, 0.7, rescue_best=True)
     assert label.tolist() == [0, 1, 1, 1]  # both of truth 0's equally good ones
     assert index.tolist() == [0, 1, 0, 1]  # a rescued candidate keeps the truth it overlaps most
+
+
+@pytest.mark.parametrize("rescue_best", [False, True])
+@pytest.mark.parametrize("at_once", [1, 7, 100, 1 << 22])
+def test_parts_of_the_candidates_match_as_all(rescue_best, at_once, monkeypatch) -> None:
+    monkeypatch.setattr(rcnn, "MATCHED_AT_ONCE", at_once)
+    corners = torch.rand(60, 2, generator=torch.Generator().manual_seed(1)) * 20
+    boxes = torch.cat([corners, corners + 9], 1).round()  # equal overlaps occur
+    for truth in (boxes[:6], boxes[:6] + 100, boxes[:0]):  # also: none overlaps, none is there
+        found = match_boxes(truth, boxes, 0.3, 0.7, rescue_best)
+        expected = match(box_iou(truth, boxes), 0.3, 0.7, rescue_best)
+        for part, whole in zip(found, expected, strict=True):
+            assert torch.equal(part, whole)
 
 
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 40), st.sampled_from([0.25, 0.5]))
