@@ -178,5 +178,5 @@ def test_damaged_files_are_named_and_a_pickle_runs_no_code(tmp_path):
     assert not (tmp_path / "exploded").exists()
     weights = checkpoint / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"000002.model\.safetensors cannot be read"):
+    with pytest.raises(ValueError, match=r"000002.model\.safetensors is cut off or damaged"):
         load_detector(run)

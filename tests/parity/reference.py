@@ -70,8 +70,8 @@ def load_original(folder: Path, cfg: Config | None = None) -> Detector:
 
 
 def same_number(shape: list[int], kind: str = "torch.float32", number: float = 0.5) -> Tensor:
-    """A tensor of any size in a few bytes, for files of which names and shapes count."""
-    return torch.full((), number, dtype=getattr(torch, kind.split(".")[1])).expand(shape)
+    """For files of which names and shapes count. Whole, as in real files: views are refused."""
+    return torch.full(shape, number, dtype=getattr(torch, kind.split(".")[1]))
 
 
 def optimiser_groups(

@@ -61,7 +61,7 @@ def test_every_key_maps_to_ours_and_back(golden: Path, measured, keys: str, pres
 
 
 def full_size_mae(golden: Path, letter: str, path: Path) -> Path:
-    """Meta's full file with every tensor one repeated number: all names and shapes, few bytes."""
+    """Meta's full file with every tensor one repeated number: all names and shapes."""
     stored = stored_json(golden / f"keys_mae_vit_{letter}_full")["state_dict"]
     tensors = {name: same_number(shape) for name, shape, _ in stored}
     torch.save({"model": tensors}, path)

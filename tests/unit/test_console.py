@@ -192,7 +192,7 @@ def test_a_training_names_the_file_that_failed_first(first, tmp_path, monkeypatc
     assert len(failed) > 1 and ended.value.code == 2
     assert str(ended.value).startswith(f"error: {run / first}: the disk is full")
     last = CheckpointStore(run / "checkpoints").find("last")
-    assert f"last checkpoint of this run: {last}. The same call goes on" in str(ended.value)
+    assert f"{last}; the same call goes on from it" in str(ended.value)
     assert [file for file in run.rglob("*") if ".partial-" in file.name] == []
     list(train(cfg, run))
     assert json.loads((run / "eval.json").read_text())["step"] == 3

@@ -332,6 +332,7 @@ def test_commands_take_released_files(tmp_path, monkeypatch, capsys) -> None:
         cfg = small(1)
         cfg.preset = "mimdet_base"
         cfg.detector.box_convs, cfg.detector.rpn_convs = 4, 2
+        cfg.training.init_from = "random"
         return cfg
 
     monkeypatch.setitem(PRESETS, "mimdet_base", published)
