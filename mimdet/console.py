@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,7 +125,11 @@ class _Output(io.FileIO):
 
 
 def open_console() -> None:
-    """Let printing end no command: any text fits any encoding, and output may be closed."""
+    """Let printing end no command: any text fits any encoding, and output may be closed.
+
+    Warnings are one line, without the line of code that they came from.
+    """
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         buffer = getattr(stream, "buffer", None)

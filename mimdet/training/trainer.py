@@ -426,7 +426,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, HANGUP)
 
 
 class StopSignals:
-    """Turns SIGINT and SIGTERM into `StepAbandoned`, but only where a step may be abandoned.
+    """Turns the STOP_SIGNALS into `StepAbandoned`, but only where a step may be abandoned.
 
     Elsewhere (optimiser step, checkpoint) the signal waits for `check`. Outside the main thread,
     where Python allows no handlers, signals keep their usual meaning. With at_once=False signals

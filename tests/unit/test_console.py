@@ -315,3 +315,12 @@ def test_training_into_the_folder_of_a_stranger_runs_none_of_its_code(stranger):
         with pytest.raises(ValueError, match=r"other code for: sampler|another configuration"):
             again()
     assert not mark.exists()
+
+
+def test_a_warning_is_one_line():
+    code = (
+        "import warnings; from mimdet.console import open_console; open_console(); "
+        "warnings.warn('the file is turned')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == "warning: the file is turned\n"
