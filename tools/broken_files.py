@@ -319,7 +319,7 @@ MADE: dict[str, Callable[[Path], None]] = {
     "142_megapixels.png": lambda path: png(path, 4_120, 34_560, 34_560),
     "claims_4_gigapixels.png": lambda path: png(path, 2**31 - 1, 2, 1),
     "text_of_500_mb.png": text_bomb,
-    "leaves_the_folder.zip": lambda path: zipped(path, "../evil", "a/../../evil", "/tmp/../evil"),
+    "leaves_the_folder.zip": lambda path: zipped(path, "../evil", "a/../../evil", "/var/../evil"),
     "link.zip": lambda path: zipped(path, "link", link=True),
     "damaged.zip": damaged_archive,
     "names_a_module": run_with_module,

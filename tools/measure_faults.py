@@ -120,6 +120,7 @@ def measure(fault: Fault) -> dict[str, Any]:
             os.chdir(file.parent)
             before, began = fuzz.peak_mb(), time.monotonic()
             kind, message = readers.outcome(fault.reader, file)
+            message = message.replace(f"{file.parent}/", "").replace(f"{name}/", "")
             row = {"outcome": kind, "seconds": round(time.monotonic() - began, 2)}
             size = file.stat().st_size / 2**20 if file.is_file() else 0
             row |= {"mb": round(fuzz.peak_mb() - before), "file_mb": round(size, 3)}
