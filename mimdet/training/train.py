@@ -267,6 +267,7 @@ def show_progress(steps: Iterable[Step], every: float = 1) -> Iterator[Step]:
         maxinterval=max(10, every),
         file=sys.stdout,
         dynamic_ncols=True,
+        delay=1e-3,  # not before the first step: until then others print
     )
     with bar:
         for step in steps:
