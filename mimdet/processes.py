@@ -10,7 +10,6 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -47,8 +46,9 @@ def join(answer_minutes: float = ANSWER_MINUTES) -> None:
     if gpus:
         torch.cuda.set_device(local)
     # Each tensor takes the way of its device; plain Python objects take the CPU's. The limit of
-    # the group is for exchanges of a GPU; those of the CPU are watched here, and end before it.
-    limit = timedelta(minutes=answer_minutes, seconds=60)
+    # the group is for exchanges of a GPU. Those of the CPU are watched here, and given up before
+    # it; a process that has given one up ends when this limit is reached, not earlier.
+    limit = timedelta(minutes=answer_minutes, seconds=5)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=limit)
     _waiting.seconds = 60 * answer_minutes
     _store().set(f"process {rank()}", f"process {rank()} ({os.getpid()} on {platform.node()})")
@@ -125,14 +125,12 @@ def _store() -> dist.Store:
 
 
 def _silent() -> str:
-    """The processes that do not wait for this exchange, by name. Ends the exchange."""
+    """The processes that do not wait for this exchange, by name."""
     store, silent = _store(), []
     for other in range(world()):
         key = f"waits {other}"
         if not store.check([key]) or int(store.get(key)) < _waiting.exchange:
             silent.append(store.get(f"process {other}").decode())
-    with suppress(RuntimeError):  # else leaving would wait for it
-        dist.group.WORLD._get_backend(torch.device("cpu")).abort()  # type: ignore[union-attr]
     return ", ".join(silent) or "another process"
 
 
