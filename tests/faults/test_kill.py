@@ -18,14 +18,15 @@ from tests.small import assert_same_end, rows_of, wait_until
 WORDS = (
     "--embed-dim 32 --depth 1 --num-heads 2 --decoder-dim 32 --decoder-depth 1 --decoder-heads 2 "
     "--channels 16 --box-fc-dim 32 --short-sides 64 --test-short-side 64 --shapes-size 64 "
-    "--shapes-train 16 --shapes-val 2 --batch-size 1 --accumulate 2 --evaluate-every 0"
+    "--shapes-train 16 --shapes-val 2 --batch-size 1 --evaluate-every 0"
 ).split()
 STEPS, EVERY = 40, 5
 """Of a training by two processes, and of those between two checkpoints."""
 
 
-def command(run: Path, steps: int, every: int = 2) -> list[str]:
+def command(run: Path, steps: int, every: int = 2, accumulate: int = 2) -> list[str]:
     numbers = ["--steps", str(steps), "--checkpoint-every-steps", str(every)]
+    numbers += ["--accumulate", str(accumulate)]
     return ["train", "tiny", str(run), *WORDS, *numbers]
 
 
@@ -41,7 +42,7 @@ def start(words: list[str]) -> subprocess.Popen:
 
 def start_several(run: Path, answer_minutes: float = 10, count: int = 2) -> subprocess.Popen:
     torchrun = f"torch.distributed.run --standalone --nproc-per-node={count} -m mimdet".split()
-    words = [*command(run, STEPS, EVERY), "--answer-minutes", str(answer_minutes)]
+    words = [*command(run, STEPS, EVERY, count), "--answer-minutes", str(answer_minutes)]
     return start([*torchrun, *words])
 
 
