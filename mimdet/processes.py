@@ -113,9 +113,10 @@ def _done(work: dist.Work) -> bool:
     try:
         work.wait(timedelta(seconds=1))
     except RuntimeError:
-        if work.is_completed():
-            raise
-        return False
+        if not work.is_completed():
+            return False
+        # It may have ended well while the wait ran out: asked again, it fails only if it has.
+        work.wait()
     return True
 
 

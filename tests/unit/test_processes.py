@@ -305,3 +305,27 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(ValueError, match="--nproc-per-node 1"):
         processes.join()
+
+
+class SlowWork:
+    """An exchange that ends, well or not, at the moment in which the wait for it runs out."""
+
+    def __init__(self, ends_well: bool) -> None:
+        self.ends_well = ends_well
+        self.over = False
+
+    def wait(self, timeout=None) -> None:
+        if timeout is not None and not self.over:
+            self.over = True
+            raise RuntimeError("Timed out waiting for 1000 ms for recv operation to complete")
+        if not self.ends_well:
+            raise RuntimeError("Connection closed by peer")
+
+    def is_completed(self) -> bool:
+        return self.over
+
+
+def test_an_exchange_that_ends_as_the_wait_runs_out_is_no_lost_process():
+    assert processes._done(SlowWork(ends_well=True))
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        processes._done(SlowWork(ends_well=False))
