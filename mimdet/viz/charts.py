@@ -1,7 +1,8 @@
 """Figures of numbers: the course of a training, AP against the ratio, what things are made of."""
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch.nn.functional as F
@@ -17,6 +18,9 @@ from mimdet.training.optim import Schedule, scaled_rate
 from mimdet.viz import style
 from mimdet.viz.draw import heat
 from mimdet.viz.style import NotebookFigure
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
@@ -224,6 +228,38 @@ def show_stacked(bars: Mapping[str, Mapping[str, float]], quantity: str) -> Note
     style.add_legend(ax, ncols=len(parts), loc="lower left", bbox_to_anchor=(0, 1))
     said = ", ".join(f"{name} {SHORT(total)}" for name, total in zip(bars, sums, strict=True))
     return fig.finish(f"Bars of {quantity}, made of {', '.join(parts)}: {said}.")
+
+
+SIZES = {"AP": "all objects", "AP_small": "small", "AP_medium": "medium", "AP_large": "large"}
+
+
+def show_reliance(table: "DataFrame") -> NotebookFigure:
+    """AP by size of object, a bar a condition; the dashed line is the model with all its tokens.
+
+    table: of `mimdet.reliance`. What the model uses makes a bar shorter than the line. Raises
+    ValueError for a table of something else.
+    """
+    if table.empty or not set(SIZES) <= set(table.columns):
+        raise ValueError(f"a table with the columns {', '.join(SIZES)} is needed: see reliance")
+    names, values = list(table.index), table[list(SIZES)].fillna(0.0)
+    places = [name.partition(":")[0] if ":" in name else "" for name in names]
+    kinds = list(dict.fromkeys(places))
+    colours = [style.SERIES[kinds.index(place) % len(style.SERIES)] for place in places]
+    fig = style.new_figure(style.WIDTH, 0.9 + 0.24 * len(names))
+    for number, (column, title) in enumerate(SIZES.items(), start=1):
+        ax = style.axes_of(fig, number, len(SIZES), title, "AP × 100", "", lines="")
+        bars = ax.barh(range(len(names)), values[column], color=colours, height=0.75)
+        words = ["-" if math.isnan(ap) else f"{ap:.1f}" for ap in table[column]]
+        paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # over the line
+        look: dict[str, Any] = {"fontsize": style.NORMAL, "color": style.INK, "bbox": paper}
+        ax.bar_label(bars, words, padding=2, **look)
+        ax.set_yticks(range(len(names)), names if number == 1 else [""] * len(names))
+        ax.invert_yaxis()
+        ax.set_xlim(0, 1.25 * max(1.0, values.to_numpy().max()))
+        if "all tokens" in names:
+            ax.axvline(values[column]["all tokens"], color=style.FAINT, linestyle="--", zorder=0)
+    said = ", ".join(f"{name} {ap:.1f}" for name, ap in table["AP"].items())
+    return fig.finish(f"Box AP x 100 by size of object, of all objects: {said}.")
 
 
 # ------------------------------------------------------------------------------- positions
