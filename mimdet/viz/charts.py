@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
@@ -18,9 +18,6 @@ from mimdet.training.optim import Schedule, scaled_rate
 from mimdet.viz import style
 from mimdet.viz.draw import heat
 from mimdet.viz.style import NotebookFigure
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
@@ -233,10 +230,10 @@ def show_stacked(bars: Mapping[str, Mapping[str, float]], quantity: str) -> Note
 SIZES = {"AP": "all objects", "AP_small": "small", "AP_medium": "medium", "AP_large": "large"}
 
 
-def show_reliance(table: "DataFrame") -> NotebookFigure:
+def show_reliance(table: Any) -> NotebookFigure:
     """AP by size of object, a bar a condition; the dashed line is the model with all its tokens.
 
-    table: of `mimdet.reliance`. What the model uses makes a bar shorter than the line. Raises
+    table: the DataFrame of `mimdet.reliance`. What the model uses makes a bar shorter than the line. Raises
     ValueError for a table of something else.
     """
     if table.empty or not set(SIZES) <= set(table.columns):
