@@ -233,8 +233,8 @@ SIZES = {"AP": "all objects", "AP_small": "small", "AP_medium": "medium", "AP_la
 def show_reliance(table: Any) -> NotebookFigure:
     """AP by size of object, a bar a condition; the dashed line is the model with all its tokens.
 
-    table: the DataFrame of `mimdet.reliance`. What the model uses makes a bar shorter than the line. Raises
-    ValueError for a table of something else.
+    table: the DataFrame of `mimdet.reliance`. What the model uses makes a bar shorter than the
+    line. Raises ValueError for a table of something else.
     """
     if table.empty or not set(SIZES) <= set(table.columns):
         raise ValueError(f"a table with the columns {', '.join(SIZES)} is needed: see reliance")
