@@ -267,6 +267,8 @@ class MAEConfig:
     norm_pix_loss: bool = True
     """Predict patches normalised by their own mean and deviation: better features. Without it,
     reconstructions have the right colours."""
+    pixel_head: bool = False
+    """A second head that predicts plain pixels, beside the normalised ones: features and colours."""
 
 
 @dataclass(slots=True)

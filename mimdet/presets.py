@@ -300,12 +300,13 @@ def mae_small(cfg: PretrainConfig) -> None:
 def tiny_mae(cfg: PretrainConfig) -> None:
     """The autoencoder of the `tiny` detector, on ShapesCOCO, for a laptop CPU.
 
-    Scenes of 128 pixels are enlarged to 256, as the detector does. No normalised patches, so that
-    its reconstructions can be looked at.
+    Two heads: normalised patches, which train better features, and plain pixels, so that its
+    reconstructions can be looked at.
     """
-    cfg.mae = MAEConfig(image_size=256, embed_dim=128, depth=4, num_heads=4, norm_pix_loss=False)
-    change(cfg.mae, decoder_dim=96, decoder_depth=4, decoder_heads=3)
+    cfg.mae = MAEConfig(image_size=256, embed_dim=128, depth=6, num_heads=4, pixel_head=True)
+    change(cfg.mae, decoder_dim=96, decoder_depth=2, decoder_heads=3)
     cfg.data = PicturesConfig(source="shapes", crop_scale=(0.5, 1.0), workers=0)
+    change(cfg.data, shapes_level="shapes-v2-medium", shapes_size=256, shapes_train=160_000)
     change(cfg.training, epochs=1.0, warmup_epochs=0.05, evaluate_every=0.1)
-    change(cfg.training, batch_size=32, accumulate=2, threads=1)
-    change(cfg.training, learning_rate=6e-3, clip_norm=1.0)
+    change(cfg.training, batch_size=32, accumulate=1, threads=1, precision="bf16")
+    change(cfg.training, learning_rate=8e-3, clip_norm=1.0)

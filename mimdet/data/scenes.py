@@ -2,17 +2,17 @@
 
 A class is an outline with a tendency towards a hue and a texture, as fruits have. Fragments of the
 same colours and textures, but of no class, lie behind and in front of the objects, so that colour
-alone does not find them.
+alone does not find them. In `shapes-v2-context` most classes look alike: what an object is, only
+something far away in the scene tells.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-import numpy as np
-from numpy.typing import NDArray
-
-from mimdet.data import textures
-from mimdet.data.textures import CLUTTER, OUTLINES, TEXTURES, Colour, Draws, Outline, Plane
+from mimdet.data.canvas import Canvas, Patch, Scene
+from mimdet.data.textures import CLUTTER, OUTLINES, TEXTURES, Draws
 
 REVISION = 1
 """Counts changes of the drawing code that change any pixel; part of every result."""
@@ -62,7 +62,21 @@ class Level:
     """Fewest and most fragments that lie over the objects."""
     grain: float
     """Range of the noise of a pixel, in 0..1 of full brightness."""
+    size: int = 128
+    """Side of its scenes in pixels, where nothing else is said."""
+    coco_size: int = 640
+    """Side of a scene in which COCO's 32 and 96 pixels separate small, medium and large."""
+    least_visible: float = 0.4
+    """Nothing is put where it would leave an object a smaller share of its pixels: an object that
+    could not be recognised would have to be labelled all the same."""
+    context: bool = False
+    """Classes are told apart by other objects of the scene (`_add_related`)."""
 
+
+LAMPS = {"red": 0.0, "green": 120.0, "blue": 240.0}
+"""`context`: hue of the one lamp of a scene, in degrees."""
+LIT = ("square", "cross", "heart")
+"""`context`: outlines whose class is the colour of the lamp, whatever their own."""
 
 LEVELS: dict[str, Level] = {
     "shapes-v1-easy": Level(
@@ -107,139 +121,64 @@ LEVELS: dict[str, Level] = {
         in_front=(3, 6),
         grain=0.06,
     ),
+    "shapes-v2-medium": Level(
+        classes=tuple(OUTLINES),
+        instances=(2, 8),
+        small_share=0.22,
+        small_sides=(6.0, 16.0),
+        sides=(17.0, 88.0),
+        overlap=0.34,
+        hue_spread=30.0,
+        typical_texture=0.5,
+        rims=0.8,
+        behind=(2, 6),
+        in_front=(0, 3),
+        grain=0.03,
+        size=256,
+        coco_size=256,
+    ),
+    "shapes-v2-context": Level(
+        classes=(
+            *(f"{outline}, {lamp} lamp" for outline in LIT for lamp in LAMPS),
+            *("star, pointed at", "star, not pointed at", "disc, odd one out", "disc, as others"),
+            *("lamp", "arrow", "leaf"),
+        ),
+        instances=(2, 16),
+        small_share=0.0,
+        small_sides=(12.0, 12.0),
+        sides=(12.0, 36.0),
+        overlap=0.0,
+        hue_spread=180.0,
+        typical_texture=0.0,
+        rims=0.8,
+        behind=(2, 5),
+        in_front=(0, 0),
+        grain=0.03,
+        size=256,
+        coco_size=256,
+        least_visible=0.75,
+        context=True,
+    ),
 }
 
-MIN_VISIBLE = 0.4
-"""Nothing is put where it would leave an object a smaller share of its pixels: an object that
-could not be recognised would have to be labelled all the same."""
-MIN_PIXELS = 12
-"""The same as a count of pixels of a 128-pixel scene."""
+FAR = 0.3
+"""`context`: an object is at least so many scene sides away from what tells its class."""
 FRAGMENT_RIMS = 0.2
 """Chance that a fragment has a rim."""
 TRIES = 30
 """Draws of one object before the scene is drawn without it."""
 
-_AREAS = {outline: textures.area(outline) for outline in (*OUTLINES.values(), *CLUTTER)}
-
-
-@dataclass(frozen=True, slots=True)
-class Scene:
-    """A drawn image and everything that is true of it; N objects, later ones nearer."""
-
-    image: NDArray[np.uint8]
-    """(H, W, 3) RGB."""
-    masks: NDArray[np.bool_]
-    """(N, H, W): the visible pixels of each object; no pixel belongs to two."""
-    labels: NDArray[np.int64]
-    """(N,) index into the level's classes."""
-    visible: NDArray[np.float64]
-    """(N,) share of an object's pixels inside the image that nothing in front hides."""
-
-
-@dataclass(slots=True)
-class _Patch:
-    """The part of the image an outline touches, with the outline's own coordinates there."""
-
-    window: tuple[slice, slice]
-    u: Plane
-    v: Plane
-    distance: Plane
-    """Pixels to the outline, negative inside."""
-    radius: float
-    """Pixels of one unit of u or v."""
-
-
-class _Canvas:
-    """A scene while it is painted: colours, and the object that each pixel belongs to."""
-
-    def __init__(self, size: int, draws: Draws) -> None:
-        self.draws = draws
-        self.image = textures.background(size, draws)  # (3, H, W), 0..1
-        self.size = size
-        self.scale = self.size / 128
-        self.owner = np.zeros((self.size, self.size), dtype=np.intp)  # 0: none; k: object k
-        self.labels = [-1]
-        self.whole = np.zeros(1, dtype=np.int64)  # pixels of object k inside the image
-        self.seen = np.zeros(1, dtype=np.int64)  # those of them that are visible so far
-        self.centres = [(0.0, 0.0, 0.0)]  # x, y and radius of object k, in pixels
-
-    def patch(self, outline: Outline, side: float, x: float, y: float) -> _Patch:
-        """Turn and stretch an outline at random; its area becomes side^2 pixels around (x, y)."""
-        radius = side / math.sqrt(_AREAS[outline])
-        stretch = self.draws.between(0.9, 1.11)
-        cosine, sine = self.draws.turn()
-        reach = 1.2 * radius + 1.0
-        left, right = max(int(x - reach), 0), min(int(x + reach) + 1, self.size)
-        top, bottom = max(int(y - reach), 0), min(int(y + reach) + 1, self.size)
-        across = ((np.arange(left, right) + (0.5 - x)) / radius).astype(np.float32)[None, :]
-        down = ((np.arange(top, bottom) + (0.5 - y)) / radius).astype(np.float32)[:, None]
-        u = across * (cosine / stretch) + down * (sine / stretch)
-        v = across * (-sine * stretch) + down * (cosine * stretch)
-        window = (slice(top, bottom), slice(left, right))
-        return _Patch(window, u, v, outline(u, v) * radius, radius)
-
-    def cover(self, patch: _Patch, label: int | None, x: float, y: float) -> bool:
-        """Claim the patch's pixels for a new object (`label`) or a fragment (None).
-
-        Returns False, and changes nothing, where too little of this or an earlier object would
-        stay visible.
-        """
-        inside = patch.distance < 0
-        owner = self.owner[patch.window]
-        pixels = int(np.count_nonzero(inside))
-        seen = self.seen - np.bincount(owner[inside], minlength=len(self.seen))
-        least = np.maximum(MIN_VISIBLE * self.whole, MIN_PIXELS * self.scale**2)
-        if (seen < least)[1:].any() or (label is not None and pixels < MIN_PIXELS * self.scale**2):
-            return False
-        owner[inside] = 0 if label is None else len(self.labels)
-        self.seen = seen
-        if label is not None:
-            self.labels.append(label)
-            self.whole = np.append(self.whole, pixels)
-            self.seen = np.append(seen, pixels)
-            self.centres.append((x, y, patch.radius))
-        return True
-
-    def paint(self, patch: _Patch, hue: float, rims: float, opacity: float, kind: str) -> None:
-        """Fill a patch with two tones of a hue in a texture; some get a rim; light from above."""
-        target = self.image[(slice(None), *patch.window)]
-        under = target[:, target.shape[1] // 2, target.shape[2] // 2].tolist()
-        main, second, rim = _tones(hue, under, self.draws)
-        dense, angle, rimmed = self.draws.unit(3)
-        period = max(2.0 * patch.radius / (2.0 + 2.0 * dense), 3.2)  # pixels; finer ones alias
-        cycles = patch.radius / period
-        share = textures.texture(kind, patch.u + (angle - 0.5), patch.v, cycles, period)
-        share = share * min(1.0, 0.25 + patch.radius / (10.0 * self.scale))
-        colours = textures.column(main)
-        colours = colours + share * (textures.column(second) - colours)
-        colours *= 1.0 - 0.25 * textures.middles(patch.distance.shape[0])[:, None]
-        if rimmed < rims:
-            width = min(1.2 * self.scale, 0.22 * patch.radius)
-            edge = np.clip(patch.distance + (width + 0.5), 0.0, 1.0)
-            colours += edge * (textures.column(rim) - colours)
-        alpha = np.clip(0.5 - patch.distance, 0.0, 1.0) * np.float32(opacity)
-        target += alpha * (colours - target)
-
-    def finish(self) -> Scene:
-        labels = np.array(self.labels[1:], dtype=np.int64)
-        numbers = np.arange(1, len(self.labels)).reshape(-1, 1, 1)
-        image = np.floor(np.clip(self.image, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
-        return Scene(
-            np.ascontiguousarray(image.transpose(1, 2, 0)),
-            self.owner[None] == numbers,
-            labels,
-            self.seen[1:] / self.whole[1:],
-        )
-
 
 def draw_scene(level: Level, size: int, draws: Draws) -> Scene:
     """Background, fragments behind, objects from large to small, fragments in front, grain."""
-    canvas = _Canvas(size, draws)
+    canvas = Canvas(size, draws, level.least_visible)
     for _ in range(draws.integer(*level.behind)):
         _add_fragment_behind(canvas)
-    count = draws.integer(*level.instances)
-    for side in _sides(level, count, draws):
-        _add_object(canvas, level, side)
+    if level.context:
+        _add_related(canvas, level)
+    else:
+        for side in _sides(level, draws.integer(*level.instances), draws):
+            _add_object(canvas, level, side)
     for _ in range(draws.integer(*level.in_front)):
         _add_fragment_in_front(canvas)
     canvas.image += (draws.plane(size, size) - 0.5) * (2.0 * level.grain)
@@ -256,7 +195,7 @@ def _sides(level: Level, count: int, draws: Draws) -> list[float]:
     return [side for _, side in sorted(zip(order, sides, strict=True), reverse=True)]
 
 
-def _add_object(canvas: _Canvas, level: Level, side: float) -> None:
+def _add_object(canvas: Canvas, level: Level, side: float) -> None:
     """Paint one object where it and all earlier ones stay recognisable; none after TRIES draws."""
     draws, side = canvas.draws, side * canvas.scale
     label = draws.integer(0, len(level.classes) - 1)
@@ -273,7 +212,107 @@ def _add_object(canvas: _Canvas, level: Level, side: float) -> None:
             return
 
 
-def _add_fragment_behind(canvas: _Canvas) -> None:
+Place = tuple[float, float]
+"""x and y in pixels."""
+
+
+def _add_related(canvas: Canvas, level: Level) -> None:
+    """A lamp in a corner, objects that it lights, an arrow and two stars, discs of which one is of
+    another colour, leaves that mean nothing."""
+    draws = canvas.draws
+    lamp = draws.pick(tuple(LAMPS))
+    corner = [canvas.size * draws.pick((0.12, 0.88)) for _ in range(2)]
+    light = (corner[0], corner[1])
+    _put(canvas, level, "lamp", "hexagon", lambda: light, hue=LAMPS[lamp], side=18.0)
+    if draws.chance(0.6):
+        _add_arrow(canvas, level)
+    if draws.chance(0.5):
+        _add_discs(canvas, level)
+    for _ in range(draws.integer(2, 4)):
+        outline = draws.pick(LIT)
+        _put(canvas, level, f"{outline}, {lamp} lamp", outline, lambda: _away(canvas, [light]))
+    for _ in range(draws.integer(0, 2)):
+        _put(canvas, level, "leaf", "leaf", lambda: _away(canvas, []))
+
+
+def _add_arrow(canvas: Canvas, level: Level) -> None:
+    """An arrow, the star that it points at, and one that it does not."""
+    draws, side = canvas.draws, canvas.size
+    cosine, sine = draws.turn()
+    at = _put(canvas, level, "arrow", "arrow", lambda: _away(canvas, []), turn=(cosine, sine))
+    if at is None:
+        return
+
+    def on_the_ray() -> Place:
+        reach = side * draws.between(FAR, 0.8)
+        return at[0] + reach * cosine, at[1] + reach * sine
+
+    def off_the_ray() -> Place:
+        for _ in range(TRIES):
+            x, y = _away(canvas, [at])
+            ahead = (x - at[0]) * cosine + (y - at[1]) * sine
+            if ahead < 0.7 * math.hypot(x - at[0], y - at[1]):  # by more than 45 degrees
+                return x, y
+        return -1.0, -1.0
+
+    if _put(canvas, level, "star, pointed at", "star", on_the_ray):
+        _put(canvas, level, "star, not pointed at", "star", off_the_ray)
+
+
+def _add_discs(canvas: Canvas, level: Level) -> None:
+    """Three or four discs far from each other, the last of another colour than the others."""
+    draws = canvas.draws
+    hue, side = draws.between(0.0, 360.0), 0.7 * draws.between_log(*level.sides)
+    places: list[Place] = []
+    somewhere = partial(_away, canvas, places)
+    for name in ["disc, as others"] * draws.integer(2, 3) + ["disc, odd one out"]:
+        if name == "disc, odd one out":
+            if len(places) < 2:
+                return
+            hue += draws.between(90.0, 270.0)
+        at = _put(canvas, level, name, "disc", somewhere, hue=hue, side=side)
+        places += [at] if at else []
+
+
+def _put(
+    canvas: Canvas,
+    level: Level,
+    name: str,
+    outline: str,
+    somewhere: Callable[[], Place],
+    *,
+    hue: float | None = None,
+    side: float | None = None,
+    turn: tuple[float, float] | None = None,
+) -> Place | None:
+    """Paint one object of the class `name`, plain, whole inside the image and hiding little.
+
+    -> where, or None after TRIES draws. side: in pixels of a 128-pixel scene.
+    """
+    draws = canvas.draws
+    hue = draws.between(0.0, 360.0) if hue is None else hue
+    side = canvas.scale * (draws.between_log(*level.sides) if side is None else side)
+    for _ in range(TRIES):
+        x, y = somewhere()
+        if not 0.6 * side <= min(x, y) <= max(x, y) <= canvas.size - 0.6 * side:
+            continue
+        patch = canvas.patch(OUTLINES[outline], side, x, y, turn)
+        if canvas.cover(patch, level.classes.index(name), x, y):
+            canvas.paint(patch, hue, level.rims, 1.0, "plain")
+            return x, y
+    return None
+
+
+def _away(canvas: Canvas, places: Sequence[Place]) -> Place:
+    """Anywhere at least FAR from all of `places`; after TRIES draws outside the image."""
+    for _ in range(TRIES):
+        x, y = canvas.draws.between(0.0, canvas.size), canvas.draws.between(0.0, canvas.size)
+        if all(math.hypot(x - a, y - b) >= FAR * canvas.size for a, b in places):
+            return x, y
+    return -1.0, -1.0
+
+
+def _add_fragment_behind(canvas: Canvas) -> None:
     """Paint a more or less opaque piece of no class anywhere."""
     draws = canvas.draws
     side = canvas.scale * draws.between_log(4.0, 16.0)
@@ -282,7 +321,7 @@ def _add_fragment_behind(canvas: _Canvas) -> None:
     _paint_fragment(canvas, patch, draws.between(0.3, 0.9))
 
 
-def _add_fragment_in_front(canvas: _Canvas) -> None:
+def _add_fragment_in_front(canvas: Canvas) -> None:
     """Paint a thin piece of no class across an object, where it hides none too far."""
     draws = canvas.draws
     for _ in range(TRIES):
@@ -298,13 +337,13 @@ def _add_fragment_in_front(canvas: _Canvas) -> None:
             return
 
 
-def _paint_fragment(canvas: _Canvas, patch: _Patch, opacity: float) -> None:
+def _paint_fragment(canvas: Canvas, patch: Patch, opacity: float) -> None:
     draws = canvas.draws
     hue, kind = draws.between(0.0, 360.0), draws.pick(TEXTURES)
     canvas.paint(patch, hue, FRAGMENT_RIMS, opacity, kind)
 
 
-def _somewhere(canvas: _Canvas, side: float, overlap: float) -> tuple[float, float]:
+def _somewhere(canvas: Canvas, side: float, overlap: float) -> tuple[float, float]:
     """A centre inside the image: over the rim of an earlier object with a chance of `overlap`."""
     draws = canvas.draws
     low, high = 0.45 * side, canvas.size - 0.45 * side
@@ -318,21 +357,3 @@ def _somewhere(canvas: _Canvas, side: float, overlap: float) -> tuple[float, flo
 
 def _clamp(value: float, low: float, high: float) -> float:
     return min(max(value, low), high)
-
-
-def _tones(hue: float, under: list[float], draws: Draws) -> tuple[Colour, Colour, Colour]:
-    """Main colour, second colour and rim colour of an object of about this hue.
-
-    under: RGB of the place it will cover; where the main colour would hardly differ, it becomes
-    much lighter or darker.
-    """
-    saturation, value, change, shift, rim = draws.unit(5)
-    saturation, value = 0.55 + 0.4 * saturation, 0.55 + 0.45 * value
-    darker = 0.3 + 0.25 * change
-    main = textures.rgb(hue, saturation, value)
-    if max(abs(a - b) for a, b in zip(main, under, strict=True)) < 0.25:
-        value = 1.0 if sum(under) < 1.5 else 0.45
-        main = textures.rgb(hue, saturation, value)
-    second = textures.rgb(hue + 90.0 * (shift - 0.5), saturation * (0.4 + shift), value - darker)
-    edge = textures.rgb(hue, 0.6 * saturation, 0.15 if rim < 0.6 else 0.97)
-    return main, second, edge

@@ -34,18 +34,20 @@ class ShapesCOCO(AnnotatedImages):
     def __init__(
         self,
         level: str = "shapes-v1-medium",
-        size: int = 128,
+        size: int = 0,
         length: int = 1000,
         split: Literal["train", "val"] = "train",
         seed: int = 0,
     ) -> None:
-        """level: a key of LEVELS; size: side of the square scenes in pixels; seed: not negative.
+        """level: a key of LEVELS; size: side of the square scenes in pixels, 0 = that of the level
+        (v1: 128, v2: 256); seed: not negative.
 
         Scenes do not depend on `length`, and no scene of one split occurs in the other.
         Raises ValueError naming the argument that cannot be used.
         """
         if level not in LEVELS:
             raise ValueError(f"level={level!r} is not one of {sorted(LEVELS)}")
+        size = size or LEVELS[level].size
         if split not in SPLITS:
             raise ValueError(f"split={split!r} is not one of {list(SPLITS)}")
         if size < SMALLEST:
@@ -63,8 +65,9 @@ class ShapesCOCO(AnnotatedImages):
 
     @property
     def area_scale(self) -> float:
-        """Evaluation: what is small on a 640-pixel COCO image is as small, in share, here."""
-        return (self.size / 640) ** 2
+        """Evaluation: v1 calls small what is as small, in share, on a 640-pixel COCO image; v2 what
+        is below COCO's 32 pixels in scenes of 256."""
+        return (self.size / LEVELS[self.level].coco_size) ** 2
 
     @property
     def version(self) -> str:

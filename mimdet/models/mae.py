@@ -20,11 +20,13 @@ MAELayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 class MAEOutput(NamedTuple):
     loss: Tensor
-    """() mean squared error over the patches that were not kept."""
+    """() mean squared error over the patches that were not kept; of two heads the sum of both."""
     prediction: Tensor
     """(B, L, patch * patch * 3), one row a patch, pixel by pixel with the channels last."""
     sample: Sample
     """The patches the encoder saw."""
+    pixels: Tensor | None = None
+    """The same of the head for plain pixels, where there is one."""
 
 
 class Reconstruction(NamedTuple):
@@ -52,10 +54,12 @@ class MAE(nn.Module):
         decoder_depth: int = 8,
         decoder_heads: int = 16,
         norm_pix_loss: bool = True,
+        pixel_head: bool = False,
     ) -> None:
         """image_size: pixels of the square images it is trained on; others work, with resized
         position tables. norm_pix_loss: predict patches normalised by their own mean and deviation,
-        which trains better features; without it reconstructions look right."""
+        which trains better features; without it reconstructions look right. pixel_head: a second
+        head beside it, for plain pixels: both."""
         super().__init__()
         if image_size % patch_size:
             raise ValueError(f"image_size {image_size} is no multiple of patch_size {patch_size}")
@@ -83,6 +87,7 @@ class MAE(nn.Module):
         )
         self.decoder_norm = MAELayerNorm(decoder_dim)
         self.decoder_pred = nn.Linear(decoder_dim, patch_size**2 * 3)
+        self.decoder_pixels = nn.Linear(decoder_dim, patch_size**2 * 3) if pixel_head else None
 
         self.apply(init_like_mae)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
@@ -109,8 +114,14 @@ class MAE(nn.Module):
         if sample is None:
             grids = [grid] * len(tokens)
             sample = draw(sampler, tokens, grids, grid, ratio, generators=generators)
-        prediction = self.decode(self.encode(tokens, sample), sample)
-        return MAEOutput(self.loss(images, prediction, sample), prediction, sample)
+        decoded = self.decode(self.encode(tokens, sample), sample)
+        prediction = self.decoder_pred(decoded)
+        loss = self.loss(images, prediction, sample)
+        if self.decoder_pixels is None:
+            return MAEOutput(loss, prediction, sample)
+        pixels = self.decoder_pixels(decoded)
+        loss = loss + hidden_error(pixels, patchify(images, self.patch_size), sample)
+        return MAEOutput(loss, prediction, sample, pixels)
 
     def encode(self, tokens: Tensor, sample: Sample) -> Tensor:
         """(B, L, D) -> (B, 1 + K, D): the class token, then the kept ones in the sample's order."""
@@ -122,7 +133,7 @@ class MAE(nn.Module):
         return self.norm(x)
 
     def decode(self, latent: Tensor, sample: Sample) -> Tensor:
-        """(B, 1 + K, D) -> predicted patches (B, L, patch * patch * 3)."""
+        """(B, 1 + K, D) -> (B, L, C), of which the heads make pixels."""
         x = self.decoder_embed(latent)
         places = self.mask_token.expand(len(x), sample.grid[0] * sample.grid[1], -1)
         full = scatter(list(x[:, 1:]), sample, places)  # (B, L, C)
@@ -130,7 +141,7 @@ class MAE(nn.Module):
         x = torch.cat([x[:, :1] + self.decoder_pos_embed[:, :1], full], dim=1)
         for block in self.decoder_blocks:
             x = block(x)
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+        return self.decoder_norm(x)[:, 1:]
 
     def loss(self, images: Tensor, prediction: Tensor, sample: Sample) -> Tensor:
         """Mean squared error over the pixels of the patches that were not kept: ()."""
@@ -138,24 +149,29 @@ class MAE(nn.Module):
         if self.norm_pix_loss:
             mean, deviation = patch_statistics(truth)
             truth = (truth - mean) / deviation
-        error = ((prediction - truth) ** 2).mean(dim=2)  # (B, L)
-        hidden = ~sample.mask().flatten(1).to(error.device)
-        return error[hidden].mean() if hidden.any() else prediction.sum() * 0
+        return hidden_error(prediction, truth, sample)
 
     def reconstruct(self, images: Tensor, output: MAEOutput) -> Reconstruction:
         """The prediction as pictures.
 
-        With norm_pix_loss the model predicts no brightness or contrast: those of each patch are
-        then borrowed from the truth, as every such picture does.
+        With norm_pix_loss alone the model predicts no brightness or contrast: those of each patch
+        are then borrowed from the truth, as every such picture does.
         """
         truth = patchify(images, self.patch_size)
-        painted = output.prediction
-        if self.norm_pix_loss:
+        painted = output.prediction if output.pixels is None else output.pixels
+        if self.norm_pix_loss and output.pixels is None:
             mean, deviation = patch_statistics(truth)
             painted = painted * deviation + mean
         kept = output.sample.mask().flatten(1)[..., None].to(truth.device)
         parts = truth * kept, painted, torch.where(kept, truth, painted)
         return Reconstruction(*(unpatchify(part, output.sample.grid) for part in parts))
+
+
+def hidden_error(prediction: Tensor, truth: Tensor, sample: Sample) -> Tensor:
+    """Mean squared error of (B, L, patch * patch * 3) over the places that were not kept: ()."""
+    error = ((prediction - truth) ** 2).mean(dim=2)  # (B, L)
+    hidden = ~sample.mask().flatten(1).to(error.device)
+    return error[hidden].mean() if hidden.any() else prediction.sum() * 0
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:

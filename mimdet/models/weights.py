@@ -82,7 +82,7 @@ HF_RULES: list[Rule] = [
 # own, and plain ViT baselines have no decoder, final norm or fixed positions.
 EXPECTED_UNUSED = (
     r"cls_token|mask_token|patch_embed\.proj\.|pos_embed$|norm\.|"
-    r"decoder_(embed|pos_embed|blocks|norm|pred)\b"
+    r"decoder_(embed|pos_embed|blocks|norm|pred|pixels)\b"
 )
 # Width -> attention heads of the standard ViTs; a checkpoint does not say how many it was made for.
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
@@ -327,6 +327,7 @@ def load_mae_model(
         _count_blocks(t, "decoder_blocks"),
         own_heads,
         norm_pix_loss,
+        "decoder_pixels.weight" in t,
     )
     check_sizes(build, t, file.name)
     model = build()

@@ -131,9 +131,7 @@ def look(
             out = model(batch, ratio, generators=draws)
         total += float(out.loss) * len(part)
         if not rows:
-            shown = model.reconstruct(
-                batch.float(), out._replace(prediction=out.prediction.float())
-            )
+            shown = model.reconstruct(batch.float(), out)
             rows = [to_uint8(x[:SHOWN]) for x in (batch, shown.visible, shown.pasted)]
     model.train(training)
     picture = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
