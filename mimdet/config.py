@@ -268,7 +268,7 @@ class MAEConfig:
     """Predict patches normalised by their own mean and deviation: better features. Without it,
     reconstructions have the right colours."""
     pixel_head: bool = False
-    """A second head that predicts plain pixels, beside the normalised ones: features and colours."""
+    """A second head beside it, for plain pixels: features and colours both."""
 
 
 @dataclass(slots=True)
