@@ -228,6 +228,9 @@ class TrainingConfig:
     are meant, where a recipe starts from an autoencoder."""
     init_decoder: Literal["pretrained", "random"] = "pretrained"
     """`random` allows an autoencoder file without decoder: MIMDet's decoder then starts new."""
+    align_stem: int = 0
+    """Batches from which a new stem first learns, without labels, to give the tokens that the
+    autoencoder's patch embedding gives; 0 = it starts at random, as in the paper."""
     threads: int = 0
     """CPU threads of a process; 0 = PyTorch's choice. More than one pays on idle cores only."""
     device: str = "auto"

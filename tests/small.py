@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from mimdet import presets
-from mimdet.config import Config
+from mimdet.config import Config, PretrainConfig
 from mimdet.models.detector import Detector, build_detector
 from mimdet.structures import Detections
 from mimdet.training.run import CheckpointStore, MetricsFile
@@ -28,9 +28,10 @@ def small(steps: int = 4) -> Config:
     cfg.backbone.decoder_dim = 32
     cfg.backbone.decoder_depth = 1
     cfg.backbone.decoder_heads = 2
+    cfg.backbone.decoder_fill = "stem"
     cfg.detector.channels = 16
     cfg.detector.box_fc_dim = 32
-    cfg.data.shapes_size = 64
+    cfg.data.shapes_level, cfg.data.shapes_size = "shapes-v1-medium", 64
     cfg.data.short_sides = (64, 96)
     cfg.data.test_short_side = 64
     cfg.data.shapes_train = 10
@@ -42,6 +43,20 @@ def small(steps: int = 4) -> Config:
     cfg.training.checkpoint_every_steps = 2
     cfg.training.evaluate_every_steps = 3
     cfg.training.keep_checkpoints = 9
+    return cfg
+
+
+def small_mae(steps: int = 4) -> PretrainConfig:
+    """Fits the small detector of tests/small.py."""
+    cfg = presets.tiny_mae()
+    cfg.mae.image_size, cfg.mae.embed_dim, cfg.mae.depth, cfg.mae.num_heads = 64, 32, 2, 2
+    cfg.mae.decoder_dim, cfg.mae.decoder_depth, cfg.mae.decoder_heads = 32, 2, 2
+    cfg.data.shapes_size, cfg.data.held_out = 64, 7
+    cfg.training.precision = "auto"
+    cfg.training.steps, cfg.training.batch_size, cfg.training.accumulate = steps, 4, 2
+    cfg.training.warmup_steps, cfg.training.evaluate_every_steps = 1, 3
+    cfg.training.reference_batch = 8
+    cfg.training.checkpoint_every_steps, cfg.training.keep_checkpoints = 2, 9
     return cfg
 
 

@@ -1,10 +1,13 @@
 """Train a detector: a generator that can be stopped and resumed at any step."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mimdet import processes
@@ -22,7 +25,8 @@ from mimdet.files import write_json
 from mimdet.models.checkpoint_files import read_checkpoint
 from mimdet.models.detector import Detector, build_detector, category_entries
 from mimdet.models.official import detectron2_rules, from_detectron2
-from mimdet.models.weights import LoadReport, load_mae
+from mimdet.models.rcnn import pad_and_normalise
+from mimdet.models.weights import LoadReport, load_mae, read_mae
 from mimdet.presets import STARTS_FROM_MAE
 from mimdet.training.inputs import check_inputs, stored_config
 from mimdet.training.optim import Schedule
@@ -141,8 +145,11 @@ class DetectorTrainer(Trainer):
         self.val_data = val_data
 
     def start(self) -> None:
-        if self.cfg.training.init_from not in ("", RANDOM):
-            initialise(self.model, self.cfg.training.init_from, self.cfg.training.init_decoder)
+        t = self.cfg.training
+        if t.init_from not in ("", RANDOM):
+            initialise(self.model, t.init_from, t.init_decoder)
+            batches = (batch for step in self.loader.batches(0, t.align_stem) for batch in step)
+            align_stem(self.model, t.init_from, list(islice(batches, t.align_stem)))
         write_json(self.run.path / "categories.json", category_entries(self.model))
 
     def losses(self, batch: MicroBatch) -> dict[str, Tensor]:
@@ -255,6 +262,42 @@ def warm_start(model: Detector, weights: dict[str, Tensor], source: str) -> None
     print(LoadReport(f"warm start from {source}", list(fitting), new, unused))
     for name in new:
         print(f"  new: {name}")
+
+
+def align_stem(
+    model: Detector, source: str | Path, batches: Sequence[MicroBatch], rate: float = 2e-3
+) -> list[float]:
+    """Fit the stem's tokens to those of an autoencoder's patch embedding, from images alone.
+
+    The encoder then begins with tokens like those that it was trained on. source: the autoencoder.
+    -> relative error, squared error / variance, of every batch. ValueError for a backbone without
+    a stem, or a file without a patch embedding of the stem's width.
+    """
+    if not batches:
+        return []
+    stem, tensors = getattr(model.backbone, "stem", None), read_mae(weights_of(source)).tensors
+    weight, bias = (tensors.get(f"patch_embed.proj.{name}") for name in ("weight", "bias"))
+    if stem is None or weight is None or bias is None:
+        raise ValueError(
+            f"training.align_stem={len(batches)} fits the stem of a MIMDet to the patch embedding "
+            f"of {source}: this is a {model.config.backbone.kind}, or the file has none"
+        )
+    own = next(stem.parameters())
+    weight, bias = weight.to(own), bias.to(own)
+    optimizer = torch.optim.AdamW(stem.parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
+    errors = []
+    for batch in batches:
+        images = pad_and_normalise(batch.images, own.device).tensors.to(own)
+        wanted = F.conv2d(images, weight, bias, stride=weight.shape[-1])
+        loss = F.mse_loss(stem(images).tokens, wanted) / wanted.var()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        errors.append(float(loss.detach()))
+    print(f"the stem's tokens are those of {source} to {100 * errors[-1]:.0f} %")
+    return errors
 
 
 def show_progress(steps: Iterable[Step], every: float = 1) -> Iterator[Step]:

@@ -19,23 +19,11 @@ from mimdet.data.pictures import (
     held_out_images,
 )
 from mimdet.models.detector import build_detector
-from mimdet.models.weights import load_mae, load_mae_model
-from mimdet.presets import PRETRAIN_PRESETS, tiny_mae
+from mimdet.models.mae import patchify
+from mimdet.models.weights import load_mae, load_mae_model, save_mae
+from mimdet.presets import PRETRAIN_PRESETS
 from mimdet.training.pretrain import build_mae, look, pretrain
-from tests.small import assert_same_end, rows_of, small
-
-
-def small_mae(steps: int = 4) -> PretrainConfig:
-    """Fits the small detector of tests/small.py."""
-    cfg = tiny_mae()
-    cfg.mae.image_size, cfg.mae.embed_dim, cfg.mae.depth, cfg.mae.num_heads = 64, 32, 2, 2
-    cfg.mae.decoder_dim, cfg.mae.decoder_depth, cfg.mae.decoder_heads = 32, 2, 2
-    cfg.data.shapes_size, cfg.data.held_out = 64, 7
-    cfg.training.steps, cfg.training.batch_size, cfg.training.accumulate = steps, 4, 2
-    cfg.training.warmup_steps, cfg.training.evaluate_every_steps = 1, 3
-    cfg.training.reference_batch = 8
-    cfg.training.checkpoint_every_steps, cfg.training.keep_checkpoints = 2, 9
-    return cfg
+from tests.small import assert_same_end, rows_of, small, small_mae
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +36,7 @@ def undisturbed(tmp_path_factory):
 
 def test_it_learns(tmp_path) -> None:
     cfg = small_mae(steps=40)
+    cfg.mae.norm_pix_loss = cfg.mae.pixel_head = False  # colours are learnt first
     cfg.training.evaluate_every_steps = 40
     losses = [step.loss for step in pretrain(cfg, tmp_path / "run")]
     assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:8])
@@ -225,3 +214,25 @@ def test_a_hub_table(tmp_path) -> None:
     cfg.hub_column = "picture"
     with pytest.raises(ValueError, match=r"no column data\.hub_column='picture'"):
         build_images(cfg, 0)
+
+
+def test_two_heads_paint_plain_pixels_and_are_kept_in_the_file(tmp_path) -> None:
+    torch.manual_seed(0)
+    mae = build_mae(small_mae().mae).eval()
+    assert mae.norm_pix_loss and mae.decoder_pixels is not None
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        out = mae(images)
+        truth = patchify(images, 16)
+        hidden = ~out.sample.mask().flatten(1)
+        plain = ((out.pixels - truth) ** 2)[hidden].mean()
+        normalised = mae.loss(images, out.prediction, out.sample)
+        assert torch.isclose(out.loss, normalised + plain)
+        painted = mae.reconstruct(images, out).painted
+    assert torch.equal(patchify(painted, 16), out.pixels)  # nothing is borrowed from the truth
+    mae.decoder_pixels.weight.data.add_(1.0)
+    save_mae(mae, tmp_path / "two.safetensors")
+    again = load_mae_model(tmp_path / "two.safetensors")
+    assert torch.equal(again.decoder_pixels.weight, mae.decoder_pixels.weight)
+    report = load_mae(build_detector(small()), tmp_path / "two.safetensors")
+    assert "decoder_pixels.weight" in report.unused

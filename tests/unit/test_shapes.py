@@ -38,6 +38,76 @@ def test_medium_keeps_its_promises(medium):
     assert all(scene.masks.sum(0).max() <= 1 for scene in medium)  # disjoint
 
 
+def test_medium_of_v2_has_objects_of_several_tokens():
+    """Sizes in pixels of scenes as large as the image, where a token has 16: as COCO's at 800."""
+    dataset = ShapesCOCO("shapes-v2-medium", length=200, split="val")
+    assert dataset.size == 256 and dataset.area_scale == 1
+    scenes = [dataset.scene(i) for i in range(len(dataset))]
+    areas = np.concatenate([scene.masks.sum((1, 2)) for scene in scenes])
+    assert 0.15 < np.mean(areas < 32**2) <= 0.25
+    assert np.mean(areas >= 96**2) > 0.15
+    counts = [len(scene.labels) for scene in scenes]
+    assert (min(counts), max(counts)) == (2, 8)
+
+
+def colour(scene, index):
+    """Direction of the hue of an object, as a unit vector: of its middle pixel in chroma."""
+    red, green, blue = np.median(scene.image[scene.masks[index]], axis=0)
+    hue = np.array([red - (green + blue) / 2, (green - blue) * 0.75**0.5])
+    return hue / np.linalg.norm(hue)
+
+
+def middle(scene, index):
+    rows, columns = np.nonzero(scene.masks[index])
+    return np.array([columns.mean(), rows.mean()])
+
+
+def test_context_is_true():
+    """The lamp has the colour, the arrow points, one disc is of another hue: and all are far."""
+    dataset = ShapesCOCO("shapes-v2-context", length=150, split="val")
+    lamps = {"red": (1, 0), "green": (-0.5, 0.75**0.5), "blue": (-0.5, -(0.75**0.5))}
+    told, objects = 0, 0
+    for number in range(len(dataset)):
+        scene = dataset.scene(number)
+        names = [dataset.categories[label] for label in scene.labels]
+        objects += len(names)
+        places = [middle(scene, i) for i in range(len(names))]
+        lamp = names.index("lamp")
+        assert names.count("lamp") == 1
+        for i, name in enumerate(names):
+            if name.endswith(" lamp"):
+                told += 1
+                hue = name.split(", ")[1].removesuffix(" lamp")
+                assert colour(scene, lamp) @ lamps[hue] > 0.9
+                assert np.linalg.norm(places[i] - places[lamp]) > 0.25 * dataset.size
+        if "star, pointed at" in names:
+            told += 1
+            arrow, star = places[names.index("arrow")], places[names.index("star, pointed at")]
+            rows, columns = np.nonzero(scene.masks[names.index("arrow")])
+            offsets = np.stack([columns, rows], 1) - arrow
+            axis = np.linalg.svd(offsets - offsets.mean(0), full_matrices=False)[2][0]
+            ahead = (star - arrow) / np.linalg.norm(star - arrow)
+            assert np.linalg.norm(star - arrow) > 0.25 * dataset.size
+            if (
+                scene.visible[names.index("arrow")]
+                == 1
+                == scene.visible[names.index("star, pointed at")]
+            ):
+                assert abs(axis @ ahead) > 0.9
+        if "star, not pointed at" in names:
+            told += 1
+            away = places[names.index("star, not pointed at")] - arrow
+            assert away @ ahead < 0.8 * np.linalg.norm(away)
+        discs = [i for i, name in enumerate(names) if name == "disc, as others"]
+        if "disc, odd one out" in names:
+            told += 1 + len(discs)
+            odd = colour(scene, names.index("disc, odd one out"))
+            assert len(discs) >= 2
+            assert all(colour(scene, i) @ colour(scene, discs[0]) > 0.9 for i in discs)
+            assert all(colour(scene, i) @ odd < 0.6 for i in discs)
+    assert told / objects >= 0.4
+
+
 def test_masks_lie_on_their_objects():
     """Where a mask ends the picture changes: no mask is shifted against its object."""
     dataset = ShapesCOCO("shapes-v1-easy", length=40)
@@ -82,13 +152,15 @@ def test_a_scene_depends_on_level_size_seed_split_and_index_only():
 def test_bytes_of_the_revision():
     """The pixels that results with this revision were measured on. A change of the drawing code
     that fails here needs a new REVISION."""
-    digest = hashlib.sha256()
-    for name in LEVELS:
-        dataset = ShapesCOCO(name, length=5, split="val")
-        for index in range(5):
-            digest.update(dataset.scene(index).image.tobytes())
-    assert dataset.version.endswith("/r1")
-    assert digest.hexdigest()[:16] == "a7a82e96a64e8062"
+    known = {"shapes-v1": "a7a82e96a64e8062", "shapes-v2": "29a64e44d888a3f5"}
+    for version, expected in known.items():
+        digest = hashlib.sha256()
+        for name in [name for name in LEVELS if name.startswith(version)]:
+            dataset = ShapesCOCO(name, length=5, split="val")
+            for index in range(5):
+                digest.update(dataset.scene(index).image.tobytes())
+        assert dataset.version.endswith("/r1")
+        assert digest.hexdigest()[:16] == expected
 
 
 def test_record_holds_the_exact_extents():

@@ -12,16 +12,21 @@ import mimdet
 from mimdet import presets
 from mimdet.analysis.evaluate import evaluate
 from mimdet.data.coco import build_dataset
+from mimdet.data.loader import TrainLoader
+from mimdet.data.shapes import ShapesCOCO
 from mimdet.files import read_json, remove_leftovers
+from mimdet.models.rcnn import pad_and_normalise
+from mimdet.models.weights import load_mae_model
 from mimdet.training.optim import (
     Schedule,
     parameter_groups,
     rate_factor,
     scaled_rate,
 )
+from mimdet.training.pretrain import pretrain
 from mimdet.training.run import Checkpoint, CheckpointStore, TrainingStopped, load_detector
-from mimdet.training.train import fit, resume, train
-from tests.small import assert_same_end, small
+from mimdet.training.train import align_stem, fit, resume, train
+from tests.small import assert_same_end, small, small_mae, state_of
 
 # ---------------------------------------------------------------- optimiser
 
@@ -310,3 +315,42 @@ def test_a_model_or_a_part_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ValueError, match="the model is complete: give sampler to build_detector"):
         next(train(cfg, tmp_path / "x", model=model, sampler=stem_response_sampler))
     assert not (tmp_path / "x").exists()
+
+
+# ---------------------------------------------------------------- a stem that speaks as the MAE
+
+
+def test_an_aligned_stem_gives_the_tokens_of_the_patch_embedding(tmp_path):
+    pre = small_mae()
+    list(pretrain(pre, tmp_path / "mae"))
+    cfg = small(steps=1)
+    cfg.training.init_from, cfg.training.align_stem = str(tmp_path / "mae"), 80
+    next(train(cfg, tmp_path / "run"))
+    first = state_of(tmp_path / "run")
+    model, mae = mimdet.build_detector(cfg), load_mae_model(tmp_path / "mae/mae.safetensors")
+    images = [ShapesCOCO("shapes-v1-medium", 64, 8, "val").image(i) for i in range(8)]
+
+    def distance(detector):
+        batch = pad_and_normalise(images, torch.device("cpu")).tensors
+        with torch.no_grad():
+            wanted = mae.patch_embed(batch)
+            return float((detector.backbone.stem(batch).tokens - wanted).var() / wanted.var())
+
+    before = distance(model)
+    loader = TrainLoader(build_dataset(cfg.data, "train"), cfg.data, 2, 1, 0)
+    batches = [batch for step in loader.batches(0, 80) for batch in step]
+    errors = align_stem(model, tmp_path / "mae", batches)
+    assert len(errors) == 80
+    assert distance(model) < 0.5 < 0.9 < before
+    weight = "backbone.stem.stage4.3.weight"
+    assert not torch.equal(first[weight], mimdet.build_detector(cfg).state_dict()[weight])
+
+
+def test_only_a_stem_can_be_aligned(tmp_path):
+    list(pretrain(small_mae(), tmp_path / "mae"))
+    cfg = presets.tiny_vitdet()
+    cfg.backbone.embed_dim, cfg.backbone.num_heads = 32, 2
+    model = mimdet.build_detector(cfg)
+    with pytest.raises(ValueError, match=r"align_stem=1.*vitdet"):
+        align_stem(model, tmp_path / "mae", [None])
+    assert align_stem(model, tmp_path / "mae", []) == []
