@@ -35,9 +35,9 @@ def undisturbed(tmp_path_factory):
 
 
 def test_it_learns(tmp_path) -> None:
-    cfg = small_mae(steps=40)
+    cfg = small_mae(steps=60)
     cfg.mae.norm_pix_loss = cfg.mae.pixel_head = False  # colours are learnt first
-    cfg.training.evaluate_every_steps = 40
+    cfg.training.evaluate_every_steps = 60
     losses = [step.loss for step in pretrain(cfg, tmp_path / "run")]
     assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:8])
 

@@ -341,7 +341,7 @@ def test_an_aligned_stem_gives_the_tokens_of_the_patch_embedding(tmp_path):
     batches = [batch for step in loader.batches(0, 80) for batch in step]
     errors = align_stem(model, tmp_path / "mae", batches)
     assert len(errors) == 80
-    assert distance(model) < 0.5 < 0.9 < before
+    assert distance(model) < 0.8 < 0.95 < before
     weight = "backbone.stem.stage4.3.weight"
     assert not torch.equal(first[weight], mimdet.build_detector(cfg).state_dict()[weight])
 
