@@ -51,12 +51,10 @@ def small_mae(steps: int = 4) -> PretrainConfig:
     cfg = presets.tiny_mae()
     cfg.mae.image_size, cfg.mae.embed_dim, cfg.mae.depth, cfg.mae.num_heads = 64, 32, 2, 2
     cfg.mae.decoder_dim, cfg.mae.decoder_depth, cfg.mae.decoder_heads = 32, 2, 2
-    cfg.data.shapes_level = "shapes-v1-medium"
     cfg.data.shapes_size, cfg.data.held_out = 64, 7
-    cfg.training.precision = "auto"
     cfg.training.steps, cfg.training.batch_size, cfg.training.accumulate = steps, 4, 2
     cfg.training.warmup_steps, cfg.training.evaluate_every_steps = 1, 3
-    cfg.training.reference_batch, cfg.training.learning_rate = 8, 6e-3
+    cfg.training.reference_batch = 8
     cfg.training.checkpoint_every_steps, cfg.training.keep_checkpoints = 2, 9
     return cfg
 

@@ -12,7 +12,7 @@ from mimdet import presets
 
 base = presets.tiny()
 base.backbone.depth = 6
-base.data.shapes_level, base.data.shapes_size = "shapes-v2-medium", 256
+base.data.shapes_level, base.data.shapes_size = "shapes-v1-medium", 128
 base.training.steps = 1200  # 4 images a step
 base.training.evaluate_every_steps = 1200
 
