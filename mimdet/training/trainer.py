@@ -87,6 +87,8 @@ class Trainer:
         self.saved = self.evaluated = -1
         """The step that was saved last, and the one that was evaluated last."""
         self.updating = False
+        self.unwritten: dict[str, Any] = {}
+        """Row of the last step that is not in the metrics yet."""
 
     # -------------------------------------------------------------- what the task decides
 
@@ -277,13 +279,19 @@ class Trainer:
             "gpu_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),  # 0 on a CPU
             "cpu_seconds": self.cpu_seconds(),
         }
-        if processes.rank() == 0:
-            self.run.append(row)
+        self.unwritten = row
+        self.write_row()
         if step.number % self.schedule.checkpoint_every == 0 or self.evaluation_due():
             self.save()
         if self.evaluation_due():
             step.evaluation = self.evaluate()
         return step
+
+    def write_row(self) -> None:
+        """Add the step's row to the metrics, where that has not been done; in the first process."""
+        if self.unwritten and processes.rank() == 0:
+            self.run.append(self.unwritten)
+        self.unwritten = {}
 
     def cpu_seconds(self) -> float:
         """Of this process since the last line of the metrics; processes of a loader left out."""
@@ -320,6 +328,9 @@ class Trainer:
         if self.updating or self.done == self.saved or processes.rank() != 0:
             return
         self.run.check_owner()
+        if self.unwritten:  # the disk failed: no checkpoint without the rows before it
+            self.run.forget_after(self.done - 1)
+            self.write_row()
         state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         part = model_part(self.cfg)
         self.run.store.save(Checkpoint(self.done, self.model.state_dict(), state, part))

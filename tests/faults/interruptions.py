@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import tempfile
@@ -237,12 +238,13 @@ def disk(folder: Path, every: int) -> dict[str, Any]:
 def words_of(printed: str, failed: str) -> list[str]:
     """What is wrong with the words after a failure of this file."""
     last = printed.strip().splitlines()[-1:] or [""]
-    parts = [part.lstrip(".").split("partial-")[0].rstrip(".") for part in Path(failed).parts]
-    name = next((part for part in reversed(parts) if part), "")
+    place = Path(*(part.partition(".partial-")[0] for part in Path(failed).parts))
     wrong = []
     if "Traceback" in printed:
         wrong.append(f"a traceback: {printed[-300:]}")
-    elif name and name not in printed:
+    elif not any(  # the file, or the folder that it is in
+        re.search(rf"/{re.escape(str(part))}(?![\w./-])", printed) for part in (place, place.parent)
+    ):
         wrong.append(f"does not name {failed}: {last}")
     if not any(word in printed for word in REMEDIES):
         wrong.append(f"no remedy: {last}")

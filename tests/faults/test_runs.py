@@ -432,6 +432,29 @@ def test_an_unexpected_error_says_where_the_last_checkpoint_is(tmp_path, monkeyp
     assert "Nor could step 3 be saved" in error.value.__notes__[0]  # the first failure is told
 
 
+def test_a_row_that_the_disk_refused_once_is_there_after_all(tmp_path, monkeypatch) -> None:
+    """The checkpoint that is saved on the way out has the rows of all steps before it."""
+    undisturbed = tmp_path / "undisturbed"
+    list(train(quick(), undisturbed))
+    steps = train(quick(), tmp_path / "run")
+    next(steps)
+    calls = []
+
+    def failing_once(path, text):
+        calls.append(text)
+        if len(calls) == 1:
+            append_text(path, text[:20])
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        append_text(path, text)
+
+    monkeypatch.setattr("mimdet.training.run.append_text", failing_once)
+    with pytest.raises(OSError, match="Input/output error"):
+        next(steps)
+    monkeypatch.undo()
+    list(train(quick(), tmp_path / "run"))
+    assert_same_end(tmp_path / "run", undisturbed)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
 def test_a_full_disk_is_told_with_the_file_s_name() -> None:
     with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
