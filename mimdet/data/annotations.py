@@ -2,7 +2,7 @@
 
 import reprlib
 from collections.abc import Callable, Sequence
-from operator import mul
+from operator import mul, sub
 from typing import Annotated, Any, Literal, TypedDict
 
 import msgspec
@@ -33,7 +33,7 @@ Mask = Polygons | RunLengths | None
 """A COCO segmentation."""
 
 
-class AnnotationEntry(Struct):
+class AnnotationEntry(Struct, gc=False):
     """An annotation as the file has it; None where a field is missing."""
 
     image_id: Id
@@ -98,8 +98,7 @@ def checked(
                 note("polygon-too-short", f"part {part} has {len(flat) // 2} points")
         mask = [flat for flat in mask if len(flat) >= 6] or mask
     extent = mask_extent(mask) if mask else None
-    reach = FAR * max(height, width)
-    if extent is not None and (max(extent[2:]) > reach or min(extent[:2]) < -reach):
+    if extent is not None and max(map(abs, extent)) > FAR * max(height, width):
         raise ValueError(f"a polygon leaves its image by {FAR} times the image's size or more")
     annotation = Annotation(
         "without id" if entry.id is None else str(entry.id),
@@ -194,15 +193,15 @@ def mask_extent(mask: Mask) -> Box:
 
     A polygon's corners may lie outside the image.
     """
-    from pycocotools import mask as coco_mask
-
     if isinstance(mask, dict):
+        from pycocotools import mask as coco_mask
+
         x, y, w, h = coco_mask.toBbox(mask).tolist()
         return x, y, x + w, y + h
     rings = [flat for flat in mask or [] if len(flat) >= 6]
     flat = rings[0] if len(rings) == 1 else [value for ring in rings for value in ring]
-    xs, ys = flat[::2] or [0.0], flat[1::2] or [0.0]
-    return min(xs), min(ys), max(xs), max(ys)
+    xs, ys = sorted(flat[::2]) or [0.0], sorted(flat[1::2]) or [0.0]  # takes less than min and max
+    return xs[0], ys[0], xs[-1], ys[-1]
 
 
 def _compare_extents(mask: Box, box: Box, note: Note) -> None:
@@ -211,7 +210,7 @@ def _compare_extents(mask: Box, box: Box, note: Note) -> None:
     COCO's own boxes are the extents of their polygons to 1e-12. Tools that round or count whole
     pixels stay within 2 pixels; tools that pad their boxes, above an overlap (IoU) of 0.6.
     """
-    if all(abs(a - b) <= 2 for a, b in zip(mask, box, strict=True)):
+    if max(map(abs, map(sub, mask, box))) <= 2:
         return
     w = min(mask[2], box[2]) - max(mask[0], box[0])
     h = min(mask[3], box[3]) - max(mask[1], box[1])

@@ -320,7 +320,8 @@ class ImageFolder:
 
 
 def leaves_folder(name: str) -> bool:
-    return PurePath(name).is_absolute() or ".." in PurePath(name).parts
+    path = PurePath(name)
+    return path.is_absolute() or ".." in path.parts
 
 
 def size_words(said: tuple[int, int], found: tuple[int, int]) -> str:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Struct
@@ -110,7 +110,7 @@ class Sections(Struct):
     categories: list[msgspec.Raw]
 
 
-class Read(NamedTuple):
+class Read(Struct, frozen=True, gc=False):
     """An entry and its place in the file."""
 
     section: str
@@ -170,14 +170,15 @@ class CocoReader:
         of_image = self._by_image()
         for number, image in self.images.items():
             pairs = []
+            height, width = image.entry.height, image.entry.width
             for position in of_image.pop(number, ()):
                 entry = _ANNOTATION.decode(self._sections.annotations[position])
                 read = Read("annotations", position, entry)
                 note = partial(self.problem, read=read)
                 try:
                     mask = _MASK.decode(entry.segmentation)
-                    size = image.entry.height, image.entry.width
-                    pairs.append((read, checked(entry, mask, *size, note, self.thorough)))
+                    annotation = checked(entry, mask, height, width, note, self.thorough)
+                    pairs.append((read, annotation))
                 except ValueError as error:
                     note("bad-segmentation", in_words(error, "segmentation"))
             yield image, pairs
