@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import enumerate as living_threads
 from threading import get_ident
 from typing import Any
 
@@ -95,14 +96,19 @@ def partial_name(path: Path) -> Path:
 def leftovers(folder: Path) -> list[Path]:
     """What killed processes left half made or half removed in a folder and those inside it.
 
-    What may belong to another living process of this machine is none.
+    What may belong to another living process of this machine, or to another thread, is none.
     """
     import psutil  # here, because `mimdet --help` needs none of it
 
+    others = {f"-{thread.ident}" for thread in living_threads() if thread.ident != get_ident()}
     found = []
     for path in folder.rglob("*.partial-*"):
         made_by = PARTIAL.search(path.name)
-        if made_by and (int(made_by[1]) == os.getpid() or not psutil.pid_exists(int(made_by[1]))):
+        if made_by and int(made_by[1]) == os.getpid():
+            dead = made_by[2] not in others
+        else:
+            dead = made_by is not None and not psutil.pid_exists(int(made_by[1]))
+        if dead:
             found.append(path)
     return found
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -109,6 +110,22 @@ def test_half_of_a_checkpoint_does_not_count(tmp_path):
     assert store.steps() == [1, 2]
     remove_leftovers(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["000001", "000002", "last"]
+
+
+def test_what_another_thread_writes_is_no_leftover(tmp_path):
+    own = [tmp_path / f"a.partial-{os.getpid()}{end}" for end in ("", f"-{threading.get_ident()}")]
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)
+    other.start()
+    theirs = tmp_path / f"b.partial-{os.getpid()}-{other.ident}"
+    for path in (*own, theirs):
+        path.touch()
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == [theirs]
+    done.set()
+    other.join()
+    remove_leftovers(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------- training
