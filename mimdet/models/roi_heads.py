@@ -233,9 +233,12 @@ def mask_targets(masks: Crops, index: Tensor, boxes: Tensor, side: int = MASK_SI
     One aligned roi_align serves box-local crops and full-size bitmaps alike: the box is expressed
     in the crop's own pixels.
     """
-    bitmaps = masks.bitmaps.float()[:, None]  # (G, 1, M, M')
     origin = masks.boxes[index, :2].repeat(1, 2)
     extent = masks.boxes[index, 2:] - masks.boxes[index, :2]
+    bitmaps = masks.bitmaps
+    if len(bitmaps) > len(index):  # of 10,000 objects only those that are asked for become floats
+        bitmaps, index = bitmaps[index], torch.arange(len(index), device=index.device)
+    bitmaps = bitmaps.float()[:, None]  # (G, 1, M, M')
     cells = extent.new_tensor([bitmaps.shape[3], bitmaps.shape[2]])
     local = (boxes - origin) * (cells / extent).repeat(1, 2)
     rois = torch.cat([index[:, None].to(local.dtype), local], dim=1)
