@@ -182,8 +182,9 @@ class AlignedRoIPool(nn.Module):
         return level.clamp(0, len(self.strides) - 1).long()
 
 
-MATCHED_AT_ONCE = 1 << 22
-"""Pairs of a true box and a candidate; each takes 40 bytes for a moment."""
+MATCHED_WHOLE, MATCHED_AT_ONCE = 1 << 23, 1 << 18
+"""Pairs of a true box and a candidate, of 40 bytes for a moment: more than the first are matched in
+parts of the second, which are small because the C library keeps freed memory of larger ones."""
 
 
 def match(
@@ -215,9 +216,9 @@ def match_boxes(
 
     The candidates are taken in parts, as 10,000 objects in an image would need gigabytes.
     """
-    parts = boxes.split(max(1, MATCHED_AT_ONCE // max(1, len(truth))))
-    if len(parts) == 1:
+    if len(truth) * len(boxes) <= MATCHED_WHOLE:
         return match(box_iou(truth, boxes), low, high, rescue_best)
+    parts = boxes.split(max(1, MATCHED_AT_ONCE // len(truth)))
     found = [match(box_iou(truth, part), low, high) for part in parts]
     index, label = (torch.cat(column) for column in zip(*found, strict=True))
     if rescue_best:

@@ -201,6 +201,7 @@ def test_every_true_box_gets_its_best_candidates() -> None:
 @pytest.mark.parametrize("at_once", [1, 7, 100, 1 << 22])
 def test_parts_of_the_candidates_match_as_all(rescue_best, at_once, monkeypatch) -> None:
     monkeypatch.setattr(rcnn, "MATCHED_AT_ONCE", at_once)
+    monkeypatch.setattr(rcnn, "MATCHED_WHOLE", 0)
     corners = torch.rand(60, 2, generator=torch.Generator().manual_seed(1)) * 20
     boxes = torch.cat([corners, corners + 9], 1).round()  # equal overlaps occur
     for truth in (boxes[:6], boxes[:6] + 100, boxes[:0]):  # also: none overlaps, none is there
