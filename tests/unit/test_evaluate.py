@@ -1,6 +1,7 @@
 """evaluate: a perfect detector scores 1, draws are reproducible, batches do not matter."""
 
 import copy
+import hashlib
 import json
 from types import SimpleNamespace
 
@@ -9,12 +10,16 @@ import torch
 
 import mimdet
 from mimdet.analysis.evaluate import (
+    belonging,
+    check_belonging,
     evaluate,
     evaluate_ratios,
     image_seed,
     ratio_row,
     ratio_table,
+    save_evaluation,
 )
+from mimdet.config import model_part
 from mimdet.data.loader import ids_of_labels
 from mimdet.structures import Detections
 from tests.small import small_detector
@@ -105,6 +110,7 @@ def test_draws_are_reproducible_and_do_not_depend_on_the_batch(model, scenes):
 def test_image_seeds_differ():
     seeds = {image_seed(seed, index) for seed in range(5) for index in range(1000)}
     assert len(seeds) == 5000
+    assert (image_seed(0, 7), image_seed(2, 7)) == (7, 2_000_013)  # the draws of stored results
 
 
 def test_ratio_rows_by_hand(model, scenes, tmp_path):
@@ -129,6 +135,56 @@ def test_ratio_rows_by_hand(model, scenes, tmp_path):
     assert len(evaluate_ratios(model, scenes, [0.5], draws=1)[0]["metrics"]) == 1
     with pytest.raises(ValueError, match="draws=0"):
         evaluate_ratios(model, scenes, [0.5], draws=0)
+    with pytest.raises(ValueError, match="at least one share"):
+        evaluate_ratios(model, scenes, [])
+    assert evaluate_ratios(model, scenes, [0.25, 1.0], known=rows) == rows
+    assert [row["about"]["sample_ratio"] for row in rows] == [0.25, 1.0]
+    assert [row["about"]["seed"] for row in rows] == [0, 0]  # of the first draw
+
+
+def test_what_numbers_belong_to(model, scenes):
+    about = belonging(model, scenes, 0.5)
+    weights = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        weights.update(name.encode() + value.numpy().tobytes())
+    assert about == {
+        "step": model.step,
+        "sample_ratio": 0.5,
+        "keep": "valid",
+        "seed": 0,
+        "data": scenes.version,
+        "images": 5,
+        "config": hashlib.sha256(model_part(model.config).encode()).hexdigest(),
+        "weights": weights.hexdigest(),
+    }
+    assert belonging(model, scenes, 0.5, "padded", 3) == about | {"keep": "padded", "seed": 3}
+
+
+def test_predictions_are_told_by_what_stands_beside_them(model, scenes, tmp_path):
+    evaluation = evaluate(model, scenes, sample_ratio=0.5, seed=2)
+    save_evaluation(evaluation, tmp_path)
+    file = tmp_path / "predictions.json"
+    assert check_belonging(tmp_path, scenes.version) == (
+        f"{file}: step {model.step}, sample ratio 0.5, draw 2"
+    )
+    with pytest.raises(ValueError, match=r"was made on .*, the data of the run are other data"):
+        check_belonging(tmp_path, "other data")
+    save_evaluation(evaluate(model, scenes), tmp_path)
+    assert check_belonging(tmp_path, scenes.version).endswith("sample ratio 1")
+    file.write_text("[]")
+    with pytest.raises(ValueError, match="an evaluation was interrupted"):
+        check_belonging(tmp_path, scenes.version)
+    (tmp_path / "eval.json").unlink()
+    assert check_belonging(tmp_path, "any") == (
+        f"{file}: of another tool, there is no eval.json beside it"
+    )
+
+
+def test_a_bar_counts_the_images_where_it_is_wanted(model, scenes, capsys):
+    evaluate(model, scenes)
+    assert not capsys.readouterr().out
+    evaluate(model, scenes, progress=True, batch_size=2)
+    assert "5/5" in capsys.readouterr().out
 
 
 def test_small_means_small_on_a_coco_sized_image(model, scenes):

@@ -19,7 +19,13 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from mimdet.analysis.metrics import COLUMNS, Metrics, coco_metrics, read_results
+from mimdet.analysis.metrics import (
+    COLUMNS,
+    Metrics,
+    coco_metrics,
+    doubts_about,
+    read_results,
+)
 from mimdet.structures import bitmap_to_rle
 
 DATA = os.environ.get("MIMDET_DATA", "")
@@ -281,11 +287,19 @@ def test_inputs_are_left_alone_and_nothing_is_printed(
     assert not caplog.records
 
 
+SIZES = ["_small", "_medium", "_large"]
+NUMBERS = [f"AP{part}" for part in ["", "50", "75", *SIZES]]
+NUMBERS += [f"AR{part}" for part in ["1", "10", "100", *SIZES]]
+"""COCO's twelve, in its order."""
+
+
 def test_table_and_json() -> None:
     truth = truth_of(rectangle(10, 10, 40, 40))
     metrics = coco_metrics(truth, [found(0.9, rectangle(10, 10, 40, 40))])
     heading, box, mask = metrics.table().splitlines()
-    assert heading.split() == list(COLUMNS.values())
+    assert heading.split() == "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
+    assert list(metrics.box) == list(COLUMNS) == NUMBERS
+    assert (mask[:5], list(metrics.mask)) == ("mask ", NUMBERS)
     assert box.split()[:5] == ["box", "100.0", "100.0", "100.0", "-"]
     assert len({len(line) for line in (heading, box, mask)}) == 1
     written = json.loads(json.dumps(metrics.to_dict(), allow_nan=False))
@@ -427,3 +441,41 @@ def test_faulty_results_are_counted(tmp_path) -> None:
         read_results(tmp_path / "others.json", truth)
     with pytest.raises(ValueError, match=message):
         coco_metrics(truth, faulty)
+
+
+def test_a_file_that_holds_no_list_of_detections(tmp_path) -> None:
+    truth, file = truth_of(rectangle(10, 10, 40, 40)), tmp_path / "others.json"
+    file.write_text('{"annotations": []}')
+    with pytest.raises(ValueError, match="it holds no list of detections"):
+        read_results(file, truth)
+    neither = {"image_id": 1, "category_id": 1, "score": 0.5}
+    file.write_text(json.dumps([neither]))
+    with pytest.raises(ValueError, match="it has neither bbox nor segmentation"):
+        read_results(file, truth)
+    masks = {k: v for k, v in found(0.9, rectangle(10, 10, 40, 40)).items() if k != "bbox"}
+    file.write_text(json.dumps([masks, neither]))
+    with pytest.raises(ValueError, match=r"results\[1\]: .*has no 'segmentation'"):
+        read_results(file, truth)
+
+
+def test_doubts_in_full(tmp_path) -> None:
+    """Borders included: a score of 0 or 1 is sound, so is a box of one pixel's width."""
+    truth = truth_of(rectangle(10, 10, 40, 40))
+    size = truth["images"][0]["width"]
+    sound = {"image_id": 1, "category_id": 1, "bbox": [5.0, 5.0, 1.0, 9.0], "score": 0.0}
+    assert doubts_about(truth, [sound, sound | {"score": 1.0}]) == []
+    assert doubts_about(truth, [sound, sound | {"score": -0.1}]) == [
+        "1 of 2 scores are not in 0..1"
+    ]
+    assert doubts_about(truth, [sound, sound | {"bbox": [5.0, 5.0, 9.0, 0.0]}]) == [
+        "1 of 2 boxes are empty"
+    ]
+    shares = [sound | {"bbox": [0.1, 0.1, 0.5, 0.5]}]
+    assert doubts_about(truth, shares) == [
+        "1 of 1 boxes lie in 0..2, like shares of the image; they are pixels"
+    ]
+    flat = [sound | {"bbox": [size / 2, size / 2, size / 2, size - 0.0]}]  # x1 = x2, y1 < y2
+    assert doubts_about(truth, flat) == [
+        "1 of 1 boxes reach beyond their image as x, y, width, height; as x1, y1, x2, y2 they "
+        "would fit"
+    ]
