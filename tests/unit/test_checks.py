@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from mimdet.data.annotations import AnnotationEntry, checked, compressed
 from mimdet.data.checks import ERRORS, KINDS, Report, check_dataset
 from mimdet.data.coco import CocoDataset
 from mimdet.data.coco_file import REFUSED
@@ -441,3 +442,68 @@ def test_real_boxes_stored_as_xyxy_are_noticed(
     (tmp_path / "set.json").write_text(json.dumps(data))
     report = check_dataset(tmp_path / "set.json", shared_data / images, decode=False)
     assert "boxes-look-xyxy" in report.by_kind()
+
+
+def kinds_of(mask: Any = None, thorough: bool = False, **fields: Any) -> tuple[list[str], str]:
+    """What is noted of one annotation in an image of 40 x 60 pixels, and why it is left out."""
+    sound = {"image_id": 1, "category_id": 1, "bbox": (10.0, 10.0, 10.0, 10.0), "area": 100.0}
+    entry = AnnotationEntry(**sound | {"id": 1, "iscrowd": 0} | fields)
+    noted: list[str] = []
+    annotation = checked(entry, mask, 40, 60, lambda kind, _: noted.append(kind), thorough)
+    return noted, annotation.left_out
+
+
+SQUARE = [[10.0, 10.0, 20.0, 10.0, 20.0, 20.0, 10.0, 20.0]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "kinds", "left_out"),
+    [
+        ({}, [], ""),
+        ({"area": 0.5}, [], ""),
+        ({"area": 0.0}, ["bad-area"], ""),
+        ({"bbox": (0.0, 0.0, 60.0, 40.0)}, [], ""),
+        ({"bbox": (-1.0, -1.0, 62.0, 42.0)}, [], ""),
+        ({"bbox": (-1.5, 0.0, 9.0, 9.0)}, ["box-exceeds-image"], ""),
+        ({"bbox": (0.0, 0.0, 9.0, 41.5)}, ["box-exceeds-image"], ""),
+        ({"bbox": (-5.0, 0.0, 5.0, 9.0)}, ["box-outside"], "box-outside"),
+        ({"bbox": (0.0, -5.0, 9.0, 5.0)}, ["box-outside"], "box-outside"),
+        ({"bbox": (60.0, 0.0, 5.0, 9.0)}, ["box-outside"], "box-outside"),
+        ({"bbox": (0.0, 40.0, 5.0, 9.0)}, ["box-outside"], "box-outside"),
+        ({"bbox": (10.0, 10.0, 0.0, 9.0)}, ["empty-box"], "empty-box"),
+        ({"bbox": (40.0, 10.0, 0.0, 9.0), "mask": SQUARE}, ["empty-box"], "empty-box"),
+        ({"bbox": (40.0, 10.0, 9.0, 0.0), "mask": SQUARE}, ["empty-box"], "empty-box"),
+        ({"mask": SQUARE}, [], ""),
+        ({"bbox": (12.0, 8.0, 10.0, 10.0), "mask": SQUARE}, [], ""),  # 2 pixels are rounding
+        ({"bbox": (30.0, 10.0, 9.0, 9.0), "mask": SQUARE}, ["segmentation-box-mismatch"], ""),
+        ({"mask": [[15.0, 10, 15, 20, 15, 12]]}, ["segmentation-empty"], "segmentation-empty"),
+        ({"mask": [[10.0, 15, 20, 15, 12, 15]]}, ["segmentation-empty"], "segmentation-empty"),
+        ({"area": 1.0, "thorough": True}, [], ""),
+        ({"area": 0.5, "thorough": True}, ["area-mismatch"], ""),
+        ({"area": 139.0, "thorough": True}, [], ""),
+        ({"area": 141.0, "thorough": True}, ["area-mismatch"], ""),
+    ],
+)
+def test_borders_of_what_is_noted(fields: Any, kinds: list[str], left_out: str) -> None:
+    assert kinds_of(**fields) == (kinds, left_out)
+
+
+def test_run_lengths_are_of_their_image() -> None:
+    with pytest.raises(
+        ValueError, match=r"for \(60, 40\) pixels \(height comes first\), the image"
+    ):
+        compressed({"size": [60, 40], "counts": [2400]}, 40, 60)
+    with pytest.raises(ValueError, match=r"for \(40, 50\) pixels, the image has \(40, 60\)"):
+        compressed({"size": [40, 50], "counts": [2000]}, 40, 60)
+    side = 1 << 16
+    with pytest.raises(ValueError, match=r"count to 2\^32"):
+        compressed({"size": [side, side], "counts": [5]}, side, side)
+    with pytest.raises(ValueError, match="its runs cover 5 of"):
+        compressed({"size": [side, side - 1], "counts": [5]}, side, side - 1)
+
+
+def test_an_image_id_of_another_type_is_hinted_at(data: dict[str, Any], tmp_path: Path) -> None:
+    for image_id, hinted in ((999, False), ("1", True)):
+        data["annotations"][0]["image_id"] = image_id
+        (found,) = [p for p in check(data, tmp_path).problems if p.kind == "unknown-image"]
+        assert ("a number here and text there?" in found.message) == hinted
