@@ -128,7 +128,7 @@ class DataConfig:
     shapes_level: str = "shapes-v1-medium"
     """Named, versioned difficulty of ShapesCOCO."""
     shapes_size: int = 128
-    """Side of a ShapesCOCO scene in pixels."""
+    """Side of a ShapesCOCO scene in pixels; 0 = that of the level (v1: 128, v2: 256)."""
     shapes_train: int = 100_000
     """Scenes in a training epoch of ShapesCOCO."""
     shapes_val: int = 200

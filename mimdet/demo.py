@@ -48,7 +48,8 @@ def demo(
     Args:
         minutes: Time for everything, from drawing scenes to figures, on an idle machine.
         run: Directory of the run; default runs/demo-<minutes>min.
-        level: shapes-v1-easy, shapes-v1-medium or shapes-v1-hard.
+        level: shapes-v1-easy, -medium or -hard; shapes-v2-medium (larger objects, 256 pixels) or
+            shapes-v2-context (classes that something far away tells).
         steps: Train exactly this many steps instead of measuring what fits into the time.
         scenes: Held-out scenes to evaluate on.
         seed: Of the scenes and of the first weights.
@@ -68,6 +69,7 @@ def demo(
         launch(["resume", str(path)])
     else:
         suit_machine(cfg)
+        cfg.data.shapes_size = 0  # the level's own
         if not steps:
             print("Timing this machine ...", flush=True)
             steps = steps_that_fit(minutes * 60 - (time.perf_counter() - start), cfg)
