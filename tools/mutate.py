@@ -57,12 +57,9 @@ PARTS = {
         ["data/annotations.py", "data/coco_file.py", "data/coco.py"],
         ["coco", "hub", "checks"],
     ),
-    "run directory": (
-        ["training/run.py", "training/owner.py"],
-        ["training", "faults/test_runs.py"],
-    ),
+    "run directory": (["training/run.py", "training/owner.py"], ["job", "training"]),
 }
-"""Part -> its files in the package, and its tests, in tests/unit where no folder is named."""
+"""Part -> its files in the package, and its tests in tests/unit."""
 OPTIONS = ["-q", "-p", "no:cacheprovider"]
 HEAVY = "numpy pandas pytest torch torchvision timm datasets msgspec hypothesis pycocotools.mask"
 SWAPS: dict[type, tuple[type, ...]] = {
@@ -283,7 +280,7 @@ class Part:
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
         self.files, names = PARTS[name]
-        self.tests = [f"tests/{n}" if "/" in n else f"tests/unit/test_{n}.py" for n in names]
+        self.tests = [f"tests/unit/test_{test}.py" for test in names]
         self.source = {
             file: Path("mimdet", file).read_text(encoding="utf-8") for file in self.files
         }
