@@ -235,6 +235,13 @@ def disk(folder: Path, every: int) -> dict[str, Any]:
     return {"faults": dict(kinds), "operations of the run": len(seen), "wrong": wrong}
 
 
+def names(printed: str, place: Path) -> bool:
+    """Whether the words name a file, a file in that folder, or the folder that it is in."""
+    printed = re.sub(r"\.partial-[\w-]+", "", printed)  # how it is called while it is made
+    itself, above = (re.escape(str(part)) for part in (place, place.parent))
+    return bool(re.search(rf"/{itself}(?![\w.-])|/{above}(?![\w./-])", printed))
+
+
 def words_of(printed: str, failed: str) -> list[str]:
     """What is wrong with the words after a failure of this file."""
     last = printed.strip().splitlines()[-1:] or [""]
@@ -242,9 +249,7 @@ def words_of(printed: str, failed: str) -> list[str]:
     wrong = []
     if "Traceback" in printed:
         wrong.append(f"a traceback: {printed[-300:]}")
-    elif not any(  # the file, or the folder that it is in
-        re.search(rf"/{re.escape(str(part))}(?![\w./-])", printed) for part in (place, place.parent)
-    ):
+    elif not names(printed, place):
         wrong.append(f"does not name {failed}: {last}")
     if not any(word in printed for word in REMEDIES):
         wrong.append(f"no remedy: {last}")
