@@ -47,7 +47,7 @@ def small(steps: int = 4) -> Config:
 
 
 def small_mae(steps: int = 4) -> PretrainConfig:
-    """Fits the small detector of tests/small.py."""
+    """An autoencoder that `small()` can start from."""
     cfg = presets.tiny_mae()
     cfg.mae.image_size, cfg.mae.embed_dim, cfg.mae.depth, cfg.mae.num_heads = 64, 32, 2, 2
     cfg.mae.decoder_dim, cfg.mae.decoder_depth, cfg.mae.decoder_heads = 32, 2, 2

@@ -313,6 +313,7 @@ def untrained(model: Detector | MAE, seed: int = 0) -> Any:
             len(model.decoder_blocks),
             model.decoder_heads,
             model.norm_pix_loss,
+            model.decoder_pixels is not None,
         )
     return new.to(device_of(model)).eval()
 

@@ -70,7 +70,8 @@ class Level:
     """Nothing is put where it would leave an object a smaller share of its pixels: an object that
     could not be recognised would have to be labelled all the same."""
     context: bool = False
-    """Classes are told apart by other objects of the scene (`_add_related`)."""
+    """Classes are told apart by other objects of the scene (`_add_related`), which also says how
+    many there are; hues, textures, overlap and small sides then have no effect."""
 
 
 LAMPS = {"red": 0.0, "green": 120.0, "blue": 240.0}
@@ -170,7 +171,8 @@ TRIES = 30
 
 
 def draw_scene(level: Level, size: int, draws: Draws) -> Scene:
-    """Background, fragments behind, objects from large to small, fragments in front, grain."""
+    """Background, fragments behind, objects (from large to small, or those that belong together),
+    fragments in front, grain."""
     canvas = Canvas(size, draws, level.least_visible)
     for _ in range(draws.integer(*level.behind)):
         _add_fragment_behind(canvas)

@@ -190,7 +190,13 @@ def rows_from_training(run: str | Path, model: Detector, dataset: Dataset) -> li
 
 
 def check_start(cfg: Config) -> None:
-    """ValueError for a recipe that starts from a masked autoencoder, and is given none."""
+    """ValueError for a recipe that starts from a masked autoencoder, and is given none; and for a
+    stem that is to be aligned with none."""
+    if cfg.training.align_stem and cfg.training.init_from in ("", RANDOM):
+        raise ValueError(
+            "training.align_stem fits the stem to an autoencoder's patch embedding, and "
+            "training.init_from names none: give it (--init-from FILE), or set align_stem=0"
+        )
     if cfg.preset.startswith(STARTS_FROM_MAE) and not cfg.training.init_from:
         raise ValueError(
             f"{cfg.preset} starts from the weights of a masked autoencoder, and training.init_from "
@@ -277,10 +283,12 @@ def align_stem(
         return []
     stem, tensors = getattr(model.backbone, "stem", None), read_mae(weights_of(source)).tensors
     weight, bias = (tensors.get(f"patch_embed.proj.{name}") for name in ("weight", "bias"))
-    if stem is None or weight is None or bias is None:
+    width = model.config.backbone.embed_dim
+    if stem is None or weight is None or bias is None or len(weight) != width:
         raise ValueError(
             f"training.align_stem={len(batches)} fits the stem of a MIMDet to the patch embedding "
-            f"of {source}: this is a {model.config.backbone.kind}, or the file has none"
+            f"of {source}: this is a {model.config.backbone.kind}, or the file holds none of width "
+            f"{width}"
         )
     own = next(stem.parameters())
     weight, bias = weight.to(own), bias.to(own)

@@ -474,6 +474,10 @@ def test_doubts_in_full(tmp_path) -> None:
     assert doubts_about(truth, shares) == [
         "1 of 1 boxes lie in 0..2, like shares of the image; they are pixels"
     ]
+    low = [sound | {"bbox": [5.0, size - 2.0, 1.0, 9.0]}]  # beyond the lower edge alone
+    assert doubts_about(truth, low) == [
+        "1 of 1 boxes reach beyond their image as x, y, width, height"
+    ]
     flat = [sound | {"bbox": [size / 2, size / 2, size / 2, size - 0.0]}]  # x1 = x2, y1 < y2
     assert doubts_about(truth, flat) == [
         "1 of 1 boxes reach beyond their image as x, y, width, height; as x1, y1, x2, y2 they "

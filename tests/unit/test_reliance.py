@@ -341,6 +341,9 @@ def test_random_weights_are_those_of_a_fresh_model(model, mae):
     shapes = {name: value.shape for name, value in mae.state_dict().items()}
     assert {name: value.shape for name, value in other.state_dict().items()} == shapes
     assert not torch.equal(other.patch_embed.proj.weight, mae.patch_embed.proj.weight)
+    sizes = {"embed_dim": 32, "depth": 1, "num_heads": 2, "decoder_dim": 32, "decoder_depth": 1}
+    two_heads = MAE(64, decoder_heads=2, pixel_head=True, **sizes)
+    assert untrained(two_heads).state_dict().keys() == two_heads.state_dict().keys()
     given = build_detector(small(), fill=lambda stem_tokens: stem_tokens)
     with pytest.raises(ValueError, match="fill of this detector was passed in"):
         untrained(given)
