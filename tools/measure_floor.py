@@ -123,13 +123,13 @@ def main() -> None:
     options = parser.parse_args()
     levels = {}
     for level in LEVELS:
-        dataset = ShapesCOCO(level, 128, 200, "val")
+        dataset = ShapesCOCO(level, 0, 200, "val")
         start = time.process_time()
         scenes = [dataset.scene(index) for index in range(len(dataset))]
         seconds = (time.process_time() - start) / len(scenes)
         areas = np.concatenate([scene.masks.sum((1, 2)) for scene in scenes])
         visible = np.concatenate([scene.visible for scene in scenes])
-        results = threshold_floor(dataset, ShapesCOCO(level, 128, 200, "train"))
+        results = threshold_floor(dataset, ShapesCOCO(level, 0, 200, "train"))
         truth = dataset.ground_truth()
         metrics = coco_metrics(truth, results, ("segm",), dataset.area_scale)
         levels[dataset.version] = {
