@@ -180,8 +180,8 @@ What becomes of it when a part of the model is exchanged (`python tools/measure_
 |---|---|---|---|---|
 {chr(10).join(reliance_row(name, relies["box_ap"][name]) for name in conditions)}
 
-Small objects live almost on the stem alone. Of what the weights have learnt, little is seen in the tokens:
-a linear classifier tells the class of an object from the mean token inside its mask in \
+Small objects live almost on the stem alone. Of what the weights have learnt, little is seen in the
+tokens: a linear classifier tells the class of an object from the mean token inside its mask in \
 {probe_words(probes["tiny_mae"]["encoder"])} after the encoder of `tiny_mae`, in \
 {probe_words(probes["tiny"]["encoder"])} after that of `tiny`.
 
