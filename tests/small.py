@@ -2,11 +2,12 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 from torch import Tensor
@@ -131,3 +132,21 @@ def nothing_found(height: int, width: int) -> Detections:
     return Detections(
         torch.zeros(0, 4), torch.zeros(0), no_labels, (height, width), torch.zeros(0, 28, 28)
     )
+
+
+def still_running(processes: Iterable[psutil.Process], seconds: float = 10) -> list[psutil.Process]:
+    """Those that have not ended after some seconds. A zombie has: whoever inherits an orphan reaps
+    it when it likes."""
+
+    def runs(process: psutil.Process) -> bool:
+        try:
+            return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:
+            return False
+
+    end = time.monotonic() + seconds
+    while running := [process for process in processes if runs(process)]:
+        if time.monotonic() > end:
+            break
+        time.sleep(0.05)
+    return running

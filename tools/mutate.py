@@ -48,18 +48,21 @@ ROOM = 12 * 2**30
 LONGEST = 3.0
 """CPU seconds of a test that takes part."""
 PARTS = {
-    "sampling": (["models/sampling.py"], ["sampling"]),
+    "sampling": (["models/sampling.py"], ["unit/test_sampling"]),
     "evaluation": (
         ["analysis/evaluate.py", "analysis/metrics.py"],
-        ["metrics", "results", "evaluate"],
+        ["unit/test_metrics", "unit/test_results", "unit/test_evaluate"],
     ),
     "annotation reader": (
         ["data/annotations.py", "data/coco_file.py", "data/coco.py"],
-        ["coco", "hub", "checks"],
+        ["unit/test_coco", "unit/test_hub", "unit/test_checks"],
     ),
-    "run directory": (["training/run.py", "training/owner.py"], ["job", "training"]),
+    "run directory": (
+        ["training/run.py", "training/owner.py"],
+        ["unit/test_job", "unit/test_training", "faults/test_runs"],
+    ),
 }
-"""Part -> its files in the package, and its tests in tests/unit."""
+"""Part -> its files in the package, and its tests."""
 OPTIONS = ["-q", "-p", "no:cacheprovider"]
 HEAVY = "numpy pandas pytest torch torchvision timm datasets msgspec hypothesis pycocotools.mask"
 SWAPS: dict[type, tuple[type, ...]] = {
@@ -280,7 +283,7 @@ class Part:
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
         self.files, names = PARTS[name]
-        self.tests = [f"tests/unit/test_{test}.py" for test in names]
+        self.tests = [f"tests/{test}.py" for test in names]
         self.source = {
             file: Path("mimdet", file).read_text(encoding="utf-8") for file in self.files
         }

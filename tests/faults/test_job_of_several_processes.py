@@ -6,7 +6,7 @@ import time
 from mimdet.training.job import JOB, Job
 from mimdet.training.owner import process_of, read_status
 from mimdet.training.run import CheckpointStore
-from tests.small import small
+from tests.small import small, still_running
 
 STEPS = 30
 
@@ -28,7 +28,7 @@ def test_two_processes_stop_together_and_go_on(tmp_path) -> None:
     stopped = job.wait(120)
     assert stopped.name == "stopped" and 2 <= stopped.step < STEPS, "\n".join(job.log())
     assert CheckpointStore(run / "checkpoints").steps()[-1] == stopped.step
-    assert [process for process in family if process.is_running()] == []
+    assert still_running(family) == []
     job.resume(processes=1)  # another number: the step is shared differently
     done = job.wait(200)
     assert done.name == "finished" and done.step == STEPS

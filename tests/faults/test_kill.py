@@ -13,7 +13,7 @@ import pytest
 
 from mimdet import cli
 from mimdet.training.run import CheckpointStore, load_detector
-from tests.small import assert_same_end, rows_of, wait_until
+from tests.small import assert_same_end, rows_of, still_running, wait_until
 
 WORDS = (
     "--embed-dim 32 --depth 1 --num-heads 2 --decoder-dim 32 --decoder-depth 1 --decoder-heads 2 "
@@ -122,7 +122,7 @@ def test_two_processes_end_together_and_the_run_goes_on(tmp_path, undisturbed, v
         members[victim == "second"].kill()
     printed = finish(torchrun, seconds=60)
     assert torchrun.returncode != 0
-    assert not any(member.is_running() for member in members.values())
+    assert still_running(members.values()) == []
     assert "run the same command again to resume" in printed
     stopped_at = last_step(run)
     if victim == "first":
@@ -152,7 +152,7 @@ def test_a_process_that_does_not_answer_ends_the_run_and_is_named(tmp_path, undi
         time.sleep(2)  # the first process waits by now
         torchrun.send_signal(signal.SIGTERM)
     printed = finish(torchrun, seconds=200)
-    assert torchrun.returncode != 0 and not stopped.is_running()
+    assert torchrun.returncode != 0 and still_running([stopped]) == []
     assert f"process 1 ({stopped.pid} on " in printed and "did not answer for" in printed
     assert "run the same command again to resume" in printed
     assert time.monotonic() - begin < 150  # of which torchrun waits 30 before it kills

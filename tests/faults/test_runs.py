@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,14 @@ import mimdet
 from mimdet import presets
 from mimdet.config import load_config
 from mimdet.files import append_text, read_json, write_json
-from mimdet.training.owner import STATUS, RunInUse, in_use, read_status
+from mimdet.training.owner import STATUS, RunInUse, alone_in, in_use, read_status
 from mimdet.training.run import (
     Checkpoint,
     CheckpointStore,
     MetricsFile,
     Run,
     TrainingStopped,
+    best_step,
     load_detector,
 )
 from mimdet.training.train import resume, train
@@ -372,6 +374,97 @@ def test_a_damaged_status_says_as_much_as_none(run) -> None:
     assert read_status(run)["state"] == "new" and not in_use(run)
     list(resume(run))
     assert read_status(run)["state"] == "finished"
+
+
+# ------------------------------------------------------------------------------- what it says
+
+
+@pytest.mark.parametrize(
+    ("raised", "done", "state", "error"),
+    [
+        (None, 3, "finished", ""),
+        (KeyboardInterrupt(), 2, "stopped", ""),
+        (KeyboardInterrupt(), 3, "finished", ""),  # the last step was done
+        (RuntimeError("the cat sat on it"), 2, "failed", "RuntimeError: the cat sat on it"),
+    ],
+)
+def test_a_run_says_how_its_training_ended(tmp_path, raised, done, state, error) -> None:
+    run = Run(tmp_path / "run", quick())
+    with suppress(KeyboardInterrupt, RuntimeError), run.in_training(3, lambda: done):
+        during = read_status(run.path)
+        assert (during["state"], during["step"], during["total"]) == ("training", done, 3)
+        assert during["run"] == str(run.path.resolve()) and during["pid"] == os.getpid()
+        if raised is not None:
+            raise raised
+    after = read_status(run.path)
+    assert (after["state"], after["step"], after["error"]) == (state, done, error)
+    assert after["began"] == during["began"] > 0 and not in_use(run.path)
+
+
+def test_a_run_is_in_use_with_a_lock_or_without(tmp_path) -> None:
+    cfg = quick()
+    run = Run(tmp_path / "run", cfg, locked=True)
+    with alone_in(run.path), run.in_training(3, lambda: 0):  # who holds the lock may train
+        with pytest.raises(RunInUse), Run(run.path, cfg).in_training(3, lambda: 0):
+            pass
+        (run.path / "lock").unlink()
+        assert in_use(run.path)
+        assert not in_use(shutil.copytree(run.path, tmp_path / "copy"))
+    assert not in_use(run.path)
+
+
+def test_what_changes_on_the_way_is_noted(tmp_path, capsys) -> None:
+    cfg = quick()
+    Run(tmp_path / "run", cfg).keep({})
+    about = read_json(tmp_path / "run" / "environment.json")
+    assert about == {"folder": str(Path.cwd()), "run": str((tmp_path / "run").resolve())}
+    assert capsys.readouterr().out == ""
+    cfg.data.workers = 1
+    run = Run(tmp_path / "run", cfg)
+    run.keep({})
+    run.store.save(Checkpoint(7, {"w": torch.zeros(2)}, {}))
+    cfg.data.workers = 2
+    Run(tmp_path / "run", cfg).keep({})
+    assert "goes on with data.workers: 0 -> 1" in capsys.readouterr().out
+    noted = read_json(tmp_path / "run" / "environment.json")
+    assert noted.pop("changes") == [
+        {"after": 0, "changed": ["data.workers: 0 -> 1"]},
+        {"after": 7, "changed": ["data.workers: 1 -> 2"]},
+    ]
+    assert noted == about and own_config(tmp_path / "run").data.workers == 2
+
+
+def test_steps_that_will_be_done_again_are_forgotten(tmp_path) -> None:
+    run = Run(tmp_path / "run", quick())
+    for step in (1, 2, 3):
+        run.store.save(Checkpoint(step, {"w": torch.zeros(2)}, {}))
+        run.append({"step": step, "loss": float("nan")})
+    run.append({"step": 3, "evaluation": {"box": {"AP": 0.1}}})
+    assert run.rows.step == 0 and len(run.evaluations()) == 1 and run.rows.step == 3
+    run.forget_after(2)
+    assert run.metrics() == [{"step": 1, "loss": None}, {"step": 2, "loss": None}]
+    assert run.store.steps() == [1, 2] and run.rows.step == 2
+    run.rows.path.write_text('{"step": 1}\n')  # in place: the same file, and shorter
+    assert run.metrics() == [{"step": 1}] and run.rows.step == 1
+    run.rows.path.unlink()
+    assert run.metrics() == [] and run.rows.step == 0
+    run.append({"step": 5})
+    assert run.metrics() == [{"step": 5}]
+
+
+def test_the_best_step_is_the_first_of_the_highest_ap() -> None:
+    found = [(1, 0.1), (2, 0.3), (3, None), (4, 0.3), (5, 0.2)]
+    rows = [{"step": step, "evaluation": {"box": {"AP": ap}}} for step, ap in found]
+    assert best_step([{"step": 9, "loss": 1.0}, *rows, {"step": 6, "evaluation": {}}]) == 2
+    assert best_step([]) is None
+
+
+def test_why_a_checkpoint_cannot_be_read_is_said_in_a_line(run) -> None:
+    file = run / "checkpoints/000004/optimizer.pt"
+    file.write_bytes(file.read_bytes()[:-50])
+    store = CheckpointStore(run / "checkpoints")
+    with pytest.raises(ValueError, match=r"optimizer\.pt is cut off or damaged \(\w[^\n]+\), and "):
+        store.newest(store._load, [4])
 
 
 # ------------------------------------------------------------------------------- how it ends
