@@ -174,12 +174,15 @@ def _baseline(kind: str, **fields: Any) -> BackboneConfig:
 def tiny(cfg: Config) -> None:
     """A MIMDet for a laptop CPU and ShapesCOCO at 128 pixels: all the parts, small numbers.
 
-    2,023,192 parameters. `mimdet demo` trains it for minutes; README.md has its results.
+    1,899,064 parameters. `mimdet demo` trains it for minutes; README.md has its results. Unsampled
+    places hold mask tokens, as in version 1 of the paper: with the stem's tokens there, a detector
+    that starts at random learns to do without its encoder (notebooks/ablations/fills.py).
     """
     change(cfg.data, source="shapes", augment="multiscale", workers=0)
     change(cfg.data, short_sides=(256,), test_short_side=256)
     change(cfg.backbone, embed_dim=128, depth=4, num_heads=4, drop_path=0.0, position_grid=16)
-    change(cfg.backbone, decoder_dim=96, decoder_depth=2, decoder_heads=3)
+    change(cfg.backbone, decoder_dim=96, decoder_depth=1, decoder_heads=3)
+    cfg.backbone.decoder_fill = "mask_token"
     change(cfg.detector, num_classes=12, channels=48, anchor_sizes=(12, 24, 48, 96, 192))
     change(cfg.detector, rpn_convs=1, rpn_pre_nms=(300, 300), rpn_post_nms=(150, 150))
     change(cfg.detector, rpn_anchors_per_image=128, rois_per_image=64, canonical_size=112.0)
@@ -196,16 +199,16 @@ def tiny(cfg: Config) -> None:
 def tiny_patch_stem(cfg: Config) -> None:
     """`tiny` with a patchify stem: c2 and c3 are won back by transposed convolutions.
 
-    2,048,616 parameters.
+    1,924,488 parameters.
     """
     cfg.backbone.stem = "patch"
 
 
 @recipe(PRESETS, tiny)
 def tiny_no_decoder(cfg: Config) -> None:
-    """`tiny` without decoder blocks: dropped places of c4 hold projected stem tokens.
+    """`tiny` without decoder blocks: dropped places of c4 hold the mask token and their position.
 
-    1,799,512 parameters.
+    1,787,224 parameters.
     """
     cfg.backbone.decoder_depth = 0
 
