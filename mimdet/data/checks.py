@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -320,8 +320,7 @@ class ImageFolder:
 
 
 def leaves_folder(name: str) -> bool:
-    path = PurePath(name)
-    return path.is_absolute() or ".." in path.parts
+    return os.path.isabs(name) or ".." in name.replace(os.sep, "/").split("/")
 
 
 def size_words(said: tuple[int, int], found: tuple[int, int]) -> str:

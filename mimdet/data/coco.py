@@ -139,7 +139,7 @@ def _row(image: ImageEntry, pairs: list[tuple[Read, Annotation]]) -> dict[str, A
     annotations = [annotation for _, annotation in pairs]
     left_out = [annotation.left_out for annotation in annotations if annotation.left_out]
     return {
-        "image_id": json.dumps(image.id),
+        "image_id": msgspec.json.encode(image.id).decode(),
         "file_name": image.file_name,
         "height": image.height,
         "width": image.width,

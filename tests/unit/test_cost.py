@@ -23,7 +23,8 @@ def by_hand(cfg: Config, h: int, w: int, kept: int) -> tuple[int, int]:
     )
     stem += places * dim * dim  # the 1x1 convolution
     encoder = b.depth * (12 * kept * dim**2 + 2 * kept**2 * dim)
-    decoder = kept * dim * own + places * dim * own  # embed, stem_proj
+    decoder = kept * dim * own  # embed
+    decoder += places * dim * own if b.decoder_fill == "stem" else 0  # its projection
     decoder += b.decoder_depth * (12 * places * own**2 + 2 * places**2 * own)
     c = d.channels
     sizes = [16 * places, 4 * places, places, places // 4]
@@ -57,10 +58,10 @@ def test_parameters_canvas_masks_and_a_baseline() -> None:
     assert cost_of(cfg, (64, 96)) == cost_of(cfg, (200, 100))  # the canvas is seen whole
     assert cost_of(cfg).size == (256, 256)
     cfg = PRESETS["tiny"]()
-    cfg.detector.masks, cfg.backbone.decoder_fill = False, "mask_token"
+    cfg.detector.masks, cfg.backbone.decoder_fill = False, "stem"
     other = cost_of(cfg, (64, 64))
     assert other.heads < cost.heads
-    assert cost.backbone_and_neck - other.backbone_and_neck == 16 * 128 * 96  # of 16 stem tokens
+    assert other.backbone_and_neck - cost.backbone_and_neck == 16 * 128 * 96  # of 16 stem tokens
     with pytest.raises(ValueError, match="samples no tokens"):
         cost_of(PRESETS["tiny_swin"](), (64, 64), 0.5)
 
@@ -77,7 +78,7 @@ def test_table() -> None:
     rows = [cost_of(PRESETS[name](), (256, 256)) for name in ("tiny", "tiny_swin")]
     table = cost_table(rows).splitlines()
     assert len(table) == 2 + 2 and all(line.count("|") == 8 for line in table)
-    assert table[2].startswith("| tiny | 2.02 | 1.97 | 256x256 | 1 | 0.548 | 1.43 |")
+    assert table[2].startswith("| tiny | 1.90 | 1.84 | 256x256 | 1 | 0.504 | 1.39 |")
 
 
 def test_kept_bytes_by_hand() -> None:
