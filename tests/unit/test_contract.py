@@ -98,7 +98,7 @@ def test_predictions_of_the_shipped_detector_are_the_same() -> None:
 
 
 def test_losses_of_a_training_are_the_same(tmp_path: Path) -> None:
-    """Ten steps of `tiny` as it was first, through everything a training goes through, in float64."""
+    """Ten steps of `tiny` as it was first, through all that a training goes through, in float64."""
     cfg = mimdet.presets.tiny()
     cfg.backbone.decoder_depth, cfg.backbone.decoder_fill = 2, "stem"
     cfg.training.precision, cfg.training.steps, cfg.training.threads = "fp64", STEPS, 1
