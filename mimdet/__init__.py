@@ -27,7 +27,7 @@ _NAMES_OF = {
     "analysis.evaluate": ("evaluate",),
     "analysis.errors": ("find_errors",),
     "analysis.comparison": ("compare_runs",),
-    "analysis.reliance": ("reliance", "linear_probe", "token_scale"),
+    "analysis.reliance": ("reliance", "linear_probe", "token_rank", "token_scale"),
     "training.pretrain": ("pretrain",),
     "experiments.experiment": ("experiment",),
     "viz.record": ("record",),

@@ -4,12 +4,13 @@
 
 MODEL: a run, a file of weights or the name of shipped ones. Of a detector: AP by size of object
 when parts of it are exchanged and when its encoder sees fewer tokens (`mimdet.reliance`). Of every
-MIMDet and autoencoder: the deviation of the tokens at the encoder's door, and how well a linear
-classifier tells the class of an object from tokens, with these weights and with random ones. Data
+MIMDet and autoencoder: the deviation of the tokens at the encoder's door, their effective rank, and
+how well a linear classifier tells the class of an object, with these and with random weights. Data
 are those of the detector's configuration, and ShapesCOCO for an autoencoder.
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ import mimdet
 from mimdet.analysis.reliance import (
     OF_A_MAE,
     OF_A_MIMDET,
+    Features,
     features_of,
     linear_probe,
     reliance,
+    token_rank,
     token_scale,
     untrained,
 )
@@ -52,19 +55,16 @@ def load(source: str) -> Detector | MAE:
             raise ValueError(f"{no_detector}; {no_autoencoder}") from None
 
 
-def probe(model: Detector | MAE, train: Any, test: Any) -> DataFrame:
-    """A row a place: accuracy x 100 with the model's weights and with random ones."""
-    fresh = untrained(model)
+def at_each_place(model: Detector | MAE, measure: Callable[[Features], float]) -> DataFrame:
+    """A row a place: what is measured there with the model's weights and with random ones."""
+    pair = {"these weights": model, "random weights": untrained(model)}
     places = OF_A_MAE if isinstance(model, MAE) else OF_A_MIMDET
     if isinstance(model, Detector) and not isinstance(model.backbone, MIMDetBackbone):
         places = ("c4",)
-    rows = {}
-    for place in places:
-        pair = {"these weights": model, "random weights": fresh}
-        rows[place] = {
-            name: 100 * linear_probe(features_of(one, place), train, test)
-            for name, one in pair.items()
-        }
+    rows = {
+        place: {name: measure(features_of(one, place)) for name, one in pair.items()}
+        for place in places
+    }
     return DataFrame.from_dict(rows, orient="index").rename_axis("tokens of")
 
 
@@ -91,15 +91,18 @@ def main() -> None:
         table = reliance(model, test)
         print(table.round(1).to_string(), end="\n\n")
         report |= {"about": table.attrs, "box_ap": table.round(2).to_dict("index")}
+    images = [test.image(i) for i in range(min(LOOKED_AT, len(test)))]
     if isinstance(model, MAE) or isinstance(model.backbone, MIMDetBackbone):
-        images = [test.image(i) for i in range(min(LOOKED_AT, len(test)))]
         scales = {"these weights": model, "random weights": untrained(model)}
         scale = DataFrame.from_dict(
             {name: token_scale(one, images) for name, one in scales.items()}, orient="index"
         ).rename_axis("deviation of")
         print(scale.round(2).to_string(), end="\n\n")
         report["token_scale"] = scale.round(3).to_dict("index")
-    accuracy = probe(model, train, test)
+    rank = at_each_place(model, lambda features: token_rank(features, images))
+    print(f"effective rank of tokens\n{rank.round(1).to_string()}", end="\n\n")
+    report["token_rank"] = rank.round(2).to_dict("index")
+    accuracy = at_each_place(model, lambda features: 100 * linear_probe(features, train, test))
     print(f"classes of objects told from tokens, % of {len(test)} held-out images")
     print(accuracy.round(1).to_string())
     report["probe"] = accuracy.round(2).to_dict("index")

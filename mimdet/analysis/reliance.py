@@ -3,7 +3,7 @@
 `reliance`: AP when a part of what the model computes is exchanged, and when its encoder sees fewer
 tokens. What can be exchanged without loss is not used. `linear_probe`: how well a linear classifier
 tells the classes of objects from tokens. `token_scale`: how large the tokens are that enter the
-encoder, beside their positions.
+encoder, beside their positions. `token_rank`: in how many directions tokens vary.
 """
 
 import math
@@ -341,6 +341,20 @@ def token_scale(model: Detector | MAE, images: Sequence[Any]) -> dict[str, float
         for name, values in zip(parts, (tokens, positions, tokens + positions), strict=True):
             parts[name].append(values.flatten().float())
     return {name: float(torch.cat(values).std()) for name, values in parts.items()}
+
+
+@torch.no_grad()
+def token_rank(features: Features, images: Sequence[Any]) -> float:
+    """In how many directions tokens vary, 1..C: their effective rank (Roy & Vetterli, 2007).
+
+    The exponential of the entropy of the shares that the principal directions have in the variance
+    over images and places. 1: every token is one vector times a number. images: as `token_scale`.
+    """
+    found = [features.tokens([features.resize(to_rgb(image))]).flatten(2)[0] for image in images]
+    tokens = torch.cat(found, dim=1).double().cpu()  # (C, N)
+    shares = torch.linalg.eigvalsh(torch.cov(tokens)).clamp(min=0)
+    shares = shares[shares > 0] / shares.sum()
+    return float(torch.exp(-(shares * shares.log()).sum()))
 
 
 # ------------------------------------------------------------------------------- linear probe

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import pandas as pd
@@ -25,6 +26,7 @@ from mimdet.analysis.reliance import (
     object_tokens,
     reliance,
     share,
+    token_rank,
     token_scale,
     tokens_inside,
     untrained,
@@ -295,6 +297,18 @@ def test_scale_by_hand(model, images):
         token_scale(resnet, images[:1])
 
 
+@pytest.mark.parametrize("directions", [1, 2, 4])
+def test_the_rank_of_tokens_that_lie_in_a_few_directions(directions):
+    """With equal variance in each of them the effective rank is their number."""
+    corners = torch.tensor(list(product((-1.0, 1.0), repeat=directions)))  # uncorrelated
+    basis = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0))).Q
+    tokens = (5 + corners @ basis[:directions]).T  # (8, 2 ** directions)
+    maps = iter(tokens.tensor_split(2, dim=1))  # two images
+    features = Features(Resize(16), lambda images: next(maps)[None, :, None])
+    image = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    assert token_rank(features, [image, image]) == pytest.approx(directions, rel=1e-5)
+
+
 @pytest.fixture
 def mae() -> MAE:
     return MAE(64, 16, 32, 2, 2, decoder_dim=32, decoder_depth=1, decoder_heads=2).eval()
@@ -463,7 +477,7 @@ def test_one_command_makes_the_tables(monkeypatch, tmp_path, capsys):
     command = "python tools/measure_reliance.py detector.safetensors --scenes 3"
     assert report["command"] == command and report["about"]["images"] == 3
     assert set(report["box_ap"]["one token"]) == set(COLUMNS)
-    assert list(report["probe"]) == ["stem", "encoder", "c4"]
+    assert list(report["probe"]) == list(report["token_rank"]) == ["stem", "encoder", "c4"]
     assert "c4: another" in capsys.readouterr().out
     with arguments(monkeypatch, "nothing"), pytest.raises(ValueError, match="nothing is neither"):
         measure_reliance.main()
