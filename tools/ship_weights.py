@@ -1,8 +1,8 @@
-"""Make mimdet/pretrained from three runs: float16 weights, and a card with their numbers.
+"""Make mimdet/pretrained from runs: float16 weights, and a card with their numbers.
 
     python tools/ship_weights.py --mae runs/tiny_mae --detector runs/tiny --scratch runs/scratch
 
-AP is measured on the float16 file itself, as a user loads it.
+What is left out stays as it is. AP is measured on the float16 file itself, as a user loads it.
 """
 
 import argparse
@@ -21,18 +21,13 @@ from mimdet.training.run import MetricsFile, load_detector
 FOLDER = Path(mimdet.__file__).parent / "pretrained"
 SCENES = 200
 TWO = "torchrun --nproc-per-node 2 -m mimdet"
-FIRST_RECIPE = (  # what `tiny` was when these were trained
-    "--batch-size 2 --accumulate 2 --learning-rate 3e-3 --rate-multiplier 1 --betas 0.9 0.999 "
-    "--detections-per-image 100"
-)
+LENGTH = "--steps 3600 --evaluate-every-steps 1200 --precision bf16"
 COMMANDS = {
     "tiny_mae": f"{TWO} pretrain tiny_mae runs/tiny_mae",
-    "tiny": f"{TWO} train tiny runs/tiny --init-from runs/tiny_mae --steps 3600 "
-    f"--evaluate-every-steps 1200 {FIRST_RECIPE}",
-    "tiny_scratch": f"{TWO} train tiny runs/scratch --steps 3657 --evaluate-every-steps 1829 "
-    f"{FIRST_RECIPE}",
+    "tiny": f"mimdet train tiny runs/tiny --init-from tiny_mae {LENGTH}",
+    "tiny_scratch": f"mimdet train tiny runs/scratch {LENGTH}",
 }
-
+HARDWARE = {False: "1 CPU core (AMD EPYC)", True: "2 CPU cores (AMD EPYC), 2 processes of 1 thread"}
 
 WHAT = {
     "tiny_mae": "Masked autoencoder (preset `tiny_mae`): `mimdet.load_mae_model('tiny_mae')`, or "
@@ -40,7 +35,7 @@ WHAT = {
     "colours. It knows drawn shapes and nothing else.",
     "tiny": "Detector (preset `tiny`) that started from `tiny_mae`: "
     "`mimdet.load_detector('tiny')`.",
-    "tiny_scratch": "The same detector from random weights, at about the same length: "
+    "tiny_scratch": "The same detector from random weights, at the same length: "
     "`mimdet.load_detector('tiny_scratch')`.",
 }
 HEAD = """# Weights that come with the package
@@ -76,7 +71,7 @@ def card(name: str, run: Path, numbers: dict[str, Any]) -> dict[str, Any]:
         "data": environment["data"],
         "images_seen": sum(row["images"] for row in steps),
         "training_minutes": round(median(seconds) * len(seconds) / 60, 1),  # pauses left out
-        "hardware": "2 CPU cores (AMD EPYC), 2 processes of 1 thread",
+        "hardware": HARDWARE[COMMANDS[name].startswith(TWO)],
         "versions": {key: environment[key] for key in ("mimdet", "git", "torch", "timm")},
         "bytes": path.stat().st_size,
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -87,18 +82,19 @@ def card(name: str, run: Path, numbers: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for option in ("--mae", "--detector", "--scratch"):
-        parser.add_argument(option, type=Path, required=True)
+        parser.add_argument(option, type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     FOLDER.mkdir(exist_ok=True)
-    cards = {}
-
-    mae = mimdet.load_mae_model(options.mae / "mae.safetensors")
-    mimdet.save_mae(mae, FOLDER / "tiny_mae.safetensors", half=True)
-    loss = read_json(options.mae / "eval.json")["held_out"]["loss"]
-    cards["tiny_mae"] = card("tiny_mae", options.mae, {"held_out_loss": round(loss, 4)})
-
+    cards = read_json(FOLDER / "cards.json")
+    if options.mae:
+        mae = mimdet.load_mae_model(options.mae / "mae.safetensors")
+        mimdet.save_mae(mae, FOLDER / "tiny_mae.safetensors", half=True)
+        loss = read_json(options.mae / "eval.json")["held_out"]["loss"]
+        cards["tiny_mae"] = card("tiny_mae", options.mae, {"held_out_loss": round(loss, 4)})
     for name, run in (("tiny", options.detector), ("tiny_scratch", options.scratch)):
+        if not run:
+            continue
         mimdet.save_detector(load_detector(run), FOLDER / f"{name}.safetensors", half=True)
         model = mimdet.load_detector(name)
         cfg = model.config.data
