@@ -192,9 +192,9 @@ random weights or a small autoencoder the encoder is passed by. The paper's mode
 epochs on ImageNet; whether theirs is used in version 2 can be measured with the released weights
 (`python tools/measure_reliance.py FILE`). Small objects live on the stem alone with either.
 
-**What the encoder does is little all the same.** Tokens of `tiny` and of its autoencoder vary in few
-directions (effective rank, of 128; c4: of 96), and a linear classifier tells the class of an object
-from the mean token inside its mask in {probe_words(probes["tiny_mae"]["encoder"])} after the
+**What its tokens hold is little all the same.** They vary in few directions (effective rank, of
+128; c4: of 96), and a linear classifier tells the class of an object from the mean token inside its
+mask in {probe_words(probes["tiny_mae"]["encoder"])} after the
 encoder of `tiny_mae`, in {probe_words(probes["tiny"]["encoder"])} after that of `tiny`, in
 {probe_words(probes["tiny"]["c4"])} from c4:
 
@@ -210,8 +210,9 @@ directions, at lower AP after as many steps (`rates.json`, 400 steps, one seed):
 |---|---|---|---|---|
 {chr(10).join(rate_row(row) for row in rates["rows"])}
 
-**And the autoencoder gives the detector little**: after 14,400 scenes {cards["tiny"]["box_ap"]:.1f} \
-box AP from `tiny_mae`, {cards["tiny_scratch"]["box_ap"]:.1f} from random weights, one seed each.
+**And the autoencoder gives the detector little**: after {cards["tiny"]["images_seen"]:,} scenes \
+{cards["tiny"]["box_ap"]:.1f} box AP from `tiny_mae`, {cards["tiny_scratch"]["box_ap"]:.1f} from \
+random weights, one seed each.
 
 From random weights the encoder learns late. In an earlier recipe, with one learning rate for all
 parts, it once gave every token the same output: the detector lived on the stem's tokens at places
