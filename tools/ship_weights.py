@@ -1,6 +1,6 @@
 """Make mimdet/pretrained from runs: float16 weights, and a card with their numbers.
 
-    python tools/ship_weights.py --mae runs/tiny_mae --detector runs/tiny --scratch runs/scratch
+    python tools/ship_weights.py --mae runs/tiny_mae --detector runs/tiny --from-mae runs/from_mae
 
 What is left out stays as it is. AP is measured on the float16 file itself, as a user loads it.
 """
@@ -24,8 +24,8 @@ TWO = "torchrun --nproc-per-node 2 -m mimdet"
 LENGTH = "--steps 3600 --evaluate-every-steps 1200 --precision bf16"
 COMMANDS = {
     "tiny_mae": f"{TWO} pretrain tiny_mae runs/tiny_mae",
-    "tiny": f"mimdet train tiny runs/tiny --init-from tiny_mae {LENGTH}",
-    "tiny_scratch": f"mimdet train tiny runs/scratch {LENGTH}",
+    "tiny": f"mimdet train tiny runs/tiny {LENGTH}",
+    "tiny_from_mae": f"mimdet train tiny runs/from_mae --init-from tiny_mae {LENGTH}",
 }
 HARDWARE = {False: "1 CPU core (AMD EPYC)", True: "2 CPU cores (AMD EPYC), 2 processes of 1 thread"}
 
@@ -33,10 +33,9 @@ WHAT = {
     "tiny_mae": "Masked autoencoder (preset `tiny_mae`): `mimdet.load_mae_model('tiny_mae')`, or "
     "`--init-from tiny_mae`. Trained on plain pixels, so its reconstructions have the right "
     "colours. It knows drawn shapes and nothing else.",
-    "tiny": "Detector (preset `tiny`) that started from `tiny_mae`: "
-    "`mimdet.load_detector('tiny')`.",
-    "tiny_scratch": "The same detector from random weights, at the same length: "
-    "`mimdet.load_detector('tiny_scratch')`.",
+    "tiny": "Detector (preset `tiny`) from random weights: `mimdet.load_detector('tiny')`.",
+    "tiny_from_mae": "The same detector, but that it started from `tiny_mae`: "
+    "`mimdet.load_detector('tiny_from_mae')`.",
 }
 HEAD = """# Weights that come with the package
 
@@ -81,7 +80,7 @@ def card(name: str, run: Path, numbers: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    for option in ("--mae", "--detector", "--scratch"):
+    for option in ("--mae", "--detector", "--from-mae"):
         parser.add_argument(option, type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -92,7 +91,7 @@ def main() -> None:
         mimdet.save_mae(mae, FOLDER / "tiny_mae.safetensors", half=True)
         loss = read_json(options.mae / "eval.json")["held_out"]["loss"]
         cards["tiny_mae"] = card("tiny_mae", options.mae, {"held_out_loss": round(loss, 4)})
-    for name, run in (("tiny", options.detector), ("tiny_scratch", options.scratch)):
+    for name, run in (("tiny", options.detector), ("tiny_from_mae", options.from_mae)):
         if not run:
             continue
         mimdet.save_detector(load_detector(run), FOLDER / f"{name}.safetensors", half=True)

@@ -110,7 +110,7 @@ PANELS: dict[str, tuple[str, dict[str, Act]]] = {
         },
     ),
     "pyramid_viewer": (
-        'viz.PyramidViewer({"trained": model, "scratch": mimdet.load_detector("tiny_scratch")})',
+        'viz.PyramidViewer({"trained": model, "from mae": mimdet.load_detector("tiny_from_mae")})',
         {
             "image": lambda n: n.choose("mimdet-pyramid-image", 1),
             "level": lambda n: n.choose("mimdet-pyramid-level", 3),

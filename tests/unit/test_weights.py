@@ -360,7 +360,7 @@ def test_files_are_small_and_those_of_the_cards() -> None:
         assert digest in (SHIPPED / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny_scratch"])
+@pytest.mark.parametrize("name", ["tiny", "tiny_from_mae"])
 def test_ap_is_that_of_the_card(name: str) -> None:
     """On other machines sums are rounded otherwise, so a few detections near a threshold differ."""
     model = mimdet.load_detector(name)
@@ -369,7 +369,7 @@ def test_ap_is_that_of_the_card(name: str) -> None:
     assert 100 * result.mask["AP"] == pytest.approx(CARDS[name]["mask_ap"], abs=0.5)
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny_scratch"])
+@pytest.mark.parametrize("name", ["tiny", "tiny_from_mae"])
 def test_the_encoder_tells_tokens_apart(name: str) -> None:
     """In a training that goes wrong it gives every token the same output; the detector then lives
     on the stem's tokens at places that were not sampled, and falls at ratio 1."""
