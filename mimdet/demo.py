@@ -39,13 +39,12 @@ def demo(
     steps: int = 0,
     scenes: int = 200,
     seed: int = 0,
-    init_from: str = "tiny_mae",
+    init_from: str = "random",
 ) -> None:
     """Train a small MIMDet on drawn scenes; its AP at three sample ratios, its detections.
 
-    It starts from the masked autoencoder that comes with the package. Everything is drawn and
-    trained on this machine; nothing is downloaded. Run it again to resume an interrupted demo, or
-    with other --minutes to train longer.
+    Everything is drawn and trained on this machine; nothing is downloaded. Run it again to resume
+    an interrupted demo, or with other --minutes to train longer.
 
     Args:
         minutes: Time for everything, from drawing scenes to figures, on an idle machine.
@@ -55,7 +54,8 @@ def demo(
         steps: Train exactly this many steps instead of measuring what fits into the time.
         scenes: Held-out scenes to evaluate on.
         seed: Of the scenes and of the first weights.
-        init_from: Weights to start from; `random` for none.
+        init_from: Weights to start from: `random`, or `tiny_mae`, the autoencoder that comes with
+            the package.
     """
     from mimdet.training.run import Run
 
@@ -108,7 +108,7 @@ def show_shipped(folder: Path) -> None:
     data = model.config.data
     scenes = ShapesCOCO(data.shapes_level, data.shapes_size, 8, "val")
     save_pictures(folder, detections=detections_beside_truth(model, scenes))
-    print("Now yours, from the autoencoder that comes with it, or as --init-from says:")
+    print("Now yours:")
 
 
 def steps_that_fit(seconds: float, cfg: Config) -> int:

@@ -361,12 +361,16 @@ def test_files_are_small_and_those_of_the_cards() -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_from_mae"])
-def test_ap_is_that_of_the_card(name: str) -> None:
+def test_ap_is_that_of_the_card_and_falls_with_the_tokens(name: str) -> None:
     """On other machines sums are rounded otherwise, so a few detections near a threshold differ."""
     model = mimdet.load_detector(name)
-    result = mimdet.evaluate(model, ShapesCOCO("shapes-v1-medium", 128, 200, "val"))
+    scenes = ShapesCOCO("shapes-v1-medium", 128, 200, "val")
+    result = mimdet.evaluate(model, scenes)
     assert 100 * result.box["AP"] == pytest.approx(CARDS[name]["box_ap"], abs=0.5)
     assert 100 * result.mask["AP"] == pytest.approx(CARDS[name]["mask_ap"], abs=0.5)
+    one_token = mimdet.evaluate(model, scenes, sample_ratio=1e-6)  # the encoder is used
+    lost = {size: result.box[size] - one_token.box[size] for size in ("AP", "AP_large")}
+    assert lost["AP_large"] > 0.14 and lost["AP"] > (0.1 if name == "tiny" else 0.05)
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_from_mae"])
