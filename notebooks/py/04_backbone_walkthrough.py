@@ -205,13 +205,25 @@ check("encoder output", off < 1e-5, "the last LayerNorm is MAE's")
 # ## 7 · The decoder sees all of them again
 #
 # Encoded tokens go through one matrix to the decoder's width and back to their places (*scatter* is
-# assignment). The other places are filled with the **stem's own tokens**, without positions, passed
-# through a second matrix: that is version 2 of the paper. Then the decoder's positions, its blocks
-# (four of MAE's eight in ViT-B), a LayerNorm, and the list is a map again: c4.
+# assignment). The other places need a *fill*. In version 1 of the paper, and in `tiny`, it is MAE's
+# mask token, one learned vector for all of them; in version 2, and in the released ViT-B, the
+# **stem's own tokens**, without positions, passed through a second matrix. Then the decoder's
+# positions, its blocks (one in `tiny`, four of MAE's eight in ViT-B), a LayerNorm, and the list is
+# a map again: c4.
+
+# %%
+version = {"mask_token": 1, "stem": 2}[model.config.backbone.decoder_fill]
+with torch.no_grad():
+    if version == 1:
+        filled = decoder.fill.token[0].repeat(L, 1)  # (1, C) -> (L, C)
+    else:
+        filled = flat[0] @ decoder.fill.proj.weight.T + decoder.fill.proj.bias  # (L, C)
+    off = largest_difference(filled, decoder.fill(flat)[0])
+check(f"the fill of version {version}", off < 1e-5)
 
 # %%
 with torch.no_grad():
-    x = flat[0] @ decoder.fill.proj.weight.T + decoder.fill.proj.bias  # fill: (L, C)
+    x = filled.clone()
     x[keep] = encoded @ decoder.embed.weight.T + decoder.embed.bias  # scatter: K of L rows
     x = x + resize_table(decoder.pos_embed, (h, w))[0]
     for number, block in enumerate(decoder.blocks):
@@ -263,10 +275,10 @@ show_pyramid(canvas, {level: levels[level][0] for level in sorted(levels)})
 #
 # ## 9 · At ratio 1 the fill does nothing
 #
-# Version 1 of the paper filled dropped places with MAE's mask token, version 2 with stem tokens. At
-# ratio 1 nothing is dropped, so both must agree *exactly*, whatever the fill's weights. One trap:
-# the kit never samples **padding**, so on a padded canvas the fill still stands in for it, and the
-# decoder attends to it. The original's rule, `keep="padded"`, encodes padding as well.
+# Give the detector the other version's fill, with random weights. At ratio 1 nothing is dropped, so
+# both must agree *exactly*. One trap: the kit never samples **padding**, so on a padded canvas the
+# fill still stands in for it, and the decoder attends to it. The original's rule, `keep="padded"`,
+# encodes padding as well.
 
 # %%
 import copy
@@ -276,11 +288,11 @@ from mimdet import Sample
 from mimdet.models.sampling import token_grid
 
 cfg = copy.deepcopy(model.config)
-cfg.backbone.decoder_fill = "mask_token"
-torch.manual_seed(SEED)  # of the one new tensor, the mask token: random, never trained
-version1 = mimdet.build_detector(cfg).eval()
-report = version1.load_state_dict(model.state_dict(), strict=False)
-print("new in version 1:", report.missing_keys, "| gone:", report.unexpected_keys)
+cfg.backbone.decoder_fill = "stem" if version == 1 else "mask_token"
+torch.manual_seed(SEED)  # of the other fill: random, never trained
+other = mimdet.build_detector(cfg).eval()
+report = other.load_state_dict(model.state_dict(), strict=False)
+print(f"new in version {3 - version}:", report.missing_keys, "| gone:", report.unexpected_keys)
 square = model.batch([image[:, : height // 32 * 32, : width // 32 * 32]])
 check("nothing to pad here", square.tensors.shape[2:] == torch.Size(square.image_sizes[0]))
 
@@ -295,11 +307,11 @@ cases = {
 # %%
 for name, (images, ratio, keep) in cases.items():
     c4 = []
-    for version in (model, version1):
+    for of_version in (model, other):
         seeds = [torch.Generator().manual_seed(SEED)]
         with torch.inference_mode():
-            both = version.features(images, mimdet.Sampling(ratio, keep, generators=seeds))
-        c4.append(both["c4"][:, :, :own_h, :own_w])
+            made = of_version.features(images, mimdet.Sampling(ratio, keep, generators=seeds))
+        c4.append(made["c4"][:, :, :own_h, :own_w])
     moved, equal = float((c4[0] - c4[1]).norm() / c4[0].norm()), torch.equal(*c4)
     full = math.prod(token_grid(*images.image_sizes[0])) * 256 == images.tensors[0, 0].numel()
     must = ratio == 1 and (full or keep == "padded")
@@ -307,9 +319,9 @@ for name, (images, ratio, keep) in cases.items():
 
 # %% [markdown]
 # So the published evaluation computes the same in versions 1 and 2; they differ through training
-# alone. In the paper's repository three things changed together: the fill, the size of
-# the stored position grid, and for ViT-L the learning rate. The gain of 0.2 AP (51.5 to 51.7 for
-# ViT-B) cannot be pinned on one of them.
+# alone (notebook 05 shows how much that can be in a small detector). In the paper's repository
+# three things changed together: the fill, the size of the stored position grid, and for ViT-L the
+# learning rate. The gain of 0.2 AP (51.5 to 51.7 for ViT-B) cannot be pinned on one of them.
 #
 # ## 10 · Parameters of ViT-B, by hand
 #
@@ -329,11 +341,12 @@ def blocks(width, count):
     return count * (12 * width**2 + 13 * width)
 
 
-def backbone_by_hand(D, depth, C=512, decoder_depth=4, grid=50):
+def backbone_by_hand(D, depth, C=512, decoder_depth=4, grid=50, version=2):
     widths = [(3, D // 8), (D // 8, D // 4), (D // 4, D // 2), (D // 2, D)]
     stem = sum(9 * a * b + 2 * b for a, b in widths) + linear(D, D)
     encoder = (1 + grid**2) * D + blocks(D, depth) + 2 * D  # + 1: the class token's row is stored
-    decoder = 2 * linear(D, C) + (1 + grid**2) * C + blocks(C, decoder_depth) + 2 * C
+    fill = C if version == 1 else linear(D, C)  # one vector, or a matrix
+    decoder = linear(D, C) + fill + (1 + grid**2) * C + blocks(C, decoder_depth) + 2 * C
     return {"stem": stem, "encoder": encoder, "decoder": decoder}
 
 
@@ -372,13 +385,17 @@ check(f"MIMDet ViT-B: {total:,}", total == count(base) == 127_954_768, "publishe
 # %% [markdown]
 # Two thirds of them are the encoder's. The fixed position tables (3.2 M) are in the count although
 # they are never trained. Version 1 has a mask token of 512 numbers in place of a matrix of $768
-# \cdot 512 + 512$:
+# \cdot 512 + 512$. And the backbone that you have walked through:
 
 # %%
-first_version = total - linear(D, C) + C
+first_version = sum((backbone_by_hand(D, depth, version=1) | heads_by_hand(D)).values())
 with torch.device("meta"):
     v1 = count(mimdet.build_detector(mimdet.presets.mimdet_v1_base()))
 check(f"version 1: {first_version:,}", first_version == v1 == 127_561_552)
+cfg = model.config.backbone
+numbers = (cfg.embed_dim, cfg.depth, cfg.decoder_dim, cfg.decoder_depth, cfg.position_grid)
+walked = sum(backbone_by_hand(*numbers, version).values())
+check(f"{model.config.preset}, backbone: {walked:,}", walked == count(model.backbone))
 
 # %% [markdown]
 # ## 11 · Multiply-adds, by hand and counted
@@ -470,7 +487,7 @@ check("at ratio 1 the seed does nothing", torch.allclose(dial.found.boxes, once,
 # - From pixels to p6 there is nothing but matrix products, norms, GELU, softmax and indexing.
 # - The encoder sees K tokens; *scatter* and the fill make the grid whole again; c4 is the decoder's
 #   output and c5 its 2 × 2 maximum.
-# - At ratio 1 and without padding the fill has no effect, bit for bit.
+# - At ratio 1 and without padding the fill has no effect, bit for bit; in training it has.
 # - 127,954,768 parameters, two thirds of them in the encoder.
 # - Sampling a quarter cuts the encoder to a sixth, the detector to a half.
 #
@@ -523,7 +540,7 @@ check(
 check("equal there", 2 * most**2 * D == 12 * D**2 * most)
 
 # %% tags=["solution"]
-# 5. Most at its own place, where the stem's token now stands, and a little everywhere.
+# 5. Most at its own place, where the fill now stands, and a little everywhere.
 less = Sample([seen.sample.keep[0][1:]], seen.sample.grid)
 gone = int(seen.sample.keep[0][0])
 with torch.inference_mode():
