@@ -196,9 +196,9 @@ check("a quarter of the tokens", saved < 0.07, f"leaves {saved:.3f} of the compa
 #
 # ### The decoder sees every place
 #
-# At unsampled places the decoder finds the stem's own tokens (`mimdet/models/vit.py`). So any place
-# may be the query there, sampled or not. Does it matter to the decoder which tokens come from the
-# encoder?
+# At unsampled places the decoder of `tiny` finds the mask token, one learned vector for all of them,
+# and that of the released ViT-B the stem's own tokens (`mimdet/models/vit.py`). So any place may be
+# the query there, sampled or not. Does it matter to the decoder which tokens come from the encoder?
 
 # %%
 quarter = looks[0.25]
@@ -230,7 +230,54 @@ check("the decoder has", quarter.row(decoder_blocks[0], unseen).shape[1] == h * 
 # the ratio of evaluation is not that of training: at ratio 1 there is only one kind. The picture
 # shows a query that was not sampled.
 #
-# ## 5 · No windows
+# ## 5 · When the transformer matters, and when not
+#
+# A map shows what is mixed with what. It does not show that anything depends on it. To learn that,
+# *exchange* what the encoder returns, and see what is lost: here every token becomes the mean of
+# all of them, so that they no longer say anything about their place.
+
+# %%
+from mimdet.analysis.reliance import altered
+from mimdet.viz import show_detections
+
+picture = pictures.images[min(2, len(pictures.images) - 1)]
+found = [mimdet.predict(model, picture)]
+with altered(model, "encoder", "mean"):
+    found.append(mimdet.predict(model, picture))
+show_detections([picture] * 2, found, None, pictures.categories, score_threshold=0.5)
+
+# %% [markdown]
+# Left as it is, right without its encoder. On 200 held-out scenes, by size of object, with
+# `mimdet.reliance`; first `tiny`, then an earlier detector with the fill of the paper's version 2
+# (the stem's tokens at unsampled places) and two decoder blocks, trained on the same scenes:
+
+# %%
+from mimdet.files import read_json
+from mimdet.viz import show_reliance
+from pandas import DataFrame
+
+ways = ["one token", "25 % of tokens", "all tokens", "c4: mean", "encoder: mean"]
+ap = {}
+for which in ("tiny", "first_tiny"):
+    stored = read_json(f"results/reliance_{which}.json")
+    ap[which] = DataFrame.from_dict(stored["box_ap"], orient="index").loc[ways]
+    display(show_reliance(ap[which]))
+
+# %%
+for which, table in ap.items():
+    lost = table.loc["all tokens"] - table  # a row a way
+    spared = lost.AP_small.abs().max() < 5
+    check(f"{which}: small objects hardly need it", spared, "they live on the stem's c2 and c3")
+    alone = lost.loc["encoder: mean"].AP_large
+    check(f"{which}: large ones lose {alone:.0f} AP without the encoder's tokens", alone > 10)
+needs = {which: table.AP["all tokens"] - table.AP["one token"] for which, table in ap.items()}
+check("one token is not enough for tiny", needs["tiny"] > 5, f"{needs['tiny']:.1f} AP less")
+check("it was for the earlier one", needs["first_tiny"] < 1, "its stem's tokens did as well")
+
+# %% [markdown]
+# TEXT
+#
+# ## 6 · No windows
 #
 # A detector's image has many more tokens than an image in pre-training: at 1024 pixels 4,096, not
 # the 49 that a MAE's encoder sees at 224 (a quarter of 14 × 14). Comparing all with all is
@@ -269,7 +316,7 @@ check("global heads", held.min() < 0.5, "at least one head looks mostly outside 
 # that is trained with them learns to live with them. It says that *these* weights, which learnt to
 # look anywhere, could not simply be used with windows.
 #
-# ## 6 · What the maps cost
+# ## 7 · What the maps cost
 #
 # A map has N² numbers a head and block. All of them together, in float32, for a ViT-B encoder (12
 # blocks of 12 heads) and the decoder of MIMDet (4 blocks of 16 heads, always on all tokens):
@@ -302,7 +349,7 @@ rows = [torch.equal(row_only.row(b, place), quarter.row(b, place)) for b in bloc
 check("the same numbers", all(rows), "one row needs no other row")
 
 # %% [markdown]
-# ## 7 · Rollout: through all blocks
+# ## 8 · Rollout: through all blocks
 #
 # After the first block a token is already a mixture, so the second block's map says what it takes
 # from *mixtures*. *Rollout* (Abnar and Zuidema, 2020) follows them back to the image: with $A_b$
@@ -328,7 +375,7 @@ check("something of itself stays", stays, f"half of it in each of {len(blocks)} 
 #
 # **Try:** `looks[0.25]`. What reaches the query when three quarters of the picture are missing?
 #
-# ## 8 · Explore
+# ## 9 · Explore
 #
 # Click a patch of either picture, or walk with the arrow keys. Part, block, head, rollout, ratio
 # and seed do what the sections above did. Click a grey token in the encoder, then switch to the
@@ -355,7 +402,8 @@ check("the decoder answers", "Decoder" in explorer.status.value, "it sees every 
 # - The encoder attends among the sampled tokens, K × K; the decoder on the full grid.
 # - Keeping a quarter of the tokens costs what windows cost, and attention stays global.
 # - Maps grow with N²: record one query, or one block, of a large model.
-# - Look at many queries, and at numbers, before believing a picture.
+# - Look at many queries, and at numbers, before believing a picture. Whether a detector *needs* what
+#   it mixes is another question: exchange it, and measure (`mimdet.reliance`).
 #
 # ## Exercises
 #
