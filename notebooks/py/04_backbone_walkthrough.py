@@ -267,8 +267,8 @@ canvas = F.pad(image, (0, W - width, 0, H - height))
 show_pyramid(canvas, {level: levels[level][0] for level in sorted(levels)})
 
 # %% [markdown]
-# Look at the lower and the right border: to a convolution the edge of the padding is an edge like
-# any other, and here the strongest one.
+# Look at the lower and the right border of p2: to a convolution the edge of the padding is an edge
+# like any other.
 #
 # From here on it is an ordinary Mask R-CNN: proposals on p2 to p6, boxes and masks pooled from p2
 # to p5 (`mimdet/models/detector.py` reads top-down).
