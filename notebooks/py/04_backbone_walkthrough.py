@@ -14,7 +14,7 @@
 # | needs | nothing but the kit | `mimdet download mimdet-base`, COCO in `MIMDET_COCO` |
 #
 # Letters: B images, L tokens of the full grid, K kept ones, D width of the encoder, C of the
-# decoder. A step is right when the largest difference is below 10⁻⁵ of the largest value.
+# decoder. A step is right when the largest difference is below 10⁻⁴ of the largest value.
 
 # %% tags=["parameters"]
 MODE = "quick"  # "full": the released ViT-B and COCO
@@ -106,7 +106,7 @@ del maps["c1"], maps["c4"]  # stride 2 is used by nobody; stride 16 is not finis
 recorded = seen["backbone.stem"]
 for level, ours in {**maps, "tokens": tokens}.items():
     off = largest_difference(ours, getattr(recorded, level))
-    check(f"{level} {tuple(ours.shape)} by hand", off < 1e-5, "equal up to rounding")
+    check(f"{level} {tuple(ours.shape)} by hand", off < 1e-4, "equal up to rounding")
 
 # %% [markdown]
 # ## 4 · Tokens: flatten, add positions
@@ -196,10 +196,10 @@ with torch.no_grad():
     for number, block in enumerate(encoder.blocks):
         x = block_by_hand(block, x)
         off = largest_difference(x, seen[f"backbone.encoder.blocks.{number}"][0])
-        check(f"encoder block {number}", off < 1e-5, f"{tuple(x.shape)}")
+        check(f"encoder block {number}", off < 1e-4, f"{tuple(x.shape)}")
     encoded = layer_norm(x, encoder.norm)
 off = largest_difference(encoded, seen["backbone.encoder"][0])
-check("encoder output", off < 1e-5, "the last LayerNorm is MAE's")
+check("encoder output", off < 1e-4, "the last LayerNorm is MAE's")
 
 # %% [markdown]
 # ## 7 · The decoder sees all of them again
@@ -219,7 +219,7 @@ with torch.no_grad():
     else:
         filled = flat[0] @ decoder.fill.proj.weight.T + decoder.fill.proj.bias  # (L, C)
     off = largest_difference(filled, decoder.fill(flat)[0])
-check(f"the fill of version {version}", off < 1e-5)
+check(f"the fill of version {version}", off < 1e-4)
 
 # %%
 with torch.no_grad():
@@ -229,12 +229,12 @@ with torch.no_grad():
     for number, block in enumerate(decoder.blocks):
         x = block_by_hand(block, x)
         off = largest_difference(x, seen[f"backbone.decoder.blocks.{number}"][0])
-        check(f"decoder block {number}", off < 1e-5, f"{tuple(x.shape)}")
+        check(f"decoder block {number}", off < 1e-4, f"{tuple(x.shape)}")
     maps["c4"] = layer_norm(x, decoder.norm).T.unflatten(1, (h, w))[None]  # (L, C) -> (1, C, h, w)
     maps["c5"] = maps["c4"].unflatten(2, (h // 2, 2)).unflatten(4, (w // 2, 2)).amax(dim=(3, 5))
 for level in ("c4", "c5"):
     off = largest_difference(maps[level], seen["backbone"][level])
-    check(f"{level} {tuple(maps[level].shape)}", off < 1e-5, "c5 is the largest of 2 x 2 places")
+    check(f"{level} {tuple(maps[level].shape)}", off < 1e-4, "c5 is the largest of 2 x 2 places")
 
 # %% [markdown]
 # ## 8 · The neck: five levels of equal width
@@ -258,7 +258,7 @@ with torch.no_grad():
     levels["p6"] = levels["p5"][:, :, ::2, ::2]
 for level in sorted(levels):
     off = largest_difference(levels[level], seen["neck"][level])
-    check(f"{level} {tuple(levels[level].shape)}", off < 1e-5)
+    check(f"{level} {tuple(levels[level].shape)}", off < 1e-4)
 
 # %%
 from mimdet.viz import show_pyramid
@@ -268,7 +268,7 @@ show_pyramid(canvas, {level: levels[level][0] for level in sorted(levels)})
 
 # %% [markdown]
 # Look at the lower and the right border of p2: to a convolution the edge of the padding is an edge
-# like any other.
+# like any other. In quick mode p4 is speckled: half of its places held the mask token.
 #
 # From here on it is an ordinary Mask R-CNN: proposals on p2 to p6, boxes and masks pooled from p2
 # to p5 (`mimdet/models/detector.py` reads top-down).
@@ -520,8 +520,8 @@ shuffled = Sample([seen.sample.keep[0][order]], seen.sample.grid)
 with torch.inference_mode():
     rows = encoder(flat, shuffled)
     mixed = decoder(rows, shuffled, flat)
-check("rows are shuffled alike", largest_difference(rows[0], encoded[order]) < 1e-5)
-check("c4 is the same", largest_difference(mixed, maps["c4"]) < 1e-5, "no order, only places")
+check("rows are shuffled alike", largest_difference(rows[0], encoded[order]) < 1e-4)
+check("c4 is the same", largest_difference(mixed, maps["c4"]) < 1e-4, "no order, only places")
 
 # %% tags=["solution"]
 # 3. The same functions with other numbers.

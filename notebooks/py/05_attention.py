@@ -145,28 +145,38 @@ print(f"equal shares: {h * w} tokens, distance {apart.mean():.1f}")
 
 # %% [markdown]
 # In quick mode no head of this small model looks mainly at its neighbours: the distances are about
-# those of equal shares. Some heads pick a few tokens, others spread over a hundred. And most hardly
-# depend on the query: head 1 of encoder block 2 gives every query the same one token. Such tokens
-# are often called *sinks*. A bright patch says nothing about the query before you have seen that it
-# changes with the query. The tokens themselves are much alike here: `mimdet.token_rank` counts in
-# how many directions they vary.
+# those of equal shares. Some heads pick a few tokens, others spread over a hundred. And nearly
+# everywhere *differs* is about 0.5: what two kinds of query would give, if each got a mixture of its
+# own. Indeed the tokens vary in hardly more than one direction. Split them along it:
 
 # %%
 from mimdet.analysis.reliance import features_of
+from mimdet.viz import show_sample
 
+with mimdet.record(model, "backbone.encoder") as deep:
+    model.detect([image], sampling=mimdet.Sampling(1.0))
+tokens = deep["backbone.encoder"][0]  # (L, D)
+first = torch.linalg.svd(tokens - tokens.mean(0), full_matrices=False).U[:, 0]  # (L,)
+kinds = [(first > 0).nonzero()[:, 0], (first <= 0).nonzero()[:, 0]]
 rank = mimdet.token_rank(features_of(model, "encoder"), pictures.images)
-width = model.config.backbone.embed_dim
-print(f"tokens behind the encoder vary in about {rank:.1f} directions of {width}")
-shares = seen[blocks[-2]][0].mean(dim=1)  # (heads, N): what each token gets, of all queries
-most = shares.max(dim=1)
-for head, (share, place) in enumerate(zip(*most, strict=True)):
-    times = share * h * w
-    print(f"head {head}: row {place // w}, column {place % w} gets {times:.0f} times an equal share")
-check("shares of a head sum to 1", (shares.sum(1) - 1).abs().max() < 1e-4)
-check("attention is far from even", (most.values * h * w).max() > 3, "some tokens matter more")
+print(f"directions in which tokens vary: about {rank:.1f} of {tokens.shape[1]}")
+show_sample(image, {f"kind {i}": mimdet.Sample([kind], seen.grid) for i, kind in enumerate(kinds)})
+
+# %%
+every = torch.stack([seen[name][0] for name in blocks])  # (blocks, heads, N, N)
+differs = (every - every.mean(2, keepdim=True)).abs().sum(3).mean() / 2
+groups = [every[:, :, kind] for kind in kinds]
+within = [(g - g.mean(2, keepdim=True)).abs().sum(3).mean() / 2 for g in groups]
+print(f"differs: {differs:.2f} of all queries, {within[0]:.2f} and {within[1]:.2f} within a kind")
+check("queries of a kind are more alike", max(within) < differs)
 
 # %% [markdown]
-# **Try:** the same table for `mimdet.load_detector("tiny_scratch")`, which had no pre-training.
+# In quick mode one kind lies on things, on their outlines above all, and the other on the ground
+# around them; and a head gives nearly the same mixture to all queries of a kind. This transformer
+# has learnt to say *where something is*, and hardly more. So a bright patch says nothing about the
+# query before you have seen that it changes with the query.
+#
+# **Try:** the same for `mimdet.load_detector("tiny_from_mae")`, which started from an autoencoder.
 #
 # ## 4 · On a sample: ratio 1, 0.5, 0.25
 #
@@ -240,12 +250,12 @@ ends = changed[encoded].mean(), changed[~encoded].mean()
 print("another picture moves c4 by %.3f at sampled places, by %.3f at the others" % ends)
 
 # %% [markdown]
-# It does, in quick mode. In heads 0 and 1 encoded tokens look mostly at each other, in head 2 not at
-# all, and the places in between take next to nothing from them in any head: what the mask token
-# becomes there is the same for every picture. A masked autoencoder's decoder paints what is missing
-# (notebook 01); this one has learnt to leave it out. So it tells the two kinds of token apart, which
-# is worth remembering when the ratio of evaluation is not that of training: at ratio 1 there is only
-# one kind. The picture above shows a query that was not sampled.
+# It does, in quick mode. Encoded tokens get nearly everything in heads 1 and 2, whoever asks; in head
+# 0 the places in between ask only each other. Still, what becomes of the mask token there is nearly
+# the same for every picture. A masked autoencoder's decoder paints what is missing (notebook 01);
+# this one has not learnt to. So c4 holds two kinds of place, which is worth remembering when the
+# ratio of evaluation is not that of training: at ratio 1 there is only one kind. The picture above
+# shows a query that was not sampled.
 #
 # ## 5 · When the transformer matters, and when not
 #
@@ -264,9 +274,10 @@ with altered(model, "encoder", "mean"):
 show_detections([picture] * 2, found, None, pictures.categories, score_threshold=0.5)
 
 # %% [markdown]
-# Left the detector as it is, right with the mean. The AP on 200 held-out scenes, by size of object
-# (`mimdet.reliance`): first of `tiny`, then of an earlier detector, trained on the same scenes, with
-# two decoder blocks and the fill of version 2, the stem's tokens at unsampled places.
+# Left the detector as it is, right with the mean: the largest things are gone. The AP on 200
+# held-out scenes, by size of object (`mimdet.reliance`): first of `tiny`, then of an earlier
+# detector, trained on the same scenes, with two decoder blocks and the fill of version 2, the stem's
+# tokens at unsampled places.
 
 # %%
 from mimdet.files import read_json
@@ -441,8 +452,8 @@ check("the decoder answers", "Decoder" in explorer.status.value, "it sees every 
 #    Guess, then try it.
 # 3. Find the token that gets most of the attention in the encoder's last block. Take it out of the
 #    sample and look again: does another token take over its role?
-# 4. Does the attention of a detector that started from random weights look at as few tokens?
-#    Compare `tiny_scratch` with `tiny`, in the encoder.
+# 4. Does the attention of a detector that started from an autoencoder look at as many tokens?
+#    Compare `tiny_from_mae` with `tiny`, in the encoder.
 # 5. A masked autoencoder has a class token before all others. How much attention goes to it?
 
 # %% tags=["solution"]
@@ -472,9 +483,9 @@ check("one token fewer", len(again) == len(received) - 1)
 check("its attention went elsewhere", abs(float(again.sum()) - 1) < 1e-4, "shares sum to 1 again")
 
 # %% tags=["solution"]
-# 4. Fewer tokens means more selective heads: in quick mode `tiny`, but for the first block.
+# 4. Fewer tokens means more selective heads: those of `tiny_from_mae`, but for the first block.
 scene = mimdet.ShapesCOCO("shapes-v1-medium", length=1, split="val")[0].image
-for which in ("tiny", "tiny_scratch"):
+for which in ("tiny", "tiny_from_mae"):
     other = mimdet.load_detector(which)
     scene = other.resize(scene)
     with mimdet.record(other, "backbone.encoder.blocks.*.attn") as seen:
