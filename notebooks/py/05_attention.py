@@ -317,9 +317,9 @@ check("the earlier one did not", gain["first_tiny"] > -1, f"{gain['first_tiny']:
 
 # %%
 told = read_json("results/reliance_tiny.json")["probe"]  # `mimdet.linear_probe`
-told = {place: accuracy["these weights"] for place, accuracy in told.items()}
-for place, accuracy in told.items():
-    print(f"class told from tokens of {place:8} {accuracy:.0f} % of the objects")
+told = {at: accuracy["these weights"] for at, accuracy in told.items()}
+for at, accuracy in told.items():
+    print(f"class told from tokens of {at:8} {accuracy:.0f} % of the objects")
 check("the encoder adds nothing to that", told["encoder"] < told["stem"])
 
 # %% [markdown]
