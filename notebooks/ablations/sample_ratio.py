@@ -13,7 +13,9 @@ from mimdet import presets
 base = presets.tiny()
 base.data.shapes_level = "shapes-v1-medium"
 base.training.init_from = "tiny_mae"
-base.training.learning_rate = 2.4e-3  # `tiny`'s when this was fixed
+# These three were `tiny`'s when this was fixed.
+base.backbone.decoder_fill, base.backbone.decoder_depth = "stem", 2
+base.training.learning_rate = 2.4e-3
 base.training.steps = 900  # 4 images a step
 base.training.evaluate_every_steps = 450  # the curve has two points
 

@@ -44,9 +44,9 @@ save_mae(mae, "runs/01/mae.pth")  # the layout of Meta's files: {"model": names 
 # | `cls_token` | one extra token that belongs to no place | no |
 # | `blocks`, `norm` | the encoder: transformer blocks and the last LayerNorm | yes |
 # | `decoder_embed` | a linear layer from the encoder's width to the decoder's | yes |
-# | `mask_token` | the one vector that stands for every patch that was not seen | in version 1 only |
+# | `mask_token` | the one vector that stands for every patch that was not seen | in version 1 (`tiny`), not in version 2 (`mimdet_base`) |
 # | `decoder_pos_embed` | the decoder's position table | yes, resized |
-# | `decoder_blocks` | the decoder's blocks: 8 in Meta's files | the first 4 (in `tiny` 2 of 4) |
+# | `decoder_blocks` | the decoder's blocks: 8 in Meta's files | the first 4 (in `tiny` 1 of 4) |
 # | `decoder_norm` | its last LayerNorm | yes |
 # | `decoder_pred` | a linear layer from a token to the pixels of its patch | no |
 
@@ -117,9 +117,10 @@ unused = sorted({name.split(".")[0] for name in report.unused})
 print("unused parts:", ", ".join(unused))
 
 # %% [markdown]
-# Read the bars: the transformer is loaded; stem, neck and heads are new, and in the decoder so is
-# `fill`. That linear layer is what version 2 of the paper puts in place of the mask token:
-# places that were not sampled get the stem's own token, projected to the decoder's width.
+# Read the bars: the transformer is loaded; stem, neck and heads are new. In quick mode that is all
+# there is to say, because `tiny` fills the places that were not sampled as version 1 of the paper
+# does, with the file's own mask token. Version 2 (`mimdet_base`) puts the stem's token there,
+# projected to the decoder's width by a linear layer that is new: `decoder.fill.proj`.
 #
 # Why load the decoder at all, when other detectors take the encoder only? Because it is the part
 # that has learnt to go from a few tokens back to the full grid, which is exactly the job it has in
@@ -250,7 +251,8 @@ show_reconstruction(pictures.images[:3], mae, ratio=0.25, seed=SEED)
 # %% [markdown]
 # Compare the last two columns. In quick mode the autoencoder paints background colours, coarse
 # edges and the rest of large shapes; a small object of which no patch was seen is *gone*. There is
-# nothing to infer it from. That is why the detector may use the stem's tokens at unseen places.
+# nothing to infer it from. A detector finds it nevertheless, on the finer maps of its stem, which
+# sees every pixel; version 2 shows the stem's tokens to the decoder, too.
 #
 # Now the second column alone: where a patch **was** seen the painting is often worse than around
 # it. The loss never asks for these patches, so the decoder never learnt to repeat them.
@@ -273,7 +275,31 @@ check("it paints better than one mean colour", on_unseen < of_mean, "else it had
 # %% [markdown]
 # *Try:* ratio 0.1 and 0.75; `sampler="block"`; another `seed`.
 #
-# ## 7 · `norm_pix_loss`: better features, no brightness
+# ## 7 · What do its features know?
+#
+# A detector does not paint. It hopes for tokens that say *what* is there. Two questions to the
+# encoder's tokens, of all patches, beside those of an encoder with random weights: how many objects
+# does a *linear* classifier name correctly, from the mean token inside their masks? And in how many
+# of their D directions do tokens vary (*effective rank*, `mimdet/analysis/reliance.py`)?
+
+# %%
+from mimdet.analysis.reliance import features_of, untrained
+
+known = mimdet.ShapesCOCO("shapes-v1-medium", length=200)
+unseen = mimdet.ShapesCOCO("shapes-v1-medium", length=100, split="val")
+told, rank = {}, {}
+for name, net in {"this autoencoder": mae, "random weights": untrained(mae)}.items():
+    features = features_of(net, "encoder")
+    told[name] = mimdet.linear_probe(features, known, unseen)
+    rank[name] = mimdet.token_rank(features, pictures.images)
+    print(f"{name:16} {told[name]:.0%} of the objects named, effective rank {rank[name]:.1f}")
+chance = 1 / len(unseen.categories)
+check("both are better than guessing", min(told.values()) > chance, f"which is {chance:.0%}")
+
+# %% [markdown]
+# TODO
+#
+# ## 8 · `norm_pix_loss`: better features, no brightness
 #
 # Meta's weights for fine-tuning were trained on patches that are each normalised by **their own**
 # mean and deviation, over all pixels and colours. Such a model predicts what varies inside a patch,
@@ -319,7 +345,7 @@ check("which is a picture", share > 0.2, f"it holds {share:.0%} of the variance 
 # So never judge an autoencoder by reconstructions with borrowed statistics. The weights called
 # *visualize* were trained without `norm_pix_loss`, as `tiny_mae` was: all they paint is their own.
 #
-# ## 8 · Brush patches away
+# ## 9 · Brush patches away
 #
 # Left: the kept patches. Drag over them to take some away, or over grey ones to bring them back,
 # and watch what is painted and what the detector finds from exactly these tokens. With the tool
@@ -352,8 +378,8 @@ check("reset brings the drawn sample back", lab.canvas.dropped == drawn)
 # %% [markdown]
 # ## Summary
 #
-# - An autoencoder's file has eleven parts; MIMDet takes encoder, the first half of the decoder, and
-#   both position tables. Stem, fill, neck and heads are new.
+# - An autoencoder's file has eleven parts; MIMDet takes the encoder, the first blocks of the decoder,
+#   both position tables and, in version 1, the mask token. Stem, neck and heads are new.
 # - Loading names every tensor, or refuses. Encoder-only files are refused unless you ask.
 # - Position tables are formulas, resized like pictures: a place is a share of the image.
 # - Painting is what the decoder was trained for; unseen small objects cannot be painted.
@@ -363,8 +389,8 @@ check("reset brings the drawn sample back", lab.canvas.dropped == drawn)
 #
 # 1. Which share of the detector's parameters comes from the file? And which share of the *file*
 #    finds a place?
-# 2. Version 1 of the paper fills unseen places with MAE's mask token. Set
-#    `cfg.backbone.decoder_fill` and load again: which tensor changes sides in the report?
+# 2. Set `cfg.backbone.decoder_fill` to the fill of the paper's other version (`"stem"`,
+#    `"mask_token"`) and load again: which tensor changes sides in the report?
 # 3. Load the file into a detector with one encoder block more than the file has. Guess which of
 #    the four lists it ends in before you run it.
 # 4. At the same ratio, is it harder to paint from `random` patches or from whole `block`s? Guess,
@@ -384,15 +410,18 @@ print(f"{used:.0%} of the file finds a place")
 check("parts add up", sum(sum(own.values()) for own in counts.values()) == everything)
 
 # %% tags=["solution"]
-# 2. The mask token is loaded, and the projection of the stem's tokens is gone.
+# 2. The mask token: version 1 loads it, version 2 has no place for it, and a new projection.
 import copy
 
-cfg_1 = copy.deepcopy(cfg)
-cfg_1.backbone.decoder_fill = "mask_token"
-report_1 = mimdet.load_mae(mimdet.build_detector(cfg_1), "runs/01/mae.pth")
-check("it was unused", "mask_token" in report.unused)
-check("now it is loaded", "backbone.decoder.fill.token" in report_1.loaded)
-check("no projection", not any("fill" in name for name in report_1.new))
+reports = {}
+for fill in ("mask_token", "stem"):
+    own_cfg = copy.deepcopy(cfg)
+    own_cfg.backbone.decoder_fill = fill
+    reports[fill] = mimdet.load_mae(mimdet.build_detector(own_cfg), "runs/01/mae.pth")
+check("version 1 loads it", "backbone.decoder.fill.token" in reports["mask_token"].loaded)
+check("version 2 does not", "mask_token" in reports["stem"].unused)
+new = [name for name in reports["stem"].new if "fill" in name]
+check("its projection is new", len(new) == 2, ", ".join(new))
 
 # %% tags=["solution"]
 # 3. In none: the sizes differ, which is an error before anything is loaded.
