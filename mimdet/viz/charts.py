@@ -84,11 +84,11 @@ def show_ratios(rows: Sequence[dict[str, Any]]) -> NotebookFigure:
     title = f"mean ± sd of {draws} draws" if draws > 1 else ""
     ax = style.axes_of(fig, 1, 1, title, "share of tokens kept", "AP × 100")
     _draw_scores(ax, curves, mark_all=True)
-    ax.set_xlim(0, 1.08)
-    ax.set_xticks([row["sample_ratio"] for row in rows])
-    ax.xaxis.set_major_formatter(PLAIN)
+    ax.set_xlim(-0.06, 1.08)  # room beside the axis for the number at a single token
+    ratios = [row["sample_ratio"] for row in rows]
+    ax.set_xticks(ratios, [f"{ratio:.2g}" for ratio in ratios])
     points = [
-        f"{kind} {ap:.1f} ± {spread:.1f} at {x:g}"
+        f"{kind} {ap:.1f} ± {spread:.1f} at {x:.2g}"
         for kind, curve in curves.items()
         for x, ap, spread in curve
     ]

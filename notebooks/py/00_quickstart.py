@@ -51,8 +51,8 @@ check("a misspelled field is refused", not misspelled, "else an experiment is no
 # ## 0 · What you will end with
 #
 # A few small models come with the package (`mimdet/pretrained/`). This one is the preset `tiny`,
-# which first learnt to paint missing patches and then, for a quarter of an hour on two CPU cores,
-# to detect. The truth is on the left, what it finds on the right, in scenes it has never seen.
+# which first learnt to paint missing patches and then, for half an hour on one CPU core, to detect.
+# The truth is on the left, what it finds on the right, in scenes it has never seen.
 
 # %%
 from mimdet.viz import show_detections
@@ -170,7 +170,7 @@ truth = [r.target for r in records]
 watched = watch(
     mimdet.train(cfg, run, model=model),
     lambda: show_detections(
-        images[:2], mimdet.predict(model, images[:2]), truth[:2], scenes.categories, 0.5
+        images[:2], mimdet.predict(model, images[:2]), truth[:2], scenes.categories, 0.3
     ),
 )
 for step in watched:
@@ -248,12 +248,16 @@ check("draws are 2, and 1 of all tokens", [row["draws"] for row in rows] == [2, 
 check("something was learned", rows[-1]["box_ap"] > 0.02, "an untrained detector scores 0.0")
 
 # %% [markdown]
-# TODO. Read it with care.
-# Ask the finished detector of section 0, which has seen fifty times as many scenes, the same.
+# Read it with care. In quick mode the curve is flat from a single token to all: after a minute the
+# transformer contributes nothing yet. What is found is found on the fine maps c2 and c3, which come
+# from the stem and never lose a token. The AP alone did not tell, the curve does. (And 40 scenes and
+# a single training leave points of uncertainty: two other seeds gave 12.8 and 14.6 box AP.)
+#
+# The same question to the finished detector of section 0, which has seen 25 times as many scenes:
 
 # %%
 few = mimdet.ShapesCOCO("shapes-v1-medium", length=48, split="val")
-trained = evaluate_ratios(finished, few, (1 / 256, 0.25, 0.5, 1.0), draws=1)  # 16 x 16 tokens
+trained = evaluate_ratios(finished, few, (1 / 256, 0.25, 1.0), draws=1)  # of 16 x 16 tokens
 show_ratios(trained)
 
 # %%
@@ -262,7 +266,10 @@ print(f"box AP with one token {100 * single:.1f}, with all {100 * every:.1f}")
 check("it uses what its encoder sees", every > single + 0.05, "else the transformer is decoration")
 
 # %% [markdown]
-# TODO
+# This one uses its transformer: a single token costs it about nine points, and a quarter of the
+# tokens is nearly enough. Which objects are lost is exercise 4. Ask for this curve before you
+# believe that a detector profits from its encoder: an earlier `tiny` scored well and had learnt to
+# do without (notebook 09).
 #
 # The paper's full-size answer (Table 2 of arXiv version 1; ViT-B on COCO, evaluated at ratio 1):
 # trained at 0.25, 49.9 box and 44.7 mask AP; trained at 0.5, 51.5 and 46.0. A quarter of the tokens
@@ -271,12 +278,12 @@ check("it uses what its encoder sees", every > single + 0.05, "else the transfor
 # ## 5 · See detections beside the truth
 #
 # A number does not say *what* is wrong. Each pair below is a held-out scene, the truth on the left
-# and detections with a score of at least 0.5 on the right. Look for the three usual failures: a
+# and detections with a score of at least 0.3 on the right. Look for the three usual failures: a
 # missed object, a right box with a wrong name, one object found twice.
 
 # %%
 found = mimdet.predict(model, images[4:])
-show_detections(images[4:], found, truth[4:], scenes.categories, score_threshold=0.5)
+show_detections(images[4:], found, truth[4:], scenes.categories, score_threshold=0.3)
 
 # %%
 most = cfg.detector.detections_per_image

@@ -167,8 +167,8 @@ check("two pairs", abs(half[2] - (change.high - change.mean)) < 1e-9, f"t = {t_q
 # - All runs start from weights that were trained with *random* tokens, in quick mode on
 #   thousands of images; these steps see 40. That favours random.
 # - 30 scenes are few: all runs share them, so the interval does not contain their luck.
-# - This detector hardly needs its encoder's choice: c2 and c3 come from the stem and never lose a
-#   token (notebook 00, exercise 4). A sampler that matters would show with larger models first.
+# - Small objects are found on c2 and c3, which come from the stem and never lose a token (notebook
+#   00, exercise 4): no sampler can help or harm them.
 #
 # What would convince: from scratch or from a MAE, the full length, at least five seeds, two ratios,
 # the 200 held-out scenes; and then COCO. From a file, for the night: `mimdet ablate FILE.py`.
@@ -381,7 +381,8 @@ check("the stem came back", type(back.backbone.stem).__name__ == "PoolStem")
 # ## Exercises
 #
 # 1. The opposite: keep the tokens where the stem responds *least*. Evaluate, untrained, the
-#    finished detector with both samplers at ratio 0.25. What do you expect, what do you see?
+#    finished detector with both samplers and with `random` at ratio 0.25. What do you expect, what
+#    do you see?
 # 2. Write a sampler that keeps edges: tokens that differ from the mean of their 3 × 3 neighbours.
 #    Draw its sample.
 # 3. `strongest` always keeps the same tokens of an image, so training never sees the others.
@@ -391,18 +392,19 @@ check("the stem came back", type(back.backbone.stem).__name__ == "PoolStem")
 
 
 # %% tags=["solution"]
-# 1. Hardly any difference: the maps of the stem carry this small detector.
+# 1. Random is best: the detector was trained with it, and either choice leaves out a part of every
+# image. On 100 scenes random has 50.6, strongest 46.1, weakest 48.0. Section 3's 20 steps mend that.
 def weakest(tokens, grid, generator):
     return -tokens.norm(dim=1)
 
 
 held_out = mimdet.build_dataset(base.data, "val")
 aps = {}
-for sampler in (IDEA, weakest):
+for sampler in (SAMPLERS["random"], IDEA, weakest):
     model.backbone.sampler = sampler
     aps[sampler.__name__] = 100 * mimdet.evaluate(model, held_out, sample_ratio=0.25).box["AP"]
 print({name: round(ap, 1) for name, ap in aps.items()})
-check("both still find objects", min(aps.values()) > 10 or MODE == "full")
+check("all still find objects", min(aps.values()) > 10 or MODE == "full")
 
 
 # %% tags=["solution"]
