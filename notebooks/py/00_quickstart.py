@@ -51,8 +51,7 @@ check("a misspelled field is refused", not misspelled, "else an experiment is no
 # ## 0 · What you will end with
 #
 # A few small models come with the package (`mimdet/pretrained/`). This one is the preset `tiny`,
-# which first learnt to paint missing patches and then, for half an hour on one CPU core, to detect.
-# The truth is on the left, what it finds on the right, in scenes it has never seen.
+# trained from random weights for half an hour on one CPU core. The truth is on the left, what it finds on the right, in scenes it has never seen.
 
 # %%
 from mimdet.viz import show_detections
@@ -266,8 +265,8 @@ print(f"box AP with one token {100 * single:.1f}, with all {100 * every:.1f}")
 check("it uses what its encoder sees", every > single + 0.05, "else the transformer is decoration")
 
 # %% [markdown]
-# This one uses its transformer: a single token costs it about nine points, and a quarter of the
-# tokens is nearly enough. Which objects are lost is exercise 4. Ask for this curve before you
+# This one uses its transformer: with a single token it loses more than ten points, and a quarter of
+# the tokens is nearly enough. Which objects are lost is exercise 4. Ask for this curve before you
 # believe that a detector profits from its encoder: an earlier `tiny` scored well and had learnt to
 # do without (notebook 09).
 #
@@ -379,6 +378,7 @@ for size in ("AP_small", "AP_medium", "AP_large"):
     print(f"{size:9}  one token {100 * one[size]:4.1f}, all {100 * whole[size]:4.1f}")
 loss = {size: whole[size] - one[size] for size in ("AP_small", "AP_large")}
 check("large objects need the transformer most", loss["AP_large"] > loss["AP_small"] + 0.05)
+
 
 # %% tags=["solution"]
 # 5. Scores are any number per token; the highest are kept. Nothing needs to be registered.

@@ -392,8 +392,8 @@ check("the stem came back", type(back.backbone.stem).__name__ == "PoolStem")
 
 
 # %% tags=["solution"]
-# 1. Random is best: the detector was trained with it, and either choice leaves out a part of every
-# image. On 100 scenes random has 50.6, strongest 46.1, weakest 48.0. Section 3's 20 steps mend that.
+# 1. It matters what the encoder sees: without the tokens of objects, large ones are lost. On 100
+# scenes random has 50.7, strongest 52.3 and weakest 42.1 box AP, of large objects 48.7, 52.1, 19.6.
 def weakest(tokens, grid, generator):
     return -tokens.norm(dim=1)
 
@@ -404,6 +404,7 @@ for sampler in (SAMPLERS["random"], IDEA, weakest):
     model.backbone.sampler = sampler
     aps[sampler.__name__] = 100 * mimdet.evaluate(model, held_out, sample_ratio=0.25).box["AP"]
 print({name: round(ap, 1) for name, ap in aps.items()})
+check("weakest is below random", aps["weakest"] < aps["random_sampler"] or MODE == "full")
 check("all still find objects", min(aps.values()) > 10 or MODE == "full")
 
 
