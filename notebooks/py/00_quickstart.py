@@ -51,7 +51,8 @@ check("a misspelled field is refused", not misspelled, "else an experiment is no
 # ## 0 · What you will end with
 #
 # A few small models come with the package (`mimdet/pretrained/`). This one is the preset `tiny`,
-# trained from random weights for half an hour on one CPU core. The truth is on the left, what it finds on the right, in scenes it has never seen.
+# trained from random weights for half an hour on one CPU core. The truth is on the left, what it
+# finds on the right, in scenes it has never seen.
 
 # %%
 from mimdet.viz import show_detections
@@ -100,9 +101,9 @@ check(
 # Figure 1 of the paper from left to right (`mimdet/models/backbones.py`): a small convolutional
 # **stem** turns the image into a grid of tokens; a **sampler** scores them and the best `ratio` of
 # them are kept; the **encoder**, a plain ViT, works on the kept tokens only; the **decoder** puts
-# them back into the full grid, fills the gaps, and lets them all attend to each other once more. The
-# gaps get one learned vector here, as in version 1 of the paper; in version 2 (`mimdet_base`) they
-# get the stem's own tokens. The decoder's output and the stem's earlier stages are the feature
+# them back into the full grid, fills the gaps, and lets them all attend to each other once more.
+# The gaps get one learned vector here, as in version 1 of the paper; in version 2 (`mimdet_base`)
+# they get the stem's own tokens. The decoder's output and the stem's earlier stages are the feature
 # pyramid of an ordinary Mask R-CNN.
 
 # %%
@@ -249,8 +250,8 @@ check("something was learned", rows[-1]["box_ap"] > 0.02, "an untrained detector
 # %% [markdown]
 # Read it with care. In quick mode the curve is flat from a single token to all: after a minute the
 # transformer contributes nothing yet. What is found is found on the fine maps c2 and c3, which come
-# from the stem and never lose a token. The AP alone did not tell, the curve does. (And 40 scenes and
-# a single training leave points of uncertainty: two other seeds gave 12.8 and 14.6 box AP.)
+# from the stem and never lose a token. The AP alone did not tell, the curve does. (And 40 scenes
+# and a single training leave points of uncertainty: two other seeds gave 12.8 and 14.6 box AP.)
 #
 # The same question to the finished detector of section 0, which has seen 25 times as many scenes:
 

@@ -300,8 +300,9 @@ check("both are better than guessing", min(told.values()) > chance, f"which is {
 # In quick mode, hardly more than random weights: 39 against 36 %, and with twice the scenes 40.9
 # against 41.4 % (`results/reliance_tiny_mae.json`). Its tokens even vary in fewer directions. So do
 # not expect much of this start: of the two shipped detectors, one training each, `tiny_from_mae`
-# began with this file and has 49.5 box AP, `tiny` with random weights and has 52.1. That pre-training
-# pays is the paper's result, for ViT-B, ImageNet and COCO; a model of this size does not show it.
+# began with this file and has 49.5 box AP, `tiny` with random weights and has 52.1. That
+# pre-training pays is the paper's result, for ViT-B, ImageNet and COCO; a model of this size does
+# not show it.
 #
 # ## 8 · `norm_pix_loss`: better features, no brightness
 #
@@ -382,8 +383,8 @@ check("reset brings the drawn sample back", lab.canvas.dropped == drawn)
 # %% [markdown]
 # ## Summary
 #
-# - An autoencoder's file has eleven parts; MIMDet takes the encoder, the first blocks of the decoder,
-#   both position tables and, in version 1, the mask token. Stem, neck and heads are new.
+# - An autoencoder's file has eleven parts; MIMDet takes the encoder, the first blocks of the
+#   decoder, both position tables and, in version 1, the mask token. Stem, neck and heads are new.
 # - Loading names every tensor, or refuses. Encoder-only files are refused unless you ask.
 # - Position tables are formulas, resized like pictures: a place is a share of the image.
 # - Painting is what the decoder was trained for; unseen small objects cannot be painted.

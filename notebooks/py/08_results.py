@@ -49,9 +49,9 @@ if pictures.dataset is None:
 # ## 1 · Two runs and their 24 numbers
 #
 # Two detectors, so that there is something to compare. In quick mode `tiny` started from random
-# weights and `tiny_from_mae` from a masked autoencoder (`mimdet/pretrained/README.md`); with a folder
-# of your own both are warm-started on it. The configuration of that training is the preset `tiny`
-# with one assignment, `cfg.data = data`.
+# weights and `tiny_from_mae` from a masked autoencoder (`mimdet/pretrained/README.md`); with a
+# folder of your own both are warm-started on it. The configuration of that training is the preset
+# `tiny` with one assignment, `cfg.data = data`.
 
 # %%
 data = pictures.data

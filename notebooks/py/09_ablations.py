@@ -178,7 +178,8 @@ check("only the mask token's AP rises", rises["mask_token"] > 5 > abs(rises["ste
 # the mask token the decoder knows of a place only what the encoder has seen, and AP rises with the
 # tokens. Do not compare the heights: it is one training each, the first with two decoder blocks and
 # other learning rates. A fair grid is `notebooks/ablations/fills.py`. And nothing follows for
-# `mimdet_base`: the paper reports version 2's fill as the slightly better one (51.7 and 51.5 box AP).
+# `mimdet_base`: the paper reports version 2's fill as the slightly better one (51.7 and 51.5 box
+# AP).
 #
 # **Stop it, continue it, add to it.** Press ■ while it runs: all runs save. Run the cell again and
 # each continues from its last step; a complete run is skipped. So asking for a third seed later
