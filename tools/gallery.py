@@ -28,8 +28,8 @@ GALLERY = (
     Picture("02_token_sampling", 1, "samplers"),
     Picture("03_conv_stem_features", 1, "pyramid"),
     Picture("05_attention", 4, "attention"),
-    Picture("08_results", 8, "result_browser"),
-    Picture("02_token_sampling", 5, "token_lab"),
+    Picture("08_results", 10, "result_browser"),
+    Picture("02_token_sampling", 6, "token_lab"),
 )
 
 
