@@ -449,7 +449,7 @@ check("swapped, gains are losses", swapped["gained"] == comparison.summary()["lo
 # does not say what *another training* of the same recipe would give. On full COCO five trainings of
 # ViTDet-B differ with a standard deviation of 0.10 box AP (as its authors report), so a gain of 0.2
 # from one run each is no result. Here trainings are short and the noise is far larger: three seeds
-# of the six-minute recipe gave 20.5, 23.3 and 24.3 box AP (`docs/measurements.md`). `tiny` and
+# of the demo's first recipe gave 20.5, 23.3 and 24.3 box AP (`docs/measurements.md`). `tiny` and
 # `tiny_from_mae` are one training each: whatever the figure above shows, it does not say that
 # pre-training helps or harms. For that, several seeds of each:
 # `mimdet.experiment`, notebook 09.
