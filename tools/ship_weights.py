@@ -27,7 +27,6 @@ COMMANDS = {
     "tiny": f"mimdet train tiny runs/tiny {LENGTH}",
     "tiny_from_mae": f"mimdet train tiny runs/from_mae --init-from tiny_mae {LENGTH}",
 }
-HARDWARE = {False: "1 CPU core (AMD EPYC)", True: "2 CPU cores (AMD EPYC), 2 processes of 1 thread"}
 
 WHAT = {
     "tiny_mae": "Masked autoencoder (preset `tiny_mae`): `mimdet.load_mae_model('tiny_mae')`, or "
@@ -64,13 +63,15 @@ def card(name: str, run: Path, numbers: dict[str, Any]) -> dict[str, Any]:
     steps = [row for row in MetricsFile(run / "metrics.jsonl").read() if "loss" in row]
     seconds = [row["time"]["seconds"] for row in steps]
     environment = read_json(run / "environment.json")
+    two = COMMANDS[name].startswith(TWO)
+    cores = "2 CPU cores (AMD EPYC), 2 processes of 1 thread" if two else "1 CPU core (AMD EPYC)"
     return {
         "command": COMMANDS[name],
         "seed": environment["seed"],
         "data": environment["data"],
         "images_seen": sum(row["images"] for row in steps),
         "training_minutes": round(median(seconds) * len(seconds) / 60, 1),  # pauses left out
-        "hardware": HARDWARE[COMMANDS[name].startswith(TWO)],
+        "hardware": cores,
         "versions": {key: environment[key] for key in ("mimdet", "git", "torch", "timm")},
         "bytes": path.stat().st_size,
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),

@@ -2,9 +2,9 @@
 
     mimdet ablate notebooks/ablations/context.py [--dry-run]
 
-`shapes-v2-context`, MIMDet against itself with c4 and c5 silenced in training and evaluation: what is
-left is the stem, the FPN and the heads, which see an object and little around it. Two trainings a seed, of
-about 20 CPU minutes each.
+`shapes-v2-context`, MIMDet against itself with c4 and c5 silenced in training and evaluation: what
+is left is the stem, the FPN and the heads, which see an object and little around it. Two trainings
+a seed, of about 20 CPU minutes each.
 """
 
 from mimdet import presets
@@ -23,7 +23,6 @@ def without_transformer(cfg):
 
 
 base = presets.tiny()
-base.backbone.decoder_fill = "mask_token"
 base.data.shapes_level, base.data.shapes_size = "shapes-v2-context", 256
 base.detector.num_classes = 16
 base.training.steps = 2400  # 4 images a step

@@ -413,7 +413,7 @@ for name in ("tiny", "first_tiny"):
     display(show_reliance(relies[name].loc[kinds]))
 
 # %% [markdown]
-# Both need c4: with its mean, large objects are nearly lost; small ones hardly notice, because they
+# Both need c4: with its mean, large objects lose most of their AP; small ones hardly notice: they
 # are found on c2 and c3, which come from the stem. But only `tiny` finds more when its *encoder*
 # sees more. The earlier detector is as good with one token as with all: below ratio 1 its decoder
 # made c4 of the stem's tokens, so the encoder could be passed by, and nothing in its AP said so.
