@@ -97,6 +97,10 @@ def reliance_row(name: str, *tables: dict[str, Any]) -> str:
     return f"| {name} | {' | '.join(f'{value:.1f}' for value in values)} |"
 
 
+def ratios_row(result: dict[str, Any]) -> str:
+    return " | ".join(percent(ratio["box_ap"]) for ratio in result["ratios"])
+
+
 def rank_row(name: str, tables: dict[str, Any]) -> str:
     ranks = tables["token_rank"]
     cells = [f"{ranks[place][weights]:.1f}" for place in ranks for weights in ranks[place]]
@@ -104,9 +108,9 @@ def rank_row(name: str, tables: dict[str, Any]) -> str:
 
 
 def rate_row(row: dict[str, Any]) -> str:
-    ranks, ap = row["token_rank"], row["box_ap"]
     rates = f"{row['learning_rate']:g}, {row['rate_multiplier']:g}"
-    return f"| {rates} | {ranks['stem']} | {ranks['encoder']} | {ranks['c4']} | {ap['all']} |"
+    ranks = " | ".join(f"{rank['these weights']:.1f}" for rank in row["token_rank"].values())
+    return f"| {rates} | {ranks} | {row['box_ap']['AP']:.1f} |"
 
 
 def probe_words(accuracy: dict[str, float]) -> str:
@@ -147,6 +151,7 @@ def long_tables() -> str:
     conditions = [name for name in relies["box_ap"] if name.endswith(("token", "tokens"))]
     conditions += ["c4: another", "c4: mean", "encoder: mean", "fill: zero"]
     cards = read_json(ROOT / "mimdet/pretrained/cards.json")
+    masked, filled = read("fill_mask_token"), read("fill_stem")
     order = sorted(baselines["rows"], key=lambda row: row["box_ap"], reverse=True)
     backbones = [
         f"| `{r['preset']}` | {r['box_ap']} / {r['mask_ap']} | {r['cpu_minutes']} |" for r in order
@@ -188,11 +193,20 @@ paper's version 2, the stem's own tokens at places that were left out, and two d
 |---|---|---|---|---|---|---|---|---|
 {chr(10).join(reliance_row(name, relies, first) for name in conditions)}
 
-So version 1's fill, one learned vector, makes the encoder work: AP rises with the tokens that it
-sees, and large objects depend on it. With version 2's the decoder has every token already, and from
-random weights or a small autoencoder the encoder is passed by. The paper's models start from 1,600
-epochs on ImageNet; whether theirs is used in version 2 can be measured with the released weights
-(`python tools/measure_reliance.py FILE`). Small objects live on the stem alone with either.
+The two differ in recipe, start and decoder too. The fill alone, `tiny` from random weights after
+{masked["images"]:,} scenes, one seed (`fill_mask_token.json`, `fill_stem.json`; box AP):
+
+| fill | one token | 10 % | 25 % | half | all |
+|---|---|---|---|---|---|
+| one learned vector (version 1) | {ratios_row(masked)} |
+| the stem's tokens (version 2) | {ratios_row(filled)} |
+
+So version 1's fill makes the encoder work: AP rises with the tokens that it sees, and large objects
+depend on it. With version 2's the decoder has every token already, and the encoder is passed by. The
+paper's models start from 1,600 epochs on ImageNet; whether theirs is used in version 2 can be
+measured with the released weights (`python tools/measure_reliance.py FILE`). Small objects hardly
+notice c4 with either, as long as it is one that the detector knows: with zeros in its place `tiny`
+falls to {relies["box_ap"]["c4: zero"]["AP_small"]:.1f} there.
 
 **What its tokens hold is little all the same.** They vary in few directions (effective rank, of
 128; c4: of 96), and a linear classifier tells the class of an object from the mean token inside its
@@ -204,9 +218,9 @@ mask in {probe_words(probes["tiny_mae"]["encoder"])} after the encoder of
 |---|---|---|---|---|---|---|
 {rank_row("effective rank, `tiny`", relies)}
 
-So c4 says that something is there and how far it reaches; what it is, the heads read from c2 and
-c3. It is the high rate that does it, in the last layers of the stem, and lower rates keep more
-directions, at lower AP after as many steps (`rates.json`, 400 steps, one seed):
+So c4 seems to say that something is there and how far it reaches, and the heads to read from c2 and
+c3 what it is. Lower learning rates keep more directions, at lower AP after as many steps
+(`rates.json`, {rates["rows"][0]["steps"]} steps without a decoder block, one seed):
 
 | learning rate, multiplier | rank: stem | encoder | c4 | box AP |
 |---|---|---|---|---|
