@@ -202,8 +202,8 @@ The two differ in recipe, start and decoder too. The fill alone, `tiny` from ran
 | the stem's tokens (version 2) | {ratios_row(filled)} |
 
 So version 1's fill makes the encoder work: AP rises with the tokens that it sees, and large objects
-depend on it. With version 2's the decoder has every token already, and the encoder is passed by. The
-paper's models start from 1,600 epochs on ImageNet; whether theirs is used in version 2 can be
+depend on it. With version 2's the decoder has every token already, and the encoder is passed by.
+The paper's models start from 1,600 epochs on ImageNet; whether theirs is used in version 2 can be
 measured with the released weights (`python tools/measure_reliance.py FILE`). Small objects hardly
 notice c4 with either, as long as it is one that the detector knows: with zeros in its place `tiny`
 falls to {relies["box_ap"]["c4: zero"]["AP_small"]:.1f} there.
