@@ -271,7 +271,7 @@ def features_of(model: Detector | MAE, place: str) -> Features:
 def _tokens_at(model: Detector | MAE, place: str, images: Sequence[Tensor]) -> Tensor:
     """(B, C, h, w); where padding never enters an encoder, its places hold 0."""
     if isinstance(model, MAE):
-        patches = model.patch_embed(pad_and_normalise(images, device_of(model)).tensors)
+        patches = model.patch_embed(pad_and_normalise(images, model).tensors)
         grid: Grid = (patches.shape[2], patches.shape[3])
         if place == "patch_embed":
             return patches

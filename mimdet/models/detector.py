@@ -125,7 +125,7 @@ class Detector(nn.Module):
         """uint8 (3, h, w) images as they are -> one padded batch on the model's device."""
         if self.canvas:
             images = [on_canvas(image, self.canvas) for image in images]
-        return pad_and_normalise(images, next(self.parameters()).device)
+        return pad_and_normalise(images, self)
 
     @torch.inference_mode()
     def detect(

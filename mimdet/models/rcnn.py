@@ -34,19 +34,22 @@ class Batch(NamedTuple):
     """The images themselves, uint8 (3, h, w)."""
 
 
-def pad_and_normalise(images: Sequence[Tensor], device: torch.device) -> Batch:
+def pad_and_normalise(images: Sequence[Tensor], model: nn.Module) -> Batch:
     """uint8 (3, h, w) RGB images -> one batch: normalised, then padded with zeros below and right.
+
+    Device and dtype are those of the weights of `model`, which will take it.
 
     torchvision's transform would resize again, and without antialiasing; sizes are decided by the
     data pipeline, so here nothing is resized.
     """
     sizes = [(image.shape[1], image.shape[2]) for image in images]
     height, width = padded_size(max(h for h, _ in sizes), max(w for _, w in sizes))
-    mean = torch.tensor(IMAGENET_MEAN, device=device)[:, None, None]
-    std = torch.tensor(IMAGENET_STD, device=device)[:, None, None]
-    batch = torch.zeros(len(images), 3, height, width, device=device)
+    weight = next(model.parameters())
+    exact = at_least_float32(weight[:0])
+    mean, std = exact.new_tensor([IMAGENET_MEAN, IMAGENET_STD])[..., None, None]
+    batch = weight.new_zeros(len(images), 3, height, width)
     for canvas, image, (h, w) in zip(batch, images, sizes, strict=True):
-        canvas[:, :h, :w] = (image.to(device, non_blocking=True).float() - mean) / std
+        canvas[:, :h, :w] = (image.to(weight.device, non_blocking=True) - mean) / std
     return Batch(batch, sizes, images)
 
 

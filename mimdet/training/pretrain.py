@@ -74,7 +74,7 @@ class PreTrainer(Trainer):
         self.held_out_images = held_out_images(held_out, side)
 
     def losses(self, batch: MicroBatch) -> dict[str, Tensor]:
-        images = pad_and_normalise(batch.images, self.device).tensors.to(dtype_of(self.model))
+        images = pad_and_normalise(batch.images, self.model).tensors
         return {"loss_mae": self.model(images, self.cfg.mae.sample_ratio).loss}
 
     def start(self) -> None:
@@ -125,7 +125,7 @@ def look(
     rows: list[Tensor] = []
     for start in range(0, len(images), batch_size):
         part = images[start : start + batch_size]
-        batch = pad_and_normalise(part, device).tensors.to(dtype_of(model))
+        batch = pad_and_normalise(part, model).tensors
         draws = [generator_for(start + i, device) for i in range(len(part))]
         with autocast(device, "fp64" if batch.dtype == torch.float64 else "auto"):
             out = model(batch, ratio, generators=draws)
@@ -136,8 +136,3 @@ def look(
     model.train(training)
     picture = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
     return total / len(images), picture
-
-
-def dtype_of(model: MAE) -> torch.dtype:
-    """That of its weights: float64 with training.precision="fp64", else float32."""
-    return model.cls_token.dtype

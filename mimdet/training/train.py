@@ -296,7 +296,7 @@ def align_stem(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
     errors = []
     for batch in batches:
-        images = pad_and_normalise(batch.images, own.device).tensors.to(own)
+        images = pad_and_normalise(batch.images, stem).tensors
         wanted = F.conv2d(images, weight, bias, stride=weight.shape[-1])
         loss = F.mse_loss(stem(images).tokens, wanted) / wanted.var()
         optimizer.zero_grad()

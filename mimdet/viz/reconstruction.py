@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mimdet.analysis.cost import transformer_cost
 from mimdet.images import Resize, resize_image, shortest_edge, to_rgb
-from mimdet.inference import device_of, generator_for, run_detector
+from mimdet.inference import generator_for, run_detector
 from mimdet.models.mae import MAE, Reconstruction
 from mimdet.models.rcnn import pad_and_normalise, to_uint8
 from mimdet.models.sampling import (
@@ -134,7 +134,7 @@ def patch_tokens(image: Tensor, mae: MAE) -> Tensor:
 def _normalised(image: Tensor, mae: MAE) -> Tensor:
     """uint8 (3, H, W) -> (1, 3, H, W) as the autoencoder takes it."""
     height, width = image_size(image)
-    return pad_and_normalise([image], device_of(mae)).tensors[:, :, :height, :width]
+    return pad_and_normalise([image], mae).tensors[:, :, :height, :width]
 
 
 def show_reconstruction(

@@ -315,7 +315,7 @@ check("both are better than guessing", min(told.values()) > chance, f"which is {
 from mimdet.models.rcnn import pad_and_normalise
 
 fitted, grid = fit_to_mae(pictures.images[:3][-1], mae)
-pixels = pad_and_normalise([fitted], torch.device("cpu")).tensors[:, :, : fitted.shape[1]]
+pixels = pad_and_normalise([fitted], mae).tensors[:, :, : fitted.shape[1]]
 pixels = pixels[:, :, :, : fitted.shape[2]]
 with torch.no_grad():
     output = mae(pixels, ratio=0.25)

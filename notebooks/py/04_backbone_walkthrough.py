@@ -31,7 +31,6 @@ from mimdet.notebook import open_detector, open_pictures
 
 torch.set_num_threads(1)
 pictures = open_pictures(PATH, MODE)
-torch.set_default_dtype(torch.float64)
 model = open_detector(MODE).double().eval()
 image = model.resize(pictures.images[0])
 image = image[:, :-24, :-10]  # cut, so that there is something to pad
@@ -73,10 +72,10 @@ print(len(found[0]), "detections")
 from mimdet.models.rcnn import IMAGENET_MEAN, IMAGENET_STD
 from mimdet.viz import largest_difference
 
-mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], dtype=torch.float64)
 height, width = image.shape[1:]
 H, W = (height + 31) // 32 * 32, (width + 31) // 32 * 32
-x = torch.zeros(1, 3, H, W)
+x = torch.zeros(1, 3, H, W, dtype=torch.float64)
 x[0, :, :height, :width] = ((image.permute(1, 2, 0) - mean) / std).permute(2, 0, 1)
 batch = model.batch([image])
 check(f"{height} x {width} on a canvas of {H} x {W}", torch.allclose(x, batch.tensors, atol=1e-6))
@@ -131,14 +130,14 @@ frequency = 10000 ** -(torch.arange(D // 4, dtype=torch.float64) / (D // 4))
 angles = [column * frequency, row * frequency]
 place = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())])
 entry = row * side + column
-check("row 5, column 3", torch.allclose(place, sincos_table(D, side)[0, 1 + entry], atol=1e-6))
+check("row 5, column 3", torch.allclose(place, sincos_table(D, side).double()[0, 1 + entry], atol=1e-6))
 stored = float((place - table[entry]).abs().max())
 check("and as stored", stored < 1e-3, "the shipped weights are stored in half precision")
 
 # %%
 square = table.T.unflatten(1, (side, side))[None]  # (1, D, side, side)
-resized = F.interpolate(square, size=(h, w), mode="bicubic", align_corners=False)
-positions = square if (h, w) == (side, side) else resized
+resized = F.interpolate(square.float(), size=(h, w), mode="bicubic", align_corners=False)
+positions = square if (h, w) == (side, side) else resized.double()  # resized in float32, always
 positions = positions.flatten(2).transpose(1, 2)  # (1, L, D)
 same = torch.equal(positions, resize_table(encoder.pos_embed, (h, w)))
 check(f"table of {side} x {side} on a grid of {h} x {w}", same)
@@ -292,7 +291,7 @@ from mimdet.models.sampling import token_grid
 cfg = copy.deepcopy(model.config)
 cfg.backbone.decoder_fill = "stem" if version == 1 else "mask_token"
 torch.manual_seed(SEED)  # of the other fill: random, never trained
-other = mimdet.build_detector(cfg).eval()
+other = mimdet.build_detector(cfg).double().eval()
 report = other.load_state_dict(model.state_dict(), strict=False)
 print(f"new in version {3 - version}:", report.missing_keys, "| gone:", report.unexpected_keys)
 square = model.batch([image[:, : height // 32 * 32, : width // 32 * 32]])
@@ -470,7 +469,6 @@ check(
 # %%
 from mimdet.viz import RatioDial
 
-torch.set_default_dtype(torch.float32)  # as always outside of this walk
 dial = RatioDial(open_detector(MODE), pictures.images, pictures.targets, pictures.categories)
 dial.ratio.value = 0.25
 dial

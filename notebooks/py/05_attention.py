@@ -508,7 +508,7 @@ from mimdet.models.rcnn import pad_and_normalise
 from mimdet.notebook import open_mae
 
 mae = open_mae(MODE)
-inputs = pad_and_normalise([image], torch.device("cpu")).tensors
+inputs = pad_and_normalise([image], mae).tensors
 with torch.no_grad(), mimdet.record(mae, "blocks.*.attn") as seen:
     mae(inputs, ratio=0.25, generators=[torch.Generator().manual_seed(SEED)])
 first = int(seen.sample.keep[0][0])

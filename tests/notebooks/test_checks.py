@@ -201,3 +201,4 @@ def test_a_broken_library_is_noticed(
         for cell in cells:
             if not {"install", "timing"} & set(notebooks.tags(cell)):
                 exec(compile(cell.source, stem, "exec"), namespace)
+    assert torch.get_default_dtype() == torch.float32, "the lesson's own precision leaked"

@@ -32,7 +32,6 @@ from mimdet.models.roi_heads import BoxHead, MaskHead, RoIHeads, SampledBoxes, m
 from mimdet.models.rpn import RPN, Proposals, init_rpn
 from mimdet.structures import Crops, Detections, Target
 
-CPU = torch.device("cpu")
 STRIDES = (4, 8, 16, 32)
 LOG2 = math.log(2)
 
@@ -56,8 +55,9 @@ def test_padded_size() -> None:
 def test_batch_is_normalised_before_it_is_padded() -> None:
     tall = torch.full((3, 40, 20), 255, dtype=torch.uint8)
     wide = torch.zeros(3, 10, 33, dtype=torch.uint8)
-    batch = pad_and_normalise([tall, wide], CPU)
+    batch = pad_and_normalise([tall, wide], nn.Linear(1, 1))
     assert batch.tensors.shape == (2, 3, 64, 64)
+    assert pad_and_normalise([wide], nn.Linear(1, 1).double()).tensors.dtype == torch.float64
     assert batch.image_sizes == [(40, 20), (10, 33)]
     for channel in range(3):
         mean, std = IMAGENET_MEAN[channel], IMAGENET_STD[channel]

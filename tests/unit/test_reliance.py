@@ -315,7 +315,7 @@ def mae() -> MAE:
 
 
 def test_tokens_of_an_autoencoder(mae, images):
-    batch = mimdet.models.rcnn.pad_and_normalise(images, torch.device("cpu")).tensors
+    batch = mimdet.models.rcnn.pad_and_normalise(images, mae).tensors
     every = Sample([torch.arange(16)] * 4, GRID)
     with torch.no_grad():
         patches = mae.patch_embed(batch)

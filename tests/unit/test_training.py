@@ -347,7 +347,7 @@ def test_an_aligned_stem_gives_the_tokens_of_the_patch_embedding(tmp_path):
     images = [ShapesCOCO("shapes-v1-medium", 64, 8, "val").image(i) for i in range(8)]
 
     def distance(detector):
-        batch = pad_and_normalise(images, torch.device("cpu")).tensors
+        batch = pad_and_normalise(images, mae).tensors
         with torch.no_grad():
             wanted = mae.patch_embed(batch)
             return float((detector.backbone.stem(batch).tokens - wanted).var() / wanted.var())
