@@ -66,14 +66,19 @@ ANSWERS = (
     f"[...document.querySelectorAll('{CANVASES}')]"
     ".reduce((sum, canvas) => sum + Number(canvas.dataset.seq ?? 0), 0)"
 )
-# From the last event of the person to the last picture; quiet: none has come for a while.
+# From the person's last event before the last picture to that picture (a panel may answer the
+# pointer that goes down before it goes up again); quiet: none has come for a while.
 STOPWATCH = """() => {
   const now = () => performance.now();
-  if (window.stopwatch) return void Object.assign(window.stopwatch, { event: 0, answer: 0 });
-  window.stopwatch = { event: 0, answer: 0, quiet: () => now() - window.stopwatch.answer > 250 };
+  const start = { event: 0, answer: 0, took: 0 };
+  if (window.stopwatch) return void Object.assign(window.stopwatch, start);
+  window.stopwatch = { ...start, quiet: () => now() - window.stopwatch.answer > 250 };
   for (const event of ["pointerdown", "pointerup", "keydown", "change"])
     document.addEventListener(event, () => (window.stopwatch.event = now()), true);
-  const seen = new MutationObserver(() => (window.stopwatch.answer = now()));
+  const seen = new MutationObserver(() => {
+    window.stopwatch.answer = now();
+    window.stopwatch.took = window.stopwatch.answer - window.stopwatch.event;
+  });
   seen.observe(document.body, { subtree: true, attributeFilter: ["data-seq"] });
 }"""
 BROKEN = (
@@ -279,4 +284,4 @@ class Notebook:
             arg=before,
             timeout=1000 * seconds,
         )
-        return self.page.evaluate("() => window.stopwatch.answer - window.stopwatch.event")
+        return self.page.evaluate("() => window.stopwatch.took")
