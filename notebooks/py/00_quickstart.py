@@ -11,6 +11,7 @@
 #
 # | | quick (`MODE = "quick"`) | full (`MODE = "full"`) |
 # |---|---|---|
+# | study | an hour, after PyTorch's basics | |
 # | what you see | 1.5 million parameters, from random weights, on drawn scenes | MIMDet ViT-B, 128 million parameters, on COCO |
 # | time | 1 to 2 minutes on two busy CPU cores (about 65 s of one core) | days; not measured here. Its authors report 3 to 4 days on 8 V100 GPUs |
 # | memory | 1.8 GB at most | not measured here; 8 images a GPU at a time by default |

@@ -2,17 +2,18 @@
 # # 01 · Where the transformer comes from: loading a masked autoencoder
 #
 # MIMDet does not train its transformer from scratch. Encoder *and decoder* come from a **masked
-# autoencoder** (MAE, [He et al., CVPR 2022](https://arxiv.org/abs/2111.06377)) that learnt to paint
-# three quarters of an image from the remaining quarter, without any labels. Here you open such a
-# file, see what each tensor is for, load it into a detector, break it in the usual ways, and paint
-# images with it.
+# autoencoder** (MAE, [He et al., CVPR 2022](https://arxiv.org/abs/2111.06377)) that learnt to
+# paint three quarters of an image from the remaining quarter, without any labels. **Afterwards
+# you can** open such a file, say what each tensor is for, load it into a detector, notice the
+# usual faults, and paint images with it.
 #
 # | | quick (`MODE = "quick"`) | full (`MODE = "full"`) |
 # |---|---|---|
+# | study | an hour, after 00 | |
 # | what you see | the shipped `tiny_mae` (1.5 million parameters, drawn scenes) into the preset `tiny` | Meta's MAE ViT-B into MIMDet ViT-B |
 # | time | about 25 seconds of one CPU core | not measured here |
 # | memory | about 1 GB | not measured here |
-# | needs | nothing but the kit; no GPU, no download | `mimdet download mae-base-visualize mimdet-base`, COCO in the folder named by `MIMDET_COCO` |
+# | needs | nothing but the kit | `mimdet download mae-base-visualize mimdet-base`, COCO in the folder named by `MIMDET_COCO` |
 #
 # Set `PATH` to a photo of yours and it is painted in place of the drawn scenes. Do not expect much
 # in quick mode: `tiny_mae` has seen drawn shapes and nothing else.

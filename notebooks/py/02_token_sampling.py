@@ -2,16 +2,17 @@
 # # 02 · Token sampling: what the encoder sees, and what it costs
 #
 # The one idea of MIMDet that everything else serves: train the transformer of a detector on a
-# *sample* of the tokens. Here you draw samples in different ways, see how they move through
-# encoder and decoder, what padding does to them, what each ratio costs, and how a sample is stored
-# and repeated.
+# *sample* of the tokens. **Afterwards you can** draw samples in different ways, follow them
+# through encoder and decoder, say what padding does to them and what a ratio costs, and store and
+# repeat one.
 #
 # | | quick (`MODE = "quick"`) | full (`MODE = "full"`) |
 # |---|---|---|
+# | study | an hour, after 00 | |
 # | what you see | the shipped detector `tiny` on drawn scenes | the released MIMDet ViT-B on COCO val2017 |
 # | time | about 15 seconds of one CPU core | not measured here |
 # | memory | about 1 GB | not measured here |
-# | needs | nothing but the kit; no GPU, no download | `mimdet download mimdet-base mae-base-visualize`, COCO in the folder named by `MIMDET_COCO` |
+# | needs | nothing but the kit | `mimdet download mimdet-base mae-base-visualize`, COCO in the folder named by `MIMDET_COCO` |
 #
 # Set `PATH` to see samples of your own photo. In quick mode the detector knows drawn shapes only.
 

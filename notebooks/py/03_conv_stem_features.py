@@ -3,14 +3,15 @@
 #
 # A ViT cuts the image into squares of 16 × 16 pixels and multiplies each by one matrix. MIMDet
 # throws that matrix away, although it was pre-trained, and starts from a small **ConvStem** with
-# random weights: four convolutions that reach the same 16-pixel grid in four halvings and leave two
-# finer maps, c2 and c3, on the way. This notebook looks at both stems: their maps, how far they
-# see, what their norm does, what they cost, and which objects depend on the finer maps.
+# random weights: four convolutions that reach the same 16-pixel grid in four halvings and leave
+# two finer maps, c2 and c3. **Afterwards you can** compare both stems: their maps, how far they
+# see, what their norm does, what they cost, which objects depend on the finer maps.
 #
 # | | quick (`MODE = "quick"`) | full (`MODE = "full"`) |
 # |---|---|---|
+# | study | an hour, after 00 | |
 # | what you see | the shipped `tiny` (width 128) on drawn scenes | the released MIMDet ViT-B (width 768) on COCO |
-# | time | about 15 s of one core (a minute where many programs share it) | not measured |
+# | time | about 15 s of one core | not measured |
 # | memory | about 0.9 GB | not measured |
 # | needs | nothing but the kit | `mimdet download mimdet-base`, COCO in `MIMDET_COCO` |
 #

@@ -1,15 +1,15 @@
 # %% [markdown]
 # # 04 · Backbone walkthrough: every tensor from image to p6
 #
-# This notebook takes one image through MIMDet's backbone and neck twice: once by the library, with
-# every intermediate tensor recorded, and once by hand, with nothing but matrix products, sums and
-# indexing. After each step the two are compared. Then it counts what all of this costs, again by
-# hand and by the library, at the size of the paper.
+# This notebook takes one image through MIMDet's backbone and neck twice: once by the library,
+# with every intermediate tensor recorded, and once by hand, with matrix products, sums and indexing. After each step the two are compared. **Afterwards you can** name every shape
+# on the way, and count by hand what all of this costs at the size of the paper.
 #
 # | | quick (`MODE = "quick"`) | full (`MODE = "full"`) |
 # |---|---|---|
+# | study | an hour, after 02, 03 | |
 # | what you see | the shipped `tiny`, 2 million parameters; counts of ViT-B | the released MIMDet ViT-B on COCO |
-# | time | about 15 s of one core (a minute where many programs share it) | not measured |
+# | time | about 15 s of one core | not measured |
 # | memory | about 1 GB | not measured |
 # | needs | nothing but the kit | `mimdet download mimdet-base`, COCO in `MIMDET_COCO` |
 #

@@ -2,17 +2,18 @@
 # # 05 · Attention: what a patch looks at
 #
 # In every transformer block each token asks all others a question and takes a mixture of their
-# answers. How much it takes from whom is a table of numbers, the *attention*, and here you look at
-# it: in the encoder and in the decoder, block by block and head by head, with all tokens and with a
-# quarter of them. On the way you learn how to get such numbers out of a model that never stores
-# them, what they cost, and why MIMDet needs no windows.
+# answers. How much it takes from whom is a table of numbers, the *attention*, and here you look
+# at it: in the encoder and in the decoder, block by block and head by head, with all tokens and
+# with a quarter of them. **Afterwards you can** get such numbers out of a model that never stores
+# them, and say what they cost, and why MIMDet needs no windows.
 #
 # | | quick (`MODE = "quick"`) | full (`MODE = "full"`) |
 # |---|---|---|
+# | study | an hour, after 02 | |
 # | what you see | the detector `tiny` that comes with the package, on drawn scenes | the released MIMDet ViT-B, on COCO |
-# | time | about 10 s of one CPU core, 40 s on a busy machine | not measured here |
+# | time | about 10 s of one CPU core | not measured here |
 # | memory | about 0.9 GB | not measured here |
-# | needs | nothing but the kit; no GPU, no download | the file of `mimdet download mimdet-base`, and COCO 2017 in the folder named by `MIMDET_COCO` |
+# | needs | nothing but the kit | the file of `mimdet download mimdet-base`, and COCO 2017 in the folder named by `MIMDET_COCO` |
 #
 # Words: the *query* is the token that asks. *Ratio* is the share of the tokens that the encoder
 # sees. Blocks and heads are counted from 0, as in the names of the modules.

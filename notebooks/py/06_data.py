@@ -2,17 +2,18 @@
 # # 06 · Data: from a file to what the detector sees
 #
 # Most of the hours in a detection project go into data, and most silent mistakes happen there: a
-# box format mixed up, a mask that is not flipped with its image, an image listed twice. This
-# notebook follows one image from a COCO file, or a Hugging Face table, through the paper's
-# augmentation into a batch, checks every step against another way to compute it, and then breaks a
-# data set on purpose to see what is noticed.
+# box format mixed up, a mask that is not flipped with its image, an image listed twice.
+# **Afterwards you can** follow one image from a COCO file, or a Hugging Face table, through the
+# paper's augmentation into a batch, check every step another way, and tell which faults of a data
+# set are noticed.
 #
 # | | quick (`MODE = "quick"`) | full (`MODE = "full"`) |
 # |---|---|---|
+# | study | an hour, after 00 | |
 # | what you see | 24 drawn scenes, written as a COCO data set; a sample browser | the same on COCO val2017 |
 # | time | about half a minute; 12 s of one CPU core | not measured here |
 # | memory | about 1 GB | not measured here |
-# | needs | nothing but the kit; no GPU, no download | COCO 2017 in the folder named by `MIMDET_COCO` |
+# | needs | nothing but the kit | COCO 2017 in the folder named by `MIMDET_COCO` |
 #
 # **Your own data:** set `PATH` to a folder with `annotations.json` (COCO format) and `images/`, and
 # every section runs on it. With a photo, the browser shows the photo and the rest drawn scenes.

@@ -1,13 +1,14 @@
 # %% [markdown]
 # # 07 · Train: memorise eight images, then learn all of COCO
 #
-# A training of days is a process, not a cell. Here you start one from a notebook, watch it, stop it
-# and continue it, first on eight images, which takes half a minute and finds most mistakes, then
-# with the paper's recipe: learning rates of three groups, schedule, memory, several GPUs, what to
-# expect. The same cells do both; `MODE = "full"` turns drawn scenes into COCO.
+# A training of days is a process, not a cell. **Afterwards you can** start one from a notebook,
+# watch, stop and continue it, first on eight images, which takes half a minute and finds most
+# mistakes, then with the paper's recipe: learning rates of three groups, schedule, memory, several
+# GPUs, what to expect.
 #
 # | | quick (`MODE = "quick"`) | full (`MODE = "full"`) |
 # |---|---|---|
+# | study | an hour, after 00, 06 | |
 # | what you see | a small MIMDet memorises 8 drawn scenes, is stopped and resumed; the recipe is planned, not run | the same with 8 photographs, then MIMDet ViT-B on COCO |
 # | time | about 50 s of one CPU core | days; not measured here. The authors report 3 to 4 days on 8 V100 GPUs |
 # | memory | about 1.5 GB in two processes | not measured here; 8 images a GPU at a time by default |

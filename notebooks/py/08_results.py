@@ -1,13 +1,14 @@
 # %% [markdown]
 # # 08 · Results: why AP is what it is
 #
-# A detector comes back with one number, "box AP 52". This notebook takes the number apart: how it
-# is computed, which sizes and classes it is lost on, which of six kinds of mistakes cost most, what
-# those look like, how far two runs may differ by chance. At the end you browse the mistakes one
-# image at a time. Nothing is trained, unless you bring data of your own.
+# A detector comes back with one number, "box AP 52". **Afterwards you can** take the number
+# apart: how it is computed, which sizes and classes it is lost on, which of six kinds of mistakes
+# cost most, what they look like, how far two runs differ by chance. Nothing is
+# trained, unless you bring data of your own.
 #
 # | | quick (`MODE = "quick"`) | full (`MODE = "full"`) |
 # |---|---|---|
+# | study | an hour, after 00 | |
 # | what you see | two shipped detectors of 2 million parameters on 48 held-out ShapesCOCO scenes | the released MIMDet ViT-B on COCO val2017, its second run at ratio 0.5 |
 # | time | about 40 s of one CPU core | not measured here; nine passes over 5,000 images |
 # | memory | 1.3 GB | not measured here |

@@ -1,14 +1,15 @@
 # %% [markdown]
 # # 09 · Ablations: a question, a grid, an answer with an error bar
 #
-# Does a detector train on a quarter of the tokens? One training of each kind does not answer that:
-# another seed gives another score, and the difference may be nothing but luck. Here you read a
-# finished experiment, work its error bars out by hand, run a small grid of your own, interrupt it
-# and continue, and see where each of the paper's claims can be measured.
+# Does a detector train on a quarter of the tokens? One training of each kind does not answer
+# that: another seed gives another score, and the difference may be luck. **Afterwards
+# you can** read a finished experiment, compute its error bars by hand, run, interrupt and
+# continue a grid of your own, and say where the paper's claims can be measured.
 #
 # | | quick (`MODE = "quick"`) | full (`MODE = "full"`) |
 # |---|---|---|
-# | what you see | a stored matrix of training and evaluation ratios; a grid of four trainings of a few seconds | the same grid with MIMDet ViT-B on COCO |
+# | study | an hour, after 07, 08 | |
+# | what you see | a stored matrix of training and evaluation ratios; a grid of four trainings of seconds | the same grid with MIMDet ViT-B on COCO |
 # | time | about a minute on two CPU cores | days: four trainings of the paper's recipe |
 # | memory | 1 GB a process | as one training, times the GPUs you have |
 # | needs | nothing but the kit | GPUs, and COCO 2017 in the folder named by `MIMDET_COCO` |

@@ -1,17 +1,18 @@
 # %% [markdown]
 # # 10 · Your own idea: from a cell to a row in the table
 #
-# *Which tokens should the encoder see?* The paper draws them at random. You may have a better idea,
-# or a different stem, neck or backbone. This notebook is a template: change one cell, run all, and
-# your idea appears in a table beside the paper's choice, with seeds, paired differences and an
+# *Which tokens should the encoder see?* The paper draws them at random. You may have a better
+# idea, or another stem, neck or backbone. **Afterwards you can** put yours into one cell, run
+# all, and find it in a table beside the paper's, with seeds, paired differences and an
 # interval. No file of the library is edited, and the code you wrote is kept with every run.
 #
 # | | quick (`MODE = "quick"`) | full (`MODE = "full"`) |
 # |---|---|---|
+# | study | an hour, after 02, 09 | |
 # | what you see | 2 samplers × 2 seeds, 20 steps each from the shipped `tiny` weights | the same call on COCO, as long as the preset says |
 # | time | about a minute on two cores, 68 s of CPU time | days: 4 trainings of the full preset; not measured |
 # | memory | about 1.5 GB (two trainings at a time) | not measured |
-# | needs | nothing but the kit; no GPU, no download | GPUs, COCO in `MIMDET_COCO`, and `START`: the path of a MAE |
+# | needs | nothing but the kit | GPUs, COCO in `MIMDET_COCO`, and `START`: the path of a MAE |
 #
 # **What it can show:** that your idea runs, trains, is saved, and how a comparison is read. **What
 # it cannot show:** that an idea is good. Two seeds of 20 steps are far too few, as section 4
