@@ -69,9 +69,10 @@ def to_pixels(image: Any, width: int = 0) -> Pixels:
 
 def enlarged(pixels: Pixels, width: int, smooth: bool = True) -> Pixels:
     """The picture at a width of so many pixels, less where its height would be more than TALL times
-    that; smooth=False keeps the edges of tokens sharp."""
+    that, up to TALL times as many for a panorama; smooth=False keeps the edges of tokens sharp."""
     rows, columns = pixels.shape[:2]
-    return _scaled(pixels, min(width / columns, TALL * width / rows), smooth)
+    least = min(width / TALL / rows, TALL * width / columns)  # a height of a third, if it can be
+    return _scaled(pixels, max(least, min(width / columns, TALL * width / rows)), smooth)
 
 
 def _scaled(pixels: Pixels, scale: float, smooth: bool = True) -> Pixels:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import mimdet
 from mimdet.viz import Panel, PatchCanvas, to_pixels
-from mimdet.viz.widgets.panel import ImagePanel, few_proposals
+from mimdet.viz.widgets.panel import ONE_TOKEN, ImagePanel, few_proposals
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -157,7 +157,7 @@ def test_choosing_a_picture(panel: Chosen) -> None:
     assert panel.chosen[0, 0, 0] == 2
     assert len(panel.milliseconds) == 2
     values = [value for _, value in panel.ratio.options]
-    assert values == pytest.approx([0.05 * i for i in range(1, 21)])
+    assert values == pytest.approx([ONE_TOKEN, *(0.05 * i for i in range(1, 21))])
     assert panel.ratio.continuous_update is False  # an answer may take longer than a step
 
 

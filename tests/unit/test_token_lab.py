@@ -14,7 +14,9 @@ from mimdet.viz.reconstruction import SameTokens
 from tests.small import small
 
 pytest.importorskip("anywidget", reason='panels need pip install "mimdet[notebooks]"')
+from mimdet.structures import Target
 from mimdet.viz import TokenLab
+from mimdet.viz.widgets.panel import ONE_TOKEN
 
 
 def tiny_mae(patch: int = 8) -> MAE:
@@ -130,7 +132,9 @@ def test_the_same_controls_draw_the_same_tokens_for_both_models(lab):
     assert len(kept(lab)) == 8
     lab.ratio.value = 0.25
     assert kept(lab) == first and len(first) == 4
-    lab.sampler.value = "grid"
+    lab.ratio.value = ONE_TOKEN
+    assert len(kept(lab)) == 1 and "1 of 16" in lab.status.value
+    lab.ratio.value, lab.sampler.value = 0.25, "grid"
     assert {place // 4 % 2 for place in kept(lab)} != {0, 1}, "every second row"
     assert lab.painted.sample.keep[0].tolist() == kept(lab)
 
@@ -142,6 +146,18 @@ def test_another_image_brings_its_own_grid(lab):
     assert lab.canvas.size == (300, 200) == lab.painting.size == lab.detections.size
 
 
+def test_the_truth_stands_beside_where_it_is_known(models):
+    truth = [Target(torch.tensor([[8.0, 8, 40, 40]]), torch.tensor([0]))]
+    lab = TokenLab(*models, images=[noise(64, 64)], targets=truth)
+    assert lab.canvases[-1] is lab.truth and lab.truth.title == "truth: 1 object"
+    lab.add(noise(64, 96), "mine.png")
+    assert lab.truth.title == "no truth is known" and lab.truth.size == (300, 200)
+    assert TokenLab(*models).truth.title.startswith("truth: ")  # drawn scenes bring their own
+    assert TokenLab(None, models[1], [noise(64, 64)]).truth.title == ""
+    with pytest.raises(ValueError, match="1 targets for 2 images"):
+        TokenLab(*models, images=[noise(64, 64)] * 2, targets=truth)
+
+
 def test_brush_takes_tokens_away_from_both_models_and_reset_brings_them_back(lab):
     drawn, picture = list(lab.canvas.dropped), lab.detections.picture
     lost = kept(lab)[0]
@@ -150,7 +166,8 @@ def test_brush_takes_tokens_away_from_both_models_and_reset_brings_them_back(lab
     assert lab.painted.sample.keep[0].tolist() == kept(lab)
     expected = mimdet.predict(lab.detector, noise(64, 64), sample=lab.sample)
     assert torch.equal(lab.found.scores, expected.scores)
-    assert "3 of 16" in lab.status.value and "by hand" in lab.status.value
+    assert "3 of 16" in lab.status.value
+    assert "by hand 1 dropped, 0 brought back" in lab.status.value
     lab.reset.click()
     assert lab.canvas.dropped == drawn
     assert lab.detections.picture == picture

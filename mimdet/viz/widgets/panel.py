@@ -18,13 +18,16 @@ from torch import Tensor
 from mimdet.data.shapes import ShapesCOCO
 from mimdet.images import to_rgb
 from mimdet.models.detector import Detector
-from mimdet.viz.draw import beside
-from mimdet.viz.style import VERMILLION
+from mimdet.structures import Target
+from mimdet.viz import draw
+from mimdet.viz.style import VERMILLION, plural
 from mimdet.viz.widgets.canvas import PatchCanvas, with_picture
 
 EXPECTED = (ValueError, OSError)
 """What goes wrong with inputs; anything else is a mistake in code, and its place is shown."""
 MANY_PROPOSALS, FEW_PROPOSALS = 300, 100
+ONE_TOKEN = 1e-6
+"""A ratio of which one token is left, as `mimdet.select` keeps at least one."""
 
 
 class Panel:
@@ -132,7 +135,7 @@ class Panel:
 
     def snapshot(self) -> Image.Image:
         """The canvases side by side, as a saved notebook shows them."""
-        return Image.fromarray(beside([np.asarray(c.snapshot()) for c in self.canvases]))
+        return Image.fromarray(draw.beside([np.asarray(c.snapshot()) for c in self.canvases]))
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
         bundle = self.box._repr_mimebundle_(**options)
@@ -146,24 +149,34 @@ class ImagePanel(Panel):
     tokens kept, and `seed` draws others.
     """
 
-    def __init__(self, images: Any = None, ratio: float = 0.25) -> None:
+    def __init__(
+        self, images: Any = None, ratio: float = 0.25, targets: Sequence[Target] | None = None
+    ) -> None:
         """images: one or a list, as `mimdet.predict` takes them: a path, a PIL image, a uint8 array
-        or tensor; by default eight held-out scenes of ShapesCOCO. They are read when chosen."""
+        or tensor; by default eight held-out scenes of ShapesCOCO. They are read when chosen.
+        targets: their truth, one an image."""
         super().__init__()
         if images is None:
             scenes = ShapesCOCO("shapes-v1-medium", length=8, split="val")
-            images = [scenes[i].image for i in range(len(scenes))]
+            records = [scenes[i] for i in range(len(scenes))]
+            images, targets = [r.image for r in records], [r.target for r in records]
         self.images = list(images) if isinstance(images, list | tuple) else [images]
         if not self.images:
             raise ValueError("no images to choose from: give at least one")
+        if targets is not None and len(targets) != len(self.images):
+            raise ValueError(
+                f"{len(targets)} targets for {len(self.images)} images: give one per image"
+            )
+        self.targets = targets
         self.image = dropdown("image", [(f"image {i + 1}", i) for i in range(len(self.images))])
         self.upload = ipywidgets.FileUpload(accept="image/*", description="your own")
         self.upload.observe(self._uploaded, "value")
-        steps = [(f"{step / 20:.2f}", step / 20) for step in range(1, 21)]
+        shares = [(f"{step / 20:.2f}", step / 20) for step in range(1, 21)]
+        steps = [("one token", ONE_TOKEN), *shares]
         self.ratio = ipywidgets.SelectionSlider(
             options=steps, value=ratio, description="ratio kept"
         )
-        self.seed = ipywidgets.IntSlider(description="seed", max=99)
+        self.seed = seed_slider()
         self.inputs = [self.image, self.upload, self.ratio, self.seed]
 
     @property
@@ -171,6 +184,14 @@ class ImagePanel(Panel):
         """uint8 (3, H, W)."""
         index = self.image.value
         return self.once("chosen", index, lambda: to_rgb(self.images[index]))
+
+    def show_truth(self, canvas: PatchCanvas, categories: Sequence[str], width: int) -> None:
+        """The chosen picture with its true objects; of an uploaded one nothing is known."""
+        known = (self.targets or [])[self.image.value : self.image.value + 1]
+        marks = [mark for target in known for mark in draw.marks_of(target, categories)]
+        pixels, size = draw.to_pixels(self.chosen, width), draw.image_size(self.chosen)
+        title = f"truth: {plural(len(marks), 'object')}" if known else "no truth is known"
+        canvas.show(draw.with_marks(pixels, marks, size), title=title)
 
     def add(self, image: Tensor, name: str) -> None:
         """Append a picture to `images` and choose it."""
@@ -200,6 +221,11 @@ def dropdown(description: str, options: Any) -> Any:
     """A list to choose from, as wide as what it holds."""
     layout = {"width": "max-content", "max_width": "260px"}
     return ipywidgets.Dropdown(options=options, description=description, layout=layout)
+
+
+def seed_slider() -> Any:
+    """0 to 99. Its number is not a field: of a typed 1e3 the browser would take 13 in silence."""
+    return ipywidgets.SelectionSlider(options=range(100), description="seed")
 
 
 def toggles(description: str, options: Sequence[str]) -> Any:

@@ -31,6 +31,8 @@ function render({ model, el }) {
 
   function draw() {
     const [width, height] = model.get("size");
+    el.style.flex = `1 1 ${Math.round(0.7 * width)}px`; // in a row: smaller rather than below
+    el.style.maxWidth = `${width + 10}px`;
     canvas.width = width;
     canvas.height = height;
     if (shown) pen.drawImage(shown, 0, 0, width, height);
@@ -66,6 +68,7 @@ function render({ model, el }) {
     const chosen = model.get("selected");
     const where = `: row ${Math.floor(chosen / columns())}, column ${chosen % columns()}`;
     title.textContent = model.get("title");
+    if (brushing) title.textContent = dropping ? "this stroke drops tokens" : "this stroke brings tokens back";
     canvas.style.cursor = looking() ? "default" : "crosshair";
     canvas.style.touchAction = looking() ? "auto" : "none"; // a finger scrolls, or draws
     canvas.setAttribute("role", looking() ? "img" : "application");
@@ -126,6 +129,7 @@ function render({ model, el }) {
   function finishStroke() {
     if (!brushing) return;
     brushing = false;
+    draw();
     model.save_changes(); // one message a stroke
   }
 

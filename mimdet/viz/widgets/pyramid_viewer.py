@@ -85,7 +85,7 @@ class PyramidViewer(ImagePanel):
             kept = f"the encoder sees {len(first.sample.keep[0])} of {total} tokens"
         self.picture.show(image, title="image")
         self.canvases = [self.picture, *(self.maps[name] for name in shown)]
-        what = f"{self.view.value} at ratio {ratio:.2f}"
+        what = f"{self.view.value} at ratio {self.ratio.label}"
         self.label = f"An image and its map {level} in {', '.join(shown)}: {what}."
         moved = "made before tokens are sampled: the ratio does not matter"
         if level not in BEFORE_SAMPLING:

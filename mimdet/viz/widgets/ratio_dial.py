@@ -51,21 +51,17 @@ class RatioDial(ImagePanel):
 
         Raises ValueError for a model that keeps every token, and for another number of targets.
         """
-        super().__init__(images, ratio=1.0)
+        super().__init__(images, 1.0, targets)
         if not model.samples:
             raise ValueError("this backbone sees every token: a dial needs a MIMDet to turn")
-        if targets is not None and len(targets) != len(self.images):
-            raise ValueError(
-                f"{len(targets)} targets for {len(self.images)} images: give one per image"
-            )
-        self.model, self.targets = model, targets
+        self.model = model
         self.categories = model.categories if categories is None else categories
         self.score = ipywidgets.FloatSlider(0.3, min=0, max=1, step=0.05, description="score ≥")
         self.pale = ipywidgets.Checkbox(True, description="pale tokens", indent=False)
         self.truth, self.picture, self.table = PatchCanvas(), PatchCanvas(), ipywidgets.HTML()
         self.times: dict[float, list[tuple[float, float]]] = {}
         """Ratio -> (milliseconds of the detector, of its backbone) of every run."""
-        self.canvases = [self.picture] if targets is None else [self.truth, self.picture]
+        self.canvases = [self.picture] if self.targets is None else [self.truth, self.picture]
         self.open([*self.inputs, self.score, self.pale], self.canvases, self.table)
 
     def draw(self) -> str:
@@ -74,10 +70,7 @@ class RatioDial(ImagePanel):
         self.found, sample, remark = self.once("found", key, self._detect)
         pixels = draw.to_pixels(self.chosen, SIDE)
         if self.targets is not None:
-            known = self.targets[index : index + 1]  # of an uploaded image none
-            marks = [mark for target in known for mark in draw.marks_of(target, self.categories)]
-            title = f"truth: {len(marks)} objects" if known else "no truth is known"
-            self.truth.show(draw.with_marks(pixels, marks, size), title=title)
+            self.show_truth(self.truth, self.categories, SIDE)
         marks = draw.marks_of(self.found, self.categories, self.score.value)
         fed = self.model.resize.size(*size)
         if self.pale.value:
@@ -85,12 +78,12 @@ class RatioDial(ImagePanel):
         kept = f"{len(sample.keep[0])} of {math.prod(token_grid(*fed))} tokens"
         title = f"{kept}: {len(marks)} found"
         self.picture.show(draw.with_marks(pixels, marks, size), title=title)
-        self.label = f"An image, detections at ratio {ratio:.2f}: {title}."
+        self.label = f"An image, detections at ratio {self.ratio.label}: {title}."
         self.table.value = _table(self.times)
         whole, backbone = np.median(self.times[ratio], axis=0)
         return (
-            f"ratio {ratio:.2f}: {kept} · {len(marks)} detections of score {self.score.value:.2f} "
-            f"or more · {whole:.0f} ms, median of {len(self.times[ratio])} "
+            f"ratio {self.ratio.label}: {kept} · {len(marks)} detections of score "
+            f"{self.score.value:.2f} or more · {whole:.0f} ms, median of {len(self.times[ratio])} "
             f"(backbone {backbone:.0f} ms){remark}"
         )
 

@@ -15,7 +15,7 @@ from mimdet.structures import Target
 from mimdet.viz import draw
 from mimdet.viz.draw import Pixels
 from mimdet.viz.widgets.canvas import PatchCanvas
-from mimdet.viz.widgets.panel import Panel, toggles
+from mimdet.viz.widgets.panel import Panel, seed_slider, toggles
 
 KINDS = ("paper", "none", "multiscale", "lsj")
 WIDTH = 400
@@ -51,7 +51,7 @@ class SampleBrowser(Panel):
             max=len(dataset) - 1, description="image", layout={"width": "150px"}
         )
         self.kind = toggles("augmentation", KINDS)
-        self.seed = ipywidgets.IntSlider(description="seed", max=99)
+        self.seed = seed_slider()
         self.canvases = self.stored, self.shown = [PatchCanvas(), PatchCanvas()]
         self.geometry: Geometry | None = None
         """The transform on show."""

@@ -1,7 +1,7 @@
 """TokenLab: choose the tokens, see what an autoencoder and a detector make of exactly these."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,7 +15,7 @@ from mimdet.models.mae import MAE
 from mimdet.models.sampling import SAMPLERS, Sample, Sampler
 from mimdet.models.sampling import draw as draw_sample
 from mimdet.models.weights import load_mae_model
-from mimdet.structures import Detections
+from mimdet.structures import Detections, Target
 from mimdet.training.run import load_detector
 from mimdet.viz import draw
 from mimdet.viz.reconstruction import Answer, Painted, SameTokens, View
@@ -37,11 +37,12 @@ class TokenLab(ImagePanel):
     Both are given the same tokens: one covers the same part of the picture in either model
     (`mimdet.viz.reconstruction.SameTokens`).
 
-    Controls: image and upload (the list grows by your own); ratio, sampler and seed (each draws
-    anew); tool: "brush" drops tokens from the first picture or brings them back, "select" says what
-    happened to the token that is clicked; "reconstruction" shows the painting with or without the
-    seen patches; reset forgets the brush. `sample` is what is kept now; `found` (in the pixels of
-    the resized image) and `painted` hold what the models made of it.
+    Controls: image and upload (the list grows by your own); ratio (down to one token), sampler and
+    seed (each draws anew); tool: "brush" drops tokens from the first picture, or brings them back
+    when the stroke starts on one that is left out; "select" says what happened to the token that is
+    clicked; "reconstruction" shows the painting with or without the seen patches; reset forgets the
+    brush. Beside it the truth, where it is known. `sample` is what is kept now; `found` (in the
+    pixels of the resized image) and `painted` hold what the models made of it.
     """
 
     name = "token"
@@ -53,16 +54,18 @@ class TokenLab(ImagePanel):
         mae: MAE | None = None,
         images: Any = None,
         *,
+        targets: Sequence[Target] | None = None,
         samplers: Mapping[str, Sampler] | None = None,
         ratio: float = 0.25,
     ) -> None:
         """detector, mae: one of them, or both; the shipped tiny ones when neither is given.
-        images: as `predict` takes them, default held-out scenes of ShapesCOCO. samplers: more of
-        them, by name: (tokens (L, D), grid, generator) -> scores (L,); tokens are those of the
-        detector's stem, without a detector the autoencoder's patch embeddings. ratio: of the first
-        sample, a multiple of 0.05. Raises ValueError for a detector that cannot leave tokens out.
+        images: as `predict` takes them, default held-out scenes of ShapesCOCO. targets: their
+        truth, one an image, drawn where there is a detector. samplers: more of them, by name:
+        (tokens (L, D), grid, generator) -> scores (L,); tokens are those of the detector's stem,
+        without a detector the autoencoder's patch embeddings. ratio: of the first sample, a
+        multiple of 0.05. Raises ValueError for a detector that cannot leave tokens out.
         """
-        super().__init__(images, ratio)
+        super().__init__(images, ratio, targets)
         if detector is None and mae is None:
             detector, mae = load_detector("tiny"), load_mae_model("tiny_mae")
         self.models = SameTokens(detector, mae)
@@ -77,8 +80,9 @@ class TokenLab(ImagePanel):
         self.canvas = PatchCanvas(tool="brush", show_grid=True)
         ipywidgets.dlink((self.tool, "value"), (self.canvas, "tool"))
         self.canvas.observe(self.changed, ["dropped", "selected"])
-        self.painting, self.detections = PatchCanvas(), PatchCanvas()
-        answers = {self.painting: mae, self.detections: detector}
+        self.painting, self.detections, self.truth = (PatchCanvas() for _ in range(3))
+        truth = detector and self.targets
+        answers = {self.painting: mae, self.detections: detector, self.truth: truth}
         self.canvases = [self.canvas, *(canvas for canvas, model in answers.items() if model)]
         hand = [self.tool, self.reconstruction, self.reset] if mae else [self.tool, self.reset]
         self.open([*self.inputs, self.sampler], hand, self.canvases)
@@ -130,7 +134,9 @@ class TokenLab(ImagePanel):
         kept, total, place = len(self.sample.keep[0]), math.prod(view.grid), self.canvas.selected
         whole, some = draw.to_pixels(view.whole, WIDTH), f"{kept} of {total} tokens"
         now, most = (self.models.encoder_cost(number) for number in (kept, total))
-        hand = "" if self.canvas.dropped == self._drawn else ", by hand"
+        gone, drawn = {*self.canvas.dropped}, {*self._drawn}
+        less, more = len(gone - drawn), len(drawn - gone)
+        hand = f"; by hand {less} dropped, {more} brought back" if less or more else ""
         parts = [
             f"kept <b>{some}</b> ({kept / total:.2f}{hand})",
             f"encoder {now / 1e9:.3g} of {most / 1e9:.3g} G multiply-adds ({now / most:.2f})",
@@ -151,6 +157,8 @@ class TokenLab(ImagePanel):
             pixels = draw.with_marks(whole, marks, draw.image_size(view.whole))
             self.detections.show(pixels, title=f"detected from {some}")
             parts.append(f"{plural(len(marks), 'object')} of score ≥ {SCORE:g}")
+            if self.targets:
+                self.show_truth(self.truth, self.detector.categories, WIDTH)
         for other in self.canvases[1:]:
             other.rows, other.columns = view.grid
             other.selected = place
