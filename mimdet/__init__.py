@@ -31,7 +31,7 @@ _NAMES_OF = {
     "training.pretrain": ("pretrain",),
     "experiments.experiment": ("experiment",),
     "viz.record": ("record",),
-    "notebook": ("notebook_setup", "check"),
+    "notebook": ("notebook_setup", "check", "judge"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
 

@@ -15,6 +15,7 @@ stored. Every notebook gets one more cell below its title, INSTALL.
 import argparse
 import ast
 import hashlib
+import os
 import re
 import shutil
 import sys
@@ -47,6 +48,8 @@ if "COLAB_RELEASE_TAG" in environ:
     from google.colab import output
 
     output.enable_custom_widget_manager()"""
+SOLUTION = "%%solution"
+"""First line of a solution's cell: `mimdet.notebook.solution`; it runs where SOLUTIONS is true."""
 README = ROOT / "README.md"
 START, END = "<!-- notebooks -->", "<!-- /notebooks -->"
 METADATA = {
@@ -80,6 +83,9 @@ def read_source(source: Path) -> NotebookNode:
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     seen: Counter[str] = Counter()
     for cell in notebook.cells:
+        if "solution" in tags(cell):
+            cell.source = f"{SOLUTION}\n{cell.source}"
+            cell.metadata["jupyter"] = {"source_hidden": True}
         text = f"{source.stem}\0{cell.cell_type}\0{cell.source}"
         seen[text] += 1  # equal cells need different ids
         cell["id"] = hashlib.sha256(f"{text}\0{seen[text]}".encode()).hexdigest()[:8]
@@ -93,7 +99,7 @@ def read_notebook(path: Path) -> NotebookNode:
 def code_hash(notebook: NotebookNode) -> str:
     """Fingerprint of the code cells: text may change without a new run, code may not."""
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    code = "\0".join(cell.source for cell in cells if "install" not in tags(cell))
+    code = "\0".join(code_of(cell) for cell in cells if "install" not in tags(cell))
     return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
@@ -104,6 +110,11 @@ def contents(notebook: NotebookNode) -> list[tuple[str, str, str, tuple[str, ...
 
 def tags(cell: NotebookNode) -> list[str]:
     return cell.metadata.get("tags", [])
+
+
+def code_of(cell: NotebookNode) -> str:
+    """The Python of a cell, without the magic that guards a solution."""
+    return cell.source.removeprefix(f"{SOLUTION}\n")
 
 
 def parameters_cell(notebook: NotebookNode) -> NotebookNode | None:
@@ -154,7 +165,7 @@ def execute(notebook: NotebookNode, folder: Path = FOLDER) -> None:
             coalesce_streams=True,
         )
         try:
-            client.execute()
+            client.execute(env={**os.environ, "MIMDET_STRICT_CHECKS": "1"})
         finally:
             tidy(notebook, private=(str(scratch), str(ROOT), sys.prefix, str(Path.home())))
 

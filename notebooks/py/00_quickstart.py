@@ -27,6 +27,7 @@
 MODE = "quick"  # "full": COCO and a GPU
 STEPS = 0  # training steps; 0: as many as the mode takes (a few are too few for two checks)
 SEED = 0  # of weights, scenes and samples
+SOLUTIONS = False  # True: the answers at the end run too
 
 # %%
 import mimdet

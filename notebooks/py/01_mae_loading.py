@@ -22,6 +22,7 @@
 MODE = "quick"  # "full": Meta's autoencoder and COCO
 SEED = 0  # of the patches that are kept
 PATH = ""  # your own photo, or a folder with annotations.json and images/
+SOLUTIONS = False  # True: the answers at the end run too
 
 # %%
 import mimdet

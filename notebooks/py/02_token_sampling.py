@@ -20,6 +20,7 @@
 MODE = "quick"  # "full": released weights and COCO
 SEED = 0  # of the samples
 PATH = ""  # your own photo, or a folder with annotations.json and images/
+SOLUTIONS = False  # True: the answers at the end run too
 
 # %%
 import mimdet

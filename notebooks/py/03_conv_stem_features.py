@@ -24,6 +24,7 @@
 MODE = "quick"  # "full": the released ViT-B and COCO
 SEED = 0  # of the random stems
 PATH = ""  # your own photo, or a folder with annotations.json and images/
+SOLUTIONS = False  # True: the answers at the end run too
 
 # %%
 import copy

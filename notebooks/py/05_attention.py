@@ -23,6 +23,7 @@ MODE = "quick"  # "full": the released ViT-B and COCO
 SEED = 0  # of the samples
 PATH = ""  # your own photo, or a folder with annotations.json and images/
 QUERY = (0.5, 0.17)  # the patch to ask, as shares of the height and of the width
+SOLUTIONS = False  # True: the answers at the end run too
 
 # %%
 import mimdet

@@ -22,6 +22,7 @@
 MODE = "quick"  # "full": COCO val2017
 SEED = 0  # of the order and the augmentation
 PATH = ""  # your own photo, or a folder with annotations.json and images/
+SOLUTIONS = False  # True: the answers at the end run too
 
 # %%
 import mimdet

@@ -20,6 +20,7 @@ STEPS = 0  # steps on the eight images; 0: as many as the mode takes
 SEED = 0  # of weights, scenes and samples
 PROCESSES = 0  # that share a training; 0: one per GPU, or one on the CPU
 MAE = "downloads/mae_pretrain_vit_base_full.pth"  # full mode starts from it
+SOLUTIONS = False  # True: the answers at the end run too
 
 # %%
 import copy

@@ -24,6 +24,7 @@ MODE = "quick"  # "full": the released detector on COCO val2017
 PATH = ""  # your own photo, or a folder with annotations.json and images/
 STEPS = 60  # training steps on your own folder; nothing else is trained
 SEED = 0  # of the sampled tokens, and of that training
+SOLUTIONS = False  # True: the answers at the end run too
 
 # %%
 from pathlib import Path

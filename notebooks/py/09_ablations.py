@@ -18,6 +18,7 @@
 MODE = "quick"  # "full": COCO and GPUs
 STEPS = 30  # of each training of section 4 in quick mode
 SEED = 0  # the first of the seeds
+SOLUTIONS = False  # True: the answers at the end run too
 
 # %%
 import mimdet

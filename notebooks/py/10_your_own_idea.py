@@ -23,6 +23,7 @@ MODE = "quick"  # "full": COCO and GPUs
 START = "tiny"  # weights that every run starts from; full: a file such as MAE's ViT-B; "": random
 STEPS = 0  # training steps of each run; 0: 20 in quick mode, the preset's own in full mode
 SEED = 0  # the first of the seeds
+SOLUTIONS = False  # True: the answers at the end run too
 
 # %% [markdown]
 # ## 1 · The idea

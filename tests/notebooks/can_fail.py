@@ -16,7 +16,7 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-from tools.notebooks import tags
+from tools.notebooks import code_of, tags
 
 NEVER_NEGATIVE = {"len", "abs", "norm", "numel", "std", "var", "square"}
 PASS_ON = {"max", "min", "mean", "sum", "item", "float", "int", "round"}
@@ -121,7 +121,7 @@ def vacuous(notebook: NotebookNode) -> list[str]:
     for number, cell in enumerate(cells[1:-1], start=2):
         if "install" in tags(cell):
             continue
-        for line, (text, wrong) in checks_of(cell.source).items():
+        for line, (text, wrong) in checks_of(code_of(cell)).items():
             where = f"code cell {number}, {text}"
             problems += [f"{where}: nothing makes it false: {operand}" for operand in wrong]
             problems += [] if (number, line) in ran else [f"{where}: never ran"]

@@ -200,5 +200,5 @@ def test_a_broken_library_is_noticed(
     with pytest.raises(AssertionError, match=f"✗ .*{text}"):
         for cell in cells:
             if not {"install", "timing"} & set(notebooks.tags(cell)):
-                exec(compile(cell.source, stem, "exec"), namespace)
+                exec(compile(notebooks.code_of(cell), stem, "exec"), namespace)
     assert torch.get_default_dtype() == torch.float32, "the lesson's own precision leaked"

@@ -32,7 +32,7 @@ def test_the_readme_lists_them() -> None:
 def test_notebook_runs_in_quick_mode(source: Path) -> None:
     """And each of its sanity checks could have failed (can_fail.py)."""
     notebook = notebooks.read_source(source)
-    notebooks.inject(notebook, MODE="quick")
+    notebooks.inject(notebook, MODE="quick", SOLUTIONS=True)
     can_fail.add_to(notebook)
     try:
         notebooks.execute(notebook)

@@ -190,6 +190,20 @@ def test_a_solution_may_be_long(copy: Path) -> None:
     assert notebooks.check(copy) == []
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_solution_is_hidden_and_runs_where_it_is_asked_for(copy: Path, wanted: bool) -> None:
+    source = copy / "py" / "00_small.py"
+    cells = '# %%\nimport mimdet.notebook\n\n# %% tags=["solution"]\nMODE + "er"'
+    source.write_text(source.read_text().replace("MODE =", f"SOLUTIONS = {wanted}\nMODE =") + cells)
+    notebook = notebooks.read_source(source)
+    notebooks.execute(notebook, copy)
+    last = notebook.cells[-1]
+    assert last.metadata["jupyter"]["source_hidden"]
+    (output,) = last.outputs
+    assert ("quicker" in str(output)) == wanted
+    assert ("not run: set SOLUTIONS = True" in str(output)) != wanted
+
+
 def test_index_is_read_from_the_first_cells(copy: Path) -> None:
     said = notebooks.index(f"Before\n{notebooks.START}\nold\n{notebooks.END}\nAfter\n", copy)
     assert said.splitlines() == [

@@ -113,6 +113,36 @@ def test_check_prints_a_tick_or_fails_with_the_text(capsys) -> None:
     assert capsys.readouterr().out == ""
 
 
+def test_in_a_notebook_a_failed_check_shows_its_numbers_and_goes_on(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(notebook, "in_notebook", lambda: True)
+    monkeypatch.setitem(globals(), "last", 0.71234)
+    check("it learned", last < 1 / 2, "of the first steps")  # noqa: F821
+    said = capsys.readouterr().out.splitlines()
+    assert said[:3] == ["✗ it learned: of the first steps", "  last < 1 / 2", "  last = 0.7123"]
+    assert said[3].endswith("The lesson goes on.")
+    monkeypatch.setenv(notebook.STRICT, "1")
+    with pytest.raises(AssertionError, match="it learned"):
+        check("it learned", last < 1 / 2)  # noqa: F821
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "mark"),
+    [(..., 120, "·"), (120, 120, "✓"), (119, 120, "✗"), (0.0099, 0.01, "✓"), (0.02, 0.01, "✗")]
+    + [("box", "box", "✓"), ("stem", "box", "✗"), (True, 1, "✗"), ({1, 2}, {2, 1}, "✓")],
+)
+def test_an_answer_is_judged(capsys, answer, right, mark: str) -> None:
+    mimdet.judge(3, answer, right)
+    assert capsys.readouterr().out.startswith(f"{mark} exercise 3: ")
+
+
+def test_what_is_wrong_with_an_input_is_one_line_in_a_notebook() -> None:
+    for wrong in (lambda: notebook.open_pictures("nowhere.jpg"), lambda: notebook_setup("fast")):
+        with pytest.raises((FileNotFoundError, ValueError)) as caught:
+            wrong()
+        (line,) = caught.value._render_traceback_()
+        assert line == f"{caught.type.__name__}: {caught.value}"
+
+
 # ------------------------------------------------------------------------------- the live figure
 
 
