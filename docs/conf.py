@@ -1,0 +1,84 @@
+"""Sphinx's configuration: `python tools/site.py` builds the site from the repository's own files.
+
+The source directory is the repository, so a link from one page to another is the same here, on a
+code host and on disk.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from sphinx.ext.napoleon import GoogleDocstring
+
+import mimdet
+
+project = "mimdet"
+version = release = mimdet.__version__
+author = "the mimdet authors"
+copyright = author
+
+extensions = ["myst_nb", "sphinx.ext.autodoc"]
+include_patterns = [
+    "docs/**",
+    "notebooks/*.ipynb",
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "mimdet/pretrained/README.md",
+]
+exclude_patterns = ["docs/slides.md"]  # a page of its own, made by tools/site.py
+root_doc = "docs/index"
+
+# Notebooks are shown as they are stored: nothing is run.
+nb_execution_mode = "off"
+nb_merge_streams = True
+nb_mime_priority_overrides = [("html", "image/jpeg", 5), ("html", "image/png", 4)]
+
+myst_enable_extensions = ["dollarmath", "colon_fence", "attrs_inline"]
+myst_heading_anchors = 4  # as code hosts make them
+suppress_warnings = [
+    "myst.header",  # a page may start below its title
+    "ref.python",  # `MAE` in a signature is both mimdet.MAE and the module's: the same class
+]
+
+toc_object_entries_show_parents = "hide"
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True  # `()` and not what it evaluates to
+python_use_unqualified_type_names = True
+
+html_theme = "furo"
+html_title = f"mimdet {version}"
+html_theme_options = {"navigation_with_keys": True}
+html_static_path = ["site.css"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sourcelink = False
+
+
+def plain_prose(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Docstrings are prose with `code` in single backticks, and no reStructuredText."""
+    parts = re.split(r"(`+[^`]+`+)", "\n".join(lines))
+    for index, part in enumerate(parts):
+        if index % 2:
+            parts[index] = "``" + " ".join(part.strip("`").split()) + "``"
+        else:
+            parts[index] = re.sub(r"([*|\\]|(?<=\w)_(?!\w))", r"\\\1", part)
+    text = "".join(parts)
+    lines[:] = (GoogleDocstring(text).lines() if "Args:" in text else text.split("\n")) + [""]
+
+
+def folders_are_no_pages(app: Any, docname: str, source: list[str]) -> None:
+    """A link to a folder leads somewhere on a code host; here its text is left."""
+    page = Path(app.env.doc2path(docname))
+
+    def text_of(link: re.Match[str]) -> str:
+        return link[1] if (page.parent / link[2]).is_dir() else link[0]
+
+    if page.suffix == ".md":
+        source[0] = re.sub(r"(?<!!)\[([^]]*)\]\(([^)#:]+)\)", text_of, source[0])
+
+
+def setup(app: Any) -> None:
+    app.connect("autodoc-process-docstring", plain_prose)
+    app.connect("source-read", folders_are_no_pages)
