@@ -19,7 +19,9 @@ _NAMES_OF = {
     "features": (
         "compare_pyramids largest_difference pyramid_of show_channels show_planes show_pyramid"
     ),
-    "figures": ("padding_factor show_batches show_bitmaps show_data show_detections show_sample"),
+    "figures": (
+        "padding_factor show_batches show_bitmaps show_data show_detections show_sample show_stages"
+    ),
     "reconstruction": ("draw_sample fit_to_mae paint show_pictures show_reconstruction to_uint8"),
     "record": "attention_names rollout",
     "style": "new_figure save_figure",

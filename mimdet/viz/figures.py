@@ -9,14 +9,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import ImageColor
 from torch import Tensor
+from torchvision.ops import box_iou
 
+from mimdet.inference import predict
+from mimdet.models.detector import Detector, evaluating
 from mimdet.models.sampling import PATCH, Sample, padded_places, token_grid
 from mimdet.structures import Detections, Record, Target, padded_size
 from mimdet.viz import draw
 from mimdet.viz.features import pale_dropped
-from mimdet.viz.style import BLUE, ORANGE, WIDTH, NotebookFigure, plural
+from mimdet.viz.style import BLUE, ORANGE, SKY, WIDTH, NotebookFigure, plural
 
 
 def show_detections(
@@ -51,6 +55,49 @@ def show_detections(
         pictures.append(draw.Picture(title, pixels, marks))
     group, widest = 1 if targets is None else 2, 6.4 if columns == 1 else 3.2
     return draw.show_rows("Images with boxes, masks and names", pictures, columns, group, widest)
+
+
+def show_stages(model: Detector, record: Record, score_threshold: float = 0.5) -> NotebookFigure:
+    """How a detector comes to its boxes: anchors, proposals, detections, and the truth.
+
+    Anchors are those of the middle of the image, all others lie like them; of the proposals the
+    surest are drawn, four an object. A true object is named by the highest IoU of any detection of
+    score_threshold and more with it. Raises ValueError without an object.
+    """
+    image, truth = record.image, record.target
+    if not len(truth):
+        raise ValueError("a picture without objects: choose one that has some")
+    batch = model.prepare(image)
+    with torch.inference_mode(), evaluating(model):
+        levels = list(model.neck(model.features(batch)).values())
+        boxes = model.rpn(batch, levels)[0][0].boxes.cpu()
+        anchors = [a.cpu() for a in model.rpn.anchors([(m.shape[2], m.shape[3]) for m in levels])]
+    zoom, middle = batch.image_sizes[0][0] / image.shape[1], torch.tensor(batch.image_sizes[0]) / 2
+    central = []
+    for of_level in anchors:
+        away = ((of_level[:, :2] + of_level[:, 2:]) / 2 - middle.flip(0)).norm(dim=1)
+        central += (
+            of_level[away.topk(model.rpn.anchors.per_place, largest=False)[1]] / zoom
+        ).tolist()
+    found = predict(model, image).to("cpu")
+    found = found[found.scores >= score_threshold]
+    overlaps = box_iou(truth.boxes, found.boxes) if len(found) else torch.zeros(len(truth), 1)
+    pixels, count = draw.to_pixels(image), sum(map(len, anchors))
+    best = [draw.Mark(box, SKY) for box in (boxes[: 4 * len(truth)] / zoom).tolist()]
+    met = [
+        draw.Mark(box, BLUE, f"IoU {draw.score_text(iou)}")
+        for box, iou in zip(truth.boxes.tolist(), overlaps.amax(1).tolist(), strict=True)
+    ]
+    own = [draw.Mark(box, ORANGE) for box in central]
+    marks = draw.marks_of(found, model.categories)
+    stages = {
+        f"1 anchors: {len(own)} of {count:,}": own,
+        f"2 proposals: {len(best)} of {len(boxes):,}": best,
+        f"3 detections ≥ {draw.score_text(score_threshold)}: {len(marks)}": marks,
+        f"4 truth: {len(truth)}": met,
+    }
+    pictures = [draw.Picture(title, pixels, marks) for title, marks in stages.items()]
+    return draw.show_rows("From anchors to detections", pictures)
 
 
 def show_data(

@@ -13,6 +13,7 @@ import torch
 from matplotlib.axes import Axes
 from PIL import Image
 
+import mimdet
 from mimdet import viz
 from mimdet.models.sampling import Sample
 from mimdet.structures import Crops, Detections, Record, Target
@@ -23,10 +24,11 @@ from mimdet.viz import (
     show_detections,
     show_ratios,
     show_sample,
+    show_stages,
     show_training,
 )
 from mimdet.viz.draw import Mark
-from tests.small import nothing_found
+from tests.small import nothing_found, small
 
 ROOT = Path(__file__).resolve().parents[2]
 HEIGHT, WIDTH = 48, 64
@@ -395,3 +397,18 @@ def test_every_figure_and_panel_is_had_from_viz() -> None:
     assert "show_sample" in dir(viz)
     with pytest.raises(AttributeError, match=r"no 'show_nothing'; its .*TokenLab"):
         _ = viz.show_nothing
+
+
+def test_stages_from_anchors_to_the_truth(painted: list[Sequence[Mark]]) -> None:
+    torch.manual_seed(0)
+    model = mimdet.build_detector(small())
+    fig = show_stages(model, Record(image(), target(), 7), score_threshold=0.0)
+    anchors, proposals, found, truth = (list(marks) for marks in painted)
+    assert len(anchors) == 5 * model.rpn.anchors.per_place and len(proposals) == 8
+    assert f"3 detections ≥ .00: {len(found)}; 4 truth: 2." in fig.alt_text
+    assert [list(mark.box) for mark in truth] == BOXES.tolist()
+    assert all(mark.name.startswith("IoU ") for mark in truth)
+    middles = [((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for b in (mark.box for mark in anchors)]
+    assert all(abs(x - WIDTH / 2) <= 32 and abs(y - HEIGHT / 2) <= 32 for x, y in middles)
+    with pytest.raises(ValueError, match="without objects"):
+        show_stages(model, Record(image(), target()[:0], 7))
