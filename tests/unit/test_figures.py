@@ -411,4 +411,4 @@ def test_stages_from_anchors_to_the_truth(painted: list[Sequence[Mark]]) -> None
     middles = [((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for b in (mark.box for mark in anchors)]
     assert all(abs(x - WIDTH / 2) <= 32 and abs(y - HEIGHT / 2) <= 32 for x, y in middles)
     with pytest.raises(ValueError, match="without objects"):
-        show_stages(model, Record(image(), target()[:0], 7))
+        show_stages(model, Record(image(), Target(BOXES[:0], torch.tensor([]).long()), 7))
