@@ -98,7 +98,9 @@ def download(
     paths = []
     for file in files:
         path = fetch_from_hub(file) if file.hub_file else fetch(file, folder)
-        print(f"{file.name}: complete and checked: {path}")
+        known = file.hub_file or path.name in recorded(folder)
+        own = f"used as it is, unchecked ({RECORD} says nothing of it)"
+        print(f"{file.name}: {'complete and checked' if known else own}: {path}")
         if unpack and path.suffix == ".zip":
             print(unzip(path, folder / "coco"))
         paths.append(path)
@@ -165,7 +167,8 @@ def fetch_from_hub(file: PublicFile) -> Path:
 
 
 def fetch(file: PublicFile, folder: Path) -> Path:
-    """A plain address's file in `folder`; one that is there already is checked, not fetched."""
+    """A plain address's file in `folder`; one that is there already is not fetched, but checked as
+    far as anything is known of it."""
     path = folder / file.file_name
     if path.exists():
         check_existing(file, path)
@@ -268,15 +271,12 @@ def digest(path: Path, kind: str) -> str:
 
 
 def check_existing(file: PublicFile, path: Path) -> None:
-    """Compare a file with its entry in downloads.json; one without gets it if its sum is known."""
+    """Compare a file with its entry in downloads.json; one without gets it if its sum is known, and
+    is the user's own business otherwise."""
     entry = recorded(path.parent).get(path.name)
-    if entry is None and not file.sha256 and not file.md5_start:
-        raise ValueError(
-            f"{path} is there, but {path.parent / RECORD} says nothing of it, so it cannot be "
-            "checked: use it as it is, or move it away to download it"
-        )
     if entry is None:
-        remember(file, path, path.stat().st_size, verify(file, path))
+        if file.sha256 or file.md5_start:
+            remember(file, path, path.stat().st_size, verify(file, path))
     elif digest(path, "sha256") != entry["sha256"]:
         raise ValueError(
             f"{path} is not what was downloaded on {entry['date']}: it was changed or damaged "

@@ -15,7 +15,8 @@ import tempfile
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import numpy as np
+from filelock import FileLock
 from torch import Tensor
 
 from mimdet.config import DataConfig
@@ -87,10 +89,36 @@ def open_table(json_path: Path) -> Table:
     with json_path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     cached = cache_folder() / f"coco-{FORMAT}-{digest}.arrow"
+    if _is_whole(cached):
+        return Table(cached)
+    with _alone(cached):
+        return Table(cached) if _is_whole(cached) else _make(cached, json_path, digest)
+
+
+def _is_whole(cached: Path) -> bool:
+    return cached.exists() and _checksum(cached) == SEAL
+
+
+@contextmanager
+def _alone(cached: Path) -> Iterator[None]:
+    """Of several processes one makes the table, the others wait and read it.
+
+    Where there are no locks each makes its own.
+    """
+    lock = FileLock(cached.with_suffix(".lock"))
+    with suppress(OSError, NotImplementedError):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # who waits holds the file itself, and finds the table
+            Path(lock.lock_file).unlink()
+        lock.release()
+
+
+def _make(cached: Path, json_path: Path, digest: str) -> Table:
     if cached.exists():
-        if _checksum(cached) == SEAL:
-            return Table(cached)
-        warnings.warn(f"{cached} is damaged: it is made again from {json_path}", stacklevel=4)
+        warnings.warn(f"{cached} is damaged: it is made again from {json_path}", stacklevel=5)
     build = partial(_without_collector, partial(_build, json_path, digest))
     try:
         remove_leftovers(cached.parent)
@@ -100,7 +128,7 @@ def open_table(json_path: Path) -> Table:
         warnings.warn(
             f"{cached} cannot be written ({error}): {json_path} is read anew each time; set "
             "MIMDET_CACHE to a folder with room",
-            stacklevel=4,
+            stacklevel=5,
         )
     folder = tempfile.TemporaryDirectory()
     build(Path(folder.name) / cached.name)

@@ -9,7 +9,7 @@ from mimdet.config import Config
 from mimdet.console import Failed
 from mimdet.experiments.grid import Grid
 from mimdet.experiments.results import Experiment, measured
-from mimdet.experiments.runs import ExperimentStopped, places_for, plan, run_all
+from mimdet.experiments.runs import GPU, ExperimentStopped, places_for, plan, run_all
 
 
 def experiment(
@@ -57,6 +57,10 @@ def experiment(
             f"{len(waiting)} to train, {len(places)} at a time",
             flush=True,
         )
+        gpus = {place[GPU] for place in places if GPU in place}
+        if 0 < len(gpus) < len(places):
+            shared = f"{len(places)} runs at a time share the memory of {len(gpus)} GPUs"
+            print(f"{shared}; with processes=0 each has one of its own", flush=True)
         try:
             errors = run_all(waiting, places, folder / "logs")
         except KeyboardInterrupt:

@@ -36,6 +36,8 @@ LOCK_SECONDS = 60.0
 STOP_SECONDS = 30.0
 """A run has this long to save and end; then, or on a second Ctrl-C, it is killed."""
 LOOK_EVERY = 0.2
+GPU = "CUDA_VISIBLE_DEVICES"
+"""Environment variable: the GPUs that a process sees."""
 
 
 @dataclass(slots=True)
@@ -293,14 +295,14 @@ def places_for(runs: Sequence[PlannedRun], processes: int = 0) -> list[dict[str,
     gpus: list[str] = []
     if devices & {"auto", "cuda"}:
         count = torch.cuda.device_count()
-        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        visible = [name for name in os.environ.get(GPU, "").split(",") if name]
         gpus = (visible or [str(i) for i in range(count)])[:count]
     threads = max([1, *(run.cfg.training.threads for run in runs)])
     # Of a device that is named there is one.
     fitting = usable_cores() // threads if devices <= {"auto", "cpu"} else 1
     count = min(len(runs), processes or len(gpus) or max(1, fitting))
     if gpus:
-        return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(count)]
+        return [{GPU: gpus[i % len(gpus)]} for i in range(count)]
     return [{"OMP_NUM_THREADS": str(threads)} for _ in range(count)]
 
 

@@ -3,6 +3,7 @@
 import gc
 import json
 import pickle
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -312,10 +313,20 @@ def test_a_link_out_of_the_folder_is_named_once(tmp_path, content):
     assert ["link" in str(one.message) for one in said].count(True) == 1
 
 
-def test_many_at_once_make_one_table(tmp_path, content, cache):
-    paths = write(tmp_path, content)
+def test_many_at_once_make_one_table(tmp_path, content, cache, monkeypatch):
+    """One builds it, the others wait for that and read; of several processes too."""
+    paths, built = write(tmp_path, content), []
+
+    def slowly(*given):
+        built.append(given)
+        time.sleep(0.3)
+        build(*given)
+
+    build = coco._build
+    monkeypatch.setattr(coco, "_build", slowly)
     with ThreadPoolExecutor(8) as pool:
         datasets = list(pool.map(lambda _: CocoDataset(*paths), range(16)))
+    assert len(built) == 1
     assert all(len(dataset[0].target) == 2 for dataset in datasets)
     assert [path.suffix for path in cache.iterdir()] == [".arrow"]
 

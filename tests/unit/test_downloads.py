@@ -271,10 +271,12 @@ def test_second_run_only_checks(remote, listed, tmp_path):
     assert path.read_bytes().endswith(b"x")
 
 
-def test_file_from_elsewhere(file, tmp_path):
+def test_file_from_elsewhere(remote, file, listed, tmp_path, capsys):
+    """One that nothing is known of is used as it is, and keeps nothing else from coming."""
     (tmp_path / "weights.pth").write_bytes(CONTENT)
-    with pytest.raises(ValueError, match="cannot be checked"):
-        fetch(file, tmp_path)
+    assert download(["small"], tmp_path) == [tmp_path / "weights.pth"]
+    assert "small: used as it is" in capsys.readouterr().out and remote.asked == []
+    assert not (tmp_path / "downloads.json").exists()
     fetch(replace(file, sha256=SHA256), tmp_path)  # its sum is known, so now it is in the record
     fetch(file, tmp_path)
     (tmp_path / "downloads.json").write_text("{")
@@ -378,6 +380,11 @@ def test_unpack_coco_and_go_on_with_what_is_incomplete(remote, file, tmp_path, m
     assert first.read_bytes() == IMAGES["val2017/1.jpg"]
     assert first.stat().st_mtime_ns == written
     assert files_in(first.parent) == {"1.jpg", "2.jpg"}
+    shutil.rmtree(tmp_path / "d/coco")
+    (tmp_path / "d/downloads.json").unlink()  # now it is the user's own archive
+    cli.main(command)
+    printed = capsys.readouterr().out
+    assert "used as it is" in printed and "2 files unpacked" in printed
 
 
 def special(name: str, kind: int) -> zipfile.ZipInfo:

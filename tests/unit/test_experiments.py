@@ -26,7 +26,7 @@ from mimdet.experiments.results import (
     t_quantile,
     training_flops,
 )
-from mimdet.experiments.runs import RATIOS, PlannedRun, places_for, plan
+from mimdet.experiments.runs import RATIOS, ExperimentStopped, PlannedRun, places_for, plan
 from mimdet.presets import PRESETS
 from mimdet.training.owner import in_use
 from mimdet.training.run import CheckpointStore, MetricsFile, Run, load_detector
@@ -221,6 +221,20 @@ def test_processes_follow_cores_and_threads_or_gpus(tmp_path, monkeypatch) -> No
     assert places_for(planned) == [{"OMP_NUM_THREADS": "2"}] * 2
     planned[0].cfg.training.device = "mps"
     assert len(places_for(planned)) == 1  # there is one of it
+
+
+def test_two_trainings_on_one_gpu_are_not_started_in_silence(tmp_path, monkeypatch, capsys) -> None:
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("mimdet.experiments.experiment.run_all", stopped)
+    for processes, said in ((2, False), (3, True)):
+        with pytest.raises(ExperimentStopped):
+            grid = {"backbone.depth": [1, 2]}
+            experiment(small(), grid, seeds=2, runs=tmp_path, processes=processes)
+        printed = capsys.readouterr().out
+        assert ("3 runs at a time share the memory of 2 GPUs" in printed) == said
 
 
 # ------------------------------------------------------------------------------- statistics
