@@ -4,6 +4,8 @@ The source directory is the repository, so a link from one page to another is th
 code host and on disk.
 """
 
+import inspect
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ root_doc = "docs/index"
 # Notebooks are shown as they are stored: nothing is run.
 nb_execution_mode = "off"
 nb_merge_streams = True
+NEW_TAGS = {"install": "remove-cell", "solution": "hide-cell"}
 nb_mime_priority_overrides = [("html", "image/jpeg", 5), ("html", "image/png", 4)]
 
 myst_enable_extensions = ["dollarmath", "colon_fence", "attrs_inline"]
@@ -42,6 +45,7 @@ suppress_warnings = [
 ]
 
 toc_object_entries_show_parents = "hide"
+maximum_signature_line_length = 90
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True  # `()` and not what it evaluates to
@@ -79,6 +83,28 @@ def folders_are_no_pages(app: Any, docname: str, source: list[str]) -> None:
         source[0] = re.sub(r"(?<!!)\[([^]]*)\]\(([^)#:]+)\)", text_of, source[0])
 
 
+def tag_cells(app: Any, docname: str, source: list[str]) -> None:
+    """Of a notebook the cell that installs the kit is left out, and solutions wait for a click."""
+    if not docname.startswith("notebooks/"):
+        return
+    notebook = json.loads(source[0])
+    for cell in notebook["cells"]:
+        tags = cell["metadata"].setdefault("tags", [])
+        tags += [NEW_TAGS[tag] for tag in tags if tag in NEW_TAGS]
+    source[0] = json.dumps(notebook)
+
+
+def options_of_a_command(app: Any, what: str, name: str, thing: Any, *rest: Any) -> Any:
+    """The signature of a command without what only its parser wants to know."""
+    if what != "function" or not name.startswith(("mimdet.cli.", "mimdet.demo.")):
+        return None
+    parameters = inspect.signature(thing).parameters.values()
+    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
+    return str(inspect.Signature(bare)), None
+
+
 def setup(app: Any) -> None:
+    app.connect("autodoc-process-signature", options_of_a_command)
+    app.connect("source-read", tag_cells)
     app.connect("autodoc-process-docstring", plain_prose)
     app.connect("source-read", folders_are_no_pages)
