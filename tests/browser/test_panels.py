@@ -8,6 +8,7 @@ import io
 import json
 import re
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from PIL import Image
 
 import mimdet
 from mimdet.training.run import CheckpointStore
-from tests.browser.chromium import PICTURES, Page, skip_without_browser
+from tests.browser.chromium import PICTURES, Page, open_page, skip_without_browser
 from tests.browser.lab import Notebook, Server
+from tools import notebooks
 
 skip_without_browser()
 pytest.importorskip("jupyterlab", reason="jupyterlab is not installed: .[notebooks]")
@@ -160,6 +162,15 @@ PANELS: dict[str, tuple[str, dict[str, Act]]] = {
         },
     ),
 }
+BOXES = """() => [...document.querySelectorAll("canvas.mimdet-canvas")]
+  .map((c) => c.getBoundingClientRect()).map((b) => [b.x, b.y, b.width, b.height])"""
+BRUSH_DOWN = """() => {
+  const canvas = document.querySelector("canvas.mimdet-canvas");
+  const box = canvas.getBoundingClientRect();
+  const place = { clientX: box.right - 0.1 * box.width, clientY: box.bottom - 0.1 * box.height };
+  canvas.setPointerCapture = () => {};
+  canvas.dispatchEvent(new PointerEvent("pointerdown", place));
+}"""
 CHOOSES = {"class", "all classes", "size", "all sizes", "where", "either run", "any verdict"}
 """Controls that choose another set of images, of which the first may be the same one: they may
 change the status line only."""
@@ -250,3 +261,38 @@ def last_weights(run: Path) -> dict[str, torch.Tensor]:
     last = CheckpointStore(run / "checkpoints").load_last()
     assert last is not None
     return last.weights
+
+
+@pytest.mark.parametrize("width", [900, 1400])
+def test_the_first_screen(server: Server, width: int) -> None:
+    """Notebook 00 as a student meets it: a brush within a minute, brush and effect seen together,
+    one token, what a stroke does in words; and what is said when the kernel is gone."""
+    source = notebooks.read_source(notebooks.FOLDER / "py" / "00_quickstart.py")
+    cells = [cell.source for cell in source.cells if cell.cell_type == "code"]
+    last = next(i for i, cell in enumerate(cells) if "TokenLab(" in cell)
+    titles = ".mimdet-title"
+    with open_page(width, 900) as browser:
+        start = time.monotonic()
+        first = Notebook(server, browser, f"first{width}", cells[: last + 1])
+        first.run_all()
+        page = browser.page
+        page.wait_for_selector("canvas.mimdet-canvas[data-seq]")
+        first.answer_to(lambda: first.slide("mimdet-token-ratio", "Home"))
+        assert "kept 1 of 256 tokens" in first.status()
+        page.evaluate(BRUSH_DOWN)
+        assert "brings tokens back" in page.locator(titles).first.inner_text()
+        first.answer_to(lambda: first.stroke(0, 0.4))
+        assert time.monotonic() - start < 60, "seconds from opening to the first brush"
+        assert "brought back" in first.status() and "truth: 9 objects" in page.inner_text("body")
+        boxes = page.evaluate(BOXES)
+        assert max(x + w for x, _, w, _ in boxes) <= width
+        assert max(y + h for _, y, _, h in boxes) - min(y for _, y, _, _ in boxes) < 560
+        assert first.find("mimdet-hint").is_hidden()
+        browser.picture(f"first_{width}")
+        assert browser.errors == []
+        page.evaluate("jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
+        page.wait_for_function("document.body.innerText.includes('no kernel answers')")
+        page.evaluate("jupyterapp.commands.execute('docmanager:save')")
+        page.reload()
+        page.wait_for_selector(".mimdet-hint")
+        assert "Run All Above" in first.find("mimdet-hint").inner_text()

@@ -12,6 +12,7 @@ from typing import Any
 import ipywidgets
 import numpy as np
 import torch
+from IPython.display import HTML, display
 from PIL import Image
 from torch import Tensor
 
@@ -28,6 +29,11 @@ EXPECTED = (ValueError, OSError)
 MANY_PROPOSALS, FEW_PROPOSALS = 300, 100
 ONE_TOKEN = 1e-6
 """A ratio of which one token is left, as `mimdet.select` keeps at least one."""
+HINT = (
+    "<p class='mimdet-hint'>A picture of a panel, or an error in its place? Panels end with their "
+    "kernel: <i>Run &gt; Run All Above Selected Cell</i>, then this cell.</p>"
+)
+"""Below a panel; a page in which the panel lives hides it (patch_canvas.css)."""
 
 
 class Panel:
@@ -137,6 +143,11 @@ class Panel:
         """The canvases side by side, as a saved notebook shows them."""
         return Image.fromarray(draw.beside([np.asarray(c.snapshot()) for c in self.canvases]))
 
+    def _ipython_display_(self) -> None:
+        data, metadata = self._repr_mimebundle_()
+        display(data, metadata=metadata, raw=True)
+        display(HTML(HINT))
+
     def _repr_mimebundle_(self, **options: Any) -> Any:
         bundle = self.box._repr_mimebundle_(**options)
         return with_picture(bundle, self.snapshot(), self.label)
@@ -172,7 +183,7 @@ class ImagePanel(Panel):
         self.upload = ipywidgets.FileUpload(accept="image/*", description="your own")
         self.upload.observe(self._uploaded, "value")
         shares = [(f"{step / 20:.2f}", step / 20) for step in range(1, 21)]
-        steps = [("one token", ONE_TOKEN), *shares]
+        steps = [("1 token", ONE_TOKEN), *shares]
         self.ratio = ipywidgets.SelectionSlider(
             options=steps, value=ratio, description="ratio kept"
         )
@@ -230,8 +241,8 @@ def seed_slider() -> Any:
 
 def toggles(description: str, options: Sequence[str]) -> Any:
     """Buttons of which one is pressed, at first the first."""
-    style = {"button_width": "90px"}
-    return ipywidgets.ToggleButtons(options=options, description=description, style=style)
+    shape = {"style": {"button_width": "90px"}, "layout": {"width": "max-content"}}
+    return ipywidgets.ToggleButtons(options=options, description=description, **shape)
 
 
 @contextmanager

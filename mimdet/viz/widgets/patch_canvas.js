@@ -15,6 +15,7 @@ function render({ model, el }) {
   let loading = false;
   let brushing = false;
   let dropping = true;
+  let lost = false; // the kernel has ended, or is out of reach
   let last = -1; // place of the stroke's last event
 
   const rows = () => model.get("rows");
@@ -64,11 +65,22 @@ function render({ model, el }) {
     pen.stroke();
   }
 
+  function answered() {
+    lost = false;
+    draw();
+  }
+
+  function disconnected() {
+    lost = true;
+    draw();
+  }
+
   function describe() {
     const chosen = model.get("selected");
     const where = `: row ${Math.floor(chosen / columns())}, column ${chosen % columns()}`;
     title.textContent = model.get("title");
     if (brushing) title.textContent = dropping ? "this stroke drops tokens" : "this stroke brings tokens back";
+    if (lost) title.textContent = "no kernel answers: run the cells above and this one again";
     canvas.style.cursor = looking() ? "default" : "crosshair";
     canvas.style.touchAction = looking() ? "auto" : "none"; // a finger scrolls, or draws
     canvas.setAttribute("role", looking() ? "img" : "application");
@@ -177,8 +189,8 @@ function render({ model, el }) {
     select(row * columns() + column);
   });
 
-  const listeners = STATE.map((name) => [`change:${name}`, draw]);
-  listeners.push(["change:picture", load]);
+  const listeners = STATE.map((name) => [`change:${name}`, name === "seq" ? answered : draw]);
+  listeners.push(["change:picture", load], ["comm_live_update", disconnected]);
   for (const [event, listener] of listeners) model.on(event, listener);
   load();
   return () => {
