@@ -4,6 +4,7 @@
     python tools/notebooks.py build [NAME ...]   run the sources and store them with their outputs
     python tools/notebooks.py check              list what is wrong; exit 1 when anything is
     python tools/notebooks.py index [--check]    the README's table of notebooks
+    python tools/notebooks.py grade FILE ...     what the checks say to a student's notebooks
 
 The reviewed source of `notebooks/NN_name.ipynb` is `notebooks/py/NN_name.py` (py:percent). What
 users open is the notebook, with outputs, so that pictures show where nothing can be run. Two
@@ -20,13 +21,16 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jupytext
 import nbformat
 from nbclient import NotebookClient
+from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +38,7 @@ FOLDER = ROOT / "notebooks"
 MAX_BYTES = 1_500_000  # a larger file is slow to open, and sites show it as text
 MAX_LINES = 15  # of a code cell: more belongs into the library
 CELL_SECONDS = 600
+GRADE_MINUTES = 10.0
 WIDGET = "application/vnd.jupyter.widget-view+json"
 INSTALL = """\
 # Colab and Binder may start without the kit: this installs the clone that the notebook lies in.
@@ -148,22 +153,34 @@ def inject(notebook: NotebookNode, **values: Any) -> None:
     cell.source = ast.unparse(tree)
 
 
-def execute(notebook: NotebookNode, folder: Path = FOLDER) -> None:
+def execute(notebook: NotebookNode, folder: Path = FOLDER, minutes: float = 0) -> None:
     """Run every cell in place, in a fresh copy of the folder's `results`: a run that an earlier
-    execution left behind would be resumed, not repeated. Raises CellExecutionError."""
+    execution left behind would be resumed, not repeated. Raises CellExecutionError.
+
+    minutes: not 0 for the notebook of a student, which goes on after an error or a failed check,
+    keeps all outputs, and as a whole may take so long. Raises CellTimeoutError then.
+    """
+    deadline = time.monotonic() + 60 * minutes
+    rules: dict[str, Any] = {"timeout": CELL_SECONDS}
+    if minutes:
+        rules = {"timeout_func": lambda cell: max(1, int(deadline - time.monotonic()))}
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary).resolve()
         if (folder / "results").is_dir():
             shutil.copytree(folder / "results", scratch / "results")
         client = NotebookClient(
             notebook,
-            timeout=CELL_SECONDS,
+            allow_errors=minutes > 0,
             kernel_name="python3",
             resources={"metadata": {"path": str(scratch)}},
             record_timing=False,
             store_widget_state=False,
             coalesce_streams=True,
+            **rules,
         )
+        if minutes:
+            client.execute()
+            return
         try:
             client.execute(env={**os.environ, "MIMDET_STRICT_CHECKS": "1"})
         finally:
@@ -283,6 +300,89 @@ def _cell_problems(cell: NotebookNode) -> list[str]:
     return problems
 
 
+# ------------------------------------------------------------------------------- a student's
+
+
+def calls(cell: NotebookNode, name: str) -> list[str]:
+    """The calls of a function in a code cell, as text; none where it is no Python."""
+    try:
+        nodes = list(ast.walk(ast.parse(code_of(cell) if cell.cell_type == "code" else "")))
+    except SyntaxError:
+        return []
+    found = [node for node in nodes if isinstance(node, ast.Call)]
+    return [ast.unparse(node) for node in found if getattr(node.func, "id", "") == name]
+
+
+def with_judges(student: NotebookNode, original: NotebookNode) -> NotebookNode:
+    """The student's notebook without solutions, and after it the original's cells that judge, for
+    `mine` as the student left it."""
+    cells = [cell for cell in student.cells if "solution" not in tags(cell)]
+    cells = [cell for cell in cells if not cell.source.startswith(SOLUTION)]
+    for cell in original.cells:
+        if calls(cell, "judge"):
+            line = r"mine = \1 | globals().get('mine', {})"  # no answer to what is not in it
+            code = re.sub(r"(?m)^mine = (\{.*?\})", line, cell.source)
+            cells.append(nbformat.v4.new_code_cell(f"from mimdet import judge\n{code}"))
+    graded = nbformat.v4.new_notebook(cells=cells, metadata=METADATA)
+    if parameters_cell(graded):
+        inject(graded, MODE="quick")
+    return graded
+
+
+def grade(path: Path, minutes: float = GRADE_MINUTES, folder: Path = FOLDER) -> list[str]:
+    """What is to be said of a student's notebook: a line an exercise, `✓`, `✗` or `·`; then what is
+    wrong with its checks. It runs in quick mode, in a process and a folder of its own.
+
+    Raises ValueError when its first cell is not the title of one of the notebooks in `folder`.
+    """
+    student = read_notebook(path)
+    number = re.match(r"# (\d\d) ", student.cells[0].source if student.cells else "")
+    source = next((s for s in sources(folder) if number and s.stem[:2] == number[1]), None)
+    if source is None:
+        raise ValueError(f"{path}: its first cell is not the title of a notebook of {folder}")
+    original = read_source(source)
+    graded, end = with_judges(student, original), ""
+    try:
+        execute(graded, folder, minutes)
+    except CellTimeoutError:
+        end = f"✗ not at its end after {minutes:g} minutes"
+    except DeadKernelError:
+        end = "✗ its process died"
+    return [*_verdicts(graded, original), *([end] if end else [])]
+
+
+def _verdicts(graded: NotebookNode, original: NotebookNode) -> Iterator[str]:
+    cells = [cell for cell in graded.cells if cell.cell_type == "code"]
+    lines = [line for cell in cells for line in _printed(cell).splitlines()]
+    ours = [cell for cell in original.cells if "solution" not in tags(cell)]
+    said = {line.split(":")[0][2:]: line for line in lines if line[2:].startswith("exercise ")}
+    for call in [call for cell in ours for call in calls(cell, "judge")]:
+        name = f"exercise {call.removeprefix('judge(').split(',')[0]}"
+        yield said.get(name, f"✗ {name}: never reached")
+    checks = [line for line in lines if line[:1] in "✓✗" and line[2:10] != "exercise"]
+    yield f"· {sum(line[:1] == '✓' for line in checks)} checks pass"
+    yield from (line for line in checks if line[:1] == "✗")
+    wanted, left = (Counter(c for cell in of for c in calls(cell, "check")) for of in (ours, cells))
+    yield from (f"✗ is gone or changed: {call}" for call in wanted - left)
+    for number, cell in enumerate(cells, start=1):
+        errors = [output for output in cell.outputs if output.output_type == "error"]
+        yield from (f"✗ code cell {number}: {e.ename}: {e.evalue}" for e in errors)
+
+
+def _printed(cell: NotebookNode) -> str:
+    return "".join(output.text for output in cell.outputs if output.output_type == "stream")
+
+
+def write_grades(files: list[str], minutes: float) -> int:
+    bad = 0
+    for file in files:
+        print(file, flush=True)
+        lines = grade(Path(file), minutes)
+        bad += any(line.startswith("✗") or line.endswith("no answer yet") for line in lines)
+        print("\n".join(f"  {line}" for line in lines), flush=True)
+    return min(bad, 1)
+
+
 # ------------------------------------------------------------------------------- the index
 
 
@@ -325,12 +425,15 @@ def write_index(check_only: bool) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Keep the notebooks in step with their sources.")
-    parser.add_argument("command", choices=("sync", "build", "check", "index"))
+    parser.add_argument("command", choices=("sync", "build", "check", "index", "grade"))
     parser.add_argument("names", nargs="*", help="such as 00_quickstart; all when none is given")
+    parser.add_argument("--minutes", type=float, default=GRADE_MINUTES, help="grade: for each file")
     parser.add_argument("--check", action="store_true", help="index: only compare")
     options = parser.parse_args(arguments)
     if options.command == "index":
         return write_index(options.check)
+    if options.command == "grade":
+        return write_grades(options.names, options.minutes)
     if options.command == "check":
         problems = check()
         print("\n".join(problems) or f"{len(sources())} notebooks follow their sources")

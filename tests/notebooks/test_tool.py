@@ -204,6 +204,69 @@ def test_a_solution_is_hidden_and_runs_where_it_is_asked_for(copy: Path, wanted:
     assert ("not run: set SOLUTIONS = True" in str(output)) != wanted
 
 
+TITLE, _ = SMALL.split("# %%\nimport os")
+ASKED = """
+# %%
+from mimdet import check, judge
+check("two steps", steps == 2)
+
+# %%
+mine = {1: ..., 2: ...}  # your answers
+judge(1, mine[1], 0.0625)
+judge(2, mine[2], "encoder")
+
+# %% tags=["solution"]
+print("✓ exercise 2: encoder")
+"""
+
+
+def test_a_students_notebook_is_graded(tmp_path: Path) -> None:
+    answered = hand_in(tmp_path, ("{1: ..., 2: ...}", "{1: 64**2 / 256**2, 2: ...}"))
+    assert notebooks.grade(answered, folder=tmp_path) == [
+        "✓ exercise 1: 0.0625",
+        "· exercise 2: no answer yet",
+        "· 1 checks pass",
+    ]
+
+
+def test_a_judge_of_ones_own_is_not_asked(tmp_path: Path) -> None:
+    judge = "def judge(*_): print('✓ exercise 1: stem')\nmine = {1: 'stem', 2: 'encoder'}\njudge("
+    damaged = hand_in(
+        tmp_path, ("steps == 2", "True"), ("judge(1, mine[1], ", f"{judge}nothing, ")
+    )
+    assert notebooks.grade(damaged, folder=tmp_path) == [
+        "✗ exercise 1: 'stem' is not it",
+        "✓ exercise 2: 'encoder'",
+        "· 1 checks pass",
+        "✗ is gone or changed: check('two steps', steps == 2)",
+        "✗ code cell 4: NameError: name 'nothing' is not defined",
+    ]
+
+
+def hand_in(folder: Path, *changes: tuple[str, str]) -> Path:
+    """A student's copy of a small notebook with two exercises."""
+    source = write_source(folder, "00_small", TITLE + ASKED)
+    notebook = notebooks.read_source(source)
+    for cell in notebook.cells:
+        for old, new in changes:
+            cell.source = cell.source.replace(old, new)
+    nbformat.write(notebook, folder / "somebody.ipynb")
+    return folder / "somebody.ipynb"
+
+
+def test_a_students_notebook_has_its_time(tmp_path: Path) -> None:
+    endless = hand_in(tmp_path, ('check("two', 'while True: pass\ncheck("two'))
+    said = notebooks.grade(endless, 0.1, tmp_path)
+    assert said[0] == "✗ exercise 1: never reached"
+    assert said[-1] == "✗ not at its end after 0.1 minutes"
+
+
+def test_a_notebook_of_something_else_cannot_be_graded(copy: Path) -> None:
+    change(lambda notebook: notebook.cells[0].update(source="# Homework"))(copy)
+    with pytest.raises(ValueError, match="is not the title of a notebook"):
+        notebooks.grade(copy / NAME, folder=copy)
+
+
 def test_index_is_read_from_the_first_cells(copy: Path) -> None:
     said = notebooks.index(f"Before\n{notebooks.START}\nold\n{notebooks.END}\nAfter\n", copy)
     assert said.splitlines() == [
