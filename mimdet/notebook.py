@@ -20,7 +20,8 @@ import torchvision
 from torch import Tensor
 
 from mimdet import __version__
-from mimdet.config import Config, DataConfig, change
+from mimdet.analysis.cost import training_bytes
+from mimdet.config import Config, DataConfig, change, from_dict, set_field, to_dict
 from mimdet.data.coco import build_dataset
 from mimdet.data.scenes import LEVELS
 from mimdet.downloads import files_named
@@ -28,7 +29,7 @@ from mimdet.images import read_image
 from mimdet.presets import mimdet_base, tiny
 from mimdet.processes import usable_cores
 from mimdet.structures import Record, Target
-from mimdet.training.trainer import Step, seed_all
+from mimdet.training.trainer import Step, pick_device, seed_all
 
 if TYPE_CHECKING:
     from mimdet.models.detector import Detector
@@ -46,6 +47,12 @@ COCO_LAYOUT = {
 """Field of `DataConfig` -> file or folder in that folder, as the official archives unpack."""
 STRICT = "MIMDET_STRICT_CHECKS"
 """Environment variable: where it is set, as tests do, a check that fails ends its notebook."""
+WEIGHTS = "MIMDET_WEIGHTS"
+"""Environment variable that names the folder of `mimdet download`, for full mode."""
+CHANGES = "MIMDET_FULL"
+"""Environment variable with fields of full mode's configuration that are to be others, such as
+"training.batch_size=2 training.accumulate=32 data.limit_val=500". The word `rehearsal` in it says
+that the weights are random, so that `check(..., trained=True)` is skipped."""
 
 
 # ------------------------------------------------------------------------------- the first cell
@@ -87,15 +94,23 @@ def notebook_setup(
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         device = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB; {device}"
+    changed = "" if _is_quick(mode) else f"; {CHANGES}={os.environ.get(CHANGES, '')!r}"
     drawn = f"{data.shapes_level}, {data.shapes_size} px, drawn on the fly: no files"
     lines = {
-        "mode": f"{mode}: preset {cfg.preset}, seed {seed}",
+        "mode": f"{mode}: preset {cfg.preset}, seed {seed}{changed}",
         "device": device,
         "versions": f"mimdet {__version__}, torch {torch.__version__}, "
         f"torchvision {torchvision.__version__}, Python {platform.python_version()}",
         "time": "not measured" if estimate is None else f"about {estimate:g} min",
         "data": drawn if data.source == "shapes" else f"{data.train_json}, {data.val_json}",
     }
+    if not _is_quick(mode):
+        once, image = (number / 1e9 for number in training_bytes(cfg))
+        lines["start"] = cfg.training.init_from
+        lines["disk"] = f"a checkpoint takes {0.75 * once:.1f} GB, a run keeps up to three"
+        lines["memory"] = (
+            f"about {once:.1f} GB and {image:.1f} GB an image in fp32; in bf16 half of that"
+        )
     print("\n".join(f"{name:<9} {text}" for name, text in lines.items()))
     return cfg
 
@@ -120,7 +135,40 @@ def quick_config() -> Config:
 
 
 def full_config() -> Config:
-    """`mimdet_base` with the COCO paths that the environment variable MIMDET_COCO leads to."""
+    """`mimdet_base` on the COCO that MIMDET_COCO names, from Meta's autoencoder, with the changes
+    of MIMDET_FULL, such as training.init_from=random."""
+    cfg = full_recipe()
+    change(cfg.data, **_full_data())
+    cfg.training.init_from = cfg.training.init_from or _downloaded("mae-base-full")
+    return cfg
+
+
+def full_recipe() -> Config:
+    """`mimdet_base` with the changes of MIMDET_FULL. ValueError naming a field that is wrong."""
+    cfg = mimdet_base()
+    for word in os.environ.get(CHANGES, "").split():
+        name, _, text = word.partition("=")
+        if word == "rehearsal":
+            continue
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        try:
+            set_field(cfg, name, value)
+        except AttributeError as error:
+            raise ValueError(f"{CHANGES}: {word!r} names no field: {error}") from error
+    changed: Config = from_dict(to_dict(cfg))  # its error names a field of another type
+    return changed
+
+
+def rehearsing() -> bool:
+    """True where MIMDET_FULL says that this is a rehearsal: weights are random."""
+    return "rehearsal" in os.environ.get(CHANGES, "").split()
+
+
+def _full_data() -> dict[str, str]:
+    """Field of `DataConfig` -> where it is below MIMDET_COCO. ValueError, FileNotFoundError."""
     folder = os.environ.get(COCO, "")
     layout = ", ".join(COCO_LAYOUT.values())
     if not folder:
@@ -129,15 +177,13 @@ def full_config() -> Config:
             f"that holds {layout} (in a cell: %env {COCO}=path), or use "
             'MODE = "quick", which needs no data'
         )
-    cfg = mimdet_base()
-    for name, part in COCO_LAYOUT.items():
-        path = Path(folder, part)
+    places = {name: Path(folder, part).absolute() for name, part in COCO_LAYOUT.items()}
+    for path in places.values():
         if not path.exists():
             raise FileNotFoundError(
                 f"{path} is missing: {COCO}={folder} must be the folder that holds {layout}"
             )
-        setattr(cfg.data, name, str(path))
-    return cfg
+    return {name: str(path) for name, path in places.items()}
 
 
 def sensible_threads() -> int:
@@ -156,14 +202,17 @@ def sensible_threads() -> int:
 # ------------------------------------------------------------------------------- sanity checks
 
 
-def check(text: str, condition: Any, why: str = "") -> None:
+def check(text: str, condition: Any, why: str = "", *, trained: bool = False) -> None:
     """Print `✓ text: why`; when the condition does not hold, `✗ text` and the numbers behind it.
 
     condition: anything with a truth value, such as a bool or a tensor of one element. A notebook
-    goes on after a failure; elsewhere, and where STRICT is set, it raises AssertionError.
+    goes on after a failure; elsewhere, and where STRICT is set, it raises AssertionError. trained:
+    it holds for trained weights only, so that a rehearsal (MIMDET_FULL) says `- text` and skips it.
     """
     text += f": {why}" if why else ""
-    if bool(condition):
+    if trained and rehearsing():
+        print(f"- {text} (skipped: the weights are not trained)")
+    elif bool(condition):
         print(f"✓ {text}")
     elif os.environ.get(STRICT) or not in_notebook():
         raise AssertionError(f"✗ {text}")
@@ -273,10 +322,6 @@ def _redraw(
 # ------------------------------------------------------------------------------- what it opens
 
 
-WEIGHTS = "MIMDET_WEIGHTS"
-"""Environment variable that names the folder of `mimdet download`, for full mode."""
-
-
 @dataclass(slots=True)
 class Pictures:
     """Images to look at, and the data set they come from."""
@@ -324,7 +369,8 @@ def open_pictures(path: str | Path = "", mode: str = "quick", count: int = 8) ->
         data = DataConfig(source="coco", val_json=str(annotations), val_images=str(images))
         data.train_json, data.train_images = data.val_json, data.val_images
     elif not quick:
-        data = full_config().data
+        data = full_recipe().data
+        change(data, **_full_data())
     dataset = build_dataset(data, "val")
     if not len(dataset):
         raise ValueError("the data set has no images: look at it with `mimdet check-data`")
@@ -334,10 +380,17 @@ def open_pictures(path: str | Path = "", mode: str = "quick", count: int = 8) ->
 
 @in_one_line()
 def open_detector(mode: str = "quick") -> "Detector":
-    """A finished detector in evaluation mode: the shipped `tiny`, or the released MIMDet ViT-B."""
+    """A finished detector in evaluation mode: the shipped `tiny`, or the released MIMDet ViT-B,
+    which is on the GPU where there is one (`.cpu()` fetches it)."""
     from mimdet.training.run import load_detector
 
-    return load_detector("tiny" if _is_quick(mode) else _downloaded("mimdet-base"))
+    if _is_quick(mode):
+        return load_detector("tiny")
+    cfg = full_recipe() if os.environ.get(CHANGES) else None  # without it, from names and shapes
+    if cfg is not None:
+        cfg.backbone.keep = "padded"  # as of any released file
+    device = str(pick_device("auto"))
+    return load_detector(_downloaded("mimdet-base"), cfg, device=device)
 
 
 @in_one_line()
@@ -356,11 +409,17 @@ def _is_quick(mode: str) -> bool:
 
 
 def _downloaded(name: str) -> str:
-    """Where the file is that `mimdet download` calls by this name."""
-    file = Path(os.environ.get(WEIGHTS, "downloads"), files_named(name)[0].file_name)
-    if not file.exists():
-        raise FileNotFoundError(
-            f"full mode needs {file}: run `mimdet download {name}`, or set {WEIGHTS} to the "
-            "folder that holds it"
-        )
-    return str(file)
+    """Where the file is that `mimdet download` calls by this name: in the folder of MIMDET_WEIGHTS,
+    else in `downloads` here or beside this folder, where the README's command puts it."""
+    own = os.environ.get(WEIGHTS, "")
+    folders = (
+        [Path(own).absolute()] if own else [Path.cwd() / d for d in ("downloads", "../downloads")]
+    )
+    files = [folder.resolve() / files_named(name)[0].file_name for folder in folders]
+    for file in files:
+        if file.exists():
+            return str(file)
+    raise FileNotFoundError(
+        f"full mode needs {' or '.join(map(str, files))}: run `mimdet download {name}` in the "
+        f"folder above, or set {WEIGHTS} to the folder that holds it"
+    )

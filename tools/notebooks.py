@@ -5,6 +5,8 @@
     python tools/notebooks.py check              list what is wrong; exit 1 when anything is
     python tools/notebooks.py index [--check]    the README's table of notebooks
     python tools/notebooks.py grade FILE ...     what the checks say to a student's notebooks
+    python tools/notebooks.py rehearse [NAME ...] [--out FILE] [--real-size]    full mode, on
+                                        stand-ins for COCO and released weights (rehearsal.py)
 
 The reviewed source of `notebooks/NN_name.ipynb` is `notebooks/py/NN_name.py` (py:percent). What
 users open is the notebook, with outputs, so that pictures show where nothing can be run. Two
@@ -32,6 +34,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script, too
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "notebooks"
@@ -153,9 +157,9 @@ def inject(notebook: NotebookNode, **values: Any) -> None:
     cell.source = ast.unparse(tree)
 
 
-def execute(notebook: NotebookNode, folder: Path = FOLDER, minutes: float = 0) -> None:
+def execute(notebook: NotebookNode, folder: Path = FOLDER, minutes: float = 0) -> float:
     """Run every cell in place, in a fresh copy of the folder's `results`: a run that an earlier
-    execution left behind would be resumed, not repeated. Raises CellExecutionError.
+    execution left behind would be resumed, not repeated. Raises CellExecutionError. -> GB left.
 
     minutes: not 0 for the notebook of a student, which goes on after an error or a failed check,
     keeps all outputs, and as a whole may take so long. Raises CellTimeoutError then.
@@ -180,11 +184,12 @@ def execute(notebook: NotebookNode, folder: Path = FOLDER, minutes: float = 0) -
         )
         if minutes:
             client.execute()
-            return
+            return sum(f.stat().st_size for f in scratch.rglob("*") if f.is_file()) / 1e9
         try:
             client.execute(env={**os.environ, "MIMDET_STRICT_CHECKS": "1"})
         finally:
             tidy(notebook, private=(str(scratch), str(ROOT), sys.prefix, str(Path.home())))
+    return 0
 
 
 def tidy(notebook: NotebookNode, private: tuple[str, ...] = ()) -> None:
@@ -353,7 +358,7 @@ def grade(path: Path, minutes: float = GRADE_MINUTES, folder: Path = FOLDER) -> 
 
 def _verdicts(graded: NotebookNode, original: NotebookNode) -> Iterator[str]:
     cells = [cell for cell in graded.cells if cell.cell_type == "code"]
-    lines = [line for cell in cells for line in _printed(cell).splitlines()]
+    lines = [line for cell in cells for line in printed(cell).splitlines()]
     ours = [cell for cell in original.cells if "solution" not in tags(cell)]
     said = {line.split(":")[0][2:]: line for line in lines if line[2:].startswith("exercise ")}
     for call in [call for cell in ours for call in calls(cell, "judge")]:
@@ -369,7 +374,7 @@ def _verdicts(graded: NotebookNode, original: NotebookNode) -> Iterator[str]:
         yield from (f"✗ code cell {number}: {e.ename}: {e.evalue}" for e in errors)
 
 
-def _printed(cell: NotebookNode) -> str:
+def printed(cell: NotebookNode) -> str:
     return "".join(output.text for output in cell.outputs if output.output_type == "stream")
 
 
@@ -425,10 +430,13 @@ def write_index(check_only: bool) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Keep the notebooks in step with their sources.")
-    parser.add_argument("command", choices=("sync", "build", "check", "index", "grade"))
+    commands = ("sync", "build", "check", "index", "grade", "rehearse")
+    parser.add_argument("command", choices=commands)
     parser.add_argument("names", nargs="*", help="such as 00_quickstart; all when none is given")
     parser.add_argument("--minutes", type=float, default=GRADE_MINUTES, help="grade: for each file")
     parser.add_argument("--check", action="store_true", help="index: only compare")
+    parser.add_argument("--out", type=Path, help="rehearse: a file for the table")
+    parser.add_argument("--real-size", action="store_true", help="rehearse: with ViT-B, slow")
     options = parser.parse_args(arguments)
     if options.command == "index":
         return write_index(options.check)
@@ -441,10 +449,14 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = sorted(set(options.names) - {source.stem for source in sources()})
     if unknown:
         parser.error(f"no source notebooks/py/{unknown[0]}.py")
-    for source in sources():
-        if not options.names or source.stem in options.names:
-            print(f"{options.command} {source.stem}", flush=True)
-            {"sync": sync, "build": build}[options.command](source)
+    chosen = [s for s in sources() if not options.names or s.stem in options.names]
+    if options.command == "rehearse":
+        from tools.rehearsal import rehearse
+
+        return min(rehearse(chosen, options.out, options.real_size), 1)
+    for source in chosen:
+        print(f"{options.command} {source.stem}", flush=True)
+        {"sync": sync, "build": build}[options.command](source)
     return 0
 
 

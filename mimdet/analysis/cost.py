@@ -7,6 +7,7 @@ operations of one forward pass are counted.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -95,12 +96,14 @@ def transformer_cost(tokens: int, dim: int, depth: int) -> int:
 def run_heads(model: Detector, height: int, width: int) -> None:
     """The heads on as many boxes as an image can have; which boxes they are makes no difference."""
     d = model.config.detector
+    boxes, masks = d.rpn_post_nms[1], d.detections_per_image
+    if model.training:
+        boxes, masks = d.rois_per_image, d.rois_per_image // 4
     levels = [(-(-height // stride), -(-width // stride)) for stride in model.rpn.anchors.strides]
     model.rpn.head([torch.empty(1, d.channels, h, w) for h, w in levels])
-    model.roi_heads.box_head(torch.empty(d.rpn_post_nms[1], d.channels, BOX_POOL, BOX_POOL))
+    model.roi_heads.box_head(torch.empty(boxes, d.channels, BOX_POOL, BOX_POOL))
     if model.roi_heads.mask_head is not None:
-        boxes = torch.empty(d.detections_per_image, d.channels, MASK_POOL, MASK_POOL)
-        model.roi_heads.mask_head(boxes)
+        model.roi_heads.mask_head(torch.empty(masks, d.channels, MASK_POOL, MASK_POOL))
 
 
 def cost_table(costs: Sequence[Cost]) -> str:
@@ -137,15 +140,36 @@ def kept_bytes(run: Callable[[], Any], module: nn.Module) -> int:
 
     A storage counts once, however many tensors share it. What is recomputed is not kept.
     """
-    own = {p.untyped_storage().data_ptr() for p in (*module.parameters(), *module.buffers())}
+    own = {p.untyped_storage()._cdata for p in (*module.parameters(), *module.buffers())}
     kept: dict[int, Any] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage  # held, so that its place is not given to another
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage  # held, so that its place is not given to another
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         run()
     return sum(storage.nbytes() for storage in kept.values())
+
+
+def training_bytes(cfg: Config, size: tuple[int, int] = (800, 1344)) -> tuple[int, int]:
+    """What a training takes in float32, by count: (bytes once, bytes per image of a micro-batch).
+
+    Once: weights, gradients and AdamW's two moments. An image of `size` = (height, width): what
+    autograd keeps for the backward pass, without maps of attention, which fused kernels never
+    store. Losses, workspace and what the allocator wastes come on top. "auto" is counted as "off".
+    """
+    with torch.device("meta"):
+        model = build_detector(cfg).train()
+        batch = Batch(torch.empty(1, 3, *size), [size], [])
+
+        def run() -> None:
+            model.neck(model.features(batch, Sampling()))
+            run_heads(model, *size)
+
+        fused = "torch.nn.functional.scaled_dot_product_attention"
+        with patch(fused, lambda q, k, v, **_: q * k * v):  # keeps as much: q, k, v and one more
+            kept = kept_bytes(run, model)
+    return 16 * sum(p.numel() for p in model.parameters() if p.requires_grad), kept

@@ -159,7 +159,8 @@ def select(
             padding[places] = False
             best_first = places[own_scores.argsort(descending=True)]
             order = torch.cat([best_first, padding.nonzero()[:, 0]])
-            kept.append(order[: max(1, int(grid[0] * grid[1] * ratio))])
+            count = max(1, int(grid[0] * grid[1] * ratio))
+            kept.append(order[:count] if count < len(order) else order.sort().values)
     return Sample(kept, grid)
 
 

@@ -10,8 +10,8 @@
 # |---|---|---|
 # | study | an hour, after 00 | |
 # | what you see | the shipped detector `tiny` on drawn scenes | the released MIMDet ViT-B on COCO val2017 |
-# | time | about 15 seconds of one CPU core | not measured here |
-# | memory | about 1 GB | not measured here |
+# | time | about 15 seconds of one CPU core | not timed: 45 images through ViT-B |
+# | memory | about 1 GB | 0.5 GB of weights, twice |
 # | needs | nothing but the kit | `mimdet download mimdet-base mae-base-visualize`, COCO in the folder named by `MIMDET_COCO` |
 #
 # Set `PATH` to see samples of your own photo. In quick mode the detector knows drawn shapes only.
@@ -29,7 +29,7 @@ from mimdet import check
 from mimdet.notebook import open_detector, open_mae, open_pictures
 
 pictures = open_pictures(PATH, MODE)
-model = open_detector(MODE)
+model = open_detector(MODE).cpu()
 
 # %% [markdown]
 # ## 1 · Tokens, grid, sample
@@ -288,19 +288,21 @@ check("at 0.25 the decoder costs more than the encoder", decoder > encoder_cost(
 
 # %% [markdown]
 # Multiply-adds are not milliseconds. Measure: the encoder and the whole detector, median of nine
-# runs. (The output of this cell is not stored, as it differs from machine to machine.)
+# runs.
 
 # %% tags=["timing"]
 import statistics
 import time
 
+model = open_detector(MODE)  # on the GPU, where there is one
+on_gpu = tokens.to(next(model.parameters()).device)
 for ratio in (0.25, 0.5, 1.0):
     now = mimdet.select([scores], [grid], grid, ratio)
     times = {"encoder": [], "detector": []}
     for _ in range(9):
         start = time.perf_counter()
         with torch.no_grad():
-            model.backbone.encoder(tokens, now)
+            model.backbone.encoder(on_gpu, now)[0].cpu()
         times["encoder"].append(1000 * (time.perf_counter() - start))
         start = time.perf_counter()
         mimdet.predict(model, picture, sample_ratio=ratio)
@@ -331,7 +333,8 @@ check("the same seed, the same detections", torch.equal(again.boxes, finds[0].bo
 differ = len(finds[0]) != len(finds[1]) or not torch.equal(finds[0].boxes, finds[1].boxes)
 check("another seed, others", differ, "so an AP below ratio 1 has a spread: average over draws")
 full = [mimdet.predict(model, picture, sample_ratio=1.0, seed=seed) for seed in (1, 2)]
-check("at ratio 1 nothing is drawn", torch.equal(full[0].boxes, full[1].boxes))
+same = len(full[0]) == len(full[1]) and torch.allclose(full[0].boxes, full[1].boxes, atol=0.01)
+check("at ratio 1 nothing is drawn", same)
 half_of_it = Sample([sample.keep[0][::2]], grid)  # edited by hand
 edited = mimdet.predict(model, picture, sample=half_of_it)
 given = mimdet.predict(model, picture, sample=sample)
@@ -389,8 +392,6 @@ if not same:
 check("the panel shows what predict finds from this sample", same)
 
 # %% [markdown]
-# *Try:* a single token. How many objects are still found? Which ones, and why these?
-#
 # ## Summary
 #
 # - A sampler scores, `select` keeps the $K$ best, a `Sample` is a value to draw, store, edit, pass.
@@ -454,7 +455,7 @@ if 0 < touched.sum() < touched.numel():
         hand = Sample([chosen.flatten().nonzero()[:, 0]], grid)
         found = mimdet.predict(model, picture, sample=hand)
         with torch.no_grad():
-            fine.append(model.features(batch, mimdet.Sampling(sample=hand))["c2"])
+            fine.append(model.features(model.batch([image]), mimdet.Sampling(sample=hand))["c2"])
         sure = found.scores[found.scores >= 0.5]
         print(
             f"{name}: {len(hand.keep[0])} tokens, {len(sure)} found, scores sum to {sure.sum():.2f}"

@@ -11,14 +11,13 @@
 # |---|---|---|
 # | study | an hour, after 00 | |
 # | what you see | the shipped `tiny` (width 128) on drawn scenes | the released MIMDet ViT-B (width 768) on COCO |
-# | time | about 15 s of one core | not measured |
-# | memory | about 0.9 GB | not measured |
+# | time | about 15 s of one core | not timed: 40 images through ViT-B |
+# | memory | about 0.9 GB | 0.5 GB of weights, four times |
 # | needs | nothing but the kit | `mimdet download mimdet-base`, COCO in `MIMDET_COCO` |
 #
 # **What this cannot show:** which stem detects better. There is no trained detector with a patchify
 # stem in the package, so a trained ConvStem is only ever compared with itself, and the two stems
-# with each other only as they start, with random weights. The paper's own ablation of the stem
-# is not repeated here either; `09_ablations` shows how to run one.
+# with each other only as they start, with random weights.
 
 # %% tags=["parameters"]
 MODE = "quick"  # "full": the released ViT-B and COCO
@@ -36,8 +35,8 @@ from mimdet.notebook import open_detector, open_pictures
 from mimdet.viz import pyramid_of
 
 torch.set_num_threads(1)
-pictures = open_pictures(PATH, MODE, count=16)
-trained = open_detector(MODE).eval()
+pictures = open_pictures(PATH, MODE, count=16 if MODE == "quick" else 4)
+trained = open_detector(MODE).cpu()
 cfg = copy.deepcopy(trained.config)
 fresh = {}
 for name, kind in {"ConvStem": "conv", "patchify": "patch"}.items():
@@ -115,9 +114,7 @@ check("no value of c2 is below GELU's minimum", seen.maps["c2"].min() >= least, 
 check("tokens may be", seen.maps["tokens"].min() < least, "a 1 x 1 convolution ends their stage")
 
 # %% [markdown]
-# Try: `image = pictures.images[3]`; `seen.maps["c3"]`; `pyramid_of(fresh["ConvStem"], image)` to
-# see what training made of these channels. Do not read too much into single channels: another seed
-# gives others.
+# Do not read too much into single channels: another seed gives others.
 #
 # ## 3 · How far does a place see?
 #
@@ -320,17 +317,18 @@ def blind(*levels):  # -> a hook: these maps have the same value everywhere
 
 
 # %%
-found = {"all maps": objects_found(trained)}
+detector = open_detector(MODE)  # on the GPU, where there is one
+found = {"all maps": objects_found(detector)}
 for levels_off in (("c2", "c3"), ("c4", "c5")):
-    handle = trained.neck.register_forward_pre_hook(blind(*levels_off))
-    found["without " + " and ".join(levels_off)] = objects_found(trained)
+    handle = detector.neck.register_forward_pre_hook(blind(*levels_off))
+    found["without " + " and ".join(levels_off)] = objects_found(detector)
     handle.remove()
 for name, hits in found.items():
     print(f"{name:18} {int(hits.sum()):3} of {len(hits)} objects found")
 if MODE == "quick" and not PATH:
     few = found["without c2 and c3"].sum() < 0.5 * found["all maps"].sum()
     check("without the stem's maps most objects are lost", few)
-check("the hooks are gone", torch.equal(objects_found(trained), found["all maps"]))
+check("the hooks are gone", torch.equal(objects_found(detector), found["all maps"]))
 
 # %% [markdown]
 # In this detector on these scenes, where nearly all objects are small, the stem's maps carry the
@@ -347,7 +345,7 @@ check("the hooks are gone", torch.equal(objects_found(trained), found["all maps"
 from mimdet.viz import PyramidViewer
 
 viewer = PyramidViewer(
-    {"ConvStem, trained": trained, "patchify, random": fresh["patchify"]}, pictures.images[:8]
+    {"ConvStem, trained": detector, "patchify, random": fresh["patchify"]}, pictures.images[:8]
 )
 viewer.scale.value = False
 viewer.level.value = "c3"

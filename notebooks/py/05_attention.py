@@ -11,8 +11,8 @@
 # |---|---|---|
 # | study | an hour, after 02 | |
 # | what you see | the detector `tiny` that comes with the package, on drawn scenes | the released MIMDet ViT-B, on COCO |
-# | time | about 10 s of one CPU core | not measured here |
-# | memory | about 0.9 GB | not measured here |
+# | time | about 10 s of one CPU core | not timed: 15 images through ViT-B |
+# | memory | about 0.9 GB | 0.5 GB of weights; section 7 |
 # | needs | nothing but the kit | the file of `mimdet download mimdet-base`, and COCO 2017 in the folder named by `MIMDET_COCO` |
 #
 # Words: the *query* is the token that asks. *Ratio* is the share of the tokens that the encoder
@@ -32,7 +32,7 @@ from mimdet import check
 from mimdet.images import Resize
 from mimdet.notebook import open_detector, open_pictures
 
-model = open_detector(MODE)
+model = open_detector(MODE).cpu()
 if MODE == "full":
     model.resize = Resize(384, 640)  # at 800 pixels all maps would take 10 GiB
 pictures = open_pictures(PATH, MODE, count=8)
@@ -170,15 +170,13 @@ differs = (every - every.mean(2, keepdim=True)).abs().sum(3).mean() / 2
 groups = [every[:, :, kind] for kind in kinds]
 within = [(g - g.mean(2, keepdim=True)).abs().sum(3).mean() / 2 for g in groups]
 print(f"differs: {differs:.2f} of all queries, {within[0]:.2f} and {within[1]:.2f} within a kind")
-check("queries of a kind are more alike", max(within) < differs)
+check("queries of a kind are more alike", max(within) < differs, trained=True)
 
 # %% [markdown]
 # In quick mode one kind lies on things, on their outlines above all, and the other on the ground
 # around them; and a head gives nearly the same mixture to all queries of a kind. This transformer
 # has learnt to say *where something is*, and hardly more. So a bright patch says nothing about the
 # query before you have seen that it changes with the query.
-#
-# **Try:** the same for `mimdet.load_detector("tiny_from_mae")`, which started from an autoencoder.
 #
 # ## 4 · On a sample: ratio 1, 0.5, 0.25
 #
@@ -421,8 +419,6 @@ check("something of itself stays", stays, f"half of it in each of {len(blocks)} 
 # Read it as a sketch. Rollout ignores the values, the MLPs and what a head does with what it takes,
 # and "one half" is a convention. It answers "which inputs *could* have mattered", not "which did".
 #
-# **Try:** `looks[0.25]`. What reaches the query when three quarters of the picture are missing?
-#
 # ## 9 · Explore
 #
 # Click a patch of either picture, or walk with the arrow keys. Part, block, head, rollout, ratio
@@ -432,7 +428,8 @@ check("something of itself stays", stays, f"half of it in each of {len(blocks)} 
 # %%
 from mimdet.viz import AttentionExplorer
 
-explorer = AttentionExplorer(model, [image, *images])
+device = "cuda" if MODE == "full" and torch.cuda.is_available() else "cpu"
+explorer = AttentionExplorer(model.to(device), [image, *images])
 explorer
 
 # %%

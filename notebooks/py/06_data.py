@@ -11,8 +11,8 @@
 # |---|---|---|
 # | study | an hour, after 00 | |
 # | what you see | 24 drawn scenes, written as a COCO data set; a sample browser | the same on COCO val2017 |
-# | time | about half a minute; 12 s of one CPU core | not measured here |
-# | memory | about 1 GB | not measured here |
+# | time | about half a minute; 12 s of one CPU core | not timed: no model runs |
+# | memory | about 1 GB | as quick |
 # | needs | nothing but the kit | COCO 2017 in the folder named by `MIMDET_COCO` |
 #
 # **Your own data:** set `PATH` to a folder with `annotations.json` (COCO format) and `images/`, and
@@ -273,7 +273,7 @@ print(geometries[0])
 show_data([apply(geometry, record) for geometry in geometries[1:5]], dataset.categories)
 
 # %% [markdown]
-# All pictures are drawn at one width, so those with few pixels look blurred. Now the baselines'
+# Now the baselines'
 # recipe, *large-scale jitter*: resize by a factor from 0.1 to 2 of the canvas, then cut or pad to a
 # square of 1024 pixels. Every image costs the same 4096 tokens, grey ones included.
 
@@ -438,7 +438,7 @@ objects[3]["bbox"][0] += 10_000  # a box outside its image
 objects[4]["id"] = objects[5]["id"]  # two objects, one id
 objects.append({**objects[6], "id": 10**9})  # an object twice
 entries[0]["file_name"] = "lost.png"  # no such file
-entries[1]["width"] += 10  # not the size of the file
+entries[-1]["width"] += 10  # not the size of the file
 Path("runs/06-data/broken.json").write_text(json.dumps(broken))
 found = mimdet.check_dataset("runs/06-data/broken.json", images)
 for kind, problems in found.by_kind().items():

@@ -10,8 +10,8 @@
 # |---|---|---|
 # | study | an hour, after 00 | |
 # | what you see | two shipped detectors of 2 million parameters on 48 held-out ShapesCOCO scenes | the released MIMDet ViT-B on COCO val2017, its second run at ratio 0.5 |
-# | time | about 40 s of one CPU core | not measured here; nine passes over 5,000 images |
-# | memory | 1.3 GB | not measured here |
+# | time | about 40 s of one CPU core | not timed: nine passes over 5,000 images; fewer by `MIMDET_FULL=data.limit_val=500` |
+# | memory | 1.3 GB | 0.5 GB of weights, twice |
 # | needs | nothing but the kit | a CUDA GPU, COCO in `MIMDET_COCO`, `mimdet download mimdet-base` |
 #
 # **Your own results:** set `PATH`. With a folder (`annotations.json` in COCO format beside
@@ -85,7 +85,8 @@ if own_data:
     print("Trained and scored on the same images: read types of errors, not the height of AP.")
 first, second = detectors
 
-runs = {name: mimdet.evaluate(model, scenes, seed=SEED) for name, model in detectors.items()}
+bar = {"seed": SEED, "progress": MODE == "full"}
+runs = {name: mimdet.evaluate(model, scenes, **bar) for name, model in detectors.items()}
 for name, run in runs.items():
     print(f"{name}: {len(run.results)} detections in {len(scenes)} images\n{run.table()}\n")
 
@@ -120,7 +121,7 @@ check("the mean over classes is AP too", abs(mean - runs[first].box["AP"]) < 1e-
 
 # %% [markdown]
 # Reading the row from left to right tells how *exact* the boxes are. A detector that finds
-# everything, but only roughly, falls off a cliff after .75. *Try:* `runs[second]`; `"segm"` for masks.
+# everything, but only roughly, falls off a cliff after .75.
 #
 # ### IoU, the measure of overlap
 #
@@ -206,7 +207,7 @@ fig
 # Look at the last cross: a wrong detection *below* the last right one costs nothing. That is why
 # detectors return a hundred detections with scores near zero, why a picture of them all looks
 # dreadful, and why AP says little about how many false alarms you get at the threshold you will
-# use. *Try:* flip the third and fourth entry of `right`.
+# use.
 #
 # ## 3 · Where is it lost? Sizes, classes, curves
 #
@@ -367,7 +368,7 @@ if len(confused):
 from mimdet.analysis.evaluate import evaluate_ratios
 from mimdet.viz import show_ratios
 
-rows = evaluate_ratios(detectors[first], scenes, (0.004, 0.25, 0.5, 1.0), draws=2)
+rows = evaluate_ratios(detectors[first], scenes, (0.004, 0.25, 0.5, 1.0), draws=2, **bar)
 for row in rows:
     mean, sd = 100 * row["box_ap"], 100 * row["box_ap_sd"]
     print(f"ratio {row['sample_ratio']:5}: box AP {mean:5.1f} ± {sd:.1f}")
@@ -390,11 +391,11 @@ check("ratio 1 is the number of section 1", same, "nothing is drawn, so nothing 
 from mimdet.analysis.reliance import altered
 
 with altered(detectors[first], "c4", "mean"):
-    silenced = mimdet.evaluate(detectors[first], scenes, seed=SEED).box
+    silenced = mimdet.evaluate(detectors[first], scenes, **bar).box
 for size in ("AP", "AP_small", "AP_medium", "AP_large"):
     print(f"{size:9} {100 * runs[first].box[size]:5.1f}, c4 silenced {100 * silenced[size]:5.1f}")
 lost = runs[first].box["AP"] - silenced["AP"]
-check("it uses c4", lost > 0 or own_data, "and the encoder, if that fills c4")
+check("it uses c4", lost > 0 or own_data, "and the encoder, if that fills c4", trained=True)
 
 # %% [markdown]
 # `mimdet.reliance(model, scenes)` is all of this in a table: tokens taken away, and c4, the
@@ -458,7 +459,7 @@ check("swapped, gains are losses", swapped["gained"] == comparison.summary()["lo
 # `mimdet.experiment`, notebook 09.
 #
 # (The mean AP *of an image* above is not COCO's AP: there all detections of a class over all images
-# are one ranking. The two may even disagree about the winner.)
+# are one ranking.)
 #
 # ## 8 · Browse the results
 #

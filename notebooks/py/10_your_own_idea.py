@@ -10,9 +10,9 @@
 # |---|---|---|
 # | study | an hour, after 02, 09 | |
 # | what you see | 2 samplers × 2 seeds, 20 steps each from the shipped `tiny` weights | the same call on COCO, as long as the preset says |
-# | time | about a minute on two cores, 68 s of CPU time | days: 4 trainings of the full preset; not measured |
-# | memory | about 1.5 GB (two trainings at a time) | not measured |
-# | needs | nothing but the kit | GPUs, COCO in `MIMDET_COCO`, and `START`: the path of a MAE |
+# | time | about a minute on two cores, 68 s of CPU time | days: 4 trainings of `STEPS` or the full preset |
+# | memory | about 1.5 GB (two trainings at a time) | notebook 07 counts it |
+# | needs | nothing but the kit | GPUs, COCO in `MIMDET_COCO`, `mimdet download mae-base-full mimdet-base` |
 #
 # **What it can show:** that your idea runs, trains, is saved, and how a comparison is read. **What
 # it cannot show:** that an idea is good. Two seeds of 20 steps are far too few, as section 4
@@ -20,7 +20,7 @@
 
 # %% tags=["parameters"]
 MODE = "quick"  # "full": COCO and GPUs
-START = "tiny"  # weights that every run starts from; full: a file such as MAE's ViT-B; "": random
+START = ""  # weights that every run starts from; "": `tiny`, in full mode MAE's ViT-B
 STEPS = 0  # training steps of each run; 0: 20 in quick mode, the preset's own in full mode
 SEED = 0  # the first of the seeds
 SOLUTIONS = False  # True: the answers at the end run too
@@ -31,8 +31,7 @@ SOLUTIONS = False  # True: the answers at the end run too
 # A **sampler** gives every token of one image a score; the highest scores are kept. It gets the
 # stem's tokens `(L, D)`, their grid `(h, w)` with `L = h * w`, and a generator for what is random.
 # It may use `torch`, `F`, `nn`, `Tensor` and `math`, and must import all else inside, because the
-# function's text is what a run keeps. **This is the cell to edit.** (Table rows have the function's
-# name.)
+# function's text is what a run keeps. **This is the cell to edit.**
 
 # %%
 import torch
@@ -65,7 +64,7 @@ image = batch.images[0]
 with torch.no_grad():
     features = model.backbone.stem(batch.tensors).tokens[0]  # (D, h, w), padding included
 grid = token_grid(*image.shape[1:])
-tokens = features[:, : grid[0], : grid[1]].flatten(1).T  # (L, D): its own tokens
+tokens = features[:, : grid[0], : grid[1]].flatten(1).T.cpu()  # (L, D): its own tokens
 
 # %%
 from mimdet.viz import show_sample
@@ -86,8 +85,7 @@ counts = {name: len(sample.keep[0]) for name, sample in samples.items()}
 check("all keep a quarter", set(counts.values()) == {len(tokens) // 4}, "a fair comparison")
 
 # %% [markdown]
-# This one does: unlike the others it spends its tokens on objects and leaves the background out. Is
-# that better? One might think so.
+# This one does: unlike the others it spends its tokens on objects and leaves the background out.
 #
 # Now the configuration that all runs share, and one forward pass with the idea in it. Nothing is
 # registered: the function is passed in.
@@ -98,14 +96,14 @@ from mimdet.notebook import full_config
 
 base = full_config() if MODE == "full" else mimdet.presets.tiny()
 base.backbone.sample_ratio = base.backbone.sample_ratio_eval = 0.25
-base.training.init_from = START
+base.training.init_from = START or base.training.init_from or "tiny"
 base.training.seed = SEED
 if MODE == "quick":
     base.data.shapes_val = 30
     base.training.batch_size, base.training.accumulate = 2, 1
     base.training.learning_rate, base.training.warmup_steps = 3e-4, 4
     base.training.threads = 1  # of each of the two processes
-base.training.steps = STEPS or (20 if MODE == "quick" else 0)
+base.training.steps = STEPS or (20 if MODE == "quick" else base.training.steps)
 
 # %%
 own = mimdet.build_detector(base, sampler=IDEA)
@@ -125,7 +123,8 @@ check("a training step has five losses", len(losses) == 5 and finite, "all of th
 
 # %%
 grid_of_runs = {"backbone.sampler": ["random", IDEA]}
-result = mimdet.experiment(base, grid_of_runs, seeds=2, name="own-idea", draws=1, processes=2)
+together = 2 if MODE == "quick" else 1  # a GPU is for one
+result = mimdet.experiment(base, grid_of_runs, seeds=2, name="own-idea", draws=1, processes=together)
 
 # %%
 columns = ["arm", "mean", "sd", "difference", "difference_low", "difference_high"]
@@ -140,8 +139,7 @@ from mimdet.viz import show_arms
 show_arms(result)
 
 # %% [markdown]
-# `result.markdown()` is the same with the minutes of a run, `result.to_json(path)` all of it in
-# a file. `result.curves` holds each run's losses step by step.
+# `result.markdown()` is the same with minutes; `result.curves` holds each run's losses.
 #
 # ## 4 · Read it honestly
 #
@@ -195,8 +193,7 @@ for run in planned[:3]:
 check("mimdet ablate runs/own_idea.py would train 10 runs", len(planned) == 10)
 
 # %% [markdown]
-# `mimdet ablate runs/own_idea.py --dry-run` lists the same. `notebooks/ablations/` has more files of
-# this kind.
+# `notebooks/ablations/` has more files of this kind.
 #
 # ## 5 · Stop it, continue it
 #
@@ -208,7 +205,7 @@ check("mimdet ablate runs/own_idea.py would train 10 runs", len(planned) == 10)
 # %%
 files = sorted(result.folder.glob("*/metrics.jsonl"))
 marks = [file.stat().st_mtime_ns for file in files]
-again = mimdet.experiment(base, grid_of_runs, seeds=2, name="own-idea", draws=1, processes=2)
+again = mimdet.experiment(base, grid_of_runs, seeds=2, name="own-idea", draws=1, processes=together)
 untouched = [file.stat().st_mtime_ns for file in files] == marks
 check("nothing was trained again", untouched and again.table.equals(result.table))
 
@@ -339,14 +336,12 @@ def foggy(cfg, split):
 # their code.
 
 # %%
-import copy
-
 parts = {"stem": PoolStem(), "neck": TopDown(), "fill": MeanFill(), "loss": SmoothBoxes()}
 parts["dataset"] = foggy
 for slot, part in parts.items():
-    short = copy.deepcopy(base)
-    short.training.init_from = ""  # the weights of START are those of other parts
+    short = mimdet.presets.tiny()  # in full mode too: the parts have its sizes
     short.training.steps, short.data.shapes_val = 2, 4
+    short.training.batch_size, short.training.accumulate = 2, 1
     for step in mimdet.train(short, f"runs/own-{slot}", **{slot: part}):
         print(f"{slot}: step {step.number}, loss {step.loss:.2f}")
     check(f"two steps with the {slot}", step.number == 2)
@@ -400,11 +395,13 @@ def weakest(tokens, grid, generator):
     return -tokens.norm(dim=1)
 
 
+base.data.limit_val = base.data.limit_val or 200
 held_out = mimdet.build_dataset(base.data, "val")
-aps = {}
+aps, bar = {}, MODE == "full"
 for sampler in (SAMPLERS["random"], IDEA, weakest):
     model.backbone.sampler = sampler
-    aps[sampler.__name__] = 100 * mimdet.evaluate(model, held_out, sample_ratio=0.25).box["AP"]
+    scored = mimdet.evaluate(model, held_out, sample_ratio=0.25, progress=bar)
+    aps[sampler.__name__] = 100 * scored.box["AP"]
 print({name: round(ap, 1) for name, ap in aps.items()})
 check("weakest is below random", aps["weakest"] < aps["random_sampler"] or MODE == "full")
 check("all still find objects", min(aps.values()) > 10 or MODE == "full")

@@ -9,6 +9,7 @@ from nbclient.exceptions import CellExecutionError
 
 from tests.notebooks import can_fail
 from tools import notebooks
+from tools.rehearsal import rehearse
 
 SOURCES = notebooks.sources()
 FAILED = notebooks.ROOT / "build" / "notebooks"
@@ -55,3 +56,12 @@ def test_two_builds_are_the_same_file(source: Path, tmp_path: Path) -> None:
         notebooks.build(own)
         built.append(notebooks.target_of(own).read_bytes())
     assert built[0] == built[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_full_mode_is_rehearsed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Every cell of every notebook, on drawn scenes in COCO's layout and random weights."""
+    failures = rehearse(SOURCES, tmp_path / "table.md")
+    assert failures == 0, capsys.readouterr().out
+    assert len((tmp_path / "table.md").read_text().splitlines()) == 2 + len(SOURCES)

@@ -5,8 +5,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mimdet.analysis.cost import cost_of, cost_table, kept_bytes
+from mimdet.analysis.cost import cost_of, cost_table, kept_bytes, run_heads, training_bytes
 from mimdet.config import Config
+from mimdet.models.detector import build_detector
+from mimdet.models.rcnn import Batch
+from mimdet.models.sampling import Sampling
 from mimdet.presets import PRESETS
 
 
@@ -92,3 +95,20 @@ def test_kept_bytes_by_hand() -> None:
     # Recomputation keeps the inputs only.
     inputs.requires_grad_()
     assert kept_bytes(lambda: checkpoint(net, inputs, use_reentrant=False), net) <= 4 * 4 * 8
+
+
+@pytest.mark.parametrize("recomputed", ["off", "on"])
+def test_bytes_of_a_training(recomputed: str) -> None:
+    """Counted without computing, against what autograd keeps of a true forward pass."""
+    cfg = PRESETS["tiny"]()
+    cfg.backbone.checkpointing = recomputed  # type: ignore[assignment]
+    once, image = training_bytes(cfg, (128, 160))
+    model = build_detector(cfg).train()
+    assert once == 16 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    batch = Batch(torch.rand(1, 3, 128, 160), [(128, 160)], [])
+
+    def forward() -> None:
+        model.neck(model.features(batch, Sampling()))
+        run_heads(model, 128, 160)
+
+    assert image == pytest.approx(kept_bytes(forward, model), rel=0.05)

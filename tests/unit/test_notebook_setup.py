@@ -71,7 +71,14 @@ def test_full_mode_takes_coco_from_the_variable(tmp_path, monkeypatch, capsys) -
         path.parent.mkdir(exist_ok=True)
         path.touch() if path.suffix else path.mkdir()
     monkeypatch.setenv("MIMDET_COCO", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/downloads.*mae-base-full"):
+        notebook_setup("full")  # a recipe that starts from an autoencoder has one
+    (tmp_path.parent / "downloads").mkdir()
+    beside = tmp_path.parent / "downloads" / "mae_pretrain_vit_base_full.pth"
+    beside.touch()
     cfg = notebook_setup("full", minutes={"quick": 1})
+    assert cfg.training.init_from == str(beside)
     assert cfg.preset == "mimdet_base"
     assert cfg.data.source == "coco"
     assert cfg.data.train_json == str(tmp_path / "annotations" / "instances_train2017.json")
@@ -79,10 +86,31 @@ def test_full_mode_takes_coco_from_the_variable(tmp_path, monkeypatch, capsys) -
     told = capsys.readouterr().out
     assert cfg.data.train_json in told
     assert "not measured" in told  # a time that nobody measured is not made up
+    assert "a checkpoint takes 1.5 GB" in told
 
     (tmp_path / "val2017").rmdir()
     with pytest.raises(FileNotFoundError, match=r"val2017 is missing: MIMDET_COCO="):
         notebook_setup("full")
+
+
+def test_full_mode_takes_changes_from_the_variable(monkeypatch, capsys) -> None:
+    changes = "training.batch_size=2 data.short_sides=96,128 training.init_from=random"
+    monkeypatch.setenv("MIMDET_FULL", changes)
+    cfg = notebook.full_recipe()
+    assert (cfg.training.batch_size, cfg.data.short_sides) == (2, (96, 128))
+    assert cfg.training.init_from == "random"
+    check("it learned", True, trained=True)
+    monkeypatch.setenv("MIMDET_FULL", f"rehearsal {changes}")
+    assert notebook.full_recipe() == cfg
+    check("it learned", False, trained=True)
+    said = capsys.readouterr().out.splitlines()
+    assert said == ["✓ it learned", "- it learned (skipped: the weights are not trained)"]
+    with pytest.raises(AssertionError):
+        check("it adds up", False)
+    for wrong, told in (("training.bach=2", "no field"), ("training.steps=many", "int")):
+        monkeypatch.setenv("MIMDET_FULL", wrong)
+        with pytest.raises(ValueError, match=told):
+            notebook.full_recipe()
 
 
 @pytest.mark.parametrize(
@@ -311,5 +339,8 @@ def test_full_mode_opens_downloaded_weights_or_says_how_to_get_them(
     (tmp_path / file).touch()
     load = Mock()
     monkeypatch.setattr(f"mimdet.{loader}", load)
+    monkeypatch.setattr(notebook, "pick_device", lambda name: torch.device("meta"))
     opened("full")
-    load.assert_called_once_with(str(tmp_path / file))
+    detector = opened is open_detector  # is used much: on the GPU where there is one
+    more = ((None,), {"device": "meta"}) if detector else ((), {})
+    load.assert_called_once_with(str(tmp_path / file), *more[0], **more[1])

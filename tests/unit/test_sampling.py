@@ -152,11 +152,12 @@ def test_select_keeps_the_highest_scores() -> None:
         draw(lambda tokens, *_: tokens, torch.rand(1, 6, 1), [(1, 2)], (2, 3), 0.5)
 
 
-@pytest.mark.parametrize(("ratio", "count"), [(0.75, 6), (0.5, 4), (0.01, 1)])
+@pytest.mark.parametrize(("ratio", "count"), [(0.75, 6), (0.5, 4), (0.01, 1), (1.0, 8)])
 def test_padded_rule_counts_the_padded_grid_and_puts_padding_last(ratio: float, count: int) -> None:
     scores = torch.tensor([0.1, 0.9, 0.3, 0.8])
     kept = select([scores], [(2, 2)], (2, 4), ratio, "padded").keep[0]
-    assert kept.tolist() == [1, 5, 4, 0, 2, 3][:count]  # best first, then padding row by row
+    order = [1, 5, 4, 0, 2, 3][:count] if count < 8 else list(range(8))
+    assert kept.tolist() == order  # best first, then padding; all: whatever the scores, in order
 
 
 @pytest.mark.parametrize(
