@@ -125,7 +125,11 @@ def main() -> int:
         return 1
     (SITE / "index.html").write_text(FRONT, encoding="utf-8")
     style = (ROOT / "docs" / "slides.template.html").read_text(encoding="utf-8")
-    page = slides(SLIDES.read_text(encoding="utf-8"), style, ROOT / "notebooks")
+    try:
+        page = slides(SLIDES.read_text(encoding="utf-8"), style, ROOT / "notebooks")
+    except ValueError as error:
+        print(error)
+        return 1
     (SITE / "docs" / "slides.html").write_text(page, encoding="utf-8")
     problems = [f"leads nowhere: {link}" for link in broken_links(SITE)]
     problems += [f"is not documented: mimdet.{name}" for name in missing_names(SITE)]
