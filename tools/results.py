@@ -118,6 +118,15 @@ def probe_words(accuracy: dict[str, float]) -> str:
     return f"{trained:.1f} % of the cases ({random:.1f} % with random weights)"
 
 
+def kernels_row(images: str, counted: dict[str, Any]) -> str:
+    cells = [
+        f"{sum(part[what] for part in counted[when][images].values()):,}"
+        for when in ("before", "steps")
+        for what in ("kernels", "waits")
+    ]
+    return f"| {images} | {' | '.join(cells)} |"
+
+
 def short_table() -> str:
     """The README's results, every number from a json file."""
     rows = []
@@ -152,6 +161,7 @@ def long_tables() -> str:
     conditions += ["c4: another", "c4: mean", "encoder: mean", "fill: zero"]
     cards = read_json(ROOT / "mimdet/pretrained/cards.json")
     masked, filled = read("fill_mask_token"), read("fill_stem")
+    kernels = read("kernels")
     order = sorted(baselines["rows"], key=lambda row: row["box_ap"], reverse=True)
     backbones = [
         f"| `{r['preset']}` | {r['box_ap']} / {r['mask_ap']} | {r['cpu_minutes']} |" for r in order
@@ -266,6 +276,16 @@ padding, as in the paper. Measured on three pairs with an earlier six-minute run
 (`canvas_effect.json`):
 {canvas_sentence(read("canvas_effect")["pairs"])}.
 So `predict` and `evaluate` never mix padded sizes.
+
+## A step as a GPU sees it
+
+Operations that become kernels, and those for which the host waits, forward and backward, counted on
+a CPU (`{kernels["command"]}`, `kernels.json` with the parts of a step). Before: matching, drawing
+and proposals went image by image.
+
+| images | kernels before | waits before | kernels | waits |
+|---|---|---|---|---|
+{chr(10).join(kernels_row(images, kernels) for images in kernels["steps"])}
 
 ## Is the whole chain right?
 

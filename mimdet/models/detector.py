@@ -1,7 +1,7 @@
 """The Mask R-CNN, read top-down."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimdet.config import Config, DetectorConfig
+from mimdet.config import BackboneConfig, Config, DetectorConfig
 from mimdet.images import Resize, to_rgb
 from mimdet.models.backbones import SampledBackbone, build_backbone, resolve
 from mimdet.models.rcnn import (
@@ -211,6 +211,9 @@ def check_targets(targets: Sequence[Target], images: int, num_classes: int) -> N
     """ValueError for labels outside 0..num_classes-1: the next one would train as background."""
     if len(targets) != images:
         raise ValueError(f"{len(targets)} targets for {images} images: give one per image")
+    every = torch.cat([target.labels for target in targets])
+    if len(every) == 0 or 0 <= int(every.min()) <= int(every.max()) < num_classes:
+        return
     for i, labels in enumerate(target.labels for target in targets):
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
             raise ValueError(
@@ -222,7 +225,7 @@ def check_targets(targets: Sequence[Target], images: int, num_classes: int) -> N
 def build_detector(
     cfg: Config,
     *,
-    backbone: nn.Module | None = None,
+    backbone: nn.Module | Callable[[BackboneConfig], nn.Module] | None = None,
     neck: nn.Module | None = None,
     stem: nn.Module | None = None,
     sampler: Sampler | None = None,
@@ -231,13 +234,16 @@ def build_detector(
 ) -> Detector:
     """The detector a configuration describes; any slot may be passed in ready-made.
 
-    A part written in a notebook cell is used as it is, without registering it anywhere.
+    A part written in a notebook cell is used as it is, without registering it anywhere. A function
+    as `backbone` makes one of `cfg.backbone`, like one that is named `module:function`.
     """
     passed = dict(backbone=backbone, neck=neck, stem=stem, sampler=sampler, fill=fill, loss=loss)
     if backbone is None:
         backbone = build_backbone(cfg.backbone, stem=stem, sampler=sampler, fill=fill)
     elif (stem, sampler, fill) != (None, None, None):
         raise ValueError("backbone= is complete: give stem, sampler and fill to it, not beside it")
+    if not isinstance(backbone, nn.Module):
+        backbone = backbone(cfg.backbone)
     d = cfg.detector
     if neck is None:
         neck = resolve(d.neck, NECKS, "neck")(backbone.channels, d.channels, make_norm(d.norm))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import box_iou, roi_align
+from torchvision.ops import roi_align
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 from mimdet.models.batchnorm import SyncedBatchNorm
@@ -47,10 +47,10 @@ def pad_and_normalise(images: Sequence[Tensor], model: nn.Module) -> Batch:
     weight = next(model.parameters())
     exact = at_least_float32(weight[:0])
     mean, std = exact.new_tensor([IMAGENET_MEAN, IMAGENET_STD])[..., None, None]
-    batch = weight.new_zeros(len(images), 3, height, width)
+    batch = mean.expand(len(images), 3, height, width).clone()  # the mean becomes 0
     for canvas, image, (h, w) in zip(batch, images, sizes, strict=True):
-        canvas[:, :h, :w] = (image.to(weight.device, non_blocking=True) - mean) / std
-    return Batch(batch, sizes, images)
+        canvas[:, :h, :w].copy_(image, non_blocking=True)
+    return Batch(batch.sub_(mean).div_(std).to(weight.dtype), sizes, images)
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -156,27 +156,23 @@ class AlignedRoIPool(nn.Module):
         self.strides = tuple(strides)
         self.canonical_size = canonical_size
 
-    def forward(self, features: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
-        """features: one (B, C, h, w) a stride; boxes: (N_i, 4) an image -> (sum N_i, C, s, s).
+    def forward(self, features: Sequence[Tensor], rois: Tensor) -> Tensor:
+        """features: one (B, C, h, w) a stride; rois: (N, 5), see `rois_of` -> (N, C, s, s).
 
         The result is float32, or float64 where the features are. There may be no boxes at all.
         """
         dtype = torch.promote_types(features[0].dtype, torch.float32)
-        image = [torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)]
-        rois = torch.cat([torch.cat(image), torch.cat(list(boxes))], dim=1)  # (N, 5)
         level = self.level_of(rois[:, 1:])
-        rois = rois.to(dtype)
-        pooled = features[0].new_zeros(
-            len(rois), features[0].shape[1], self.size, self.size, dtype=dtype
+        order = level.argsort(stable=True)
+        counts = level.bincount(minlength=len(self.strides)).tolist()
+        parts = zip(features, rois.to(dtype)[order].split(counts), self.strides, strict=True)
+        pooled = torch.cat(
+            [
+                roi_align(f.to(dtype), own, self.size, 1 / stride, sampling_ratio=0, aligned=True)
+                for f, own, stride in parts
+            ]
         )
-        for i, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
-            chosen = (level == i).nonzero()[:, 0]
-            feature = feature.to(dtype)
-            values = roi_align(
-                feature, rois[chosen], self.size, 1 / stride, sampling_ratio=0, aligned=True
-            )
-            pooled = pooled.index_copy(0, chosen, values)
-        return pooled
+        return torch.empty_like(pooled).index_copy(0, order, pooled)
 
     def level_of(self, boxes: Tensor) -> Tensor:
         """Index of the level of each box: a canonical-size box belongs to the third one (p4)."""
@@ -185,50 +181,94 @@ class AlignedRoIPool(nn.Module):
         return level.clamp(0, len(self.strides) - 1).long()
 
 
+def rois_of(boxes: Sequence[Tensor]) -> Tensor:
+    """(N_i, 4) boxes of each image -> (sum N_i, 5): which image, and the box."""
+    image = torch.cat([torch.full_like(own[:, :1], i) for i, own in enumerate(boxes)])
+    return torch.cat([image, torch.cat(list(boxes))], dim=1)
+
+
 MATCHED_WHOLE, MATCHED_AT_ONCE = 1 << 23, 1 << 18
 """Pairs of a true box and a candidate, of 40 bytes for a moment: more than the first are matched in
-parts of the second, which are small because the C library keeps freed memory of larger ones."""
-
-
-def match(
-    overlap: Tensor, low: float, high: float, rescue_best: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Assign each candidate box the true box it overlaps most.
-
-    overlap: IoU (G true boxes, N candidates). Returns (index (N,) of the true box, label (N,):
-    1 object, 0 background, -1 ignored). IoU < low is background, >= high an object, between them
-    ignored. With rescue_best the best candidates of every true box count as objects too, however
-    small their overlap.
-    """
-    if len(overlap) == 0:
-        none = torch.zeros(overlap.shape[1], dtype=torch.long, device=overlap.device)
-        return none, none.clone()
-    best, index = overlap.max(dim=0)
-    label = torch.full_like(index, -1)
-    label[best < low] = 0
-    label[best >= high] = 1
-    if rescue_best:
-        label[(overlap == overlap.max(dim=1, keepdim=True).values).any(dim=0)] = 1
-    return index, label
+parts, on the CPU of the second size, because the C library keeps freed memory of larger ones."""
 
 
 def match_boxes(
-    truth: Tensor, boxes: Tensor, low: float, high: float, rescue_best: bool = False
+    truths: Sequence[Tensor], boxes: Tensor, low: float, high: float, rescue_best: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`match` of G true boxes with N candidates, (., 4) xyxy: the same for any number of them.
+    """Assign each candidate box the true box of its image that it overlaps most.
 
-    The candidates are taken in parts, as 10,000 objects in an image would need gigabytes.
+    truths: (G_i, 4) of each of B images; boxes: candidates (B, N, 4), or (1, N, 4) for all alike.
+    Returns (index (B, N) of the true box in torch.cat(truths), label (B, N): 1 object, 0
+    background, -1 ignored). IoU < low is background, >= high an object, between them ignored. With
+    rescue_best the best candidates of every true box count as objects too, however small their
+    overlap.
     """
-    if len(truth) * len(boxes) <= MATCHED_WHOLE:
-        return match(box_iou(truth, boxes), low, high, rescue_best)
-    parts = boxes.split(max(1, MATCHED_AT_ONCE // len(truth)))
-    found = [match(box_iou(truth, part), low, high) for part in parts]
-    index, label = (torch.cat(column) for column in zip(*found, strict=True))
+    counts = [len(truth) for truth in truths]
+    truth = torch.cat(list(truths))[:, None]  # (G, 1, 4)
+    image = torch.arange(len(truths)).repeat_interleave(torch.tensor(counts)).to(boxes.device)
+    pairs, parts = len(truth) * boxes.shape[1], boxes.shape[1]
+    if pairs > MATCHED_WHOLE:
+        parts = (MATCHED_WHOLE if boxes.is_cuda else MATCHED_AT_ONCE) // len(truth)
+    candidates = boxes.split(max(1, parts), dim=1)
+
+    def table(part: Tensor) -> Tensor:  # (G, n)
+        return overlaps(truth, part[image] if len(part) > 1 else part)
+
+    whole = table(boxes) if len(candidates) == 1 else None
+    most = truth.new_zeros(len(truth), 1)
     if rescue_best:
-        most = torch.stack([box_iou(truth, part).amax(1) for part in parts]).amax(0)  # (G,)
-        best = [(box_iou(truth, part) == most[:, None]).any(0) for part in parts]
-        label[torch.cat(best)] = 1
+        tables = (table(part) if whole is None else whole for part in candidates)
+        most = torch.stack([own.amax(1, keepdim=True) for own in tables]).amax(0)
+    columns = []
+    for part in candidates:
+        overlap = table(part) if whole is None else whole
+        columns.append(match(overlap, counts, low, high, most if rescue_best else None))
+    index, label = (torch.cat(column, dim=1) for column in zip(*columns, strict=True))
     return index, label
+
+
+def overlaps(truth: Tensor, boxes: Tensor) -> Tensor:
+    """IoU of (G, 1, 4) with (G or 1, N, 4) -> (G, N); torchvision's knows no row of one's own."""
+    low = torch.maximum(truth[..., :2], boxes[..., :2])
+    high = torch.minimum(truth[..., 2:], boxes[..., 2:])
+    shared = (high - low).clamp(min=0).prod(-1)
+    areas = [(b[..., 2:] - b[..., :2]).prod(-1) for b in (truth, boxes)]
+    return shared / (areas[0] + areas[1] - shared)
+
+
+def match(
+    overlap: Tensor, counts: list[int], low: float, high: float, most: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`match_boxes` of a table: overlap (G, N), of whose rows counts[i] belong to the i-th image.
+
+    most: (G, 1), the overlap that makes a candidate an object, however small.
+    """
+    nothing = overlap.new_zeros(1, overlap.shape[1])
+    found = [(own if len(own) else nothing).max(dim=0) for own in overlap.split(counts)]
+    best, index = (torch.stack(column) for column in zip(*found, strict=True))
+    first = torch.tensor([0, *counts[:-1]]).cumsum(0).to(index.device)
+    index += first[:, None]
+    label = (best >= high).long() - ((best >= low) & (best < high)).long()
+    if most is not None:
+        rescued = [own.any(0) for own in (overlap == most).split(counts)]
+        label.masked_fill_(torch.stack(rescued), 1)
+    return index, label
+
+
+def draw_places(
+    label: Tensor, total: int, share: float, permute: Callable[..., Tensor] = torch.randperm
+) -> list[tuple[Tensor, Tensor]]:
+    """`subsample` of each row of `label` (B, N): (objects, background), places in label.flatten().
+
+    However many the images, the host waits three times.
+    """
+    kinds = [label == 1, label == 0]
+    counts = torch.stack([kind.sum(1) for kind in kinds]).tolist()
+    objects, background = (
+        kind.flatten().nonzero()[:, 0].split(count)
+        for kind, count in zip(kinds, counts, strict=True)
+    )
+    return [subsample(*own, total, share, permute) for own in zip(objects, background, strict=True)]
 
 
 def subsample(
@@ -259,8 +299,8 @@ def clip_boxes(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
 
 
 def non_empty(boxes: Tensor) -> Tensor:
-    """(N,) bool: boxes of positive width and height."""
-    return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    """(..., 4) -> (...) bool: boxes of positive width and height."""
+    return (boxes[..., 2:] > boxes[..., :2]).all(-1)
 
 
 class Losses:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import batched_nms, roi_align
@@ -16,8 +17,9 @@ from mimdet.models.rcnn import (
     Losses,
     at_least_float32,
     clip_boxes,
+    draw_places,
     match_boxes,
-    subsample,
+    rois_of,
 )
 from mimdet.structures import Crops, Detections, Target
 
@@ -27,14 +29,18 @@ MASK_SIDE = 28
 
 
 class SampledBoxes(NamedTuple):
-    """Proposals of one image drawn for the loss, with their truth."""
+    """Proposals drawn for the loss with their truth: image after image, objects first in each."""
 
-    boxes: Tensor
-    """(S, 4), objects first."""
+    rois: Tensor
+    """(S, 5): which image, and the box."""
     labels: Tensor
     """(S,) class, num_classes = background."""
+    objects: Tensor
+    """(O,) places of the objects among them."""
     truth: Tensor
-    """(S,) index of the true box each was matched to; meaningful for objects only."""
+    """(O,) index of the true box that each object was matched to, in those of all images."""
+    counts: list[int]
+    """Objects of each image."""
 
 
 class BoxHead(nn.Module):
@@ -123,67 +129,63 @@ class RoIHeads(nn.Module):
     ) -> dict[str, Tensor]:
         """features: p2..p5; proposals: per image (P_i, 4) -> loss_cls, loss_box_reg, loss_mask."""
         with torch.no_grad():
-            sampled = [self.sample(p, t) for p, t in zip(proposals, targets, strict=True)]
-        logits, deltas = self.box_head(self.box_pool(features, [s.boxes for s in sampled]))
+            sampled = self.sample(proposals, targets)
+        logits, deltas = self.box_head(self.box_pool(features, sampled.rois))
         losses = self.box_losses(logits, deltas, sampled, targets)
         if self.mask_head is not None:
             losses["loss_mask"] = self.mask_loss(features, sampled, targets)
         return losses
 
-    def sample(self, proposals: Tensor, target: Target) -> SampledBoxes:
+    def sample(self, proposals: Sequence[Tensor], targets: Sequence[Target]) -> SampledBoxes:
         """Draw proposals for the loss, a quarter of them objects; the true boxes take part too."""
-        boxes = torch.cat([proposals, target.boxes])
-        index, label = match_boxes(target.boxes, boxes, 0.5, 0.5)
-        positive, negative = subsample(
-            (label == 1).nonzero()[:, 0],
-            (label == 0).nonzero()[:, 0],
-            self.rois_per_image,
-            0.25,
-            self.permute,
-        )
-        chosen = torch.cat([positive, negative])
+        truths = [target.boxes for target in targets]
+        own = [torch.cat(pair) for pair in zip(proposals, truths, strict=True)]
+        boxes = pad_sequence(own, batch_first=True)  # (B, N, 4)
+        index, label = match_boxes(truths, boxes, 0.5, 0.5)
+        counts = torch.tensor([len(b) for b in own])[:, None]
+        label[(torch.arange(boxes.shape[1]) >= counts).to(label.device)] = -1  # padding
+        drawn = draw_places(label, self.rois_per_image, 0.25, self.permute)
+        chosen = torch.cat([torch.cat(pair) for pair in drawn])  # places in (B, N)
+        kinds = [(len(objects), len(others)) for objects, others in drawn]
+        is_object = torch.tensor([True, False]).repeat(len(kinds))
+        is_object = is_object.repeat_interleave(torch.tensor(kinds).flatten())
+        objects = is_object.nonzero()[:, 0].to(chosen.device)
+        truth = index.flatten()[chosen[objects]]
         labels = torch.full_like(chosen, self.num_classes)
-        labels[: len(positive)] = target.labels[index[positive]]
-        return SampledBoxes(boxes[chosen], labels, index[chosen])
+        labels[objects] = torch.cat([target.labels for target in targets])[truth]
+        image = torch.div(chosen, boxes.shape[1], rounding_mode="floor")
+        rois = torch.cat([image[:, None].to(boxes), boxes.flatten(0, 1)[chosen]], dim=1)
+        return SampledBoxes(rois, labels, objects, truth, [own for own, _ in kinds])
 
     def box_losses(
-        self,
-        logits: Tensor,
-        deltas: Tensor,
-        sampled: Sequence[SampledBoxes],
-        targets: Sequence[Target],
+        self, logits: Tensor, deltas: Tensor, sampled: SampledBoxes, targets: Sequence[Target]
     ) -> dict[str, Tensor]:
-        labels = torch.cat([s.labels for s in sampled])
-        boxes = torch.cat([s.boxes for s in sampled])
-        pairs = zip(sampled, targets, strict=True)
-        matched = [t.boxes[s.truth] if len(t) else s.boxes for s, t in pairs]
-        objects = (labels < self.num_classes).nonzero()[:, 0]
-        wanted = self.coder.encode(boxes[objects], torch.cat(matched)[objects])
+        rois, labels, objects = sampled.rois, sampled.labels, sampled.objects
+        matched = torch.cat([target.boxes for target in targets])[sampled.truth]
+        wanted = self.coder.encode(rois[objects, 1:], matched)
         loss_box = self.loss.boxes(deltas[objects, labels[objects]], wanted) / max(1, len(labels))
         loss_cls = self.loss.classes(logits, labels) if len(labels) else logits.sum()
         return {"loss_cls": loss_cls, "loss_box_reg": loss_box}
 
     def mask_loss(
-        self, features: Sequence[Tensor], sampled: Sequence[SampledBoxes], targets: Sequence[Target]
+        self, features: Sequence[Tensor], sampled: SampledBoxes, targets: Sequence[Target]
     ) -> Tensor:
         """Binary cross-entropy on the true class's map of the sampled objects only.
 
         The head runs without objects too: its norms wait for all processes (SyncedBatchNorm).
         """
         assert self.mask_head is not None
-        boxes, labels, wanted = [], [], []
-        for s, target in zip(sampled, targets, strict=True):
-            objects = s.labels < self.num_classes
-            boxes.append(s.boxes[objects])
-            labels.append(s.labels[objects])
-            if target.masks is None:
-                raise ValueError("a target has no masks: set detector.masks=False for boxes only")
-            wanted.append(mask_targets(target.masks, s.truth[objects], s.boxes[objects]))
-        label = torch.cat(labels)
-        logits = self.mask_head(self.mask_pool(features, boxes))
+        rois, label = sampled.rois[sampled.objects], sampled.labels[sampled.objects]
+        logits = self.mask_head(self.mask_pool(features, rois))
         own = logits[torch.arange(len(label), device=label.device), label]  # (N, 28, 28)
         if len(label) == 0:
             return own.sum()  # 0, with zero gradients for everything above; an empty mean is NaN
+        masks, wanted, first = masks_of(targets), [], 0
+        counts = sampled.counts if len(masks) > 1 else [len(label)]
+        parts = zip(masks, sampled.truth.split(counts), rois[:, 1:].split(counts), strict=True)
+        for crops, truth, boxes in parts:
+            wanted.append(mask_targets(crops, truth - first, boxes))
+            first += len(crops)
         return self.loss.masks(own, torch.cat(wanted).to(own.dtype))
 
     # -------------------------------------------------------------- evaluation
@@ -192,7 +194,7 @@ class RoIHeads(nn.Module):
         self, batch: Batch, features: Sequence[Tensor], proposals: Sequence[Tensor]
     ) -> list[Detections]:
         """Detections in the pixels of the network input, best first."""
-        logits, deltas = self.box_head(self.box_pool(features, proposals))
+        logits, deltas = self.box_head(self.box_pool(features, rois_of(proposals)))
         boxes = self.coder.decode(torch.cat(list(proposals)), deltas)  # (N, classes, 4)
         scores = logits.softmax(dim=1)[:, :-1].float()  # (N, classes)
         counts = [len(p) for p in proposals]
@@ -218,13 +220,24 @@ class RoIHeads(nn.Module):
         assert self.mask_head is not None
         label = torch.cat([d.labels for d in found])
         if len(label):
-            logits = self.mask_head(self.mask_pool(features, [d.boxes for d in found]))
+            logits = self.mask_head(self.mask_pool(features, rois_of([d.boxes for d in found])))
             own = logits[torch.arange(len(label), device=label.device), label].sigmoid().float()
         else:
             own = torch.zeros(0, MASK_SIDE, MASK_SIDE, device=label.device, dtype=torch.float32)
         for d, masks in zip(found, own.split([len(d) for d in found]), strict=True):
             d.mask_probabilities = masks
         return found
+
+
+def masks_of(targets: Sequence[Target]) -> list[Crops]:
+    """The masks of each image; joined to one where bitmaps are of one size, as crops are."""
+    masks = [target.masks for target in targets if target.masks is not None]
+    if len(masks) < len(targets):
+        raise ValueError("a target has no masks: set detector.masks=False for boxes only")
+    filled = [own for own in masks if len(own)]
+    if len({own.bitmaps.shape[1:] for own in filled}) > 1:
+        return masks
+    return [Crops(torch.cat([m.boxes for m in filled]), torch.cat([m.bitmaps for m in filled]))]
 
 
 def mask_targets(masks: Crops, index: Tensor, boxes: Tensor, side: int = MASK_SIDE) -> Tensor:

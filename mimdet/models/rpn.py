@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops import batched_nms
+from torchvision.ops import nms
 
 from mimdet.models.rcnn import (
     AnchorGrid,
@@ -15,10 +15,9 @@ from mimdet.models.rcnn import (
     BoxCoder,
     Losses,
     at_least_float32,
-    clip_boxes,
+    draw_places,
     match_boxes,
     non_empty,
-    subsample,
 )
 from mimdet.structures import Target
 
@@ -102,47 +101,60 @@ class RPN(nn.Module):
             decoded = self.coder.decode(own[index].flatten(0, 1), chosen.flatten(0, 1))
             boxes.append(decoded.unflatten(0, top.shape))
             scores.append(top)
-            levels.append(torch.full_like(index[0], level))
-        level_of = torch.cat(levels)
-        return [
-            self._best(image_boxes, image_scores, level_of, size, self.post_nms[phase])
-            for image_boxes, image_scores, size in zip(
-                torch.cat(boxes, 1), torch.cat(scores, 1), image_sizes, strict=True
-            )
-        ]
+            levels.append(torch.full_like(index, level))
+        return self._best(
+            torch.cat(boxes, 1),
+            torch.cat(scores, 1),
+            torch.cat(levels, 1),
+            image_sizes,
+            self.post_nms[phase],
+        )
 
     def _best(
-        self, boxes: Tensor, scores: Tensor, level: Tensor, size: tuple[int, int], count: int
-    ) -> Proposals:
-        finite = boxes.isfinite().all(dim=1) & scores.isfinite()
-        boxes = clip_boxes(boxes, size)
+        self,
+        boxes: Tensor,
+        scores: Tensor,
+        level: Tensor,
+        image_sizes: Sequence[tuple[int, int]],
+        count: int,
+    ) -> list[Proposals]:
+        """boxes (B, N, 4), scores and level (B, N) -> at most `count` of each image.
+
+        Levels are moved apart, so that one NMS an image keeps within them, in float64, which holds
+        the moved boxes exactly. The host waits twice, and once for each NMS.
+        """
+        finite = boxes.isfinite().all(dim=2) & scores.isfinite()
+        limit = boxes.new_tensor([(w, h, w, h) for h, w in image_sizes])
+        boxes = torch.minimum(boxes.clamp(min=0), limit[:, None])
         usable = finite & non_empty(boxes)
-        boxes, scores, level = boxes[usable], scores[usable], level[usable]
-        kept = batched_nms(boxes, scores.to(boxes.dtype), level, self.nms)[:count]
-        return Proposals(boxes[kept], scores[kept])
+        counts = usable.sum(1).tolist()
+        chosen = usable.flatten().nonzero()[:, 0]
+        boxes, scores = boxes.flatten(0, 1)[chosen], scores.flatten()[chosen]
+        apart = level.flatten()[chosen, None] * (2 * max(max(size) for size in image_sizes))
+        moved = (boxes.double() + apart).split(counts)
+        pairs = zip(moved, scores.double().split(counts), strict=True)
+        best = [nms(own, score, self.nms)[:count] for own, score in pairs]
+        columns = zip(boxes.split(counts), scores.split(counts), best, strict=True)
+        return [Proposals(own[kept], score[kept]) for own, score, kept in columns]
 
     def losses(
         self, anchors: Tensor, logits: Tensor, deltas: Tensor, targets: Sequence[Target]
     ) -> dict[str, Tensor]:
         """anchors (N, 4), logits (B, N), deltas (B, N, 4)."""
+        truths = [target.boxes for target in targets]
+        index, label = match_boxes(truths, anchors[None], 0.3, 0.7, rescue_best=True)
+        drawn = draw_places(label, self.anchors_per_image, 0.5, self.permute)
+        objects = torch.cat([own for own, _ in drawn])
+        sampled = torch.cat([objects, *(others for _, others in drawn)])
+        is_object = torch.arange(len(sampled), device=sampled.device) < len(objects)
+        loss_cls = F.binary_cross_entropy_with_logits(
+            logits.flatten()[sampled], is_object.to(logits.dtype), reduction="sum"
+        )
+        wanted = self.coder.encode(
+            anchors[objects % len(anchors)], torch.cat(truths)[index.flatten()[objects]]
+        )
+        loss_loc = self.loss.boxes(deltas.flatten(0, 1)[objects], wanted)
         total = self.anchors_per_image * len(targets)
-        loss_cls, loss_loc = logits.sum() * 0, deltas.sum() * 0
-        for logit, delta, target in zip(logits, deltas, targets, strict=True):
-            index, label = match_boxes(target.boxes, anchors, 0.3, 0.7, rescue_best=True)
-            positive, negative = subsample(
-                (label == 1).nonzero()[:, 0],
-                (label == 0).nonzero()[:, 0],
-                self.anchors_per_image,
-                0.5,
-                self.permute,
-            )
-            sampled = torch.cat([positive, negative])
-            truth = torch.arange(len(sampled), device=sampled.device) < len(positive)
-            loss_cls = loss_cls + F.binary_cross_entropy_with_logits(
-                logit[sampled], truth.to(logit.dtype), reduction="sum"
-            )
-            wanted = self.coder.encode(anchors[positive], target.boxes[index[positive]])
-            loss_loc = loss_loc + self.loss.boxes(delta[positive], wanted)
         return {"loss_rpn_cls": loss_cls / total, "loss_rpn_loc": loss_loc / total}
 
 

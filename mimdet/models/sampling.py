@@ -115,8 +115,9 @@ def draw(
     that does not return one score per token.
     """
     scores = []
+    places = {own: padded_places(own, grid, tokens.device) for own in set(grids)}
     for i, own_grid in enumerate(grids):
-        own = tokens[i, padded_places(own_grid, grid, tokens.device)].detach()  # (h_i * w_i, D)
+        own = tokens[i, places[own_grid]].detach()  # (h_i * w_i, D)
         scores.append(sampler(own, own_grid, generators[i] if generators else None))
         if scores[-1].shape != (len(own),):
             raise ValueError(
@@ -147,8 +148,9 @@ def select(
     if keep not in ("valid", "padded"):
         raise ValueError(f"keep={keep!r}: use 'valid' or 'padded' (the paper's code)")
     kept = []
+    places_of = {own: padded_places(own, grid, scores[0].device) for own in set(grids)}
     for own_scores, own_grid in zip(scores, grids, strict=True):
-        places = padded_places(own_grid, grid, own_scores.device)
+        places = places_of[own_grid]
         if keep == "valid":
             count = max(1, int(ratio * len(places)))
             # Keeping everything is no choice: row by row, whatever the scores.

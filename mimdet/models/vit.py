@@ -158,8 +158,8 @@ class Decoder(nn.Module):
 
     def forward(self, encoded: list[Tensor], sample: Sample, stem_tokens: Tensor) -> Tensor:
         """encoded: per image (K_i, D); stem_tokens: (B, L, D), no positions -> (B, C, h, w)."""
-        projected = [self.embed(tokens) for tokens in encoded]
-        x = scatter(projected, sample, self.fill(stem_tokens))  # (B, L, C)
+        projected = self.embed(torch.cat(encoded))  # (sum K_i, C)
+        x = scatter([projected], sample, self.fill(stem_tokens))  # (B, L, C)
         x = x + resize_table(self.pos_embed, sample.grid)
         for block in self.blocks:
             x = run_block(block, x, self.checkpointing)

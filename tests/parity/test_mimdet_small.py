@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torchvision.ops import box_iou
 
 from mimdet.data.rasters import crops_from_segmentations
 from mimdet.inference import to_original
 from mimdet.models.detector import Detector
-from mimdet.models.rcnn import match, subsample
+from mimdet.models.rcnn import draw_places, match_boxes
 from mimdet.models.sampling import padded_places, select, token_grid
 from mimdet.structures import Crops, Detections, Target, probabilities_to_rle, rle_to_bitmap
 from tests.parity.reference import (
@@ -224,13 +223,16 @@ def test_training_step(golden: Path, measured) -> None:
     for name in ("box_cls_logits", "box_deltas"):
         measured(where, name, relative(seen[name], tensors[name]), HEADS)
 
-    for i, drawn in enumerate(sampled):
-        assert torch.equal(drawn.labels, tensors[f"sampled_gt_classes_{i}"])
-        error = largest(drawn.boxes, tensors[f"sampled_proposal_boxes_{i}"])
+    (drawn,) = sampled
+    truth = torch.zeros(len(drawn.rois), 4)
+    truth[drawn.objects] = torch.cat([target.boxes for target in targets])[drawn.truth]
+    for i in range(len(targets)):
+        own = drawn.rois[:, 0] == i
+        assert torch.equal(drawn.labels[own], tensors[f"sampled_gt_classes_{i}"])
+        error = largest(drawn.rois[own, 1:], tensors[f"sampled_proposal_boxes_{i}"])
         measured(where, f"sampled boxes of image {i}, px", error, 1e-3)
-        objects = drawn.labels < model.roi_heads.num_classes
-        truth = targets[i].boxes[drawn.truth[objects]]
-        assert torch.equal(truth, tensors[f"sampled_gt_boxes_{i}"][objects])
+        objects = drawn.labels[own] < model.roi_heads.num_classes
+        assert torch.equal(truth[own][objects], tensors[f"sampled_gt_boxes_{i}"][objects])
 
     for name, value in losses.items():
         expected = original["losses"][name]
@@ -264,10 +266,9 @@ def test_anchor_labels(golden: Path) -> None:
     levels = [(p.shape[2], p.shape[3]) for p in (tensors[f"p{i}"] for i in range(2, 7))]
     anchors = torch.cat(rpn.anchors(levels))
     for i, target in enumerate(original_targets(folder)[0]):
-        _, label = match(box_iou(target.boxes, anchors), 0.3, 0.7, rescue_best=True)
-        candidates = [(label == value).nonzero()[:, 0] for value in (1, 0)]
-        objects, background = subsample(*candidates, rpn.anchors_per_image, 0.5, in_order)
-        labels = torch.full_like(label, -1)
+        _, label = match_boxes([target.boxes], anchors[None], 0.3, 0.7, rescue_best=True)
+        ((objects, background),) = draw_places(label, rpn.anchors_per_image, 0.5, in_order)
+        labels = torch.full_like(label[0], -1)
         labels[objects], labels[background] = 1, 0
         assert torch.equal(labels, tensors[f"rpn_anchor_labels_{i}"].to(labels.dtype))
 

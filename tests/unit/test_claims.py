@@ -3,15 +3,19 @@
 import math
 import tomllib
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
 from mimdet import presets
+from mimdet.data.shapes import ShapesCOCO
 from mimdet.experiments.experiment import read_grid
 from mimdet.experiments.grid import Arm, arms_of
 from mimdet.experiments.results import Experiment, Interval
+from mimdet.models.detector import build_detector
+from mimdet.training.slots import load_slots, write_slots
 from tools import claims
 
 CLAIMS = tomllib.loads((claims.GRIDS / "claims.toml").read_text(encoding="utf-8"))["claim"]
@@ -31,6 +35,18 @@ def test_arms_and_ratios_of_a_claim_are_in_its_grid(claim: dict[str, Any]) -> No
     for arm, ratio in (claim["one"], claim["other"]):
         assert arm in labels and ratio in ratios
     assert ("above" in claim) != ("below" in claim)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in claims.GRIDS.glob("*.py")))
+def test_parts_that_a_grid_brings_make_a_detector(name: str, tmp_path: Path) -> None:
+    given = grid(name)
+    for arm in arms_of(given["base"], given["grid"]):
+        write_slots(tmp_path / arm.label, arm.code)
+        parts = load_slots(tmp_path / arm.label, arm.cfg, trust_code=True)
+        model = build_detector(arm.cfg, **parts).train()
+        scene = ShapesCOCO(size=64)[0]
+        losses = model([scene.image], [scene.target])
+        assert all(loss.isfinite() for loss in losses.values())
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,14 @@ from mimdet.models.rcnn import (
     Batch,
     BoxCoder,
     clip_boxes,
+    draw_places,
     make_norm,
     match,
     match_boxes,
     non_empty,
     pad_and_normalise,
     padded_size,
+    rois_of,
     subsample,
 )
 from mimdet.models.roi_heads import BoxHead, MaskHead, RoIHeads, SampledBoxes, mask_targets
@@ -145,7 +147,7 @@ def test_pooling_a_ramp_gives_the_centres_of_the_bins(side: float) -> None:
     """On a map of coordinates, aligned sampling reads exactly the middle of every bin."""
     features = [ramp(stride) for stride in STRIDES]
     box = torch.tensor([[100.0, 60.0, 100 + side, 60 + side]])
-    pooled = AlignedRoIPool(7, STRIDES)(features, [box])
+    pooled = AlignedRoIPool(7, STRIDES)(features, rois_of([box]))
     assert pooled.shape == (1, 2, 7, 7)
     centres = (torch.arange(7) + 0.5) * side / 7
     torch.testing.assert_close(pooled[0, 0], (100 + centres).expand(7, 7))
@@ -157,7 +159,7 @@ def test_boxes_go_to_their_image_and_come_back_in_order() -> None:
     for level, feature in enumerate(features):
         feature[0], feature[1] = level, 10 + level
     squares = torch.tensor([[0, 0, side, side] for side in (300.0, 20.0, 500.0, 150.0)])
-    pooled = AlignedRoIPool(2, STRIDES)(features, [squares[:3], squares[3:]])
+    pooled = AlignedRoIPool(2, STRIDES)(features, rois_of([squares[:3], squares[3:]]))
     assert pooled[:, 0, 0, 0].tolist() == [2, 0, 3, 11]
 
 
@@ -166,11 +168,11 @@ def test_the_area_of_a_box_decides_its_level() -> None:
     sides = torch.tensor([0.0, 1, 111, 112, 223, 224, 447, 448, 5000])
     squares = torch.stack([0 * sides, 0 * sides, sides, sides], dim=1)
     for boxes in (squares, squares * torch.tensor([1, 1, 0.5, 2])):
-        pooled = AlignedRoIPool(2, STRIDES)(features, [boxes])
+        pooled = AlignedRoIPool(2, STRIDES)(features, rois_of([boxes]))
         levels = AlignedRoIPool(2, STRIDES).level_of(boxes) + 2
         assert levels.tolist() == [2, 2, 2, 3, 3, 4, 4, 5, 5]
         assert torch.equal(pooled[1:8, 0, 0, 0], levels[1:8].float())
-    moved = AlignedRoIPool(2, STRIDES, canonical_size=112.0)(features, [squares[3:4]])
+    moved = AlignedRoIPool(2, STRIDES, canonical_size=112.0)(features, rois_of([squares[3:4]]))
     assert moved[0, 0, 0, 0] == 4
 
 
@@ -179,36 +181,55 @@ def test_the_area_of_a_box_decides_its_level() -> None:
 
 def test_matching_by_hand() -> None:
     overlap = torch.tensor([[0.90, 0.40, 0.10, 0.30], [0.20, 0.65, 0.05, 0.70]])
-    index, label = match(overlap, 0.3, 0.7)
-    assert index.tolist() == [0, 1, 0, 1]
-    assert label.tolist() == [1, -1, 0, 1]  # at `high` is an object already
+    index, label = match(overlap, [2], 0.3, 0.7)
+    assert index.tolist() == [[0, 1, 0, 1]]
+    assert label.tolist() == [[1, -1, 0, 1]]  # at `high` is an object already
+    index, label = match(overlap, [1, 0, 1], 0.3, 0.7)  # two images of one object, one of none
+    assert index[0].tolist() == [0, 0, 0, 0] and index[2].tolist() == [1, 1, 1, 1]
+    assert label.tolist() == [[1, -1, 0, -1], [0, 0, 0, 0], [0, -1, 0, 1]]
 
 
 def test_the_lower_bound_is_not_background() -> None:
-    assert match(torch.tensor([[0.3, 0.2999]]), 0.3, 0.7)[1].tolist() == [-1, 0]
-    assert match(torch.tensor([[0.5, 0.4999]]), 0.5, 0.5)[1].tolist() == [1, 0]
+    assert match(torch.tensor([[0.3, 0.2999]]), [1], 0.3, 0.7)[1].tolist() == [[-1, 0]]
+    assert match(torch.tensor([[0.5, 0.4999]]), [1], 0.5, 0.5)[1].tolist() == [[1, 0]]
 
 
 def test_every_true_box_gets_its_best_candidates() -> None:
     overlap = torch.tensor([[0.10, 0.20, 0.20, 0.00], [0.00, 0.60, 0.05, 0.65]])
-    assert match(overlap, 0.3, 0.7)[1].tolist() == [0, -1, 0, -1]
-    index, label = match(overlap, 0.3, 0.7, rescue_best=True)
-    assert label.tolist() == [0, 1, 1, 1]  # both of truth 0's equally good ones
-    assert index.tolist() == [0, 1, 0, 1]  # a rescued candidate keeps the truth it overlaps most
+    assert match(overlap, [2], 0.3, 0.7)[1].tolist() == [[0, -1, 0, -1]]
+    index, label = match(overlap, [2], 0.3, 0.7, overlap.amax(1, keepdim=True))
+    assert label.tolist() == [[0, 1, 1, 1]]  # both of truth 0's equally good ones
+    assert index.tolist() == [[0, 1, 0, 1]]  # a rescued candidate keeps the truth it overlaps most
 
 
+@pytest.mark.parametrize("alike", [False, True])
 @pytest.mark.parametrize("rescue_best", [False, True])
-@pytest.mark.parametrize("at_once", [1, 7, 100, 1 << 22])
-def test_parts_of_the_candidates_match_as_all(rescue_best, at_once, monkeypatch) -> None:
+@pytest.mark.parametrize("at_once", [1, 7, 100, 1 << 23])
+def test_images_and_parts_match_as_each_image_alone(
+    alike: bool, rescue_best: bool, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(rcnn, "MATCHED_AT_ONCE", at_once)
-    monkeypatch.setattr(rcnn, "MATCHED_WHOLE", 0)
-    corners = torch.rand(60, 2, generator=torch.Generator().manual_seed(1)) * 20
-    boxes = torch.cat([corners, corners + 9], 1).round()  # equal overlaps occur
-    for truth in (boxes[:6], boxes[:6] + 100, boxes[:0]):  # also: none overlaps, none is there
-        found = match_boxes(truth, boxes, 0.3, 0.7, rescue_best)
-        expected = match(box_iou(truth, boxes), 0.3, 0.7, rescue_best)
-        for part, whole in zip(found, expected, strict=True):
-            assert torch.equal(part, whole)
+    monkeypatch.setattr(rcnn, "MATCHED_WHOLE", at_once if at_once > 100 else 0)
+    corners = torch.rand(3, 60, 2, generator=torch.Generator().manual_seed(1)) * 20
+    boxes = torch.cat([corners, corners + 9], 2).round()  # equal overlaps occur
+    boxes = boxes[:1] if alike else boxes
+    truths = [boxes[0, :6], boxes[0, :0], boxes[-1, 5:9] + 1]
+    index, label = match_boxes(truths, boxes, 0.3, 0.7, rescue_best)
+    for i, truth in enumerate(truths):
+        own = box_iou(truth, boxes[0 if alike else i])
+        most = own.amax(1, keepdim=True) if rescue_best else None
+        expected = match(own, [len(truth)], 0.3, 0.7, most)
+        assert torch.equal(index[i] - sum(map(len, truths[:i])), expected[0][0])
+        assert torch.equal(label[i], expected[1][0])
+    nothing = match_boxes([boxes[0, :0]], boxes[:1], 0.3, 0.7, rescue_best)
+    assert nothing[1].tolist() == [[0] * 60]
+
+
+def test_places_are_drawn_from_each_image() -> None:
+    label = torch.tensor([[1, 0, -1, 1, 1], [0, 0, 0, -1, -1], [-1, -1, -1, -1, 1]])
+    drawn = draw_places(label, 4, 0.5, in_order)
+    assert [own.tolist() for own, _ in drawn] == [[0, 3], [], [14]]
+    assert [others.tolist() for _, others in drawn] == [[1], [5, 6, 7], []]
 
 
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 40), st.sampled_from([0.25, 0.5]))
@@ -359,28 +380,36 @@ def test_sampled_boxes_hold_the_truth_and_a_quarter_of_objects() -> None:
     made = heads(rois_per_image=8, permute=in_order)
     truth = target([[0, 0, 10, 10], [50, 50, 70, 70]], [1, 0])
     near, far = [0.0, 0, 10, 9], [200.0, 200, 220, 230]
-    sampled = made.sample(torch.tensor([far, near, near, far, far]), truth)
-    # 2 of 8 may be objects: the first two proposals that overlap; then all background there is.
-    assert sampled.boxes.tolist() == [near, near, far, far, far]
-    assert sampled.labels.tolist() == [1, 1, 2, 2, 2]
-    assert sampled.truth[:2].tolist() == [0, 0]
+    nothing = target([], [])
+    proposals = [torch.tensor([far, near, near, far, far]), torch.zeros(0, 4), torch.tensor([far])]
+    sampled = made.sample(proposals, [truth, truth, nothing])
+    # 2 of 8 may be objects: the first two proposals that overlap; then all background there is. In
+    # the second image there are only the true boxes themselves, in the third nothing is true.
+    boxes = [near, near, far, far, far, *truth.boxes.tolist(), far]
+    assert sampled.rois[:, 1:].tolist() == boxes
+    assert sampled.rois[:, 0].tolist() == [0, 0, 0, 0, 0, 1, 1, 2]
+    assert sampled.labels.tolist() == [1, 1, 2, 2, 2, 1, 0, 2]
+    assert sampled.objects.tolist() == [0, 1, 5, 6] and sampled.counts == [2, 2, 0]
+    assert sampled.truth.tolist() == [0, 0, 2, 3]  # of the four true boxes of all images
 
-    alone = made.sample(torch.zeros(0, 4), truth)
-    assert alone.boxes.tolist() == truth.boxes.tolist()  # the true boxes themselves
-    assert alone.labels.tolist() == [1, 0] and alone.truth.tolist() == [0, 1]
+
+def one_object(boxes: Tensor) -> SampledBoxes:
+    """Two boxes of an image: the first of class 1, its only true one; the other background."""
+    labels, first = torch.tensor([1, 2]), torch.tensor([0])
+    return SampledBoxes(rois_of([boxes]), labels, first, first, [1])
 
 
 def test_box_losses_by_hand() -> None:
     truth = target([[5, 5, 15, 15]], [1])
     boxes = torch.tensor([[0.0, 0, 10, 20], [40, 40, 50, 50]])
-    sampled = SampledBoxes(boxes, torch.tensor([1, 2]), torch.tensor([0, 0]))
+    sampled = one_object(boxes)
     deltas = torch.full((2, 2, 4), 7.0)
     deltas[0, 1] = 0  # the object's own class; all other deltas must not matter
-    losses = heads().box_losses(torch.zeros(2, 3), deltas, [sampled], [truth])
+    losses = heads().box_losses(torch.zeros(2, 3), deltas, sampled, [truth])
     assert losses["loss_cls"].item() == pytest.approx(math.log(3))
     assert losses["loss_box_reg"].item() == pytest.approx((5 + 0 + 0 + 5 * LOG2) / 2)
     sure = torch.tensor([[0.0, 30, 0], [0, 0, 30]])  # background is the last class
-    assert heads().box_losses(sure, deltas, [sampled], [truth])["loss_cls"] < 1e-6
+    assert heads().box_losses(sure, deltas, sampled, [truth])["loss_cls"] < 1e-6
 
 
 def constant_mask_head(made: RoIHeads, logit_of_class: list[float]) -> None:
@@ -399,9 +428,9 @@ def test_mask_loss_by_hand() -> None:
     box = torch.tensor([[8.0, 8, 24, 24]])
     truth = Target(box, torch.tensor([1]), Crops(box, bitmap))
     background = torch.tensor([[40.0, 40, 60, 60]])
-    sampled = SampledBoxes(torch.cat([box, background]), torch.tensor([1, 2]), torch.tensor([0, 0]))
+    sampled = one_object(torch.cat([box, background]))
     features = [torch.randn(1, 4, 64 // s, 64 // s) for s in (4, 8, 16, 32)]
-    loss = made.mask_loss(features, [sampled], [truth])
+    loss = made.mask_loss(features, sampled, [truth])
     expected = (math.log1p(math.exp(-1)) + math.log1p(math.exp(1))) / 2
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
