@@ -165,10 +165,20 @@ class Order:
 
 
 class Plan:
-    """Which images form which micro-batch. dataset: anything with `len` and `image_size(index)`."""
+    """Which images form which micro-batch. dataset: anything with `len` and `image_size(index)`.
+
+    first_batch: the batch_size that the run began with, 0 = this one. Which images form a step
+    follows from it, so that another batch_size leaves every step its images.
+    """
 
     def __init__(
-        self, dataset: Any, cfg: DataConfig, batch_size: int, accumulate: int, seed: int
+        self,
+        dataset: Any,
+        cfg: DataConfig,
+        batch_size: int,
+        accumulate: int,
+        seed: int,
+        first_batch: int = 0,
     ) -> None:
         if batch_size < 1 or accumulate < 1 or seed < 0:
             raise ValueError(
@@ -179,6 +189,7 @@ class Plan:
         self.batch_size, self.accumulate, self.seed = batch_size, accumulate, seed
         self.length = len(dataset)
         self.step_images = batch_size * accumulate
+        self.first_batch = first_batch or batch_size
         self._order = Order(self.length, seed)
         self._window: tuple[int, int] = (0, 0)
         self._batches: list[list[Item]] = []
@@ -189,8 +200,12 @@ class Plan:
         if not start <= step < stop:
             self._window = start, stop = self.window(step)
             self._batches = self._fill(start, stop)
-        first = (step - start) * self.accumulate
-        return self._batches[first : first + self.accumulate]
+        count = self.step_images // self.first_batch
+        first = (step - start) * count
+        batches = self._batches[first : first + count]
+        if self.first_batch == self.batch_size:
+            return batches
+        return self._grouped([item for batch in batches for item in batch], self.batch_size)
 
     def window(self, step: int) -> tuple[int, int]:
         """The steps [start, stop) that are sorted together with this one.
@@ -207,11 +222,13 @@ class Plan:
 
     def _fill(self, start: int, stop: int) -> list[list[Item]]:
         positions = range(start * self.step_images, stop * self.step_images)
-        items = [self._order[position] for position in positions]
-        sizes = np.array([self._cells(item) for item in items])  # (n, 2)
-        groups = bucket(sizes, self.batch_size)
+        groups = self._grouped([self._order[position] for position in positions], self.first_batch)
         order = rng_for("shuffle", self.seed, start).permutation(len(groups))
-        return [[items[i] for i in groups[g]] for g in order]
+        return [groups[g] for g in order]
+
+    def _grouped(self, items: list[Item], batch_size: int) -> list[list[Item]]:
+        sizes = np.array([self._cells(item) for item in items])  # (n, 2)
+        return [[items[i] for i in group] for group in bucket(sizes, batch_size)]
 
     def _cells(self, item: Item) -> tuple[int, int]:
         """Output size in units of PAD_MULTIPLE."""
@@ -370,8 +387,10 @@ class TrainLoader(StepLoader):
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
+        first_batch: int = 0,
     ) -> None:
-        super().__init__(Plan(dataset, cfg, batch_size, accumulate, seed), rank, world, workers)
+        plan = Plan(dataset, cfg, batch_size, accumulate, seed, first_batch)
+        super().__init__(plan, rank, world, workers)
         self.dataset, self.cfg, self.seed = dataset, cfg, seed
 
     def load(self, key: tuple[int, list[Item]]) -> MicroBatch:

@@ -21,6 +21,7 @@ from mimdet.experiments.grid import Arm, Grid, arms_of, short_names
 from mimdet.files import read_json, write_json
 from mimdet.models.backbones import BASELINES
 from mimdet.processes import usable_cores
+from mimdet.training.inputs import has_checkpoint
 from mimdet.training.job import Child, end_with_parent
 from mimdet.training.optim import Schedule
 from mimdet.training.owner import alone_in
@@ -149,7 +150,7 @@ def _check_folder(run: PlannedRun) -> None:
         return
     try:
         Run(run.path, run.cfg)
-        if (run.path / "slots").exists():
+        if has_checkpoint(run.path):
             check_slots(run.path, run.arm.code)
     except ValueError as error:
         raise ValueError(f"{error}\nAn experiment takes another folder by name=.") from None

@@ -30,6 +30,7 @@ MAY_BE_NAMES = {"training.init_from", "data.hub_name"}
 PATHS |= MAY_BE_NAMES | {"data.folder"}
 """Fields that name a file or folder."""
 FREE = (
+    "backbone.checkpointing",
     "data.workers",
     "training.checkpoint_every_steps",
     "training.keep_checkpoints",
@@ -41,10 +42,15 @@ FREE = (
 FROM_DATA = ("detector.num_classes", "detector.masks")
 """Fields that follow from the data, which may not have been there when the run was made."""
 MICRO = ("training.batch_size", "training.accumulate")
+DIFFERS = (
+    "each step has the images it had; its random draws, means of losses and BatchNorm's statistics "
+    "are those of other micro-batches, so its numbers differ as with another seed"
+)
+"""What another MICRO of as many images a step changes."""
 
 
 def environment(cfg: Config | PretrainConfig) -> dict[str, Any]:
-    """Versions, machine and seed."""
+    """Versions, machine, seed, and the batch_size from which the images of each step follow."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "mimdet": __version__,
@@ -55,6 +61,7 @@ def environment(cfg: Config | PretrainConfig) -> dict[str, Any]:
         "gpus": gpus,
         "cpu_threads": torch.get_num_threads(),
         "seed": cfg.training.seed,
+        "batch_size": cfg.training.batch_size,
     }
 
 

@@ -36,9 +36,17 @@ from tqdm import tqdm
 from mimdet.config import Config, PretrainConfig
 from mimdet.console import ERROR, Failed
 from mimdet.data.coco import build_dataset
-from mimdet.files import read_json, write_json
+from mimdet.files import write_json
 from mimdet.training.inputs import stored_config
-from mimdet.training.owner import STATUS, in_use, process_of, process_record, read_status
+from mimdet.training.owner import (
+    JOB,
+    STATUS,
+    in_use,
+    process_of,
+    process_record,
+    read_job,
+    read_status,
+)
 from mimdet.training.run import LOG, MetricsFile, Run, TrainingStopped
 from mimdet.training.slots import check_trust, name_dataset, read_slots
 from mimdet.training.train import adapt_to_data, summary
@@ -225,10 +233,6 @@ def job_state(name: str, rows: list[dict[str, Any]], total: int, error: str) -> 
 
 # ------------------------------------------------------------------------------- the job
 
-JOB = "job.json"
-"""In the folder of a run: the `process_record` of the child started last and {"run": its folder,
-"stopping": when a training was asked to end, in seconds since 1970}."""
-
 _children: dict[int, Child] = {}
 """Jobs started by this process; they are asked how they ended, and not left as zombies."""
 
@@ -340,7 +344,7 @@ class Job:
         running = self.running()  # asked first: what ends meanwhile has written its last lines
         status = read_status(self.path)
         name, error = status["state"], status["error"]
-        asked = self._about().get("stopping", 0.0) > status["began"]
+        asked = read_job(self.path).get("stopping", 0.0) > status["began"]
         if running and (asked or name in ENDED):  # the last word is said before the last breath
             name = "stopping"
         elif running and name == "new":  # from a terminal, with its data still to be opened
@@ -370,7 +374,7 @@ class Job:
         where = status.get("host", platform.node())
         if process is None and where != platform.node():
             raise Failed(f"a process on {where} trains in {self.path}: stop it there")
-        self._note(self._about() | {"stopping": time.time()})
+        self._note(read_job(self.path) | {"stopping": time.time()})
         if process is not None:
             ask_to_end(process)
         return True
@@ -397,23 +401,17 @@ class Job:
 
     # -------------------------------------------------------------- small parts
 
-    def _about(self) -> dict[str, Any]:
-        """What JOB says; nothing in a copy of a run that is elsewhere."""
-        file = self.path / JOB
-        found: dict[str, Any] = read_json(file) if file.exists() else {}
-        return found if found.get("run") == str(self.path.resolve()) else {}
-
     def _note(self, about: dict[str, Any]) -> None:
         write_json(self.path / JOB, about | {"run": str(self.path.resolve())})
 
     def _process(self) -> psutil.Process | None:
         """The child that was started last, while it lives; one that has ended is reaped."""
         self._code()
-        return process_of(self._about())
+        return process_of(read_job(self.path))
 
     def _code(self) -> int | None:
         """Exit code of the process; None where another process started it."""
-        child = _children.get(self._about().get("pid", 0))
+        child = _children.get(read_job(self.path).get("pid", 0))
         return None if child is None else child.process.poll()
 
 

@@ -19,6 +19,9 @@ STATUS = "status.json"
 """In the folder of a run: {"state": "starting" (by a `Job`), "training", "finished", "stopped" or
 "failed", "step", "total", "error", "began": seconds since 1970, "run": its folder} and the
 `process_record` of the last training."""
+JOB = "job.json"
+"""In the folder of a run: the `process_record` of the child started last and {"run": its folder,
+"stopping": when a training was asked to end, in seconds since 1970}."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """Errors of a file system that has none."""
 WAIT_SECONDS = 2.0
@@ -77,6 +80,12 @@ def trainer_of(path: Path) -> psutil.Process | None:
     status = read_status(path)
     own = status["state"] == "training" and status.get("run") == str(path.resolve())
     return process_of(status) if own else None
+
+
+def read_job(path: Path) -> dict[str, Any]:
+    """What the run's JOB says; nothing in a copy of a run that is elsewhere."""
+    found: dict[str, Any] = read_json(path / JOB) if (path / JOB).exists() else {}
+    return found if found.get("run") == str(path.resolve()) else {}
 
 
 def process_record(process: psutil.Process) -> dict[str, Any]:

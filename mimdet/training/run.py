@@ -56,8 +56,26 @@ from mimdet.files import (
 from mimdet.models.checkpoint_files import CheckpointFile, check_finite, read_safetensors, shipped
 from mimdet.models.detector import Detector, read_categories
 from mimdet.models.official import detector_of, load_weights
-from mimdet.training.inputs import ENVIRONMENT, accepted, read_environment, stored_config
-from mimdet.training.owner import LOCK, STATUS, RunInUse, alone_in, process_record, read_status
+from mimdet.training.inputs import (
+    DIFFERS,
+    ENVIRONMENT,
+    MICRO,
+    accepted,
+    has_checkpoint,
+    read_environment,
+    stored_config,
+)
+from mimdet.training.owner import (
+    LOCK,
+    STATUS,
+    RunInUse,
+    alone_in,
+    in_use,
+    process_of,
+    process_record,
+    read_job,
+    read_status,
+)
 from mimdet.training.slots import SlotText, check_slots, load_slots, write_slots
 
 T = TypeVar("T")
@@ -68,7 +86,8 @@ MAE_FILE = "mae.safetensors"
 
 
 class Run:
-    """The directory of one training. Same configuration: resumed. Another one: an error."""
+    """The directory of one training. Same configuration: resumed. Another one: an error, once
+    there is a checkpoint or somebody works here; before that it takes the place of the first."""
 
     def __init__(
         self, path: str | Path, cfg: Config | PretrainConfig, *, locked: bool = False
@@ -84,8 +103,14 @@ class Run:
         self._config = cfg
         """What config.json is to hold once this configuration is trained."""
         existing = self.path / "config.json"
+        self._texts: dict[str, SlotText] = {}
         if existing.exists():
-            self._config = accepted(load_config(existing, type(cfg)), cfg, self.path)
+            stored = load_config(existing, type(cfg))
+            try:
+                self._config = accepted(stored, cfg, self.path)
+            except ValueError:
+                if self._settled():
+                    raise
             return
         self.path.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in self.path.iterdir() if not PARTIAL.search(path.name)}
@@ -113,6 +138,7 @@ class Run:
             if refused:
                 raise RunInUse(refused)
             if first:
+                self.keep(self._texts)  # two that began at once: it is that of who trains
                 remove_leftovers(self.path)
                 stack.enter_context(self._reported(total, done))
             yield
@@ -157,7 +183,8 @@ class Run:
 
         And the changes of a configuration that do not hinder it from going on.
         """
-        if self.store.steps() or (self.path / "slots/slots.json").exists():
+        self._texts = texts
+        if self._settled():
             check_slots(self.path, texts)
         elif processes.rank() == 0:
             write_slots(self.path, texts)
@@ -167,9 +194,18 @@ class Run:
             print(f"{self.path} goes on with {', '.join(changed)}")
             about = read_environment(self.path)
             changes = about.get("changes", [])
-            changes.append({"after": max(self.store.steps(), default=0), "changed": changed})
+            change = {"after": max(self.store.steps(), default=0), "changed": changed}
+            if change["after"] and any(line.startswith(MICRO) for line in changed):
+                change["differs"] = DIFFERS
+                print(DIFFERS)
+            changes.append(change)
             write_json(self.path / ENVIRONMENT, about | {"changes": changes})
             save_config(self._config, self.path / "config.json")
+
+    def _settled(self) -> bool:
+        """Whether something would be lost, or somebody works here."""
+        at_work = in_use(self.path) or process_of(read_job(self.path)) is not None
+        return at_work or has_checkpoint(self.path)
 
     def append(self, row: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl."""

@@ -99,10 +99,10 @@ def name_dataset(cfg: Config, texts: Mapping[str, SlotText]) -> None:
 
 
 def write_slots(run: Path, texts: Mapping[str, SlotText]) -> None:
-    """Write `slots/<name>.py` and its sha256 for every part."""
+    """Write `slots/<name>.py` and its sha256 for every part, in place of those that were there."""
     for slot, part in texts.items():
         write_text(run / "slots" / f"{slot}.py", part.text)
-    if texts:
+    if texts or _entries(run):
         entries = {slot: part.entry for slot, part in texts.items()}
         write_json(run / "slots" / "slots.json", entries)
 

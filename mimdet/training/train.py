@@ -28,7 +28,12 @@ from mimdet.models.official import detectron2_rules, from_detectron2
 from mimdet.models.rcnn import pad_and_normalise
 from mimdet.models.weights import LoadReport, load_mae, read_mae
 from mimdet.presets import STARTS_FROM_MAE
-from mimdet.training.inputs import check_inputs, stored_config
+from mimdet.training.inputs import (
+    check_inputs,
+    has_checkpoint,
+    read_environment,
+    stored_config,
+)
 from mimdet.training.optim import Schedule
 from mimdet.training.run import MetricsFile, Run, load_detector, weights_of
 from mimdet.training.slots import load_slots, name_dataset, read_slots
@@ -137,8 +142,17 @@ class DetectorTrainer(Trainer):
         inputs: dict[str, Any],
     ) -> None:
         t, rank, world = cfg.training, processes.rank(), processes.world()
+        began = read_environment(run.path) if has_checkpoint(run.path) else {}
         loader = TrainLoader(
-            data, cfg.data, t.batch_size, t.accumulate, t.seed, rank, world, cfg.data.workers
+            data,
+            cfg.data,
+            t.batch_size,
+            t.accumulate,
+            t.seed,
+            rank,
+            world,
+            cfg.data.workers,
+            began.get("batch_size", 0),
         )
         schedule = Schedule(t, len(data))
         super().__init__(cfg, run, model, loader, schedule, inputs)

@@ -84,8 +84,9 @@ class Trainer:
         self.cpu = time.process_time()
         self.done = 0
         """Full steps."""
-        self.saved = self.evaluated = -1
-        """The step that was saved last, and the one that was evaluated last."""
+        self.saved, self.evaluated = 0, -1
+        """The step that was saved last, and the one that was evaluated last. Step 0 is not worth a
+        checkpoint: the run begins again."""
         self.updating = False
         self.unwritten: dict[str, Any] = {}
         """Row of the last step that is not in the metrics yet."""

@@ -30,8 +30,13 @@ from mimdet.training.run import (
     best_step,
     load_detector,
 )
-from mimdet.training.train import resume, train
+from mimdet.training.slots import load_slots
+from mimdet.training.train import DetectorTrainer, resume, train
 from tests.small import assert_same_end, rows_of, small, wait_until, write_coco
+
+
+def own_sampler(tokens, grid, generator):
+    return tokens.norm(dim=1)
 
 
 def quick(steps: int = 4):
@@ -294,20 +299,89 @@ def test_relative_paths_are_found_from_elsewhere_and_after_a_move(tmp_path, monk
 # ------------------------------------------------------------------------------- what may change
 
 
-def test_a_run_goes_on_with_other_micro_batches_and_workers(run, capsys) -> None:
-    for step in ("000003", "000004"):
-        shutil.rmtree(run / "checkpoints" / step)
-    cfg = own_config(run)
-    cfg.training.batch_size, cfg.training.accumulate = 2, 1
+def exact(steps: int = 4):
+    """Rounding aside, its numbers depend on nothing but what is trained."""
+    cfg = quick(steps)
+    cfg.training.precision, cfg.detector.norm = "fp64", "GN"
+    return cfg
+
+
+def images_of(monkeypatch) -> dict[int, list]:
+    """Step -> the images that trainings from now on see in it, sorted."""
+    seen: dict[int, list] = {}
+
+    def losses(self, batch):
+        seen[self.done + 1] = sorted([*seen.get(self.done + 1, []), *batch.image_ids])
+        return self.model(batch.images, batch.targets)
+
+    monkeypatch.setattr(DetectorTrainer, "losses", losses)
+    return seen
+
+
+def test_what_decides_no_result_may_change_on_the_way(tmp_path) -> None:
+    cfg = exact()
+    whole = list(train(cfg, tmp_path / "whole"))
+    cut = train(cfg, tmp_path / "cut")
+    next(cut), next(cut)
+    cut.close()
     cfg.data.workers, cfg.training.checkpoint_every_steps = 1, 3
+    cfg.backbone.checkpointing = "on"
+    for step, same in zip(train(cfg, tmp_path / "cut"), whole[2:], strict=True):
+        assert step.number == same.number
+        assert step.losses == pytest.approx(same.losses, rel=1e-9)
+    assert "differs" not in read_json(tmp_path / "cut" / "environment.json")["changes"][0]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_other_micro_batches_leave_each_step_its_images_and_are_noted(
+    tmp_path, monkeypatch, capsys, batch_size
+) -> None:
+    run, cfg, seen = tmp_path / "run", exact(), images_of(monkeypatch)
+    cfg.training.batch_size, cfg.training.accumulate = 2, 2
+    list(train(cfg, tmp_path / "whole"))
+    undisturbed = dict(seen)
+    assert len(set(map(str, undisturbed.values()))) == 4
+    seen.clear()
+    cut = train(cfg, run)
+    next(cut), next(cut)
+    cut.close()
+    cfg.training.batch_size, cfg.training.accumulate = batch_size, 4 // batch_size
     assert [step.number for step in train(cfg, run)] == [3, 4]
-    assert "training.batch_size: 1 -> 2" in capsys.readouterr().out
+    assert seen == undisturbed
+    printed = capsys.readouterr().out
+    assert (
+        f"training.batch_size: 2 -> {batch_size}" in printed and "as with another seed" in printed
+    )
     assert own_config(run) == cfg
     (change,) = read_json(run / "environment.json")["changes"]
-    assert change["after"] == 2 and "data.workers: 0 -> 1" in change["changed"]
-    cfg.training.batch_size = 4  # another number of images a step
-    with pytest.raises(ValueError, match=r"training.batch_size: 2 -> 4\nUse another"):
+    assert change["after"] == 2 and change["differs"] in printed
+    cfg.training.batch_size = 8  # another number of images a step
+    with pytest.raises(ValueError, match=rf"training.batch_size: {batch_size} -> 8\nUse another"):
         next(train(cfg, run))
+
+
+def test_a_failed_start_does_not_keep_its_name(tmp_path, monkeypatch) -> None:
+    """Whatever failed before the first checkpoint: other sizes, other code, too much memory."""
+
+    def too_much(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as failing:
+        failing.setattr("mimdet.training.trainer.Trainer.forward", too_much)
+        with pytest.raises(torch.OutOfMemoryError):
+            next(train(quick(), run, sampler=own_sampler))
+    assert CheckpointStore(run / "checkpoints").steps() == []
+    other = quick(3)
+    other.detector.channels = 8
+    steps = train(other, run)
+    assert next(steps).number == 1 and own_config(run) == other
+    with pytest.raises(ValueError, match=r"another configuration:\n.*channels: 8 -> 16"):
+        next(train(quick(), run))  # somebody works here
+    assert [step.number for step in steps] == [2, 3]
+    assert load_slots(run, other, trust_code=False) == {}
+    with pytest.raises(ValueError, match=r"another configuration:\n.*channels: 8 -> 16"):
+        next(train(quick(), run))
 
 
 def test_a_recipe_that_starts_from_an_autoencoder_asks_for_one(tmp_path) -> None:

@@ -29,7 +29,7 @@ from mimdet.experiments.results import (
 from mimdet.experiments.runs import RATIOS, ExperimentStopped, PlannedRun, places_for, plan
 from mimdet.presets import PRESETS
 from mimdet.training.owner import in_use
-from mimdet.training.run import CheckpointStore, MetricsFile, Run, load_detector
+from mimdet.training.run import Checkpoint, CheckpointStore, MetricsFile, Run, load_detector
 from mimdet.training.slots import write_slots
 from mimdet.training.train import resume
 from mimdet.viz import save_figures, show_arms, show_learning_curves, show_matrix
@@ -175,6 +175,8 @@ def test_folder_of_another_configuration_or_with_code_from_elsewhere_is_refused(
     cfg.data.short_sides = longer.data.short_sides = [64]
     (run,) = plan(cfg, grid, seeds=1, runs=tmp_path)
     Run(run.path, run.cfg)
+    assert len(plan(longer, grid, seeds=1, runs=tmp_path)) == 1  # nothing is lost there yet
+    Run(run.path, run.cfg).store.save(Checkpoint(1, {"w": torch.zeros(2)}, {}))
     assert len(plan(cfg, grid, seeds=1, runs=tmp_path)) == 1  # not another configuration
     with pytest.raises(ValueError, match=r"training.steps: 4 -> 5[^$]*by name="):
         plan(longer, grid, seeds=1, runs=tmp_path)

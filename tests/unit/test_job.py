@@ -190,7 +190,11 @@ def test_a_log_shows_the_last_state_of_a_bar(tmp_path) -> None:
 def test_what_cannot_be_started_is_said_at_once(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(jobs.psutil, "Popen", lambda *_, **__: pytest.fail("it was started"))
     Job.prepare(easy(), tmp_path / "run")
-    with pytest.raises(ValueError, match=r"another configuration.*\n.*training.steps: 8 -> 9"):
+    with (
+        monkeypatch.context() as working,
+        pytest.raises(ValueError, match=r"another configuration.*\n.*training.steps: 8 -> 9"),
+    ):
+        working.setattr("mimdet.training.run.in_use", lambda _: True)  # somebody works there
         other = easy()
         other.training.steps = 9
         Job.start(other, tmp_path / "run")
@@ -211,8 +215,10 @@ def test_code_of_a_cell_is_kept_compared_and_only_trusted_here(tmp_path, monkeyp
     job = Job.start(easy(), tmp_path / "run", sampler=gated)
     assert job.words()[-1] == "--trust-code"
     Job.start(easy(), tmp_path / "run", sampler=gated)
+    job._note(process_record(psutil.Process()))  # it is at work
     with pytest.raises(ValueError, match="other code for: sampler"):
         Job.start(easy(), tmp_path / "run")
+    (tmp_path / "run" / JOB).unlink()
     monkeypatch.undo()
     with pytest.raises(PermissionError, match="trust_code=True"):
         Job.attach(tmp_path / "run").resume()
