@@ -87,7 +87,9 @@ def train(run: Run, config: Config) -> None:
     """
     from mimdet.training.train import train
 
-    _follow(train(config, run), f"{run}; next: mimdet evaluate {run} --ratios 0.25 0.5 1")
+    _follow(
+        train(config, run, announce=True), f"{run}; next: mimdet evaluate {run} --ratios 0.25 0.5 1"
+    )
 
 
 def pretrain(run: Run, config: PretrainConfig) -> None:
@@ -101,7 +103,10 @@ def pretrain(run: Run, config: PretrainConfig) -> None:
     """
     from mimdet.training.pretrain import pretrain
 
-    _follow(pretrain(config, run), f"{run}; next: mimdet train PRESET RUN --init-from {run}")
+    _follow(
+        pretrain(config, run, announce=True),
+        f"{run}; next: mimdet train PRESET RUN --init-from {run}",
+    )
 
 
 def resume(run: Run, trust_code: bool = False) -> None:
@@ -117,15 +122,23 @@ def resume(run: Run, trust_code: bool = False) -> None:
     from mimdet.training.train import resume
 
     # A log is read by people: a line of progress now and then.
-    _follow(resume(run, trust_code=trust_code), run, 1 if sys.stdout.isatty() else 20)
+    _follow(
+        resume(run, trust_code=trust_code, announce=True), run, 1 if sys.stdout.isatty() else 20
+    )
 
 
 def _follow(steps: Iterator[Any], done: str, every: float = 1) -> None:
-    """Run a training to its end; the first process has a progress bar, renewed `every` seconds."""
-    from mimdet.training.train import show_progress
+    """Run a training to its end; the first process has a progress bar, renewed `every` seconds, and
+    says after some steps how long the rest will take."""
+    from tqdm import tqdm
 
-    for _ in show_progress(steps, every) if FIRST else steps:
-        pass
+    from mimdet.training.train import MEASURED, outlook, show_progress
+
+    spent = 0.0
+    for count, step in enumerate(show_progress(steps, every) if FIRST else steps, 1):
+        spent += step.seconds
+        if count == MEASURED and FIRST:
+            tqdm.write(outlook(step, spent / count))
     if FIRST:
         print(f"done: {done}")
 

@@ -67,7 +67,7 @@ def demo(
     change(cfg.data, shapes_level=level, shapes_val=scenes)
     cfg.training.seed, cfg.training.steps = seed, steps or cfg.training.steps
     if begun:
-        Run(path, cfg)  # refuses other settings
+        Run(path, cfg).keep({})  # refuses other settings, once there is a checkpoint
         print(f"{path} exists: going on with it.")
         launch(["resume", str(path)])
     else:

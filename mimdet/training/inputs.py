@@ -1,4 +1,5 @@
-"""What a run began with: its configuration, the files it names; and what may change since."""
+"""What a run began with: its configuration, the files it names; what may change since; and what a
+training says before its first step."""
 
 import copy
 import os
@@ -11,9 +12,11 @@ from typing import Any
 
 import torch
 
-from mimdet import __version__
+from mimdet import __version__, processes
 from mimdet.config import Config, PretrainConfig, flat, load_config, set_field
+from mimdet.downloads import free_space, readable
 from mimdet.files import read_json
+from mimdet.training.optim import Schedule
 
 ENVIRONMENT = "environment.json"
 """In the folder of a run: what it began with. {"folder": in which the first command ran, "run": its
@@ -176,3 +179,64 @@ def step_images(cfg: Any) -> int:
 def has_checkpoint(path: Path) -> bool:
     """Whether something of this run would be lost."""
     return any(entry.name.isdecimal() for entry in (path / "checkpoints").glob("*"))
+
+
+# ------------------------------------------------------------------------------- before it starts
+
+
+def default_processes(cfg: Config | PretrainConfig) -> int:
+    """One per GPU, as far as they can share a step's micro-batches; one on a CPU."""
+    gpus = torch.cuda.device_count() if cfg.training.device in ("auto", "cuda") else 0
+    shared = [n for n in range(1, gpus + 1) if cfg.training.accumulate % n == 0]
+    return max(shared, default=1)
+
+
+def briefing(
+    cfg: Config | PretrainConfig,
+    path: Path,
+    schedule: Schedule,
+    done: int,
+    numbers: int,
+    device: torch.device,
+) -> str:
+    """Where and how a training runs, what it needs, how it is stopped and watched; a line each.
+
+    done: steps so far. numbers: those in the model, of 4 bytes each, or 8 in fp64.
+    """
+    t, world = cfg.training, processes.world()
+    size = numbers * (8 if t.precision == "fp64" else 4)
+    precision = t.precision.replace("auto", "bf16" if device.type == "cuda" else "fp32")
+    shared = f", shared by {world} processes" if world > 1 else ""
+    kept = t.keep_checkpoints + 2  # the best one, and the one that is being written
+    disk = f"{readable(3 * size * kept)}; {readable(free_space(path))} are free"
+    lines = {
+        "device": f"{_place(cfg, path, device)}, {precision}",
+        "work": f"{schedule.total - done:,} of {schedule.total:,} steps of {step_images(cfg)} "
+        f"images = {t.batch_size} x {t.accumulate} micro-batches{shared}",
+        "memory": f"{readable(4 * size)} a process for weights, gradients and optimiser; what the "
+        "images take, and the time, is said after 20 steps",
+        "disk": f"{readable(3 * size)} a checkpoint, every {schedule.checkpoint_every:,} steps; at "
+        f"most {kept} at a time: {disk}",
+        "stop": "Ctrl-C, SIGTERM or closing the terminal saves; the same command goes on, or "
+        f"`mimdet resume {path}`",
+        "watch": f"{path / 'metrics.jsonl'}; in a notebook Job.attach({str(path)!r}); what is to "
+        "outlive the terminal runs in tmux, under nohup or as a notebook's job",
+    }
+    return "\n".join(f"{name:<7} {text}" for name, text in lines.items())
+
+
+def _place(cfg: Config | PretrainConfig, path: Path, device: torch.device) -> str:
+    """The device and, where GPUs stay idle, why and what to do."""
+    if device.type != "cuda":
+        return f"{device.type}, {torch.get_num_threads()} thread(s) a process"
+    gpu, count = torch.cuda.get_device_properties(device), torch.cuda.device_count()
+    used, fitting = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), default_processes(cfg)
+    text = f"{gpu.name}, {readable(gpu.total_memory)}; {used} of {count} GPUs"
+    if used < fitting:
+        text += f" (for {fitting}: torchrun --nproc-per-node {fitting} -m mimdet resume {path})"
+    if fitting < count:
+        text += (
+            f" ({fitting} share {cfg.training.accumulate} micro-batches a step equally, {count} "
+        )
+        text += f"do not: make training.accumulate a multiple of {count}, in a new run)"
+    return text

@@ -37,7 +37,7 @@ from mimdet.config import Config, PretrainConfig
 from mimdet.console import ERROR, Failed
 from mimdet.data.coco import build_dataset
 from mimdet.files import write_json
-from mimdet.training.inputs import stored_config
+from mimdet.training.inputs import default_processes, stored_config
 from mimdet.training.owner import (
     JOB,
     STATUS,
@@ -49,7 +49,7 @@ from mimdet.training.owner import (
 )
 from mimdet.training.run import LOG, MetricsFile, Run, TrainingStopped
 from mimdet.training.slots import check_trust, name_dataset, read_slots
-from mimdet.training.train import adapt_to_data, summary
+from mimdet.training.train import adapt_to_data, check_start, summary
 
 LOOK_EVERY = 0.1
 STOP_SECONDS = 600
@@ -289,6 +289,7 @@ class Job:
         """
         path, cfg, texts = Path(run), copy.deepcopy(cfg), read_slots(slots)
         if isinstance(cfg, Config):
+            check_start(cfg)
             name_dataset(cfg, texts)
             with suppress(ValueError, OSError):  # data that come later are opened when it starts
                 masks = cfg.detector.masks
@@ -316,7 +317,7 @@ class Job:
         if cfg.training.accumulate % count:
             raise ValueError(
                 f"processes={count} cannot share the accumulate={cfg.training.accumulate} "
-                "micro-batches of a step: use a divisor of it"
+                "micro-batches of a step: use a divisor of it, or 0"
             )
         status = {"state": "starting", "error": "", "began": time.time()}
         write_json(self.path / STATUS, read_status(self.path) | status)
@@ -413,13 +414,6 @@ class Job:
         """Exit code of the process; None where another process started it."""
         child = _children.get(read_job(self.path).get("pid", 0))
         return None if child is None else child.process.poll()
-
-
-def default_processes(cfg: Config | PretrainConfig) -> int:
-    """One per GPU, as far as they can share a step's micro-batches; one on a CPU."""
-    gpus = torch.cuda.device_count() if cfg.training.device in ("auto", "cuda") else 0
-    shared = [n for n in range(1, gpus + 1) if cfg.training.accumulate % n == 0]
-    return max(shared, default=1)
 
 
 def _environment(cfg: Config | PretrainConfig, processes: int) -> dict[str, str]:

@@ -35,7 +35,7 @@ def build_mae(cfg: MAEConfig) -> MAE:
     return MAE(**sizes)
 
 
-def pretrain(cfg: PretrainConfig, run: str | Path) -> Iterator[Step]:
+def pretrain(cfg: PretrainConfig, run: str | Path, announce: bool = False) -> Iterator[Step]:
     """Train and yield after every step, as `mimdet.train` does; resumes what the run holds.
 
     The run ends with `mae.safetensors`, which `mimdet.load_mae` and `load_mae_model` read, and
@@ -47,7 +47,7 @@ def pretrain(cfg: PretrainConfig, run: str | Path) -> Iterator[Step]:
     check_inputs(Path(run), inputs)
     record = processes.in_turn(lambda: Run(run, cfg))
     record.keep({})
-    yield from PreTrainer(cfg, record, images, held_out, inputs).steps()
+    yield from PreTrainer(cfg, record, images, held_out, inputs).steps(announce)
 
 
 class PreTrainer(Trainer):

@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,6 +22,7 @@ from mimdet.config import (
 )
 from mimdet.data.coco import build_dataset
 from mimdet.data.loader import Dataset, MicroBatch, TrainLoader
+from mimdet.downloads import readable
 from mimdet.files import write_json
 from mimdet.models.checkpoint_files import read_checkpoint
 from mimdet.models.detector import Detector, build_detector, category_entries
@@ -39,6 +41,8 @@ from mimdet.training.run import MetricsFile, Run, load_detector, weights_of
 from mimdet.training.slots import load_slots, name_dataset, read_slots
 from mimdet.training.trainer import RANDOM, Step, Trainer, inputs_of, set_up
 
+MEASURED = 20
+"""Steps after which `outlook` is worth saying."""
 DatasetFunction = Callable[[DataConfig, Literal["train", "val"]], Dataset]
 
 
@@ -51,6 +55,7 @@ def train(
     val_data: Dataset | None = None,
     dataset: DatasetFunction | None = None,
     locked: bool = False,
+    announce: bool = False,
     **slots: Any,
 ) -> Iterator[Step]:
     """Train and yield after every step; `for step in train(cfg, "runs/x"): ...`.
@@ -62,14 +67,17 @@ def train(
     dataset: a function `(cfg.data, split) -> data set`; slots: parts of the detector, as for
     `build_detector` (sampler=..., stem=...). Both may be written in a cell: their code is kept with
     the run. A finished model, for example with such parts, and data sets may be passed in as well.
-    locked: this process holds the run's lock already (`alone_in`).
+    locked: this process holds the run's lock already (`alone_in`). announce: say first where this
+    runs and what it needs (`briefing`).
 
     Raises ValueError, before anything is written, for a model of another configuration, for data
     sets whose classes differ, and for a recipe that lacks its weights; and where the run began with
     other data, weights, classes or code than these.
     """
-    check_start(cfg)
+    said = check_start(cfg)
     set_up(cfg.training)
+    if said and processes.rank() == 0 and not has_checkpoint(Path(run)):
+        print(said)
     own = {"dataset": dataset} if dataset is not None else {}
     name_dataset(cfg, read_slots(own))
     data = train_data or build_dataset(cfg.data, "train", cfg.training.seed, cfg.detector.masks)
@@ -91,7 +99,7 @@ def train(
     # The first process makes the directory, the others then find it.
     record = processes.in_turn(lambda: Run(run, cfg, locked=locked))
     record.keep(texts)
-    yield from DetectorTrainer(cfg, record, model, data, held_out, inputs).steps()
+    yield from DetectorTrainer(cfg, record, model, data, held_out, inputs).steps(announce)
 
 
 def fit(cfg: Config, name: str, *, runs: str | Path = "runs", **parts: Any) -> Detector:
@@ -102,7 +110,9 @@ def fit(cfg: Config, name: str, *, runs: str | Path = "runs", **parts: Any) -> D
     return load_detector(path, trust_code=True)
 
 
-def resume(run: str | Path, *, trust_code: bool = False, locked: bool = False) -> Iterator[Step]:
+def resume(
+    run: str | Path, *, trust_code: bool = False, locked: bool = False, announce: bool = False
+) -> Iterator[Step]:
     """Train in the folder `run`, or go on with it, to the last step; yields as `mimdet.train`.
 
     The folder holds config.json, and under slots/ the parts that were written in a notebook; they
@@ -114,11 +124,11 @@ def resume(run: str | Path, *, trust_code: bool = False, locked: bool = False) -
     if isinstance(cfg, PretrainConfig):
         from mimdet.training.pretrain import pretrain
 
-        yield from pretrain(cfg, path)
+        yield from pretrain(cfg, path, announce)
         return
     slots = load_slots(path, cfg, trust_code)
     try:
-        yield from train(cfg, path, locked=locked, **slots)
+        yield from train(cfg, path, locked=locked, announce=announce, **slots)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error} (where the files of this run lie elsewhere now, say so in "
@@ -203,20 +213,29 @@ def rows_from_training(run: str | Path, model: Detector, dataset: Dataset) -> li
     return []
 
 
-def check_start(cfg: Config) -> None:
+def check_start(cfg: Config) -> str:
     """ValueError for a recipe that starts from a masked autoencoder, and is given none; and for a
-    stem that is to be aligned with none."""
+    stem that is to be aligned with none. -> what is to be said where random weights are meant."""
     if cfg.training.align_stem and cfg.training.init_from in ("", RANDOM):
         raise ValueError(
             "training.align_stem fits the stem to an autoencoder's patch embedding, and "
             "training.init_from names none: give it (--init-from FILE), or set align_stem=0"
         )
-    if cfg.preset.startswith(STARTS_FROM_MAE) and not cfg.training.init_from:
+    if not cfg.preset.startswith(STARTS_FROM_MAE):
+        return ""
+    if not cfg.training.init_from:
         raise ValueError(
             f"{cfg.preset} starts from the weights of a masked autoencoder, and training.init_from "
             "is empty: name them (--init-from FILE; `mimdet download` lists public ones), or say "
             f"training.init_from={RANDOM!r} to begin with random weights, which takes far longer"
         )
+    if cfg.training.init_from != RANDOM:
+        return ""
+    return (
+        f"{cfg.preset} begins with random weights. Its schedule and rates assume those of a masked "
+        "autoencoder; from random weights no result of it is published, and detectors with a plain "
+        "ViT are known to need several times as many epochs (Li et al. 2021)."
+    )
 
 
 def check_model(model: Detector, cfg: Config, categories: list[str]) -> None:
@@ -344,6 +363,19 @@ def show_progress(steps: Iterable[Step], every: float = 1) -> Iterator[Step]:
             if step.evaluation:
                 bar.write(f"step {step.number}: {summary(step.evaluation)}")
             yield step
+
+
+def outlook(step: Step, seconds: float) -> str:
+    """How long the steps after this one take, of so many seconds each, and the memory so far."""
+    from tqdm import tqdm
+
+    left = step.total - step.number
+    spent = tqdm.format_interval(left * seconds)
+    used = torch.cuda.max_memory_allocated() or psutil.Process().memory_info().rss
+    return (
+        f"time    about {spent} for {left:,} more steps, without evaluations; "
+        f"memory so far {readable(used)} a process"
+    )
 
 
 def summary(evaluation: dict) -> str:  # type: ignore[type-arg]

@@ -23,7 +23,7 @@ from mimdet.data.loader import StepLoader
 from mimdet.files import finite, write_json
 from mimdet.models.checkpoint_files import find
 from mimdet.models.detector import autocast
-from mimdet.training.inputs import ENVIRONMENT, environment, read_environment
+from mimdet.training.inputs import ENVIRONMENT, briefing, environment, read_environment
 from mimdet.training.optim import Schedule, build_optimizer, scaled_rate
 from mimdet.training.run import Checkpoint, Run, TrainingStopped, weights_of
 
@@ -219,13 +219,20 @@ class Trainer:
 
     # -------------------------------------------------------------- the loop
 
-    def steps(self) -> Iterator[Step]:
-        """Train to the end; RunInUse where another process trains in the same run."""
+    def steps(self, announce: bool = False) -> Iterator[Step]:
+        """Train to the end; RunInUse where another process trains in the same run.
+
+        announce: say first what `briefing` knows.
+        """
         total = self.schedule.total
         with self.run.in_training(total, lambda: self.done):
             self.resume()
             if self.done == total and not self.evaluation_due():
                 return
+            if announce and processes.rank() == 0:
+                numbers = sum(value.numel() for value in self.model.state_dict().values())
+                place, schedule = self.run.path, self.schedule
+                print(briefing(self.cfg, place, schedule, self.done, numbers, self.device))
             with self.signals.handled(), self.saved_on_leaving():
                 if self.evaluation_due():  # stopped between a step and its evaluation
                     self.evaluate()

@@ -20,6 +20,7 @@ import mimdet
 from mimdet import presets
 from mimdet.config import load_config
 from mimdet.files import append_text, read_json, write_json
+from mimdet.training.job import Job
 from mimdet.training.owner import STATUS, RunInUse, alone_in, in_use, read_status
 from mimdet.training.run import (
     Checkpoint,
@@ -384,15 +385,22 @@ def test_a_failed_start_does_not_keep_its_name(tmp_path, monkeypatch) -> None:
         next(train(quick(), run))
 
 
-def test_a_recipe_that_starts_from_an_autoencoder_asks_for_one(tmp_path) -> None:
+def test_a_recipe_that_starts_from_an_autoencoder_asks_for_one(tmp_path, capsys) -> None:
     cfg = presets.mimdet_base()
     cfg.data.source = "shapes"
-    with pytest.raises(ValueError, match=r"--init-from FILE.*init_from='random'"):
-        next(train(cfg, tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
+    for begin in (
+        lambda: next(train(cfg, tmp_path / "run")),
+        lambda: Job.start(cfg, tmp_path / "run"),
+    ):
+        with pytest.raises(ValueError, match=r"--init-from FILE.*init_from='random'"):
+            begin()
+        assert not (tmp_path / "run").exists()
     deliberate = quick()
     deliberate.preset, deliberate.training.init_from = "mimdet_base", "random"
     assert next(train(deliberate, tmp_path / "run")).number == 1
+    assert "mimdet_base begins with random weights. Its schedule" in capsys.readouterr().out
+    assert next(train(deliberate, tmp_path / "run")).number == 2
+    assert "random weights" not in capsys.readouterr().out  # it is no longer to be decided
 
 
 # ------------------------------------------------------------------------------- two at once

@@ -6,14 +6,18 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import mimdet
 from mimdet import cli, demo
 from mimdet.analysis.evaluate import evaluate
 from mimdet.config import Config, flat, load_config
 from mimdet.data.shapes import export
+from mimdet.training.inputs import briefing, default_processes
+from mimdet.training.optim import Schedule
 from mimdet.training.run import Run, TrainingStopped
 
 TINY = (
@@ -30,7 +34,7 @@ def run(tmp_path_factory):
     return path
 
 
-def test_a_run_resumes_to_nothing_and_needs_its_folder_alone(run, tmp_path, capsys):
+def test_a_run_resumes_to_nothing_and_needs_its_folder_alone(run, tmp_path, capsys, monkeypatch):
     assert load_config(run / "config.json").training.accumulate == 2
     before = (run / "metrics.jsonl").read_text()
     for words in (["train", "tiny", str(run), *TINY], ["resume", str(run)]):
@@ -38,11 +42,40 @@ def test_a_run_resumes_to_nothing_and_needs_its_folder_alone(run, tmp_path, caps
         assert f"done: {run}" in capsys.readouterr().out
         assert (run / "metrics.jsonl").read_text() == before
     Run(tmp_path / "new", load_config(run / "config.json"))
+    monkeypatch.setattr("mimdet.training.train.MEASURED", 1)
     cli.main(["resume", str(tmp_path / "new")])
+    printed = capsys.readouterr().out
+    for name in ("device", "work", "memory", "disk", "stop", "watch"):
+        assert printed.index(f"\n{name:<7} ") < printed.index("\ntime    about 00:0")
     first, second = (json.loads((r / "eval.json").read_text()) for r in (run, tmp_path / "new"))
     assert first == second
     with pytest.raises(SystemExit, match=r"training.steps: 2 -> 3"):  # another configuration
         cli.main(["train", "tiny", str(run), *TINY, "--steps", "3"])
+
+
+@pytest.mark.parametrize(
+    ("gpus", "used", "said"),
+    [
+        (1, 1, "80.0GB; 1 of 1 GPUs, bf16"),
+        (3, 2, "2 of 3 GPUs (2 share 8 micro-batches a step equally, 3 do not: make"),
+        (6, 4, "4 of 6 GPUs (4 share 8 micro-batches a step equally, 6 do not: make"),
+        (8, 1, "1 of 8 GPUs (for 8: torchrun --nproc-per-node 8 -m mimdet resume runs/base), bf16"),
+    ],
+)
+def test_what_a_long_training_says_first(monkeypatch, gpus, used, said):
+    gpu = SimpleNamespace(name="A100", total_memory=80e9)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: gpu)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(used))
+    cfg = mimdet.presets.mimdet_base()
+    if used > 1:
+        assert default_processes(cfg) == used
+    schedule = Schedule(cfg.training, 117_266)
+    words = briefing(cfg, Path("runs/base"), schedule, 100, 127_954_768, torch.device("cuda"))
+    assert said in words and len(words.splitlines()) == 6
+    assert "65,862 of 65,962 steps of 64 images = 8 x 8 micro-batches" in words
+    assert "2.05GB a process for weights" in words
+    assert "1.54GB a checkpoint, every 1,832 steps; at most 4 at a time: 6.14GB" in words
 
 
 @pytest.mark.parametrize(
