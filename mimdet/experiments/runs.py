@@ -150,7 +150,7 @@ def _check_folder(run: PlannedRun) -> None:
         return
     try:
         Run(run.path, run.cfg)
-        if has_checkpoint(run.path):
+        if has_checkpoint(run.path, after=0):
             check_slots(run.path, run.arm.code)
     except ValueError as error:
         raise ValueError(f"{error}\nAn experiment takes another folder by name=.") from None

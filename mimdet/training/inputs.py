@@ -176,9 +176,10 @@ def step_images(cfg: Any) -> int:
     return int(cfg.training.batch_size * cfg.training.accumulate)
 
 
-def has_checkpoint(path: Path) -> bool:
-    """Whether something of this run would be lost."""
-    return any(entry.name.isdecimal() for entry in (path / "checkpoints").glob("*"))
+def has_checkpoint(path: Path, after: int = -1) -> bool:
+    """Whether the run has one, of a step after this one."""
+    names = [entry.name for entry in (path / "checkpoints").glob("*")]
+    return any(name.isdecimal() and int(name) > after for name in names)
 
 
 # ------------------------------------------------------------------------------- before it starts

@@ -75,6 +75,11 @@ def in_use(path: str | Path) -> bool:
         return True
 
 
+def at_work(path: Path) -> bool:
+    """Whether a process trains in this run now, or was started to do so."""
+    return in_use(path) or process_of(read_job(path)) is not None
+
+
 def trainer_of(path: Path) -> psutil.Process | None:
     """The process that trains here on this machine, as STATUS says; a copy of a run has none."""
     status = read_status(path)

@@ -34,14 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mimdet import processes
-from mimdet.config import (
-    MODEL_PART,
-    Config,
-    PretrainConfig,
-    difference,
-    load_config,
-    save_config,
-)
+from mimdet.config import MODEL_PART, Config, PretrainConfig, difference, load_config, save_config
 from mimdet.console import Stopped
 from mimdet.files import (
     PARTIAL,
@@ -70,10 +63,8 @@ from mimdet.training.owner import (
     STATUS,
     RunInUse,
     alone_in,
-    in_use,
-    process_of,
+    at_work,
     process_record,
-    read_job,
     read_status,
 )
 from mimdet.training.slots import SlotText, check_slots, load_slots, write_slots
@@ -87,7 +78,7 @@ MAE_FILE = "mae.safetensors"
 
 class Run:
     """The directory of one training. Same configuration: resumed. Another one: an error, once
-    there is a checkpoint or somebody works here; before that it takes the place of the first."""
+    a step is saved or while somebody works here; before that it takes the place of the first."""
 
     def __init__(
         self, path: str | Path, cfg: Config | PretrainConfig, *, locked: bool = False
@@ -109,7 +100,7 @@ class Run:
             try:
                 self._config = accepted(stored, cfg, self.path)
             except ValueError:
-                if self._settled():
+                if processes.rank() == 0 and self._settled():
                     raise
             return
         self.path.mkdir(parents=True, exist_ok=True)
@@ -184,13 +175,20 @@ class Run:
         And the changes of a configuration that do not hinder it from going on.
         """
         self._texts = texts
-        if self._settled():
+        if processes.rank() > 0:
+            return
+        try:
             check_slots(self.path, texts)
-        elif processes.rank() == 0:
+        except ValueError:
+            if self._settled():
+                raise
+            self.store.forget_after(-1)
             write_slots(self.path, texts)
         stored = load_config(self.path / "config.json", type(self.cfg))
         changed = difference(stored, self._config)
-        if changed and processes.rank() == 0:
+        if changed:
+            if not self._settled():
+                self.store.forget_after(-1)
             print(f"{self.path} goes on with {', '.join(changed)}")
             about = read_environment(self.path)
             changes = about.get("changes", [])
@@ -204,8 +202,7 @@ class Run:
 
     def _settled(self) -> bool:
         """Whether something would be lost, or somebody works here."""
-        at_work = in_use(self.path) or process_of(read_job(self.path)) is not None
-        return at_work or has_checkpoint(self.path)
+        return at_work(self.path) or has_checkpoint(self.path, after=0)
 
     def append(self, row: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl."""

@@ -84,9 +84,8 @@ class Trainer:
         self.cpu = time.process_time()
         self.done = 0
         """Full steps."""
-        self.saved, self.evaluated = 0, -1
-        """The step that was saved last, and the one that was evaluated last. Step 0 is not worth a
-        checkpoint: the run begins again."""
+        self.saved = self.evaluated = -1
+        """The step that was saved last, and the one that was evaluated last."""
         self.updating = False
         self.unwritten: dict[str, Any] = {}
         """Row of the last step that is not in the metrics yet."""
@@ -259,7 +258,8 @@ class Trainer:
             raise TrainingStopped(self.done, self.run.path, signal.SIGTERM) from None
         except Exception as error:  # what went wrong first is what is told
             try:
-                self.save()
+                if self.done:  # a start that fails leaves its folder to another one
+                    self.save()
             except Exception as second:
                 error.add_note(f"Nor could step {self.done} be saved: {second}")
             steps = self.run.store.steps()

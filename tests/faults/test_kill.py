@@ -37,6 +37,7 @@ def start(words: list[str]) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -109,7 +110,7 @@ def family(torchrun: subprocess.Popen) -> dict[int, psutil.Process]:
     return {int(child.environ()["RANK"]): child for child in children}
 
 
-@pytest.mark.parametrize("victim", ["first", "second", "torchrun, politely"])
+@pytest.mark.parametrize("victim", ["first", "second", "torchrun, politely", "the terminal"])
 def test_two_processes_end_together_and_the_run_goes_on(tmp_path, undisturbed, victim):
     run = tmp_path / "run"
     torchrun = start_several(run)
@@ -118,6 +119,8 @@ def test_two_processes_end_together_and_the_run_goes_on(tmp_path, undisturbed, v
     begin = time.monotonic()
     if victim == "torchrun, politely":
         torchrun.send_signal(signal.SIGTERM)
+    elif victim == "the terminal":  # what it started hears of that, torchrun's processes from it
+        os.killpg(torchrun.pid, signal.SIGHUP)
     else:
         members[victim == "second"].kill()
     printed = finish(torchrun, seconds=60)
@@ -129,9 +132,9 @@ def test_two_processes_end_together_and_the_run_goes_on(tmp_path, undisturbed, v
         assert stopped_at % EVERY == 0 and EVERY <= stopped_at < STEPS
     else:  # the first process lives and saves the last full step
         assert stopped_at == len(rows_of(run)) < STEPS
-    if victim == "torchrun, politely":
+    if victim in ("torchrun, politely", "the terminal"):
         assert time.monotonic() - begin < 20
-        assert printed.count(f"stopped by SIGTERM: step {stopped_at} is saved in {run}") == 1
+        assert printed.count(f": step {stopped_at} is saved in {run}") == 1
     else:
         assert printed.count("another process of this run has ended or failed") == 1
     load_detector(run)

@@ -44,9 +44,9 @@ def test_a_run_resumes_to_nothing_and_needs_its_folder_alone(run, tmp_path, caps
     Run(tmp_path / "new", load_config(run / "config.json"))
     monkeypatch.setattr("mimdet.training.train.MEASURED", 1)
     cli.main(["resume", str(tmp_path / "new")])
-    printed = capsys.readouterr().out
+    printed = "\n" + capsys.readouterr().out
     for name in ("device", "work", "memory", "disk", "stop", "watch"):
-        assert printed.index(f"\n{name:<7} ") < printed.index("\ntime    about 00:0")
+        assert printed.index(f"\n{name:<7} ") < printed.index("time    about 00:0")
     first, second = (json.loads((r / "eval.json").read_text()) for r in (run, tmp_path / "new"))
     assert first == second
     with pytest.raises(SystemExit, match=r"training.steps: 2 -> 3"):  # another configuration

@@ -194,7 +194,7 @@ def test_what_cannot_be_started_is_said_at_once(tmp_path, monkeypatch) -> None:
         monkeypatch.context() as working,
         pytest.raises(ValueError, match=r"another configuration.*\n.*training.steps: 8 -> 9"),
     ):
-        working.setattr("mimdet.training.run.in_use", lambda _: True)  # somebody works there
+        working.setattr("mimdet.training.run.at_work", lambda _: True)  # somebody works there
         other = easy()
         other.training.steps = 9
         Job.start(other, tmp_path / "run")
