@@ -238,11 +238,14 @@ def _as_written(frame: FrameType) -> str:
 
 
 def judge(exercise: int, answer: Any, right: Any) -> None:
-    """Print whether a student's answer is right; `...` is none yet. Numbers may be 1 % off."""
+    """Print whether a student's answer is right; `...` is none yet. right: the value, of which a
+    float may be 1 % off, or a function of the answer that says so."""
     if answer is ...:
         print(f"· exercise {exercise}: no answer yet")
         return
-    if isinstance(right, float) and isinstance(answer, int | float):
+    if callable(right):
+        is_right = bool(right(answer))
+    elif isinstance(right, float) and isinstance(answer, int | float):
         is_right = abs(answer - right) <= 0.01 * abs(right)
     else:
         is_right = type(answer) is type(right) and answer == right

@@ -88,10 +88,9 @@ def show_stages(model: Detector, record: Record, score_threshold: float = 0.5) -
         draw.Mark(box, BLUE, f"IoU {draw.score_text(iou)}")
         for box, iou in zip(truth.boxes.tolist(), overlaps.amax(1).tolist(), strict=True)
     ]
-    own = [draw.Mark(box, ORANGE) for box in central]
     marks = draw.marks_of(found, model.categories)
     stages = {
-        f"1 anchors: {len(own)} of {count:,}": own,
+        f"1 anchors: {len(central)} of {count:,}": [draw.Mark(box, ORANGE) for box in central],
         f"2 proposals: {len(best)} of {len(boxes):,}": best,
         f"3 detections ≥ {draw.score_text(score_threshold)}: {len(marks)}": marks,
         f"4 truth: {len(truth)}": met,

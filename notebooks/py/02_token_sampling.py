@@ -1,10 +1,11 @@
 # %% [markdown]
 # # 02 · Token sampling: what the encoder sees, and what it costs
 #
-# The one idea of MIMDet that everything else serves: train the transformer of a detector on a
-# *sample* of the tokens. **Afterwards you can** draw samples in different ways, follow them
-# through encoder and decoder, say what padding does to them and what a ratio costs, and store and
-# repeat one.
+# **With a quarter of its tokens a detector finds nearly as much as with all; with a single one it
+# loses its large objects and keeps the small ones** (the figure of section 6). That is the one idea
+# of MIMDet: train the transformer of a detector on a *sample* of the tokens. **Afterwards you can**
+# draw samples in different ways, follow them through encoder and decoder, say what padding does to
+# them and what a ratio costs, and store and repeat one.
 #
 # | | quick (`MODE = "quick"`) | full (`MODE = "full"`) |
 # |---|---|---|
@@ -25,7 +26,7 @@ SOLUTIONS = False  # True: the answers at the end run too
 # %%
 import mimdet
 import torch
-from mimdet import check
+from mimdet import check, judge
 from mimdet.notebook import open_detector, open_mae, open_pictures
 
 pictures = open_pictures(PATH, MODE)
@@ -70,10 +71,10 @@ check("the kept ones have the highest scores", scores[kept].min() >= left_out.ma
 show_sample(image, sample)
 
 # %% [markdown]
-# Grey tokens never enter the encoder. What they show is not all lost, though: the stem has looked at
-# every pixel, and its fine maps c2 and c3 go to the detector whole. At their places the decoder gets
-# something else instead: in `tiny`, as in version 1 of the paper, one learned vector, the *mask
-# token*; in the released ViT-B the stem's own token (version 2). *Try:* ratio 0.05 and 0.9.
+# Grey tokens never enter the encoder. What they show is not all lost, though: the stem has looked
+# at every pixel, and its fine maps c2 and c3 go to the detector whole. At their places the decoder
+# gets something else instead: in `tiny`, as in version 1 of the paper, one learned vector, the
+# *mask token*; in the released ViT-B the stem's own token (version 2). *Try:* ratio 0.05 and 0.9.
 #
 # ## 2 · Samplers, side by side
 #
@@ -199,30 +200,10 @@ check("padded at 1 keeps all padding", counts[1.0, "padded"] == (256, 256))
 show_sample(square, mimdet.select(random_scores, grids, wide, 0.75, "padded"))
 
 # %% [markdown]
-# Light grey is padding, white squares in it are padding tokens that were kept. Does it matter? Run
-# the backbone on the same batch under both rules and compare c4 over the image itself.
-
-# %%
-maps = {}
-with torch.no_grad():
-    for rule in ("valid", "padded"):
-        of_rule = mimdet.select(random_scores, grids, wide, 1.0, rule)
-        maps[rule] = model.features(half, mimdet.Sampling(sample=of_rule))["c4"][0]
-    everything = mimdet.select(random_scores[:1], grids[:1], grids[0], 1.0)
-    alone = mimdet.Sampling(sample=everything)
-    by_itself = model.features(model.batch([square]), alone)["c4"][0]
-inside = (slice(None), slice(0, grids[0][0]), slice(0, grids[0][1]))
-moved = {rule: float((m[inside] - by_itself).norm() / by_itself.norm()) for rule, m in maps.items()}
-for rule, share in moved.items():
-    print(f"{rule}: c4 moves by {share:.0%} (norm of the difference to norm)")
-check("both rules move it", min(moved.values()) > 0.01, "GroupNorm, positions, decoder see padding")
-
-# %% [markdown]
-# So the rule alone does not make an image independent of its batch. The stem's GroupNorm averages
-# over padding, position tables are resized to the padded grid (our image now sits at 0 to 0.5 of
-# its width), and the decoder attends to padding. In quick mode the change is drastic, since `tiny`
-# has been trained on one grid only, 16 × 16; a model trained on many sizes copes better.
-# Therefore `predict` and `evaluate` never put images of different padded sizes into one batch.
+# Light grey is padding, white squares in it are padding tokens that were kept. The rule alone does
+# not make an image independent of its batch: the stem's GroupNorm averages over padding, position
+# tables are resized to the padded grid, and the decoder attends to padding (notebook 04). Therefore
+# `predict` and `evaluate` never put images of different padded sizes into one batch.
 #
 # ## 5 · What a ratio costs
 #
@@ -343,8 +324,8 @@ check("a sample can be edited and passed in", changed)
 
 # %% [markdown]
 # The two draws on the left are not the same: scores differ, and sometimes objects. In the third
-# picture, at ratio 1, nothing is left to chance. Ratio 1 is how the paper evaluates: trained at 0.25
-# → 49.9 box and 44.7 mask AP, trained at 0.5 → 51.5 and 46.0 (ViT-B, arXiv version 1), **both
+# picture, at ratio 1, nothing is left to chance. Ratio 1 is how the paper evaluates: trained at
+# 0.25 → 49.9 box and 44.7 mask AP, trained at 0.5 → 51.5 and 46.0 (ViT-B, arXiv version 1), **both
 # evaluated at ratio 1**. Train on few tokens and use them all when it counts: that is why
 # `cfg.backbone.sample_ratio` and `sample_ratio_eval` are two numbers.
 #
@@ -375,21 +356,15 @@ check("small ones do not", abs(lost.AP_small) < 3, f"one token: {-lost.AP_small:
 # ## 7 · Your turn
 #
 # Ratio, sampler (yours from section 2 is in the list) and seed draw a sample; the brush edits it;
-# *reset* forgets the brush. Middle: what a masked autoencoder paints from these tokens; right: what
-# the detector finds.
+# *reset* forgets the brush. Beside it what a masked autoencoder paints from these tokens, what the
+# detector finds, and the truth.
 
 # %%
 from mimdet.viz import TokenLab
 
-lab = TokenLab(model, open_mae(MODE), pictures.images[:5][::-1], samplers={"strongest": strongest})
-lab
-
-# %%
-lab.sampler.value = "strongest"  # as if chosen in the list
-same = lab.sample.grid != grid  # a photo may have less than whole tokens: another grid
-if not same:
-    same = torch.equal(mimdet.predict(model, picture, sample=lab.sample).scores, lab.found.scores)
-check("the panel shows what predict finds from this sample", same)
+shown = pictures.images[:5][::-1]
+truth = pictures.targets[:5][::-1] if pictures.dataset else None
+TokenLab(model, open_mae(MODE), shown, targets=truth, samplers={"strongest": strongest})
 
 # %% [markdown]
 # ## Summary
@@ -403,22 +378,35 @@ check("the panel shows what predict finds from this sample", same)
 #
 # ## Exercises
 #
-# 1. At how many tokens does attention cost as much as the linear layers in ViT-B, and in ViT-L
-#    (width 1024)? How large an image is that?
+# 1. At how many tokens does attention cost as much as the linear layers in ViT-B (width 768)? How
+#    large an image is that?
 # 2. For the image of section 4 (half of its canvas is padding): up to which ratio does the rule
-#    `padded` encode no padding? And which share of its own tokens does it keep there?
-# 3. Write a sampler that keeps a checkerboard at ratio 0.5. Which of the built-in samplers at which
-#    ratio comes closest?
+#    `padded` encode no padding?
+# 3. Write a sampler `checkerboard(tokens, grid, generator)` that keeps every other token at 0.5.
 # 4. Keep exactly the tokens that touch an object of the truth, by hand, as a `Sample`. Then keep
 #    exactly the others. Which of the two does the detector need more?
 # 5. Show that drawing for two images in one batch gives the same samples as drawing for each alone.
 
+# %%
+mine = {1: ..., 2: ..., 3: ...}  # a number, a ratio, and your sampler, in place of the dots
+equal = next(k for k in range(1, 10**4) if 12 * k * 768**2 <= 2 * k**2 * 768)
+judge(1, mine[1], equal)
+clean = [r / 100 for r in range(1, 101) if int(r / 100 * 512) <= grids[0][0] * grids[0][1]]
+judge(2, mine[2], max(clean))
+
+
+def alternates(sampler):
+    board = mimdet.select([sampler(None, (4, 6), None)], [(4, 6)], (4, 6), 0.5)
+    return len({sum(divmod(int(place), 6)) % 2 for place in board.keep[0]}) == 1
+
+
+judge(3, mine[3], alternates)
+
 # %% tags=["solution"]
 # 1. 12 K D² = 2 K² D, so K = 6 D.
-for name, width in (("ViT-B", 768), ("ViT-L", 1024)):
-    number = 6 * width
-    check(f"{name}: {number} tokens", 12 * number * width**2 == 2 * number**2 * width)
-    print(f"    a square image of {16 * number**0.5:.0f} pixels a side")
+number = 6 * 768
+check(f"{number} tokens", 12 * number * 768**2 == 2 * number**2 * 768)
+print(f"a square image of {16 * number**0.5:.0f} pixels a side")
 
 # %% tags=["solution"]
 # 2. K = r * 512 tokens, of which 256 are its own: up to 0.5, and there it keeps all of them.

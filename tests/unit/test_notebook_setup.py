@@ -156,6 +156,7 @@ def test_in_a_notebook_a_failed_check_shows_its_numbers_and_goes_on(capsys, monk
 @pytest.mark.parametrize(
     ("answer", "right", "mark"),
     [(..., 120, "·"), (120, 120, "✓"), (119, 120, "✗"), (0.0099, 0.01, "✓"), (0.02, 0.01, "✗")]
+    + [(7, lambda n: n % 2, "✓"), (8, lambda n: n % 2, "✗"), (..., lambda n: n % 2, "·")]
     + [("box", "box", "✓"), ("stem", "box", "✗"), (True, 1, "✗"), ({1, 2}, {2, 1}, "✓")],
 )
 def test_an_answer_is_judged(capsys, answer, right, mark: str) -> None:
