@@ -94,6 +94,7 @@ def read_source(source: Path) -> NotebookNode:
     for cell in notebook.cells:
         if "solution" in tags(cell):
             cell.source = f"{SOLUTION}\n{cell.source}"
+        if {"solution", "judge"} & {*tags(cell)}:  # answers do not stand open under the questions
             cell.metadata["jupyter"] = {"source_hidden": True}
         text = f"{source.stem}\0{cell.cell_type}\0{cell.source}"
         seen[text] += 1  # equal cells need different ids

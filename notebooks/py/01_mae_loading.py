@@ -253,8 +253,8 @@ show_reconstruction(pictures.images[:3], mae, ratio=0.25, seed=SEED)
 # %% [markdown]
 # Compare the last two columns. In quick mode the autoencoder paints background colours, coarse
 # edges and the rest of large shapes; a small object of which no patch was seen is *gone*. There is
-# nothing to infer it from. A detector may find it nevertheless, on the finer maps of its stem, which
-# sees every pixel; in version 2 its decoder gets the stem's tokens, too.
+# nothing to infer it from. A detector may find it nevertheless, on the finer maps of its stem,
+# which sees every pixel; in version 2 its decoder gets the stem's tokens, too.
 #
 # Now the second column alone: where a patch **was** seen the painting is often worse than around
 # it. The loss never asks for these patches, so the decoder never learnt to repeat them.
@@ -356,9 +356,9 @@ check("which is a picture", share > 0.2, f"it holds {share:.0%} of the variance 
 # ## 9 · Brush patches away
 #
 # Left: the kept patches. Drag over them to take some away, or over grey ones to bring them back,
-# and watch what is painted and what the detector finds from exactly these tokens. With the tool
-# *select*, a click says what happened to one patch. Both models get the same tokens: an image is resized until 16 pixels
-# of the detector's input are one patch of the autoencoder.
+# and watch what is painted and what the detector finds from exactly these tokens. Both models get
+# the same tokens: an image is resized until 16 pixels of the detector's input are one patch of the
+# autoencoder.
 
 # %%
 from mimdet.viz import TokenLab
@@ -395,10 +395,12 @@ TokenLab(detector, mae, shown, targets=truth, ratio=0.5)
 # 5. Resize a table from 14 × 14 to 50 × 50 and back. What is lost? Why not everything?
 
 # %%
+mine = {1: ..., 2: ...}  # the detector's share, the tensor's name in the file; run the next cell too
+
+# %% tags=["judge"]
 import copy
 from mimdet.viz import loaded_by_part
 
-mine = {1: ..., 2: ...}  # the detector's share, and the tensor's name in the file, for the dots
 counts = loaded_by_part(report, model)
 from_file = sum(own["from the file"] for own in counts.values())
 everything = sum(p.numel() for p in model.parameters())

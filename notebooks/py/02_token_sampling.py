@@ -388,7 +388,9 @@ TokenLab(model, open_mae(MODE), shown, targets=truth, samplers={"strongest": str
 # 5. Show that drawing for two images in one batch gives the same samples as drawing for each alone.
 
 # %%
-mine = {1: ..., 2: ..., 3: ...}  # a number, a ratio, and your sampler, in place of the dots
+mine = {1: ..., 2: ..., 3: ...}  # a number, a ratio, your sampler; then run the next cell too
+
+# %% tags=["judge"]
 equal = next(k for k in range(1, 10**4) if 12 * k * 768**2 <= 2 * k**2 * 768)
 judge(1, mine[1], equal)
 clean = [r / 100 for r in range(1, 101) if int(r / 100 * 512) <= grids[0][0] * grids[0][1]]

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # 08 · Results: why AP is what it is
 #
-# A detector comes back with one number, "box AP 52". **Afterwards you can** take the number
-# apart: how it is computed, which sizes and classes it is lost on, which of six kinds of mistakes
-# cost most, what they look like, how far two runs differ by chance. Nothing is
-# trained, unless you bring data of your own.
+# **One number, "box AP 52", hides which objects a detector loses, by which mistakes, and whether it
+# uses its transformer at all.** **Afterwards you can** take the number apart: how it is computed,
+# which sizes, classes and kinds of mistakes cost most, what they look like, how far two runs differ
+# by chance. Nothing is trained, unless you bring data of your own.
 #
 # | | quick (`MODE = "quick"`) | full (`MODE = "full"`) |
 # |---|---|---|
@@ -32,7 +32,7 @@ from pathlib import Path
 import mimdet
 import torch
 from IPython.display import display
-from mimdet import check
+from mimdet import check, judge
 from mimdet.notebook import open_detector, open_pictures
 from mimdet.viz import show_detections
 
@@ -50,7 +50,8 @@ if pictures.dataset is None:
 # %% [markdown]
 # ## 1 · Two runs and their 24 numbers
 #
-# Two detectors, so that there is something to compare. In quick mode `tiny` started from random
+# Two detectors, so that there is something to compare; what their difference is worth is asked in
+# section 7. In quick mode `tiny` started from random
 # weights and `tiny_from_mae` from a masked autoencoder (`mimdet/pretrained/README.md`); with a
 # folder of your own both are warm-started on it. The configuration of that training is the preset
 # `tiny` with one assignment, `cfg.data = data`.
@@ -220,7 +221,6 @@ for size in sizes.index:
     sizes.loc[size, "AP"] = round(100 * runs[first].box[f"AP_{size}"], 1)
     low, high = (area**0.5 for area in report.area_ranges[size])
     sizes.loc[size, "side, pixels"] = f"{low:.0f} - {high:.0f}" if high < 1e4 else f"from {low:.0f}"
-check("every object has one size", sizes["objects"].sum() == report.objects, "crowds are left out")
 sizes
 
 # %%
@@ -229,12 +229,13 @@ classes["AP"] = [round(100 * ap, 1) for ap in runs[first].metrics.box_per_class.
 classes["AP, other run"] = [
     round(100 * ap, 1) for ap in runs[second].metrics.box_per_class.values()
 ]
-check("every object has one class", classes["objects"].sum() == report.objects)
 classes.sort_values("AP").head(20)
 
 # %% [markdown]
-# AP weighs every *class* alike, not every object: with 80 classes a rare one moves AP as much as
-# `person` does. Below, precision over recall for each class, the worst first, at three overlaps.
+# In quick mode it is not the small objects that score worst, as on photographs: section 6 says
+# where they are found. AP weighs every *class* alike, not every object: with 80 classes a rare one
+# moves AP as much as `person` does. Below, precision over recall for each class, the worst first,
+# at three overlaps.
 #
 # - A curve that starts low: the *surest* detections of the class are wrong (confused classes).
 # - A curve that starts high and stops early: objects are not found at all.
@@ -244,13 +245,6 @@ classes.sort_values("AP").head(20)
 from mimdet.viz import show_precision_recall, show_errors
 
 show_precision_recall(report.curves((0.5, 0.75, 0.9)), most_classes=11)
-
-# %%
-curves = report.curves((0.5, 0.75))
-falling = all((np.diff(c.precision) <= 1e-12).all() for c in curves if c.ap == c.ap)
-check("no curve rises", falling, "lifted precision is the best from there on")
-same = abs(curves[0].ap - runs[first].box["AP50"]) < 1e-9
-check("the mean curve's mean is AP50", same, "the area under the first panel's palest line")
 
 # %% [markdown]
 # ## 4 · Six types of mistakes and their price
@@ -271,8 +265,7 @@ check("the mean curve's mean is AP50", same, "the area under the first panel's p
 # %%
 print(report.table())
 wrong = sum(count for kind, count in report.counts.items() if kind != "missed")
-everything = report.correct + wrong + report.ignored + report.left_out
-check("one verdict a detection", everything == len(runs[first].results), "right, or one type")
+print(f"{len(runs[first].results)} detections: {report.correct} right, {wrong} of one type each")
 
 # %%
 total = sum(report.dap.values())
@@ -283,7 +276,6 @@ for kind, after in report.progressive.items():
     ap = after
 print(f"missing to 100: {100 * (1 - report.ap):.1f}")
 check("fixed in turn they reach 100", abs(report.progressive["missed"] - 1) < 1e-9)
-check("no fix lowers AP", min(report.dap.values()) > -1e-12, "so a price is never negative")
 check("alone they do not add up", abs(total - (1 - report.ap)) > 1e-6, "see below")
 
 # %% [markdown]
@@ -327,10 +319,6 @@ if false_alarms:
 missed = report.errors("missed")[:3]
 if missed:
     display(show_error_gallery(missed, scenes))
-surest = [e.score for e in report.errors("background")]
-check(
-    "the surest come first", surest == sorted(surest, reverse=True), "those are the ones that cost"
-)
 
 # %% [markdown]
 # ### Which classes are confused with which?
@@ -373,12 +361,6 @@ for row in rows:
     mean, sd = 100 * row["box_ap"], 100 * row["box_ap_sd"]
     print(f"ratio {row['sample_ratio']:5}: box AP {mean:5.1f} ± {sd:.1f}")
 show_ratios(rows)
-
-# %%
-check("one draw at ratio 1, two below", [row["draws"] for row in rows] == [2, 2, 2, 1])
-ratio = detectors[first].sample_ratio_eval
-same = ratio != 1 or abs(rows[-1]["box_ap"] - runs[first].box["AP"]) < 1e-9
-check("ratio 1 is the number of section 1", same, "nothing is drawn, so nothing may differ")
 
 # %% [markdown]
 # The bars show the spread over *draws of the tokens* and nothing else: not over images, not over
@@ -445,8 +427,6 @@ print(f"standard error: in pairs {100 * paired:.1f}, as if on different images {
 agree = pairs["ap_1"].corr(pairs["ap_2"])
 saves = (paired < apart) == (agree > 0)
 check("pairs help when runs agree on what is hard", saves, f"correlation {agree:.2f}")
-swapped = compare_runs(truth, {n: runs[n].results for n in (second, first)}, "bbox").summary()
-check("swapped, gains are losses", swapped["gained"] == comparison.summary()["lost"])
 
 # %% [markdown]
 # **A warning.** That standard error says how much the difference would vary with *other images*. It
@@ -471,16 +451,8 @@ check("swapped, gains are losses", swapped["gained"] == comparison.summary()["lo
 from mimdet.viz import ResultBrowser
 
 browser = ResultBrowser(scenes, {name: run.results for name, run in runs.items()}, "bbox")
-browser.verdict.value = "classification" if len(confused) else None
+browser.verdict.value = "classification" if len(confused) else ""
 browser
-
-# %%
-browser.score.value, browser.verdict.value = 0.0, "classification"
-counted = browser.status.value
-expected = f"{first}: {report.counts['classification']} in"
-check("the browser counts what the report counts", expected in counted, "the same rule, all scores")
-browser.score.value, browser.verdict.value = 0.3, None
-check("without a verdict every image with objects matches", len(browser.matches) >= count)
 
 # %% [markdown]
 # *Try:* raise the score slider with `missed` chosen: a detection keeps its type whatever the
@@ -508,13 +480,24 @@ check("without a verdict every image with objects matches", len(browser.matches)
 # 4. If classes did not matter at all, what would AP50 be? Give all objects and detections one
 #    class. Why is the gain not the dAP of classification?
 # 5. How does the price of localisation grow with the IoU that is asked for? Ask `find_errors` at
-#    .5, .75 and .9.
+#    .5, .75 and .9: which type costs most at .9?
 
-# %% tags=["solution"]
-# 1. Right, right, right: precision 1 up to recall .75, so 76 of the 101 levels.
+# %%
+mine = {1: ..., 3: ..., 5: ...}  # an AP of 0 to 1, another, a type; then run the next cell too
+
+# %% tags=["judge"]
 swapped_five = [dict(d) for d in five]
 swapped_five[2]["score"], swapped_five[3]["score"] = 0.6, 0.7
 swapped_ap = coco_metrics(toy, swapped_five, ["bbox"]).box["AP50"]
+judge(1, mine[1], float(swapped_ap))
+corners = [{"bbox": [180, 180, 5, 5], "score": 0.001, **one} for _ in range(50)]
+noisy = coco_metrics(toy, five + corners, ["bbox"]).box["AP50"]
+judge(3, mine[3], float(noisy))
+strict = find_errors(truth, runs[first].results, "bbox", iou_threshold=0.9, **options)
+judge(5, mine[5], max(strict.dap, key=strict.dap.get))
+
+# %% tags=["solution"]
+# 1. Right, right, right: precision 1 up to recall .75, so 76 of the 101 levels.
 check("76 / 101", abs(swapped_ap - 76 / 101) < 1e-12, f"{swapped_ap:.4f}, from {library:.4f}")
 
 # %% tags=["solution"]
@@ -526,8 +509,6 @@ check("nothing left to draw", max(d["score"] for d in shrunk) < 0.3)
 
 # %% tags=["solution"]
 # 3. Nothing changes: they stand below the last right detection.
-corners = [{"bbox": [180, 180, 5, 5], "score": 0.001, **one} for _ in range(50)]
-noisy = coco_metrics(toy, five + corners, ["bbox"]).box["AP50"]
 check("free of charge", abs(noisy - library) < 1e-12, "50 false alarms more")
 
 # %% tags=["solution"]
