@@ -70,15 +70,6 @@ image = pictures.images[0]
 born = {name: pyramid_of(model, image).only(*STEM) for name, model in fresh.items()}
 compare_pyramids(born, shared=False)
 
-# %%
-width = cfg.backbone.embed_dim
-for name, maps in born.items():
-    channels = [len(maps[level]) for level in STEM]
-    check(f"{name}: D/4, D/2, D channels", channels == [width // 4, width // 2, width])
-sizes = [tuple(born["ConvStem"][level].shape[1:]) for level in STEM]
-halves = [(2 * h, 2 * w) for h, w in sizes[1:]]
-check("every level halves the one before", halves == sizes[:2], f"grids {sizes}")
-
 # %% [markdown]
 # Even random convolutions keep the drawing: edges stay where they were, because each place of c2
 # looks at a few pixels. In the patchify stem's c2 you see a repeating pattern instead: each token
@@ -420,8 +411,7 @@ with torch.no_grad():
 check("padding does not matter", largest_difference(after, before) < 1e-5)
 
 # %% tags=["solution"]
-# 4. Its count grows with the square of its width: D * sqrt(4.08 / 2.07) = 1079, if it were a
-# multiple of 8.
+# 4. Its count grows less than with the square of its width, so more than 768 * sqrt(4.08 / 2.07) = 1078.
 print(widest)
 check("the formula is the one above", patch_parameters(768) == patch_hand)
 print(f"D = {widest}: {patch_parameters(widest):,} of {conv_hand:,} parameters")

@@ -280,8 +280,7 @@ check("alone they do not add up", abs(total - (1 - report.ap)) > 1e-6, "see belo
 
 # %% [markdown]
 # Why do they not add up to what is missing? (1) AP is a *ranking*: removing the wrong detections of
-# one type helps little while those of another still stand above the right ones. (2) Precision is
-# lifted, so a fix counts only where it reaches the best value from there on. (3) Many mistakes
+# one type helps little while those of another still stand above the right ones. (2) Many mistakes
 # share an object: a misnamed object is a wrong detection *and* an object not found. Fixing in turn
 # does add up, but then the price depends on the order. Use dAP to compare types within a run, and
 # the same type between runs; never as slices of a pie.
@@ -341,8 +340,8 @@ if len(confused):
     display(show_error_gallery(errors[:3], scenes))
 
 # %% [markdown]
-# Two questions to ask of the pictures: would *you* have known? And is the truth right? In real data
-# some of the "errors" are mistakes in the annotation.
+# Would *you* have known? And is the truth right? In real data some "errors" are mistakes in the
+# annotation.
 #
 # ## 6 · Does it use its transformer?
 #
