@@ -187,16 +187,18 @@ check("it learned where objects are", last < first / 2, "means of 20 steps", tra
 
 # %%
 import copy
+import tempfile
 
 short = copy.deepcopy(cfg)
 short.training.steps = 4
 short.data.shapes_val = short.data.limit_val = 2  # every training ends with an evaluation
-straight = [step.loss for step in mimdet.train(short, "runs/straight")]
+place = tempfile.mkdtemp(dir="runs")  # another one every time
+straight = [step.loss for step in mimdet.train(short, f"{place}/straight")]
 
-for step in mimdet.train(short, "runs/stopped"):
+for step in mimdet.train(short, f"{place}/stopped"):
     if step.number == 2:
         break  # leaving the loop saves, as the stop button does
-resumed = list(mimdet.train(short, "runs/stopped"))
+resumed = list(mimdet.train(short, f"{place}/stopped"))
 check("it resumed at step 3", [step.number for step in resumed] == [3, 4])
 exact = [step.loss for step in resumed] == straight[2:]
 check("with the same losses", exact or MODE == "full", "bit for bit on a CPU")
@@ -359,8 +361,8 @@ def strongest(tokens, grid, generator):  # (L, D), (h, w) of one image -> (L,)
 own_cfg = copy.deepcopy(short)
 own_cfg.training.steps = 5
 own_model = mimdet.build_detector(own_cfg, sampler=strongest)
-done = [step.number for step in mimdet.train(own_cfg, "runs/strongest", model=own_model)]
+done = [step.number for step in mimdet.train(own_cfg, f"{place}/strongest", model=own_model)]
 check("five steps", done == [1, 2, 3, 4, 5])
-own_model = mimdet.load_detector("runs/strongest", trust_code=True)  # it runs the code above
+own_model = mimdet.load_detector(f"{place}/strongest", trust_code=True)  # it runs the code above
 check("the sampler came back", own_model.backbone.sampler.__name__ == "strongest")
 show_sample(image, own_model.backbone.draw(tokens, grid, batch.image_sizes, mimdet.Sampling(0.25)))

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # 07 · Train: memorise eight images, then learn all of COCO
 #
-# A training of days is a process, not a cell. **Afterwards you can** start one from a notebook,
-# watch, stop and continue it, first on eight images, which takes half a minute and finds most
-# mistakes, then with the paper's recipe: learning rates of three groups, schedule, memory, several
-# GPUs, what to expect.
+# **A training of days is a process, not a cell: stop it, kill it, come back, and nothing has
+# changed.** **Afterwards you can** start one from a notebook, watch, stop and continue it, first on
+# eight images, which takes half a minute and finds most mistakes, then with the paper's recipe:
+# learning rates of three groups, schedule, memory, several GPUs, what to expect.
 #
 # | | quick (`MODE = "quick"`) | full (`MODE = "full"`) |
 # |---|---|---|
@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 
 import mimdet
-from mimdet import check, notebook_setup
+from mimdet import check, judge, notebook_setup
 
 cfg = notebook_setup(MODE, seed=SEED, minutes={"quick": 1})
 
@@ -63,12 +63,6 @@ data.augment = "none"
 images = build_dataset(data, "train", SEED)
 show_data([images[i] for i in range(8)], images.categories)
 
-# %%
-check("eight images", len(images) == 8)
-again = build_dataset(data, "val", SEED)
-same = all(bool((images[i].image == again[i].image).all()) for i in range(8))
-check("evaluated on those it is trained on", same, "here that is the point; elsewhere a mistake")
-
 # %% [markdown]
 # The recipe for eight images: one micro-batch a step, a short warm-up, checkpoints often.
 
@@ -90,29 +84,28 @@ print(f"{t.steps * t.batch_size * t.accumulate // 8} times")
 # configuration from the run's folder and writes everything into it. The notebook stays free, and
 # may be closed: the training goes on, and the same cell attaches to it again.
 #
-# `TrainingDashboard` is a panel around a job. Its three buttons do what these three calls do:
-#
-# | button | call | what happens |
-# |---|---|---|
-# | Start | `board.start()` | a process begins; the cell returns at once |
-# | Stop & save | `board.stop()` | the step in progress is abandoned, the state before it saved |
-# | Resume | `board.start()` | it continues as if nothing had happened |
-#
-# The panel redraws every two seconds, in a thread that takes at most a tenth of its time. Without
-# widgets, in a script say, `Job.start(eight, "runs/eight")` gives the same without pictures.
+# `TrainingDashboard` is a panel around a job. **Yours to press:** Start; after ten steps Stop &
+# save; restart the kernel and run the cells again: the panel attaches to its run; Resume. It
+# redraws every two seconds and takes at most a tenth of its time.
 
 # %% tags=["timing"]
 from mimdet.viz import TrainingDashboard
 
 run = f"runs/eight-{MODE}-{t.steps}-steps-seed-{SEED}"
-board = TrainingDashboard(eight, run, processes=1)
-board.start()
-board
+TrainingDashboard(eight, f"{run}-yours", processes=1)
 
 # %% [markdown]
-# Now stop it in the middle: by the button, or by the next cell, which waits for ten steps.
+# The same by calls, to a run of its own: start, stop after ten steps.
+#
+# | button | call | what happens |
+# |---|---|---|
+# | Start | `board.start()` | a process begins; the call returns at once |
+# | Stop & save | `board.stop()` | the step in progress is abandoned, the state before it saved |
+# | Resume | `board.start()` | it continues as if nothing had happened |
 
 # %%
+board = TrainingDashboard(eight, run, processes=1)
+board.start()
 while board.look().step < 10 and board.state.running:
     time.sleep(0.1)
 board.stop()
@@ -132,8 +125,6 @@ check("and has saved", resumable and (Path(run) / "checkpoints" / f"{stopped.ste
 # %%
 board.start()
 print(board.wait())
-
-# %%
 board
 
 # %% [markdown]
@@ -141,18 +132,19 @@ board
 # finds in two of the eight images beside the truth.
 #
 # "As if nothing had happened" is a claim that can be tested. Below, the same training without any
-# stop, in this process, to a few steps past the stop. On a CPU every loss must be
-# equal to the last bit, because what a step sees (images, order, samples of tokens) depends on the
+# stop, in this process, to a few steps past the stop. On a CPU every loss must be equal to the last
+# bit, because what a step sees (images, order, samples of tokens) depends on the
 # seed and the step's number alone, and a checkpoint holds the optimiser's state too.
 
 # %%
-undisturbed = []
 for step in mimdet.train(eight, f"{run}-undisturbed"):
-    undisturbed.append(step.loss)
-    if step.number >= min(stopped.step + 5, t.steps):
+    if step.number >= min(stopped.step + 5, 40):
         break
-lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
-disturbed = [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+losses = {}
+for name in (run, f"{run}-undisturbed"):
+    lines = (Path(name) / "metrics.jsonl").read_text().splitlines()
+    losses[name] = [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+disturbed, undisturbed = losses.values()
 equal = disturbed[: len(undisturbed)] == undisturbed
 check("the same losses before and after the stop", equal or MODE == "full", "bit for bit on a CPU")
 check("every step once", len(disturbed) == t.steps, "none lost, none done twice")
@@ -187,10 +179,10 @@ memorised = final["box"]["AP"] > 0.3 or STEPS
 check("most of it is memorised", memorised, "and more with more steps", trained=True)
 
 # %% [markdown]
-# Half a minute is short: both curves of the panel still rise at the end. Given ten minutes, `tiny` learnt eight real
-# COCO photographs to 93.2 box and 74.1 mask AP; the exact command and the curve are in
-# `notebooks/results/overfit_8_coco_images.json`. If your own data stays below 50 after such a run,
-# look at the data (`mimdet check-data`) before you look at the model.
+# Half a minute is short: both curves of the panel still rise at the end. Given ten minutes, `tiny`
+# learnt eight real COCO photographs to 93.2 box and 74.1 mask AP; the exact command and the curve
+# are in `notebooks/results/overfit_8_coco_images.json`. If your own data stays below 50 after such
+# a run, look at the data (`mimdet check-data`) before you look at the model.
 #
 # ## 4 · The full recipe
 #
@@ -270,10 +262,6 @@ for gigabytes, mode in ((24, "on"), (80, "off")):  # what "auto" means there
     most = max(2**i for i in range(7) if once + 2**i * need[mode, 0.5] < gigabytes)
     print(f"a GPU of {gigabytes} GB: batch_size={most}, accumulate={64 // most}")
 
-# %%
-check("fewer tokens, fewer bytes", need["off", 0.25] < need["off", 0.5] < need["off", 1.0])
-check("recomputation saves more than half", need["on", 1.0] < need["off", 1.0] / 2)
-
 # %% [markdown]
 # Eight GPUs of 24 GB or more: 8 × 8, a micro-batch each. With recomputation the stem's maps and the
 # heads are left. Maps of attention do not count: fused kernels never store them. Your choice goes
@@ -293,11 +281,14 @@ print("on one GPU, in a terminal:\n  python", *job.words(1))
 print("on eight GPUs:\n  python", *job.words(8))
 
 # %% tags=["timing"]
+from IPython.display import display
+
 torch.cuda.empty_cache()  # the GPU belongs to the long run
 long = TrainingDashboard(base, job.path, processes=PROCESSES)
 if MODE == "full" and LONG:
     long.start()
-long
+if MODE == "full":  # else a Start button would stand here that begins days on a laptop
+    display(long)
 
 # %%
 print(long.look())
@@ -326,8 +317,8 @@ print(f"{accumulate} micro-batches a step can be shared by {shares} processes")
 # 36 epochs; others who ran the authors' code report 50.0 and 50.8. This kit has not been trained in
 # full yet. No curve is published for 1, 3, 12 or 24 epochs. Bounds: below that before epoch 27, the
 # first milestone; a plain ViT-B from the same autoencoder has 48.1 after 25, its rate lowered in
-# time (its authors). Our guess: a box AP below 1 after epoch 1, or no rise to epoch 3, is a failure.
-# Afterwards:
+# time (its authors). Our guess: a box AP below 1 after epoch 1, or no rise to epoch 3, is a
+# failure. Afterwards:
 #
 # ```
 # mimdet evaluate RUN --ratios 0.25 0.5 1
@@ -336,10 +327,10 @@ print(f"{accumulate} micro-batches a step can be shared by {shares} processes")
 #
 # the second one says why AP is what it is (`08_results`).
 #
-# **When something goes wrong.** *Out of memory:* half the `batch_size`, twice the `accumulate`. *The
-# loss is not finite:* the job stops by itself, names the images, and has saved the step before;
-# lower the rate or set `clip_norm=1` in a new run. *AP stays near 0:* the first lines of `log.txt`
-# say which weights were loaded, which are new and which were not used.
+# **When something goes wrong.** *Out of memory:* half the `batch_size`, twice the `accumulate`.
+# *The loss is not finite:* the job stops by itself, names the images, and has saved the step
+# before; lower the rate or set `clip_norm=1` in a new run. *AP stays near 0:* the first lines of
+# `log.txt` say which weights were loaded, which are new and which were not used.
 #
 # ## Summary
 #
@@ -357,10 +348,20 @@ print(f"{accumulate} micro-batches a step can be shared by {shares} processes")
 # 3. What happens when two trainings use one folder? Take one step of the first, then try.
 # 4. Complete runs: what does `mimdet resume` do with one? Compare its files before and after.
 
+# %%
+mine = {1: ..., 2: ...}  # the stem's rate for 16 images a step, a step; then run the next cell too
+
+# %% tags=["judge"]
+from mimdet.training.optim import rate_factor, scaled_rate
+
+recipe = mimdet.presets.mimdet_base().training
+falls = range(5_000, 67_500)  # steps counted from 0, after the warm-up
+judge(2, mine[2], next(n for n in falls if rate_factor(n, 67_500, 469, recipe) < 0.5))
+recipe.batch_size, recipe.accumulate = 2, 8
+judge(1, mine[1], float(scaled_rate(recipe)))
+
 # %% tags=["solution"]
 # 1. 2 x 32 = 64; the rate does not change, as the step has as many images as before.
-from mimdet.training.optim import scaled_rate
-
 recipe = mimdet.presets.mimdet_base().training
 recipe.batch_size, recipe.accumulate = 2, 32
 check("the same rate", scaled_rate(recipe) == scaled_rate(paper.training), "64 images are 64 images")
@@ -370,8 +371,6 @@ check("half the rate for a quarter", abs(scaled_rate(recipe) - 4e-5) < 1e-12, "t
 
 # %% tags=["solution"]
 # 2. After 27 of 36 epochs: 27 / 36 x 67,500 = 50,625.
-from mimdet.training.optim import rate_factor
-
 recipe = mimdet.presets.mimdet_base().training
 factors = [rate_factor(step, 67_500, 469, recipe) for step in (50_624, 50_625)]
 print("factors of steps 50,624 and 50,625 (counted from 0):", [f"{f:g}" for f in factors])
@@ -381,7 +380,7 @@ check("a tenth from then on", abs(factors[0] - 1) < 1e-12 and abs(factors[1] - 0
 # 3. The first holds the folder's lock; the second is refused before it reads a checkpoint.
 small = mimdet.notebook.quick_config()  # any training will do
 first = mimdet.train(small, "runs/shared")
-next(first)
+number = next(first).number
 try:
     next(mimdet.train(small, "runs/shared"))
     refused = ""
@@ -389,7 +388,7 @@ except ValueError as error:
     refused = str(error)
 first.close()  # saves, and gives the lock back
 check("the second one is refused", "already trains in" in refused)
-check("afterwards it may", next(mimdet.train(small, "runs/shared")).number == 2)
+check("afterwards it may", next(mimdet.train(small, "runs/shared")).number == number + 1)
 
 # %% tags=["solution"]
 # 4. Nothing: every step is done, and the metrics stay as they are, byte by byte.

@@ -47,6 +47,19 @@ def test_notebook_runs_in_quick_mode(source: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_a_second_run_all_holds_too(source: Path) -> None:
+    """In the kernel and the folder as the first one left them."""
+    notebook = notebooks.read_source(source)
+    again = notebooks.read_source(source).cells
+    for cell in again:
+        cell["id"] += "again"
+    notebook.cells += again
+    notebooks.execute(notebook)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 def test_two_builds_are_the_same_file(source: Path, tmp_path: Path) -> None:
     shutil.copytree(notebooks.FOLDER / "results", tmp_path / "results")
     (tmp_path / "py").mkdir()
