@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.ext.napoleon import GoogleDocstring
 
 import mimdet
@@ -34,6 +36,7 @@ root_doc = "docs/index"
 # Notebooks are shown as they are stored: nothing is run.
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_code_prompt_show, nb_code_prompt_hide = "Show a solution", "Hide it"
 NEW_TAGS = {"install": "remove-cell", "solution": "hide-cell"}
 nb_mime_priority_overrides = [("html", "image/jpeg", 5), ("html", "image/png", 4)]
 
@@ -56,6 +59,7 @@ html_title = f"mimdet {version}"
 html_theme_options = {"navigation_with_keys": True}
 html_static_path = ["site.css"]
 html_css_files = ["site.css"]
+html_math_renderer = "mathml"  # which browsers show themselves: pages need no network
 html_copy_source = False
 html_show_sourcelink = False
 
@@ -103,7 +107,14 @@ def options_of_a_command(app: Any, what: str, name: str, thing: Any, *rest: Any)
     return str(inspect.Signature(bare)), None
 
 
+def write_math(writer: Any, node: Any) -> None:
+    block = isinstance(node, nodes.math_block)
+    writer.body.append(tex2mathml(node.astext(), as_block=block))
+    raise nodes.SkipNode
+
+
 def setup(app: Any) -> None:
+    app.add_html_math_renderer("mathml", (write_math, None), (write_math, None))
     app.connect("autodoc-process-signature", options_of_a_command)
     app.connect("source-read", tag_cells)
     app.connect("autodoc-process-docstring", plain_prose)

@@ -9,6 +9,7 @@ and a slide without its figure are errors. Needs `pip install -e ".[docs]"`, and
 import re
 import sys
 import time
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -19,16 +20,16 @@ from markdown_it import MarkdownIt
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "build" / "site"
 SLIDES = ROOT / "docs" / "slides.md"
-FIGURE = re.compile(r'!\[([^]]*)\]\((\d\d_\w+) "([^"]+)"\)')
-"""`![text](02_token_sampling "code of its cell")`: a figure of a notebook."""
+FIGURE = re.compile(r'!\[\]\((\d\d_\w+) "([^"]+)"\)')
+"""`![](02_token_sampling "code of its cell")`: a figure of a notebook."""
 FRONT = '<!doctype html><meta http-equiv="refresh" content="0; url=docs/index.html">\n'
 
 
 # ------------------------------------------------------------------------------- slides
 
 
-def picture_of(name: str, code: str, notebooks: Path) -> str:
-    """The first picture below the one code cell that holds `code`, as a data URI.
+def figure(name: str, code: str, notebooks: Path) -> str:
+    """The first picture below the one code cell that holds `code`, with its text, as HTML.
 
     Raises ValueError when no cell or several hold it, or when none of its outputs is a picture.
     """
@@ -39,8 +40,9 @@ def picture_of(name: str, code: str, notebooks: Path) -> str:
     for output in found[0].outputs:
         for kind, data in output.get("data", {}).items():
             if kind.startswith("image/"):
-                encoded = data if isinstance(data, str) else "".join(data)
-                return f"data:{kind};base64,{encoded.strip()}"
+                alt = escape(output.metadata.get(kind, {}).get("alt", ""))
+                source = f"data:{kind};base64,{''.join(data.split())}"
+                return f'<figure class="step"><img alt="{alt}" src="{source}"></figure>'
     raise ValueError(f"docs/slides.md: the cell of {name} with {code!r} stores no picture")
 
 
@@ -52,19 +54,12 @@ def slides(text: str, style: str, notebooks: Path) -> str:
     markdown = MarkdownIt("commonmark", {"html": True}).enable("table")
     parts = []
     for slide in re.split(r"^---$", text, flags=re.MULTILINE):
-        whole = FIGURE.sub(
-            lambda found: (
-                f'<img class="step" alt="{found[1]}" '
-                f'src="{picture_of(found[2], found[3], notebooks)}">'
-            ),
-            slide,
-        )
+        whole = FIGURE.sub(lambda found: figure(found[1], found[2], notebooks), slide)
         html = markdown.render(whole).replace("<blockquote>", '<blockquote class="step">')
         parts.append(f"<section>\n{html}</section>")
     title = re.search(r"^# (.*)$", text, flags=re.MULTILINE)
-    return style.replace("TITLE", title[1] if title else "slides").replace(
-        "SLIDES", "\n".join(parts)
-    )
+    page = style.replace("TITLE", title[1] if title else "slides")
+    return page.replace("SLIDES", "\n".join(parts))
 
 
 # ------------------------------------------------------------------------------- links

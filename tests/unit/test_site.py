@@ -15,7 +15,8 @@ def folder(tmp_path: Path) -> Path:
     """A notebook with a picture below its first cell and a text below its second."""
     cells = [nbformat.v4.new_code_cell(code) for code in ("show(one)", "show(two)")]
     data = {"image/png": PIXEL, "text/plain": "a figure"}
-    cells[0].outputs = [nbformat.v4.new_output("display_data", data)]
+    alt = {"image/png": {"alt": 'a "dot"'}}
+    cells[0].outputs = [nbformat.v4.new_output("display_data", data, metadata=alt)]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "00_small.ipynb")
     return tmp_path
 
@@ -24,7 +25,7 @@ def test_slides_hold_their_figures_and_hide_the_answers(folder: Path) -> None:
     text = '# Title\n\n---\n\n## Why?\n\n![](00_small "show(one)")\n\n> Because.\n'
     page = site.slides(text, "<title>TITLE</title>SLIDES", folder)
     assert page.startswith("<title>Title</title>") and page.count("<section>") == 2
-    assert f'<img class="step" alt="" src="data:image/png;base64,{PIXEL}">' in page
+    assert f'<img alt="a &quot;dot&quot;" src="data:image/png;base64,{PIXEL}">' in page
     assert '<blockquote class="step">\n<p>Because.' in page
 
 
@@ -39,7 +40,7 @@ def test_a_slide_without_its_figure_is_an_error(folder: Path, code: str, said: s
 def test_every_figure_of_the_slides_has_one_cell() -> None:
     figures = site.FIGURE.findall(site.SLIDES.read_text(encoding="utf-8"))
     assert len(figures) >= 7
-    for _, name, code in figures:
+    for name, code in figures:
         cells = notebooks.read_source(notebooks.FOLDER / "py" / f"{name}.py").cells
         found = [cell for cell in cells if cell.cell_type == "code" and code in cell.source]
         assert len(found) == 1, f"docs/slides.md: {len(found)} cells of {name} hold {code!r}"
