@@ -1,5 +1,6 @@
 """Every notebook runs in quick mode and is what its source says."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -26,6 +27,15 @@ def test_notebooks_follow_their_sources() -> None:
 def test_the_readme_lists_them() -> None:
     readme = notebooks.README.read_text(encoding="utf-8")
     assert notebooks.index(readme) == readme, "run python tools/notebooks.py index"
+
+
+def test_panels_are_left_as_they_were_made() -> None:
+    """Only the cell that makes a panel moves its controls, so what a student meets is live."""
+    for source in SOURCES:
+        for cell in notebooks.read_source(source).cells:
+            code = cell.source if cell.cell_type == "code" else ""
+            for name in re.findall(r"(?m)^(\w+)\.\w+\.(?:value\b.*=|click\()", code):
+                assert re.search(rf"(?m)^{name} = \w+\(", code), f"{source.stem}: {code}"
 
 
 @pytest.mark.timeout(900)

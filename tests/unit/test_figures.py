@@ -191,6 +191,9 @@ def test_a_picture_of_any_size_is_shown_as_large_as_the_screen(size: tuple[int, 
     assert draw.to_pixels(picture, 400).size <= 3 * 400 * 1600  # a panel's
     maps = draw.heat(torch.zeros(max(1, size[0] // 4), max(1, size[1] // 4)))
     assert draw.enlarged(maps, 320, smooth=False).size <= 3 * 320 * 1280
+    panorama = np.zeros((600, 8000, 3), np.uint8)
+    assert draw.enlarged(panorama, 300).shape == (68, 900, 3)  # 22 pixels high it would be useless
+    assert draw.enlarged(panorama[:, :1200], 300).shape == (150, 300, 3)
     grid = (-(-size[0] // 16), -(-size[1] // 16))
     assert draw.on_tokens(picture, grid).size <= 3 * max(1024, 8 * max(grid)) ** 2
     fig = show_data([(picture, target(masks=False))], ["cat", "dog"])
