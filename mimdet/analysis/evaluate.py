@@ -272,13 +272,13 @@ def ratio_row(ratio: float, passes: Sequence[dict[str, Any]], seconds: float) ->
 
 
 def ratio_table(rows: Sequence[dict[str, Any]]) -> str:
-    """`evaluate_ratios` rows as text, AP x 100."""
-    lines = ["ratio  draws      box AP     mask AP   seconds"]
+    """`evaluate_ratios` rows as text: AP x 100, seconds of one draw over all images."""
+    lines = ["ratio  draws      box AP     mask AP  s a draw"]
     for row in rows:
         cells = [_mean_sd(row, "box"), _mean_sd(row, "mask")]
         lines.append(
             f"{row['sample_ratio']:5.2f}  {row['draws']:5d}  {cells[0]:>10}  {cells[1]:>10}"
-            f"  {row['seconds']:8.1f}"
+            f"  {row['seconds'] / row['draws']:8.1f}"
         )
     return "\n".join(lines)
 

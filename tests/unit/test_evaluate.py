@@ -128,8 +128,8 @@ def test_ratio_rows_by_hand(model, scenes, tmp_path):
     assert (row["box_ap"], row["box_ap_sd"]) == pytest.approx((0.3, 0.02**0.5))
     table = ratio_table([row, ratio_row(1.0, passes[:1], 60.0)])
     assert table.splitlines() == [
-        "ratio  draws      box AP     mask AP   seconds",
-        " 0.50      2  30.0 ± 14.1           -       1.2",
+        "ratio  draws      box AP     mask AP  s a draw",
+        " 0.50      2  30.0 ± 14.1           -       0.6",
         " 1.00      1        20.0           -      60.0",
     ]
     assert len(evaluate_ratios(model, scenes, [0.5], draws=1)[0]["metrics"]) == 1
