@@ -43,6 +43,15 @@ def shared_data() -> Path:
     return _folder("MIMDET_DATA", "small real data sets")
 
 
+@pytest.fixture
+def gate(tmp_path, monkeypatch) -> Path:
+    """While this file exists, a training with `gated` stays in its fourth step."""
+    file = tmp_path / "gate"
+    file.touch()
+    monkeypatch.setenv("MIMDET_TEST_GATE", str(file))
+    return file
+
+
 def _folder(variable: str, contents: str) -> Path:
     value = os.environ.get(variable)
     if not value:

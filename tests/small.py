@@ -1,6 +1,9 @@
 """A configuration that trains in seconds with every part of the real one, and what it leaves."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,8 +18,15 @@ from torch import Tensor
 from mimdet import presets
 from mimdet.config import Config, PretrainConfig
 from mimdet.models.detector import Detector, build_detector
+from mimdet.models.mae import MAE
 from mimdet.structures import Detections
 from mimdet.training.run import CheckpointStore, MetricsFile
+
+WORDS = (
+    "--embed-dim 32 --depth 1 --num-heads 2 --decoder-dim 32 --decoder-depth 1 --decoder-heads 2 "
+    "--channels 16 --box-fc-dim 32 --short-sides 64 --test-short-side 64"
+).split()
+"""A detector of seconds, for the command `mimdet train tiny`."""
 
 
 def small(steps: int = 4) -> Config:
@@ -60,6 +70,19 @@ def small_mae(steps: int = 4) -> PretrainConfig:
     return cfg
 
 
+def little_mae(side: int = 64, patch: int = 16, **options: Any) -> MAE:
+    """An untrained autoencoder of two blocks and one."""
+    torch.manual_seed(0)
+    sizes = {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
+    return MAE(side, patch, 32, 2, 2, **sizes | options).eval()
+
+
+def noise(height: int, width: int, seed: int = 0) -> Tensor:
+    """An image of noise, (3, height, width) uint8."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+
+
 def small_detector() -> Detector:
     """An untrained one of `small()`: sure of nothing, so every detection counts."""
     torch.manual_seed(3)
@@ -68,10 +91,28 @@ def small_detector() -> Detector:
     return build_detector(cfg).eval()
 
 
+def gated(tokens, grid, generator):
+    """The random sampler; it waits in the fourth step, of 4 images, while the file is there."""
+    import os
+    import time
+
+    gated.calls = getattr(gated, "calls", 0) + 1
+    while gated.calls > 12 and os.path.exists(os.environ["MIMDET_TEST_GATE"]):
+        time.sleep(0.01)
+    return torch.rand(len(tokens), generator=generator)
+
+
 def rows_of(run: Path) -> list[dict[str, Any]]:
     """The metrics of a run without their times."""
     rows = MetricsFile(run / "metrics.jsonl").read()
     return [{key: value for key, value in row.items() if key != "time"} for row in rows]
+
+
+def weights_of(run: Path) -> dict[str, Tensor]:
+    """Those of the last checkpoint."""
+    last = CheckpointStore(run / "checkpoints").load_last()
+    assert last is not None
+    return last.weights
 
 
 def state_of(run: Path) -> dict[str, Tensor]:
@@ -90,6 +131,23 @@ def assert_same_end(run: Path, other: Path) -> None:
     ours, theirs = state_of(run), state_of(other)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def start(words: list[str], stderr: int = subprocess.STDOUT) -> subprocess.Popen[str]:
+    """`python -m` these words, with one thread, in a session of its own."""
+    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.PIPE}
+    options |= {"stderr": stderr, "text": True, "start_new_session": True}
+    return subprocess.Popen([sys.executable, "-m", *words], **options)
+
+
+def ended(process: subprocess.Popen[str], seconds: float) -> tuple[str, str]:
+    """What it printed, and on stderr; fails where it is not over in time."""
+    try:
+        return process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun then ends its processes, within 30 s
+        process.wait()
+        raise
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 200) -> None:

@@ -51,7 +51,7 @@ PARTS = {
     "sampling": (["models/sampling.py"], ["unit/test_sampling"]),
     "evaluation": (
         ["analysis/evaluate.py", "analysis/metrics.py"],
-        ["unit/test_metrics", "unit/test_results", "unit/test_evaluate"],
+        ["unit/test_metrics", "unit/test_evaluate"],
     ),
     "annotation reader": (
         ["data/annotations.py", "data/coco_file.py", "data/coco.py"],

@@ -32,14 +32,10 @@ from tqdm import tqdm
 from mimdet import cli
 from mimdet.files import write_json
 from tests.faults.layer import Fault, Operations, in_child
-from tests.small import assert_same_end, write_coco
+from tests.small import WORDS, assert_same_end, write_coco
 
 RESULTS = Path(__file__).resolve().parents[2] / "notebooks/results/interruptions.json"
-WORDS = (
-    "--embed-dim 32 --depth 1 --num-heads 2 --decoder-dim 32 --decoder-depth 1 --decoder-heads 2 "
-    "--channels 16 --box-fc-dim 32 --short-sides 64 --test-short-side 64 --batch-size 1 "
-    "--accumulate 2 --workers 0 --checkpoint-every-steps 1 --keep-checkpoints 2"
-).split()
+OPTIONS = "--accumulate 2 --workers 0 --checkpoint-every-steps 1 --keep-checkpoints 2"
 REMEDIES = ("free", "space", "permission", "writ", "disk", "again")
 
 
@@ -65,7 +61,9 @@ class Place:
         for split in ("train", "val"):
             words += [f"--{split}-json", str(data / "annotations.json")]
             words += [f"--{split}-images", str(data / "images")]
-        cli.main(["train", "tiny", str(self.run), *WORDS, *words])
+        cli.main(
+            ["train", "tiny", str(self.run), *WORDS, *OPTIONS.split(), "--batch-size", "1", *words]
+        )
         cli.main(["evaluate", str(self.run), "--ratios", "0.5", "1"])
 
     def undisturbed(self) -> int:
@@ -174,9 +172,8 @@ def kill(folder: Path, count: int, seed: int) -> dict[str, Any]:
         seen = told["seen"]
         writes = [i for i, (what, _) in enumerate(seen) if what in ("fsync", "write", "append")]
         tenth = max(1, count // 10)
-        cases: list[Fault | float] = [
-            Fault(i, "half") for i in rng.sample(writes, min(tenth, len(writes)))
-        ]
+        halves = rng.sample(writes, min(tenth, len(writes)))
+        cases: list[Fault | float] = [Fault(i, "half") for i in halves]
         cases += [rng.uniform(0, took) for _ in range(tenth)]
         rest = min(count - len(cases), len(seen))
         cases += [Fault(i, "kill") for i in sorted(rng.sample(range(len(seen)), rest))]
@@ -216,9 +213,8 @@ def disk(folder: Path, every: int) -> dict[str, Any]:
         assert code == 0, reference.log.read_text()
         seen = told["seen"]
         places = range(0, len(seen), every)
-        faults = [
-            Fault(i, kind, kind != "EIO") for i in places for kind in ("ENOSPC", "EIO", "EROFS")
-        ]
+        errors = ("ENOSPC", "EIO", "EROFS")
+        faults = [Fault(i, kind, kind != "EIO") for i in places for kind in errors]
         for fault in tqdm(faults, "faults"):
             with fresh(folder / "case") as place:
                 code, told = place.with_fault(fault)
@@ -257,21 +253,18 @@ def words_of(printed: str, failed: str) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    raw = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("what", choices=("kill", "disk"))
     parser.add_argument("--count", type=int, default=300, help="kills")
     parser.add_argument("--every", type=int, default=1, help="disk faults at every so many places")
     parser.add_argument("--seed", type=int, default=0)
     words = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        found = (
-            kill(folder, words.count, words.seed)
-            if words.what == "kill"
-            else disk(folder, words.every)
-        )
+        if words.what == "kill":
+            found = kill(Path(scratch), words.count, words.seed)
+        else:
+            found = disk(Path(scratch), words.every)
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     command = f"python -m tests.faults.interruptions {words.what}"
     write_json(RESULTS, known | {words.what: {"command": command, **found}})

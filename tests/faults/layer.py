@@ -56,9 +56,8 @@ class Operations:
         sys.addaudithook(self._audit)
         # Written by compiled code, which no audit event announces.
         torch.save = self._whole_file(torch.save, position=1)
-        safetensors.torch.serialize_file = self._whole_file(
-            safetensors.torch.serialize_file, position=1
-        )
+        serialize = safetensors.torch.serialize_file
+        safetensors.torch.serialize_file = self._whole_file(serialize, position=1)
         os.fsync = self._fsync(os.fsync)
 
     def _audit(self, event: str, details: tuple[Any, ...]) -> None:
@@ -72,9 +71,7 @@ class Operations:
         elif event in CHANGES:
             self.happens(event, details[1] if event == "os.rename" else details[0])
 
-    def happens(
-        self, operation: str, path: Any, half: Callable[[Path], None] | None = None
-    ) -> None:
+    def happens(self, operation: str, path: Any, half: Callable[[Path], None] | None = None):
         """Count an operation that is about to happen; here it fails, or the process ends.
 
         half: does the first half of it.

@@ -4,7 +4,6 @@ import os
 import pickle
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,13 +12,9 @@ import pytest
 
 from mimdet import cli
 from mimdet.training.run import CheckpointStore, load_detector
-from tests.small import assert_same_end, rows_of, still_running, wait_until
+from tests.small import WORDS, assert_same_end, ended, rows_of, start, still_running, wait_until
 
-WORDS = (
-    "--embed-dim 32 --depth 1 --num-heads 2 --decoder-dim 32 --decoder-depth 1 --decoder-heads 2 "
-    "--channels 16 --box-fc-dim 32 --short-sides 64 --test-short-side 64 --shapes-size 64 "
-    "--shapes-train 16 --shapes-val 2 --batch-size 1 --evaluate-every 0"
-).split()
+SCENES = "--shapes-size 64 --shapes-train 16 --shapes-val 2 --batch-size 1 --evaluate-every 0"
 STEPS, EVERY = 40, 5
 """Of a training by two processes, and of those between two checkpoints."""
 
@@ -27,18 +22,7 @@ STEPS, EVERY = 40, 5
 def command(run: Path, steps: int, every: int = 2, accumulate: int = 2) -> list[str]:
     numbers = ["--steps", str(steps), "--checkpoint-every-steps", str(every)]
     numbers += ["--accumulate", str(accumulate)]
-    return ["train", "tiny", str(run), *WORDS, *numbers]
-
-
-def start(words: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return ["train", "tiny", str(run), *WORDS, *SCENES.split(), *numbers]
 
 
 def start_several(run: Path, answer_minutes: float = 10, count: int = 2) -> subprocess.Popen:
@@ -48,13 +32,7 @@ def start_several(run: Path, answer_minutes: float = 10, count: int = 2) -> subp
 
 
 def finish(process: subprocess.Popen, seconds: float = 120) -> str:
-    """What it printed; fails where it is not over in time."""
-    try:
-        return process.communicate(timeout=seconds)[0]
-    except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun then ends its processes, within 30 s
-        process.wait()
-        raise
+    return ended(process, seconds)[0]
 
 
 def wait_for_step(run: Path, step: int) -> None:

@@ -63,10 +63,6 @@ def run(whole, tmp_path) -> Path:
     return shutil.copytree(whole, tmp_path / "run")
 
 
-def own_config(run: Path):
-    return load_config(run / "config.json")
-
-
 # ------------------------------------------------------------------------------- checkpoints
 
 
@@ -90,32 +86,30 @@ def test_the_best_checkpoint_stays_although_nothing_points_to_it(tmp_path) -> No
     for step in (1, 2, 3, 4):
         store.save(Checkpoint(step, {"w": torch.zeros(2)}, {}))
     assert store.steps() == [2, 4] and store.find("best").name == "000002"
-
-
-def outside(run: Path, name: str) -> None:
-    """Make the pointer `last` lead to a run beside it."""
-    pointer, other = run / "checkpoints" / "last", run.parent / "other" / "checkpoints"
-    pointer.unlink()
-    if name == "absolute":
-        pointer.write_text(f"{other / '000004'}\n")
-    elif name == "dots":
-        pointer.write_text("../../other/checkpoints/000004\n")
-    elif name == "link to a folder":
-        pointer.symlink_to(other / "000004")
-    elif name == "link to a pointer":
-        pointer.symlink_to(other / "last")
-    else:
-        shutil.rmtree(run / "checkpoints")
-        (run / "checkpoints").mkdir()
-        (run / "checkpoints/000004").symlink_to(other / "000004")
+    # The best step is the first of the highest AP.
+    found = [(1, 0.1), (2, 0.3), (3, None), (4, 0.3), (5, 0.2)]
+    rows = [{"step": step, "evaluation": {"box": {"AP": ap}}} for step, ap in found]
+    assert best_step([{"step": 9, "loss": 1.0}, *rows, {"step": 6, "evaluation": {}}]) == 2
+    assert best_step([]) is None
 
 
 @pytest.mark.parametrize(
-    "way", ["absolute", "dots", "link to a folder", "link to a pointer", "link in its place"]
+    "lead",
+    [
+        lambda last, other: last.write_text(f"{other / '000004'}\n"),
+        lambda last, other: last.write_text("../../other/checkpoints/000004\n"),
+        lambda last, other: last.symlink_to(other / "000004"),
+        lambda last, other: last.symlink_to(other / "last"),
+        lambda last, other: (last.parent / "000004").symlink_to(other / "000004"),
+    ],
+    ids=["absolute", "dots", "link to a folder", "link to a pointer", "link in its place"],
 )
-def test_no_checkpoint_lies_outside_of_the_run(run, way) -> None:
-    shutil.copytree(run, run.parent / "other")
-    outside(run, way)
+def test_no_checkpoint_lies_outside_of_the_run(run, lead) -> None:
+    """The pointer `last`, or the checkpoint itself, leads to a run beside it."""
+    other = shutil.copytree(run, run.parent / "other") / "checkpoints"
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").mkdir()
+    lead(run / "checkpoints/last", other)
     with pytest.raises(ValueError, match=r"leads out of the run, to .*other"):
         load_detector(run)
 
@@ -130,10 +124,8 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used(run, whole, capsys, file
     assert ("step 3 is used instead" in said) == (file == "model.safetensors")
     assert [step.number for step in resume(run)] == [4]
     said = capsys.readouterr().out
-    assert re.search(
-        rf"000004.{re.escape(file)} (is cut off or damaged|holds something else).*: step 3 is used",
-        said,
-    )
+    why = "(is cut off or damaged|holds something else)"
+    assert re.search(rf"000004.{re.escape(file)} {why}.*: step 3 is used", said)
     assert_same_end(run, whole)
 
 
@@ -165,15 +157,7 @@ def test_a_run_that_was_killed_before_it_had_a_configuration_begins(tmp_path) ->
         next(train(quick(), tmp_path / "photos"))
 
 
-def test_a_half_made_table_of_annotations_goes(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("MIMDET_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache/coco-1-a.arrow.partial-4999999-1").touch()
-    mimdet.CocoDataset(write_coco(tmp_path, [[[8, 8, 24, 24]]]), tmp_path / "images")
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".arrow"]
-
-
-def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(run) -> None:
+def test_leftovers_of_dead_processes_go_others_stay(run, tmp_path, monkeypatch) -> None:
     living = f"eval.json.partial-{os.getppid()}-1"
     dead = ["eval.json.partial-4999999-1", f"metrics.jsonl.partial-{os.getpid()}-1"]
     for name in (living, *dead):
@@ -181,6 +165,12 @@ def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(run) -> No
     (run / "checkpoints/000002.partial-4999999-3-old").mkdir()
     list(resume(run))
     assert [path.name for path in run.rglob("*.partial-*")] == [living]
+    # A half-made table of annotations goes, too.
+    monkeypatch.setenv("MIMDET_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/coco-1-a.arrow.partial-4999999-1").touch()
+    mimdet.CocoDataset(write_coco(tmp_path, [[[8, 8, 24, 24]]]), tmp_path / "images")
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".arrow"]
 
 
 # ------------------------------------------------------------------------------- other inputs
@@ -198,10 +188,10 @@ def with_data(folder: Path):
     return cfg
 
 
-def begin(cfg, run: str, steps: int = 1) -> None:
-    training = train(cfg, run)
-    for _ in range(steps):
-        next(training)
+def begin(cfg, run: Path | str, **parts) -> None:
+    """A training that is left after a step."""
+    training = train(cfg, run, **parts)
+    next(training)
     training.close()
 
 
@@ -214,19 +204,17 @@ def test_other_annotations_are_refused(tmp_path, monkeypatch, split) -> None:
     begin(cfg, "run")
     text = Path("data/copy.json").read_text()
     Path("data/copy.json").write_text(text.replace('"area": 576', '"area": 577', 1))
-    for again in (lambda: next(train(cfg, "run")), lambda: next(resume("run"))):
+    for again in (train(cfg, "run"), resume("run")):
         said = r"copy.json sha256:\w+ -> copy.json sha256:\w+\nPut the old ones back"
         with pytest.raises(ValueError, match=said):
-            again()
+            next(again)
     Path("data/copy.json").write_text(text)
     assert next(resume("run")).number == 2
 
 
 def test_other_class_names_are_refused_although_the_data_call_themselves_the_same(tmp_path) -> None:
     scenes = mimdet.ShapesCOCO(size=64, length=4)
-    steps = train(quick(), tmp_path / "run", train_data=scenes, val_data=scenes)
-    next(steps)
-    steps.close()
+    begin(quick(), tmp_path / "run", train_data=scenes, val_data=scenes)
     scenes.categories = scenes.categories[::-1]
     with pytest.raises(ValueError, match=r"the classes: \['.*'\] -> \['.*'\]"):
         next(train(quick(), tmp_path / "run", train_data=scenes, val_data=scenes))
@@ -252,14 +240,11 @@ def test_another_class_count_changes_a_run_only_before_its_first_step(tmp_path) 
     cfg = quick()
     Run(tmp_path / "run", cfg)
     easy = mimdet.ShapesCOCO("shapes-v1-easy", size=64, length=4)
-    begin_with = dict(train_data=easy, val_data=easy)
-    steps = train(quick(), tmp_path / "run", **begin_with)
-    next(steps)
-    steps.close()
-    assert own_config(tmp_path / "run").detector.num_classes == 6
+    begin(quick(), tmp_path / "run", train_data=easy, val_data=easy)
+    assert load_config(tmp_path / "run/config.json").detector.num_classes == 6
     with pytest.raises(ValueError, match="the classes"):
         next(train(quick(), tmp_path / "run"))
-    assert own_config(tmp_path / "run").detector.num_classes == 6
+    assert load_config(tmp_path / "run/config.json").detector.num_classes == 6
 
 
 # ------------------------------------------------------------------------------- elsewhere
@@ -290,7 +275,7 @@ def test_relative_paths_are_found_from_elsewhere_and_after_a_move(tmp_path, monk
         setattr(cfg.data, f"{split}_json", str(tmp_path / "moved/data/annotations.json"))
         setattr(cfg.data, f"{split}_images", str(tmp_path / "moved/data/images"))
     assert next(train(cfg, "deep/copy")).number == 4  # said where they are now
-    assert own_config(away / "deep/copy").data.val_json == cfg.data.val_json
+    assert load_config(away / "deep/copy/config.json").data.val_json == cfg.data.val_json
 
 
 # ------------------------------------------------------------------------------- what may change
@@ -349,7 +334,7 @@ def test_other_micro_batches_leave_each_step_its_images_and_are_noted(
     assert (
         f"training.batch_size: 2 -> {batch_size}" in printed and "as with another seed" in printed
     )
-    assert own_config(run) == cfg
+    assert load_config(run / "config.json") == cfg
     (change,) = read_json(run / "environment.json")["changes"]
     assert change["after"] == 2 and change["differs"] in printed
     cfg.training.batch_size = 8  # another number of images a step
@@ -376,7 +361,7 @@ def test_a_failed_start_does_not_keep_its_name(tmp_path, monkeypatch) -> None:
     other = quick(3)
     other.detector.channels = 8
     steps = train(other, run)
-    assert next(steps).number == 1 and own_config(run) == other
+    assert next(steps).number == 1 and load_config(run / "config.json") == other
     with pytest.raises(ValueError, match=r"another configuration:\n.*channels: 8 -> 16"):
         next(train(quick(), run))  # somebody works here
     assert [step.number for step in steps] == [2, 3]
@@ -513,7 +498,7 @@ def test_what_changes_on_the_way_is_noted(tmp_path, capsys) -> None:
         {"after": 0, "changed": ["data.workers: 0 -> 1"]},
         {"after": 7, "changed": ["data.workers: 1 -> 2"]},
     ]
-    assert noted == about and own_config(tmp_path / "run").data.workers == 2
+    assert noted == about and load_config(tmp_path / "run/config.json").data.workers == 2
 
 
 def test_steps_that_will_be_done_again_are_forgotten(tmp_path) -> None:
@@ -532,21 +517,6 @@ def test_steps_that_will_be_done_again_are_forgotten(tmp_path) -> None:
     assert run.metrics() == [] and run.rows.step == 0
     run.append({"step": 5})
     assert run.metrics() == [{"step": 5}]
-
-
-def test_the_best_step_is_the_first_of_the_highest_ap() -> None:
-    found = [(1, 0.1), (2, 0.3), (3, None), (4, 0.3), (5, 0.2)]
-    rows = [{"step": step, "evaluation": {"box": {"AP": ap}}} for step, ap in found]
-    assert best_step([{"step": 9, "loss": 1.0}, *rows, {"step": 6, "evaluation": {}}]) == 2
-    assert best_step([]) is None
-
-
-def test_why_a_checkpoint_cannot_be_read_is_said_in_a_line(run) -> None:
-    file = run / "checkpoints/000004/optimizer.pt"
-    file.write_bytes(file.read_bytes()[:-50])
-    store = CheckpointStore(run / "checkpoints")
-    with pytest.raises(ValueError, match=r"optimizer\.pt is cut off or damaged \(\w[^\n]+\), and "):
-        store.newest(store._load, [4])
 
 
 # ------------------------------------------------------------------------------- how it ends

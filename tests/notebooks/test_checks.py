@@ -10,6 +10,7 @@ import torch
 import mimdet
 from mimdet import notebook
 from mimdet.models import detector, rcnn, sampling, vit, weights
+from mimdet.models.sampling import SAMPLERS
 from tests.notebooks import can_fail
 from tools import notebooks
 
@@ -67,135 +68,103 @@ def test_a_notebook_is_told_which_of_its_checks_are_vacuous(tmp_path: Path) -> N
 # ------------------------------------------------------------------------- with a broken library
 
 
-def change(patch: pytest.MonkeyPatch, owner: Any, name: str, spoil: Callable[[Any], Any]) -> None:
-    """What a function of the library returns, spoilt."""
-    right = getattr(owner, name)
-    patch.setattr(owner, name, lambda *given, **options: spoil(right(*given, **options)))
+Wrong = Callable[[Any], Any]
+"""Makes another function of one of the library."""
 
 
-def keep_the_lowest(patch: pytest.MonkeyPatch) -> None:
-    right = mimdet.select
-    patch.setattr(
-        mimdet, "select", lambda scores, *rest, **kw: right([-s for s in scores], *rest, **kw)
-    )
+def spoilt(spoil: Callable[[Any], Any]) -> Wrong:
+    """What it returns is spoilt."""
+    return lambda right: lambda *given, **options: spoil(right(*given, **options))
 
 
-def keep_one_less(patch: pytest.MonkeyPatch) -> None:
-    def shorten(sample: sampling.Sample) -> sampling.Sample:
-        return sample._replace(keep=[kept[:-1] for kept in sample.keep])
-
-    change(patch, mimdet, "select", shorten)
+def keep_one_less(sample: sampling.Sample) -> sampling.Sample:
+    return sample._replace(keep=[kept[:-1] for kept in sample.keep])
 
 
-def blocks_are_single_tokens(patch: pytest.MonkeyPatch) -> None:
-    patch.setitem(sampling.SAMPLERS, "block", sampling.random_sampler)
+def keep_the_lowest(right: Any) -> Any:
+    return lambda scores, *rest, **options: right([-s for s in scores], *rest, **options)
 
 
-def scatter_in_another_order(patch: pytest.MonkeyPatch) -> None:
-    right = sampling.scatter
-    patch.setattr(
-        sampling, "scatter", lambda kept, *rest: right([rows.flip(0) for rows in kept], *rest)
-    )
+def scatter_in_another_order(right: Any) -> Any:
+    return lambda kept, *rest: right([rows.flip(0) for rows in kept], *rest)
 
 
-def gather_in_another_order(patch: pytest.MonkeyPatch) -> None:
-    change(patch, sampling, "gather", lambda images: [rows.roll(1, 0) for rows in images])
+def gather_in_another_order(images: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [rows.roll(1, 0) for rows in images]
 
 
-def ratio_1_depends_on_the_seed(patch: pytest.MonkeyPatch) -> None:
-    right = mimdet.predict
-
+def ratio_1_depends_on_the_seed(right: Any) -> Any:
     def predict(*given: Any, seed: int = 0, sample_ratio: float = 1.0, **options: Any) -> Any:
         found = right(*given, seed=seed, sample_ratio=sample_ratio, **options)
-        if sample_ratio == 1:
-            found.boxes += seed
+        found.boxes += seed * (sample_ratio == 1)
         return found
 
-    patch.setattr(mimdet, "predict", predict)
+    return predict
 
 
-def padding_is_black(patch: pytest.MonkeyPatch) -> None:
-    def blacken(batch: rcnn.Batch) -> rcnn.Batch:
-        for canvas, (height, width) in zip(batch.tensors, batch.image_sizes, strict=True):
-            canvas[:, height:], canvas[:, :, width:] = -2, -2  # about what black becomes
-        return batch
-
-    change(patch, detector, "pad_and_normalise", blacken)
+def padding_is_black(batch: rcnn.Batch) -> rcnn.Batch:
+    for canvas, (height, width) in zip(batch.tensors, batch.image_sizes, strict=True):
+        canvas[:, height:], canvas[:, :, width:] = -2, -2  # about what black becomes
+    return batch
 
 
-def columns_for_rows(patch: pytest.MonkeyPatch) -> None:
-    right = vit.sincos_table
-
-    def table(width: int, side: int) -> torch.Tensor:
-        cells = right(width, side)[:, 1:].unflatten(1, (side, side)).transpose(1, 2).flatten(1, 2)
-        return torch.cat([torch.zeros(1, 1, width), cells], dim=1)
-
-    patch.setattr(vit, "sincos_table", table)
+def columns_for_rows(table: torch.Tensor) -> torch.Tensor:
+    side = round((table.shape[1] - 1) ** 0.5)
+    cells = table[:, 1:].unflatten(1, (side, side)).transpose(1, 2).flatten(1, 2)
+    return torch.cat([table[:, :1], cells], dim=1)
 
 
-def positions_are_shifted(patch: pytest.MonkeyPatch) -> None:
-    change(patch, vit, "resize_table", lambda table: table.roll(1, 1))
+def another_scale(model: Any) -> Any:
+    model.backbone.decoder.blocks[0].attn.scale *= 2
+    return model
 
 
-def attention_has_another_scale(patch: pytest.MonkeyPatch) -> None:
-    def rescale(model: Any) -> Any:
-        model.backbone.decoder.blocks[0].attn.scale *= 2
-        return model
-
-    change(patch, notebook, "open_detector", rescale)
-
-
-def names_get_lost(patch: pytest.MonkeyPatch) -> None:
-    right = weights.translate
-
+def names_get_lost(right: Any) -> Any:
     def translate(name: str, *rest: Any, back: bool = False) -> Any:
         found = right(name, *rest, back=back)
         return found.replace("norm1", "norm2") if back and found else found
 
-    patch.setattr(weights, "translate", translate)
+    return translate
 
 
-def a_refused_file_leaves_traces(patch: pytest.MonkeyPatch) -> None:
-    right = mimdet.load_mae
-
+def a_refused_file_leaves_traces(right: Any) -> Any:
     def load(model: Any, path: str, **options: Any) -> Any:
         if not path.endswith("/mae.pth"):
             with torch.no_grad():
                 model.backbone.encoder.norm.weight += 1
         return right(model, path, **options)
 
-    patch.setattr(mimdet, "load_mae", load)
+    return load
 
 
-SABOTAGE = [
-    ("02_token_sampling", keep_one_less, "of 256 tokens"),
-    ("02_token_sampling", keep_the_lowest, "the kept ones have the highest scores"),
-    ("02_token_sampling", blocks_are_single_tokens, "block keeps whole squares"),
-    ("02_token_sampling", scatter_in_another_order, "scatter is un-shuffle"),
-    ("02_token_sampling", gather_in_another_order, "every kept token is back at its place"),
-    ("02_token_sampling", ratio_1_depends_on_the_seed, "at ratio 1 nothing is drawn"),
-    ("04_backbone_walkthrough", padding_is_black, "on a canvas of"),
-    ("04_backbone_walkthrough", columns_for_rows, "row 5, column 3"),
-    ("04_backbone_walkthrough", positions_are_shifted, "table of 16 x 16 on a grid"),
-    ("05_attention", attention_has_another_scale, "recorded attention is the formula"),
-    ("01_mae_loading", names_get_lost, "names come back unchanged"),
-    ("01_mae_loading", a_refused_file_leaves_traces, "the model is as it was"),
+SAMPLING, WALK, MAE = "02_token_sampling", "04_backbone_walkthrough", "01_mae_loading"
+SABOTAGE: list[tuple[str, Any, str, Wrong, str]] = [
+    # (notebook, what of which module or table is replaced, by what, the check that notices)
+    (SAMPLING, mimdet, "select", spoilt(keep_one_less), "of 256 tokens"),
+    (SAMPLING, mimdet, "select", keep_the_lowest, "the kept ones have the highest scores"),
+    (SAMPLING, SAMPLERS, "block", lambda right: SAMPLERS["random"], "block keeps whole squares"),
+    (SAMPLING, sampling, "scatter", scatter_in_another_order, "scatter is un-shuffle"),
+    (SAMPLING, sampling, "gather", spoilt(gather_in_another_order), "every kept token is back"),
+    (SAMPLING, mimdet, "predict", ratio_1_depends_on_the_seed, "at ratio 1 nothing is drawn"),
+    (WALK, detector, "pad_and_normalise", spoilt(padding_is_black), "on a canvas of"),
+    (WALK, vit, "sincos_table", spoilt(columns_for_rows), "row 5, column 3"),
+    (WALK, vit, "resize_table", spoilt(lambda t: t.roll(1, 1)), "table of 16 x 16 on a grid"),
+    ("05_attention", notebook, "open_detector", spoilt(another_scale), "recorded attention is the"),
+    (MAE, weights, "translate", names_get_lost, "names come back unchanged"),
+    (MAE, mimdet, "load_mae", a_refused_file_leaves_traces, "the model is as it was"),
 ]
 
 
-@pytest.mark.parametrize(("stem", "sabotage", "text"), SABOTAGE)
-def test_a_broken_library_is_noticed(
-    stem: str,
-    sabotage: Callable[[pytest.MonkeyPatch], None],
-    text: str,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
+@pytest.mark.parametrize(("stem", "owner", "name", "wrong", "text"), SABOTAGE)
+def test_a_broken_library_is_noticed(stem, owner, name, wrong, text, monkeypatch, tmp_path) -> None:
     """Cells of the notebook run until a check fails, and it is the one meant for this fault."""
     monkeypatch.chdir(tmp_path)
     source = notebooks.FOLDER / "py" / f"{stem}.py"
     cells = [cell for cell in notebooks.read_source(source).cells if cell.cell_type == "code"]
-    sabotage(monkeypatch)
+    if isinstance(owner, dict):
+        monkeypatch.setitem(owner, name, wrong(owner[name]))
+    else:
+        monkeypatch.setattr(owner, name, wrong(getattr(owner, name)))
     namespace: dict[str, Any] = {}
     with pytest.raises(AssertionError, match=f"✗ .*{text}"):
         for cell in cells:

@@ -75,18 +75,14 @@ def copy(built: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_build_stores_outputs_without_times_and_places(built: Path) -> None:
+def test_build_stores_outputs_without_times_and_places_and_the_picture_of_a_panel(built) -> None:
     assert notebooks.check(built) == []
     cells = notebooks.read_notebook(built / NAME).cells
     loop = cells[LOOP]
     assert cells[INSTALL].outputs == cells[PARAMETERS].outputs == cells[TIMING].outputs == []
     assert loop.outputs[0].text == "step 1/2 runs\n"  # the last state of the bar, a relative path
     assert loop.outputs[1].data["text/plain"] == "2"
-    assert loop.execution_count is None
-    assert "execution" not in loop.metadata
-
-
-def test_build_stores_the_picture_of_a_panel_only(built: Path) -> None:
+    assert loop.execution_count is None and "execution" not in loop.metadata
     (output,) = notebooks.read_notebook(built / NAME).cells[PANEL].outputs
     assert sorted(output.data) == ["image/png", "text/plain"]
     assert output.metadata == {"image/png": {"alt": "an orange square"}}
@@ -325,16 +321,12 @@ def test_install_cell(
     assert done == asked
 
 
-def test_inject_replaces_a_value(copy: Path) -> None:
+def test_inject_replaces_a_value_and_refuses_an_unknown_parameter(copy: Path) -> None:
     notebook = notebooks.read_source(copy / "py" / "00_small.py")
     notebooks.inject(notebook, MODE="full")
     names: dict[str, object] = {}
     exec(notebooks.parameters_cell(notebook).source, names)
     assert names["steps"] == 9  # what follows from a parameter follows
-
-
-def test_inject_refuses_an_unknown_parameter(copy: Path) -> None:
-    notebook = notebooks.read_source(copy / "py" / "00_small.py")
     with pytest.raises(AssertionError, match=r"no \['mode'\]; it has \['MODE', 'steps'\]"):
         notebooks.inject(notebook, mode="full")
 

@@ -39,6 +39,12 @@ def reference(path: Path) -> dict[str, Tensor]:
     return load_file(path.with_suffix(".safetensors"))
 
 
+def original_heads(preset: dict[str, Any], **fields: Any) -> DetectorConfig:
+    convs = len(preset["mask_convs"]) - 1
+    fields |= {"num_classes": preset["ncls"], "channels": preset["fpn"], "mask_convs": convs}
+    return DetectorConfig(box_fc_dim=preset["fc"], **fields)
+
+
 def original_config(folder: Path) -> Config:
     """What the reference's config.json describes, as one of ours."""
     preset = stored_json(folder / "config")["preset"]
@@ -55,12 +61,7 @@ def original_config(folder: Path) -> Config:
             keep="padded",
             decoder_fill="mask_token" if "v1" in folder.name else "stem",
         ),
-        detector=DetectorConfig(
-            num_classes=preset["ncls"],
-            channels=preset["fpn"],
-            box_fc_dim=preset["fc"],
-            mask_convs=len(preset["mask_convs"]) - 1,
-        ),
+        detector=original_heads(preset),
     )
 
 
@@ -74,9 +75,12 @@ def same_number(shape: list[int], kind: str = "torch.float32", number: float = 0
     return torch.full(shape, number, dtype=getattr(torch, kind.split(".")[1]))
 
 
+Groups = dict[str, tuple[float, float]]
+
+
 def optimiser_groups(
     golden: Path, name: str, preset: str, kind: str = "mimdet"
-) -> tuple[dict[str, tuple[float, float]], dict[str, tuple[float, float]]]:
+) -> tuple[Groups, Groups]:
     """Learning rate and weight decay of every parameter at batch 64, ours and the original's."""
     stored = stored_json(golden / f"optimizer_groups_{name}")
     expected = {

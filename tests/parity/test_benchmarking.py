@@ -12,7 +12,7 @@ from torch import Tensor
 import mimdet
 from mimdet import presets
 from mimdet.analysis.cost import cost_of
-from mimdet.config import BackboneConfig, Config, DetectorConfig
+from mimdet.config import BackboneConfig, Config
 from mimdet.images import Resize
 from mimdet.models.baselines import moco_table, relative_index
 from mimdet.models.official import export_detectron2
@@ -21,6 +21,7 @@ from tests.parity.reference import (
     input_images,
     load_original,
     optimiser_groups,
+    original_heads,
     reference,
     relative,
     same_number,
@@ -57,13 +58,7 @@ def original_config(folder: Path) -> Config:
             sample_ratio=1.0,
             sample_ratio_eval=1.0,
         ),
-        detector=DetectorConfig(
-            num_classes=preset["ncls"],
-            canvas=preset["img"],
-            channels=preset["fpn"],
-            box_fc_dim=preset["fc"],
-            mask_convs=len(preset["mask_convs"]) - 1,
-        ),
+        detector=original_heads(preset, canvas=preset["img"]),
     )
 
 
@@ -108,17 +103,14 @@ def test_predict_returns_the_same(folder: Path, measured) -> None:
         measured("benchmarking_small predict", f"boxes of image {i}, px", error, 1e-3)
 
 
-def test_canvas_is_what_the_original_padded(folder: Path) -> None:
+def test_canvas_is_what_the_original_padded_and_index_tables_are_ours(folder: Path) -> None:
     from mimdet.data.augment import LSJ_FILL
     from mimdet.models.detector import CANVAS_GREY, on_canvas
 
     assert CANVAS_GREY == LSJ_FILL
     for content, square in zip(contents(folder), input_images(folder), strict=True):
         assert torch.equal(on_canvas(content, 256), square)
-
-
-def test_relative_positions(folder: Path) -> None:
-    """The index tables of the checkpoint are the ones we would compute."""
+    # The index tables of the checkpoint are the ones we would compute.
     tensors = reference(folder / "model")
     for part, side in (("windowed", 4), ("global", 16)):
         stored = tensors[f"backbone.bottom_up.{part}_rel_pos_bias.relative_position_index"]
@@ -170,6 +162,5 @@ def test_position_table_is_moco_s() -> None:
     for row in range(3):
         for column in range(3):
             r, c = torch.tensor(float(row)), torch.tensor(float(column))
-            torch.testing.assert_close(
-                table[row, column], torch.stack([r.sin(), r.cos(), c.sin(), c.cos()])
-            )
+            expected = torch.stack([r.sin(), r.cos(), c.sin(), c.cos()])
+            torch.testing.assert_close(table[row, column], expected)

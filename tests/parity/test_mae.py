@@ -109,15 +109,8 @@ def test_round_trip_through_metas_layout(golden: Path, tmp_path) -> None:
 def test_mimdet_takes_the_same_tensors(golden: Path, measured, capsys) -> None:
     """7x7 position tables become 14x14, two of the four decoder blocks are used."""
     folder = golden / "mae_to_mimdet"
-    cfg = BackboneConfig(
-        embed_dim=96,
-        depth=3,
-        num_heads=4,
-        decoder_dim=64,
-        decoder_depth=2,
-        decoder_heads=4,
-        position_grid=14,
-    )
+    sizes = {"embed_dim": 96, "depth": 3, "num_heads": 4, "position_grid": 14}
+    cfg = BackboneConfig(**sizes, decoder_dim=64, decoder_depth=2, decoder_heads=4)
     backbone = build_backbone(cfg)
     report = load_mae(backbone, folder / "mae_full.safetensors")
     theirs = reference(folder / "expected_bottom_up_after_load")

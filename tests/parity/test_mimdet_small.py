@@ -113,9 +113,7 @@ def compare_proposals(seen, tensors: dict[str, Tensor], where: str, measured) ->
     return names
 
 
-def compare_detections(
-    found: list[Detections], tensors: dict[str, Tensor], where: str, measured
-) -> set[str]:
+def compare_detections(found: list[Detections], tensors, where: str, measured) -> set[str]:
     """The same detections in the same order, before postprocessing; the names compared."""
     names = set()
     for i, ours in enumerate(found):
@@ -187,9 +185,8 @@ def original_targets(folder: Path) -> tuple[list[Target], list[Target]]:
         height, width = pixels.shape[1:]
         image = torch.tensor([[0.0, 0, width, height]]).repeat(len(boxes), 1)
         full.append(Target(boxes, labels, Crops(image, pixels)))
-        local.append(
-            Target(boxes, labels, crops_from_segmentations(truth["polygons"], height, width))
-        )
+        crops = crops_from_segmentations(truth["polygons"], height, width)
+        local.append(Target(boxes, labels, crops))
     return full, local
 
 

@@ -1,14 +1,17 @@
-"""Checkpoints in the original's layout: every name, both ways, and the optimiser's groups."""
+"""Checkpoints in the original's layout: every name, both ways, the optimiser's groups, and the
+operations of the published sizes."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import mimdet
 from mimdet import presets
 from mimdet.models.detector import build_detector
 from mimdet.models.official import detectron2_rules, export_detectron2, match_preset
+from mimdet.models.sampling import Sampling
 from mimdet.models.weights import load_mae, translate
 from tests.parity.reference import (
     load_original,
@@ -52,9 +55,8 @@ def test_every_key_maps_to_ours_and_back(golden: Path, measured, keys: str, pres
     assert sum(p.numel() for p in parameters.values()) == stored["total_params"]
     frozen = {our_name(name, kind) for name in stored["frozen_params"]}
     assert {name for name, p in parameters.items() if not p.requires_grad} == frozen
-    epsilons = {
-        our_name(f"{name}.", kind)[:-1]: eps for name, (_, eps) in stored["module_eps"].items()
-    }
+    norms = stored["module_eps"].items()
+    epsilons = {our_name(f"{name}.", kind)[:-1]: eps for name, (_, eps) in norms}
     modules = dict(model.named_modules())
     assert len(epsilons) > 40
     assert {name: modules[name].eps for name in epsilons} == epsilons
@@ -81,13 +83,8 @@ def test_metas_full_size_files(golden: Path, measured, tmp_path, letter: str, pr
     assert new == {"neck", "rpn", "roi_heads"}
     inside = {".".join(n.split(".")[1:3]) for n in report.new if n.startswith("backbone.")}
     assert inside == {f"stem.stage{i}" for i in range(1, 5)} | {"decoder.fill"}
-    assert {name.split(".")[0] for name in report.unused} == {
-        "cls_token",
-        "mask_token",
-        "patch_embed",
-        "decoder_blocks",
-        "decoder_pred",
-    }
+    unused = {"cls_token", "mask_token", "patch_embed", "decoder_blocks", "decoder_pred"}
+    assert {name.split(".")[0] for name in report.unused} == unused
     wrong = len([n for n in report.unused if n.startswith("decoder_blocks")]) - 12 * 4
     measured(path.stem, "decoder blocks 5-8 left out, tensors too many or few", abs(wrong), 0)
 
@@ -105,9 +102,8 @@ def test_a_large_file_does_not_fit_the_base_model(golden: Path, tmp_path, record
 def test_optimiser_groups(golden: Path, measured, letter: str, preset: str) -> None:
     """Learning rate and weight decay of every parameter at batch 64."""
     ours, expected = optimiser_groups(golden, f"mimdet_vit_{letter}", preset)
-    assert {n: decay for n, (_, decay) in ours.items()} == {
-        n: decay for n, (_, decay) in expected.items()
-    }
+    decays = ({name: decay for name, (_, decay) in side.items()} for side in (ours, expected))
+    assert next(decays) == next(decays)
     error = max(abs(ours[name][0] / rate - 1) for name, (rate, _) in expected.items())
     measured(f"optimiser groups vit_{letter}", f"rates of {len(ours)} parameters", error, 1e-12)
 
@@ -124,3 +120,16 @@ def test_round_trip_is_exact(golden: Path, measured, tmp_path, model_name: str) 
     again = mimdet.load_detector(tmp_path / "exported.pth", model.config).state_dict()
     different = [n for n, v in model.state_dict().items() if not torch.equal(v, again[n])]
     measured(f"{model_name} round trip", f"tensors of {len(again)} that differ", len(different), 0)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.5, 0.25])
+@pytest.mark.parametrize(("preset", "letter"), [("mimdet_base", "b"), ("mimdet_large", "l")])
+def test_operations_of_backbone_and_pyramid(golden: Path, preset, letter, ratio) -> None:
+    """As many multiply-adds as the original, exactly: nothing is computed twice or left out."""
+    name = f"mimdet_vit_{letter}_800x1344_sr{ratio}"
+    expected = stored_json(golden / "flops")[name]["total_GMACs"]
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model = build_detector(presets.PRESETS[preset]()).eval()
+        images = torch.zeros(1, 3, 800, 1344)
+        model.neck(model.backbone(images, [(800, 1344)], Sampling(ratio)))
+    assert counter.get_total_flops() / 2e9 == pytest.approx(expected, rel=1e-9)

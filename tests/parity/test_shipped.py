@@ -33,9 +33,8 @@ def test_less_than_two_megabytes_ship() -> None:
 def test_autoencoder(measured, tmp_path, kind: str) -> None:
     weights, numbers = shipped("original_mae")
     save_file(weights, tmp_path / "mae.safetensors")
-    model = load_mae_model(
-        tmp_path / "mae.safetensors", num_heads=4, decoder_heads=4, norm_pix_loss=kind == "norm"
-    )
+    options = {"num_heads": 4, "decoder_heads": 4, "norm_pix_loss": kind == "norm"}
+    model = load_mae_model(tmp_path / "mae.safetensors", **options)
     grid = (8, 8)
     sample = mimdet.select(list(-numbers["noise"]), [grid] * 3, grid, 0.25)
     with torch.inference_mode():

@@ -104,16 +104,13 @@ def test_a_token_that_was_not_sampled_is_explained(panel):
     assert panel.picture.dropped == []
 
 
-def test_rollout_says_what_stays(panel):
+def test_rollout_says_what_stays_and_a_picture_may_have_padding(panel):
     panel.rollout.value = True
     assert "Rollout up to encoder block 1" in panel.status.value
     assert "of itself" in panel.status.value
     most = panel.status.value.split("goes to ")[1].split(";")[0]
     row, column = divmod(panel.picture.selected, 8)
     assert most != f"row {row}, column {column}"
-
-
-def test_a_picture_with_padding(panel):
     panel.add(torch.randint(0, 255, (3, 40, 90), dtype=torch.uint8), "wide.png")
     assert (panel.picture.rows, panel.picture.columns) == (8, 18)  # 128 x 288, 32-pixel padding
     assert panel.picture.selected < 8 * 18

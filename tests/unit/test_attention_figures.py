@@ -12,7 +12,7 @@ from mimdet.viz import nearest_sampled, rollout, show_attention, show_positions,
 from mimdet.viz.attention import LITTLE, MUCH, UNKNOWN, overlay, rolled_out, share
 from mimdet.viz.draw import UNSAMPLED
 from mimdet.viz.record import Recording, record
-from tests.small import small
+from tests.small import little_mae, small
 
 SAMPLE = Sample([torch.tensor([9, 2, 14, 5])], (4, 4))
 BLOCKS = [f"backbone.encoder.blocks.{i}.attn" for i in range(2)]
@@ -51,7 +51,7 @@ def titles(fig) -> list[str]:
 # ------------------------------------------------------------------------------- attention
 
 
-def test_a_panel_a_block(image, seen):
+def test_a_panel_a_block_or_a_head(image, seen):
     fig = show_attention(image, seen, "backbone.encoder*", query=(3, 2))
     assert len(fig.axes) == 3
     mean = [seen.row(name, 14).mean(0) for name in BLOCKS]
@@ -61,18 +61,13 @@ def test_a_panel_a_block(image, seen):
         f"encoder block 1: ≤ {share(float(mean[1].max()))}",
     ]
     assert "mean of the heads, of the token in row 3, column 2" in fig.alt_text
-
-
-def test_a_panel_a_head(image, seen):
     fig = show_attention(image, seen, BLOCKS[1], query=14, heads=True)
     highest = seen.row(BLOCKS[1], 14).amax(1).tolist()
     expected = [f"encoder block 1, head {i}: ≤ {share(highest[i])}" for i in range(2)]
     assert titles(fig)[1:] == expected
     fig = show_attention(image, seen, [BLOCKS[0], DECODER], query=14)
-    assert [title.split(":")[0] for title in titles(fig)[1:]] == [
-        "encoder block 0",
-        "decoder block 0",
-    ]
+    heads = [title.split(":")[0] for title in titles(fig)[1:]]
+    assert heads == ["encoder block 0", "decoder block 0"]
 
 
 def test_the_query_is_framed_in_every_panel(image, seen):
@@ -85,22 +80,19 @@ def test_the_query_is_framed_in_every_panel(image, seen):
         assert token * 1.9 < columns.min() < token * 2 and token * 3 < columns.max() < token * 3.1
 
 
-def test_unsampled_places_are_light_grey(image, seen):
-    hidden = [place for place in range(16) if place not in SAMPLE.keep[0].tolist()]
-    for ax in show_attention(image, seen, BLOCKS[0], query=14).axes:
-        grey = np.abs(tokens(ax) - UNSAMPLED).max(1) < 26  # opacity .9 over any colour
-        assert np.flatnonzero(grey).tolist() == hidden
-    decoder = show_attention(image, seen, DECODER, query=0)  # it sees every place
-    assert not (np.abs(tokens(decoder.axes[1]) - UNSAMPLED).max(1) < 26).any()
-
-
-def test_overlay_by_hand():
+def test_overlay_by_hand_and_unsampled_places_in_light_grey(image, seen):
     values = torch.tensor([[0.0, 0.5], [torch.nan, 0.125]])
     layer = overlay(values, high=0.5)  # the last is a quarter of it, its square root a half
     opacity = [LITTLE, MUCH, UNKNOWN, (LITTLE + MUCH) / 2]
     assert layer[..., 3].flatten().tolist() == [round(255 * a) for a in opacity]
     assert tuple(layer[1, 0, :3]) == UNSAMPLED
     assert tuple(layer[0, 1, :3]) == (253, 231, 37)  # the bright end of viridis
+    hidden = [place for place in range(16) if place not in SAMPLE.keep[0].tolist()]
+    for ax in show_attention(image, seen, BLOCKS[0], query=14).axes:
+        grey = np.abs(tokens(ax) - UNSAMPLED).max(1) < 26  # opacity .9 over any colour
+        assert np.flatnonzero(grey).tolist() == hidden
+    decoder = show_attention(image, seen, DECODER, query=0)  # it sees every place
+    assert not (np.abs(tokens(decoder.axes[1]) - UNSAMPLED).max(1) < 26).any()
 
 
 def test_a_padded_image_stays_in_its_corner(model):
@@ -114,14 +106,14 @@ def test_a_padded_image_stays_in_its_corner(model):
 
 
 def test_what_is_refused(image, seen):
-    with pytest.raises(ValueError, match="was not sampled"):
-        show_attention(image, seen, BLOCKS[0], query=13)
-    with pytest.raises(ValueError, match=r"query \(4, 0\) is not on the grid of 4 x 4"):
-        show_attention(image, seen, BLOCKS[0], query=(4, 0))
-    with pytest.raises(ValueError, match="no module 'blocks'"):
-        show_attention(image, seen, "blocks", query=14)
-    with pytest.raises(ValueError, match="as it was fed to the network"):
-        show_attention(image.repeat(1, 2, 1), seen, BLOCKS[0], query=14)
+    for picture, names, query, said in (
+        (image, BLOCKS[0], 13, "was not sampled"),
+        (image, BLOCKS[0], (4, 0), r"query \(4, 0\) is not on the grid of 4 x 4"),
+        (image, "blocks", 14, "no module 'blocks'"),
+        (image.repeat(1, 2, 1), BLOCKS[0], 14, "as it was fed to the network"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            show_attention(picture, seen, names, query=query)
 
 
 @pytest.mark.parametrize(("place", "nearest"), [(9, 9), (13, 9), (3, 2), (0, 5), (15, 14)])
@@ -144,16 +136,12 @@ def test_rollout_after_each_block(image, seen):
     assert itself == own
     assert torch.equal(values.flatten()[SAMPLE.keep[0]], total[2])
     assert titles(fig)[2] in fig.alt_text
-
-
-def test_rollout_of_encoder_and_decoder_is_refused(image, seen):
     with pytest.raises(ValueError, match="encoder and decoder see other tokens"):
         show_rollout(image, seen, "*", query=14)
 
 
 def test_an_autoencoders_own_patches(image):
-    torch.manual_seed(0)
-    mae = mimdet.MAE(64, 8, 32, 2, 2, decoder_dim=32, decoder_depth=1, decoder_heads=2).eval()
+    mae = little_mae(patch=8)
     with torch.no_grad(), record(mae, "blocks.*.attn") as recording:
         mae(torch.rand(1, 3, 64, 64), sample=Sample([torch.tensor([9, 2, 63])], (8, 8)))
     fig = show_rollout(image, recording, "blocks.*", query=(7, 7))

@@ -37,15 +37,19 @@ def notched(record: Record) -> Record:
     return record
 
 
-def test_sizes_by_hand():
+def test_sizes_by_hand_and_resizing_keeps_flat_colours():
     assert shortest_edge(480, 640, 800, 1333) == (800, 1067)  # 640 * 800 / 480 = 1066.67
     assert shortest_edge(640, 427, 800, 1333) == (1199, 800)  # 640 * 800 / 427 = 1199.06
     assert shortest_edge(300, 900, 800, 1333) == (444, 1333)  # limited by the long side
     assert shortest_edge(100, 100, 33, 1333) == (33, 33)
     assert shortest_edge(1, 5000, 800, 1333) == (1, 1333)  # never 0
+    picture = torch.randint(0, 256, (3, 30, 40), dtype=torch.uint8)
+    assert resize_image(picture, (30, 40)) is picture
+    flat = resize_image(torch.full((3, 31, 41), 77, dtype=torch.uint8), (17, 90))
+    assert flat.shape == (3, 17, 90) and (flat == 77).all()
 
 
-def test_test_transform_draws_nothing():
+def test_test_transform_draws_nothing_and_random_streams_do_not_collide():
     rng = np.random.default_rng(0)
     before = rng.bit_generator.state
     geometry = draw_geometry(DataConfig(), 480, 640, rng, train=False)
@@ -54,9 +58,6 @@ def test_test_transform_draws_nothing():
     assert geometry == draw_geometry(DataConfig(augment="none"), 480, 640, rng, train=True)
     with pytest.raises(ValueError, match=r"'rotate'.*lsj"):
         draw_geometry(DataConfig(augment="rotate"), 9, 9, rng, train=True)
-
-
-def test_random_streams_do_not_collide():
     streams = [("geometry", 1, 2, 0), ("geometry", 1, 2), ("order", 1, 2), ("geometry", 2, 1, 0)]
     draws = [rng_for(*stream).integers(2**60) for stream in streams]
     assert draws[0] == rng_for("geometry", 1, 2, 0).integers(2**60)
@@ -201,10 +202,3 @@ def rim(box: torch.Tensor) -> float:
     """Pixels along the outline of a box, and a few at its corners."""
     x1, y1, x2, y2 = box.tolist()
     return 2 * (x2 - x1 + y2 - y1) + 4
-
-
-def test_resizing_keeps_flat_colours_and_what_has_the_size():
-    picture = torch.randint(0, 256, (3, 30, 40), dtype=torch.uint8)
-    assert resize_image(picture, (30, 40)) is picture
-    flat = resize_image(torch.full((3, 31, 41), 77, dtype=torch.uint8), (17, 90))
-    assert flat.shape == (3, 17, 90) and (flat == 77).all()

@@ -107,15 +107,12 @@ def test_a_mean_far_from_zero_costs_no_digits_of_the_variance(results):
     torch.testing.assert_close(both, exact, atol=2e-4, rtol=1e-4)  # float32 steps of 6e-5 at 1000
 
 
-def test_bfloat16_has_float32_statistics(results):
+def test_bfloat16_has_float32_statistics_and_evaluation_waits_for_nobody(results):
     for part in results:
         *dtypes, running = part["bfloat16"]
         assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32]
         assert running.dtype == torch.float32
         assert torch.equal(running, results[0]["bfloat16"][-1])
-
-
-def test_evaluation_waits_for_nobody(results):
     assert results[0]["alone"].shape == (2, 4, 3, 3) and results[1]["alone"] is None
 
 

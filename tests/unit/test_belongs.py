@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from pycocotools.coco import COCO
 from safetensors.torch import save_file
 
@@ -25,7 +24,7 @@ from mimdet.models.weights import load_mae, load_mae_model, save_mae
 from mimdet.presets import PRETRAIN_PRESETS
 from mimdet.training.pretrain import pretrain
 from mimdet.training.train import fit, resume
-from tests.small import small
+from tests.small import small, write_coco
 
 OTHER = {
     "backbone.num_heads": 4,
@@ -145,47 +144,43 @@ def test_a_pretraining_goes_on_with_its_own_numbers(tmp_path) -> None:
 
 @pytest.fixture
 def animals(tmp_path) -> Path:
-    """Four images under animals/, in animals.json with ids that no counting gives."""
-    folder = tmp_path / "animals"
-    folder.mkdir()
-    images, annotations = [], []
-    for i, number in enumerate((397133, 37777, 252219, 87038)):
-        Image.new("RGB", (64, 48), (40 * i, 90, 200)).save(folder / f"{i}.png")
-        images.append({"id": number, "file_name": f"{i}.png", "width": 64, "height": 48})
-        box = [5, 6, 30, 20]
-        outline = [[5, 6, 35, 6, 35, 26, 5, 26]]
-        about = {"id": i + 1, "image_id": number, "category_id": (18, 3)[i % 2], "iscrowd": 0}
-        annotations.append(about | {"bbox": box, "area": 600, "segmentation": outline})
-    categories = [{"id": 18, "name": "cat"}, {"id": 3, "name": "dog"}]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    (tmp_path / "animals.json").write_text(json.dumps(content))
+    """Four images under images/, in annotations.json with ids that no counting gives."""
+    file = write_coco(tmp_path, [[[5, 6, 30, 20]]] * 4, size=(64, 48))
+    content, ids = json.loads(file.read_text()), (397133, 37777, 252219, 87038)
+    for i, (image, thing) in enumerate(zip(content["images"], content["annotations"], strict=True)):
+        image["id"], thing["image_id"], thing["category_id"] = ids[i], ids[i], (18, 3)[i % 2]
+    content["categories"] = [{"id": 18, "name": "cat"}, {"id": 3, "name": "dog"}]
+    file.write_text(json.dumps(content))
     return tmp_path
 
 
 def on_animals(folder: Path) -> Config:
     cfg = small(2)
     cfg.data.source = "coco"
-    cfg.data.train_json = cfg.data.val_json = str(folder / "animals.json")
-    cfg.data.train_images = cfg.data.val_images = str(folder / "animals")
+    cfg.data.train_json = cfg.data.val_json = str(folder / "annotations.json")
+    cfg.data.train_images = cfg.data.val_images = str(folder / "images")
     return cfg
 
 
 def test_predictions_have_the_ids_of_the_annotation_file(animals, monkeypatch) -> None:
     monkeypatch.chdir(animals)
     fit(on_animals(animals), "run", runs=animals)
-    main(["predict", "run", "animals/0.png", "animals/1.png", "--out", "found"])
+    main(["predict", "run", "images/1.png", "images/2.png", "--out", "found"])
     main(["export", "run", "one.safetensors"])
     assert mimdet.load_detector("one.safetensors").category_ids == [3, 18]
     of_file = {"cat": 18, "dog": 3}
-    for name, number in (("0", 397133), ("1", 37777)):
+    for name, number in (("1", 397133), ("2", 37777)):
         found = json.loads(Path(f"found/{name}.json").read_text())
         assert found and all(entry["image_id"] == number for entry in found)
         assert all(of_file[entry["category"]] == entry["category_id"] for entry in found)
         evaluated = json.loads(Path("run/predictions.json").read_text())
         ids = {entry["category_id"] for entry in evaluated if entry["image_id"] == number}
         assert ids == {entry["category_id"] for entry in found}
-        truth = COCO("animals.json")
+        truth = COCO("annotations.json")
         assert len(truth.loadRes(found).anns) == len(found)
+    # Without stored ids labels count from one.
+    model = mimdet.load_detector("tiny")
+    assert model.category_ids == list(range(1, len(model.categories) + 1))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -195,7 +190,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(run, animals, value: fl
     model = mimdet.load_detector(run)
     model.get_buffer(name)[1] = value
     with pytest.raises(ValueError, match=f"{name} holds NaN or infinite"):
-        mimdet.predict(model, animals / "animals/0.png")
+        mimdet.predict(model, animals / "images/1.png")
     with pytest.raises(ValueError, match=f"{name} holds NaN or infinite"):
         mimdet.evaluate(model, mimdet.ShapesCOCO(size=64, length=2, split="val"))
     mimdet.save_detector(model, run / "one.safetensors")
@@ -209,11 +204,6 @@ def test_weights_that_are_not_finite_are_refused_by_name(run, animals, value: fl
     cfg.training.init_from = str(run / "one.pth")
     with pytest.raises(ValueError, match="holds NaN or infinite"):
         fit(cfg, "next", runs=run)
-
-
-def test_without_stored_ids_labels_count_from_one() -> None:
-    model = mimdet.load_detector("tiny")
-    assert model.category_ids == list(range(1, len(model.categories) + 1))
 
 
 # ------------------------------------------------------------------ results
@@ -290,6 +280,5 @@ def test_reuse_says_why_it_measures_again(run, capsys) -> None:
     edit(run, **{"detector.score_threshold": 0.06})
     with pytest.warns(UserWarning, match="score_threshold"):
         main(["evaluate", str(run), "--reuse"])
-    assert "ratio 1 is measured: the training's last evaluation has another config" in (
-        capsys.readouterr().out
-    )
+    said = "ratio 1 is measured: the training's last evaluation has another config"
+    assert said in capsys.readouterr().out

@@ -49,11 +49,9 @@ def content() -> dict:
     images = [{"id": i, "file_name": n, "height": 20, "width": 30} for i, n in names.items()]
     first = {"image_id": "left", "iscrowd": 0}
     strip = {"category_id": 5, "bbox": [0, 0, 2, 20], "segmentation": RUNS}
-    annotations = [
-        {"id": 0, "category_id": 90, "bbox": [2, 2, 8, 8], "segmentation": SQUARE} | first,
-        {"id": 1} | strip | first,
-        {"id": 2, "image_id": 3, "iscrowd": 1, "area": 33} | strip,
-    ]
+    square = {"category_id": 90, "bbox": [2, 2, 8, 8], "segmentation": SQUARE}
+    crowd = {"image_id": 3, "iscrowd": 1, "area": 33} | strip
+    annotations = [{"id": 0} | square | first, {"id": 1} | strip | first, {"id": 2} | crowd]
     categories = [{"id": 90, "name": "cup"}, {"id": 5, "name": "cat"}]
     return {"images": images, "annotations": annotations, "categories": categories}
 
@@ -75,9 +73,8 @@ def test_records_of_a_small_file(tmp_path, content):
     assert dataset.image_size(1) == (20, 30)
 
     record = dataset[0]
-    assert record.image_id == "left"
-    assert record.image.dtype == torch.uint8 and record.image.shape == (3, 20, 30)
-    assert record.image[:, 0, 0].tolist() == [1, 2, 3]
+    assert record.image_id == "left" and record.image.dtype == torch.uint8
+    assert record.image.shape == (3, 20, 30) and record.image[:, 0, 0].tolist() == [1, 2, 3]
     assert record.target.boxes.tolist() == [[2, 2, 10, 10], [0, 0, 2, 20]]
     assert record.target.labels.tolist() == [1, 0]
     assert record.target.labels.dtype == torch.int64 and record.target.boxes.dtype == torch.float32
@@ -106,17 +103,22 @@ def test_a_crowd_without_a_mask_is_its_box(tmp_path, content):
     assert metrics.box_per_class["cat"] == metrics.mask_per_class["cat"] == 1.0
 
 
-def test_ground_truth_keeps_crowds_and_renumbers(tmp_path, content):
+def test_ground_truth_keeps_crowds_and_renumbers_and_may_be_boxes_only(tmp_path, content):
     truth = CocoDataset(*write(tmp_path, content)).ground_truth()
-    assert [a["id"] for a in truth["annotations"]] == [1, 2, 3]
-    assert [a["category_id"] for a in truth["annotations"]] == [90, 5, 5]
-    assert [a["image_id"] for a in truth["annotations"]] == ["left", "left", 3]
-    assert [a["iscrowd"] for a in truth["annotations"]] == [0, 0, 1]
-    assert [a["area"] for a in truth["annotations"]] == [64, 40, 33]  # two computed, one given
+    fields = ("id", "category_id", "image_id", "iscrowd", "area")  # two areas computed, one given
+    rows = [tuple(a[field] for field in fields) for a in truth["annotations"]]
+    assert rows == [(1, 90, "left", 0, 64), (2, 5, "left", 0, 40), (3, 5, 3, 1, 33)]
     assert truth["annotations"][0]["segmentation"] == SQUARE
     assert coco_mask.decode(truth["annotations"][1]["segmentation"])[:, :2].sum() == 40
     assert [image["id"] for image in truth["images"]] == ["left", 7, 3]
     assert [c["id"] for c in truth["categories"]] == [5, 90]
+    for annotation in content["annotations"]:
+        annotation["segmentation"] = []
+    dataset = CocoDataset(*write(tmp_path, content))
+    assert not dataset.has_masks and dataset[0].target.masks is None
+    assert dataset[0].target.boxes.shape == (2, 4)
+    assert "segmentation" not in dataset.ground_truth()["annotations"][0]
+    assert dataset.ground_truth()["annotations"][0]["area"] == 64
 
 
 def test_limit_and_skip_empty(tmp_path, content):
@@ -144,39 +146,15 @@ def test_boxes_are_clipped_and_empty_boxes_and_masks_left_out(tmp_path, content)
     assert len(dataset[0].target) == 0
 
 
-def test_boxes_only(tmp_path, content):
-    for annotation in content["annotations"]:
-        annotation["segmentation"] = []
-    dataset = CocoDataset(*write(tmp_path, content))
-    assert not dataset.has_masks and dataset[0].target.masks is None
-    assert dataset[0].target.boxes.shape == (2, 4)
-    assert "segmentation" not in dataset.ground_truth()["annotations"][0]
-    assert dataset.ground_truth()["annotations"][0]["area"] == 64
-
-
 GONE = object()
 """As the value of a field: it is taken out."""
 FAULTS = [
     # (message, section, entry, fields that are set); check-data's tests plant every kind
-    (
-        r"annotation 1.*have a mask, this one has not \(segm",
-        "annotations",
-        1,
-        {"segmentation": GONE},
-    ),
     (r"categories.1.*id 90 is also that of categories.0", "categories", 1, {"id": 90}),
     ("annotation 0.*missing required field `bbox`", "annotations", 0, {"bbox": GONE}),
-    (
-        r"annotation 2.*bbox.2. is wrong: .*`str`",
-        "annotations",
-        2,
-        {"bbox": [0, 0, float("nan"), 2]},
-    ),
-    (r"annotation 0.*iscrowd is wrong", "annotations", 0, {"iscrowd": "false"}),
     ("polygon 0 has an odd number", "annotations", 0, {"segmentation": [[1, 2, 3]]}),
     ("runs cover 44 of 600", "annotations", 1, {"segmentation": RUNS | {"counts": "0X14"}}),
     ("annotation 1.*malformed", "annotations", 1, {"segmentation": RUNS | {"counts": "ooo"}}),
-    (r"for \(9, 9\) pixels", "annotations", 1, {"segmentation": RUNS | {"size": [9, 9]}}),
     ("height comes first", "annotations", 1, {"segmentation": RUNS | {"size": [30, 20]}}),
     ("annotation 0.*category_id 77 is not", "annotations", 0, {"category_id": 77}),
     ("annotation 0.*image_id 'gone' is not", "annotations", 0, {"image_id": "gone"}),
@@ -193,7 +171,7 @@ def test_faults_name_file_and_entry(tmp_path, content, cache, message, section, 
     with pytest.raises(ValueError, match=message) as caught:
         CocoDataset(path, folder)
     assert "instances.json" in str(caught.value)
-    assert "this one has not" in message or not list(cache.glob("*"))
+    assert not list(cache.glob("*"))
 
 
 def test_files_that_are_not_there_or_not_json(tmp_path, content):
@@ -220,9 +198,8 @@ def test_missing_and_wrong_images(tmp_path, content):
     with pytest.raises(FileNotFoundError, match=r"instances\.json.*b\.png.*mimdet check-data"):
         dataset[1]
     Image.new("RGB", (20, 30)).save(folder / "c.png")
-    with pytest.raises(
-        ValueError, match=r"instances\.json.*c\.png.*say 30 x 20 .swapped., the file is 20 x 30"
-    ):
+    swapped = r"instances\.json.*c\.png.*say 30 x 20 .swapped., the file is 20 x 30"
+    with pytest.raises(ValueError, match=swapped):
         dataset[2]
     (folder / "a.png").write_bytes((folder / "a.png").read_bytes()[:60])
     with pytest.raises(ValueError, match=r"a\.png cannot be read.*mimdet check-data"):
@@ -267,33 +244,21 @@ def test_a_damaged_table_is_made_again(tmp_path, content, cache, damage):
     (table,) = cache.iterdir()
     sound = table.read_bytes()
     middle = len(sound) // 2
-    table.write_bytes(
-        {
-            "half": sound[:middle],
-            "empty": b"",
-            "one byte": sound[:middle] + bytes([sound[middle] ^ 1]) + sound[middle + 1 :],
-            "garbage": b"ARROW1" * 1000,
-        }[damage]
-    )
+    flipped = bytes([sound[middle] ^ 1])
+    damaged = {"half": sound[:middle], "empty": b"", "garbage": b"ARROW1" * 1000}
+    damaged["one byte"] = sound[:middle] + flipped + sound[middle + 1 :]
+    table.write_bytes(damaged[damage])
     with pytest.warns(UserWarning, match=r"\.arrow is damaged: it is made again"):
         again = CocoDataset(*paths)
     assert again.ground_truth() == first and table.read_bytes() == sound
-
-
-def test_without_a_cache_folder_it_is_done_without(tmp_path, content, monkeypatch):
-    paths = write(tmp_path, content)
-    (tmp_path / "taken").write_text("a file where the folder should be")
-    monkeypatch.setenv("MIMDET_CACHE", str(tmp_path / "taken"))
-    with pytest.warns(UserWarning, match=r"taken.*cannot be written .*MIMDET_CACHE"):
-        dataset = CocoDataset(*paths)
-    assert len(pickle.loads(pickle.dumps(dataset))[0].target) == 2
 
 
 def test_boxes_of_a_mixed_file(tmp_path, content):
     """Some objects have a segmentation and some have none: boxes can be trained on all the same."""
     del content["annotations"][1]["segmentation"]
     paths = [str(path) for path in write(tmp_path, content)]
-    with pytest.raises(ValueError, match=r"segmentation-missing.*--no-masks"):
+    said = r"instances.json.*annotation 1.*this one has not \(segmentation-missing.*--no-masks"
+    with pytest.raises(ValueError, match=said):
         CocoDataset(*paths)
     cfg = DataConfig(source="coco", train_json=paths[0], train_images=paths[1])
     dataset = build_dataset(cfg, "train", masks=False)
@@ -331,6 +296,15 @@ def test_many_at_once_make_one_table(tmp_path, content, cache, monkeypatch):
     assert [path.suffix for path in cache.iterdir()] == [".arrow"]
 
 
+def test_without_a_cache_folder_it_is_done_without(tmp_path, content, monkeypatch):
+    paths = write(tmp_path, content)
+    (tmp_path / "taken").write_text("a file where the folder should be")
+    monkeypatch.setenv("MIMDET_CACHE", str(tmp_path / "taken"))
+    with pytest.warns(UserWarning, match=r"taken.*cannot be written .*MIMDET_CACHE"):
+        dataset = CocoDataset(*paths)
+    assert len(pickle.loads(pickle.dumps(dataset))[0].target) == 2
+
+
 @pytest.mark.parametrize(
     ("message", "split", "fields"),
     [
@@ -347,15 +321,13 @@ def test_build_dataset_says_what_is_missing(message, split, fields):
         build_dataset(DataConfig(**fields), split)
 
 
-def test_build_dataset_opens_coco_files(tmp_path, content):
+def test_build_dataset_opens_coco_files_and_makes_shapes(tmp_path, content):
     path, folder = (str(path) for path in write(tmp_path, content))
     cfg = DataConfig(source="coco", train_json=path, train_images=folder, limit_val=2)
     cfg.val_json, cfg.val_images = path, folder
     assert len(build_dataset(cfg, "train")) == 1  # only there are empty images left out
     assert len(build_dataset(cfg, "val")) == 2
 
-
-def test_build_dataset_makes_shapes():
     cfg = DataConfig(shapes_size=64, shapes_train=50, limit_train=9, shapes_val=5)
     train, val = build_dataset(cfg, "train", seed=3), build_dataset(cfg, "val", seed=3)
     assert (len(train), len(val)) == (9, 5)

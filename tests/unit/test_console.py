@@ -76,9 +76,7 @@ def test_a_bug_keeps_its_traceback_and_says_where_the_work_is(capsys):
     assert above[0].startswith("Traceback") and "raise error" in "".join(above)
     assert last.startswith("error: KeyError: 'rows'. This is a bug in mimdet")
     assert "report it" in last and last.endswith("Step 4 is saved in runs/x.")
-
-
-def test_the_traceback_of_an_expected_error_is_shown_on_demand(capsys):
+    # That of an expected error is shown on demand.
     for words in (["evaluate", "nowhere"], ["evaluate", "nowhere", "--traceback"]):
         with pytest.raises(Ended, match="neither a run"):
             cli.main(words)
@@ -116,15 +114,10 @@ def test_no_console_ends_the_work(encoding, command, seen, tmp_path):
     file = tmp_path / "file"
     (tmp_path / "speaks.py").write_text(SPEAKS, encoding="utf-8")
     command = f"set -o pipefail; {command.format(f'{sys.executable} {tmp_path}/speaks.py {file}')}"
-    done = subprocess.run(
-        ["bash", "-c", command],
-        env=os.environ | {"PYTHONIOENCODING": encoding},
-        capture_output=True,
-        check=False,
-    )
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True)
     assert (done.returncode, done.stdout.strip()) == (0, seen)
-    assert b"Error" not in done.stderr
-    assert file.read_text() == "written"
+    assert b"Error" not in done.stderr and file.read_text() == "written"
 
 
 # ------------------------------------------------------------------ devices
@@ -227,16 +220,15 @@ def test_processes_that_are_not_forked_do_not_run_the_script_again(method, task,
     assert ("data.workers = 0" in done.stderr) == ("lambda" in task)
 
 
-def test_a_training_does_not_begin_where_its_script_is_only_imported(monkeypatch, tmp_path):
+def test_a_dead_loader_process_is_no_bug_nor_is_a_script_that_is_only_imported(
+    monkeypatch, tmp_path
+):
+    with pytest.raises(ChildProcessError, match=r"memory full.*fewer data\.workers"):
+        list(stream([1, 2], partial(os._exit), 1))
     monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
     with pytest.raises(Failed, match='under `if __name__ == "__main__":`'):
         fit(small(), "run", runs=tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_loader_process_that_dies_is_no_bug():
-    with pytest.raises(ChildProcessError, match=r"memory full.*fewer data\.workers"):
-        list(stream([1, 2], partial(os._exit), 1))
 
 
 # ------------------------------------------------------------------ code from files
@@ -318,9 +310,7 @@ def test_training_into_the_folder_of_a_stranger_runs_none_of_its_code(stranger):
 
 
 def test_a_warning_is_one_line():
-    code = (
-        "import warnings; from mimdet.console import open_console; open_console(); "
-        "warnings.warn('the file is turned')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    code = "import warnings; from mimdet.console import open_console; open_console(); "
+    command = [sys.executable, "-c", code + "warnings.warn('the file is turned')"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.stderr == "warning: the file is turned\n"

@@ -35,12 +35,8 @@ def frozen(name: str, measured: Any) -> Any:
 
 
 def close(measured: Any, stored: Any, bound: float) -> None:
-    torch.testing.assert_close(
-        torch.tensor(measured, dtype=torch.float64),
-        torch.tensor(stored, dtype=torch.float64),
-        rtol=bound,
-        atol=bound,
-    )
+    ours, theirs = (torch.tensor(numbers, dtype=torch.float64) for numbers in (measured, stored))
+    torch.testing.assert_close(ours, theirs, rtol=bound, atol=bound)
 
 
 def test_public_names_are_those_of_the_design() -> None:

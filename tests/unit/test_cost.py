@@ -53,7 +53,7 @@ def test_mimdet_by_hand(preset: str, ratio: float) -> None:
     assert cost.detector == cost.backbone_and_neck + cost.heads
 
 
-def test_parameters_canvas_masks_and_a_baseline() -> None:
+def test_parameters_canvas_masks_a_baseline_and_the_table() -> None:
     cost = cost_of(PRESETS["tiny"](), (64, 64))
     assert cost.parameters - cost.trainable == 257 * (128 + 96)  # two frozen position tables
     assert cost.sample_ratio == 1.0
@@ -67,6 +67,10 @@ def test_parameters_canvas_masks_and_a_baseline() -> None:
     assert other.backbone_and_neck - cost.backbone_and_neck == 16 * 128 * 96  # of 16 stem tokens
     with pytest.raises(ValueError, match="samples no tokens"):
         cost_of(PRESETS["tiny_swin"](), (64, 64), 0.5)
+    rows = [cost_of(PRESETS[name](), (256, 256)) for name in ("tiny", "tiny_swin")]
+    table = cost_table(rows).splitlines()
+    assert len(table) == 2 + 2 and all(line.count("|") == 8 for line in table)
+    assert table[2].startswith("| tiny | 1.90 | 1.84 | 256x256 | 1 | 0.504 | 1.39 |")
 
 
 @pytest.mark.parametrize("kind", ["tiny_resnet", "tiny_swin"])
@@ -75,13 +79,6 @@ def test_twice_the_area_is_twice_the_cost(kind: str) -> None:
     cfg = PRESETS[kind]()
     once, twice = (cost_of(cfg, size).backbone_and_neck for size in ((256, 256), (256, 512)))
     assert twice == 2 * once
-
-
-def test_table() -> None:
-    rows = [cost_of(PRESETS[name](), (256, 256)) for name in ("tiny", "tiny_swin")]
-    table = cost_table(rows).splitlines()
-    assert len(table) == 2 + 2 and all(line.count("|") == 8 for line in table)
-    assert table[2].startswith("| tiny | 1.90 | 1.84 | 256x256 | 1 | 0.504 | 1.39 |")
 
 
 def test_kept_bytes_by_hand() -> None:

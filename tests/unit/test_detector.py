@@ -20,10 +20,8 @@ LOSSES = ["loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask
 
 
 def small_config(**detector: Any) -> Config:
-    cfg = small()
-    cfg.detector = replace(
-        cfg.detector, num_classes=3, score_threshold=0.0, detections_per_image=10, **detector
-    )
+    cfg, changed = small(), {"num_classes": 3, "score_threshold": 0.0, "detections_per_image": 10}
+    cfg.detector = replace(cfg.detector, **changed, **detector)
     return cfg
 
 
@@ -51,9 +49,7 @@ def no_objects() -> Target:
         ("mimdet_v1_large", 345_268_848, 344_966_256),
     ],
 )
-def test_parameter_counts_are_the_published_ones(
-    name: str, parameters: int, trainable: int
-) -> None:
+def test_parameter_counts_are_the_published_ones(name, parameters, trainable) -> None:
     with torch.device("meta"):
         model = build_detector(presets.PRESETS[name]())
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
@@ -156,6 +152,9 @@ def test_a_sampler_and_a_stem_of_ones_own() -> None:
     model.backbone.encoder.register_forward_pre_hook(lambda module, given: seen.append(given[1]))
     model([picture(64, 64)], [two_objects()], sampling=Sampling(0.25))
     assert sorted(seen[0].keep[0].tolist()) == [5, 6, 9, 10]  # the middle of a 4 x 4 grid
+    model = build_detector(small_config(), sampler=lambda tokens, grid, generator: torch.rand(grid))
+    with pytest.raises(ValueError, match=r"scores of shape \(4, 2\).*one score per token: \(8,\)"):
+        model.detect([picture(64, 32)])
 
 
 def test_a_part_that_is_empty_is_used_all_the_same() -> None:
@@ -166,12 +165,6 @@ def test_a_part_that_is_empty_is_used_all_the_same() -> None:
     model = build_detector(cfg, fill=nothing)
     assert not nothing and model.backbone.decoder.fill is nothing
     assert len(model([picture(64, 64)], [two_objects()])) == 5
-
-
-def test_scores_of_a_wrong_shape() -> None:
-    model = build_detector(small_config(), sampler=lambda tokens, grid, generator: torch.rand(grid))
-    with pytest.raises(ValueError, match=r"scores of shape \(4, 2\).*one score per token: \(8,\)"):
-        model.detect([picture(64, 32)])
 
 
 def test_a_backbone_and_a_neck_of_ones_own() -> None:
@@ -231,9 +224,6 @@ def test_slots_are_named_in_the_configuration() -> None:
         cfg.backbone.stem = name
         with pytest.raises(ValueError, match=said):
             build_detector(cfg)
-
-
-def test_the_detector_takes_finished_parts() -> None:
     built = build_detector(small_config())
     again = Detector(built.backbone, built.neck, built.rpn, built.roi_heads)
     assert again.config == Config() and again.slots == {} and again.categories == []

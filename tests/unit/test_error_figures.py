@@ -15,13 +15,7 @@ from mimdet.analysis.errors import ErrorReport, find_errors
 from mimdet.analysis.matching import KINDS
 from mimdet.data.shapes import ShapesCOCO
 from mimdet.structures import bitmap_to_rle
-from mimdet.viz import (
-    draw,
-    show_comparison,
-    show_error_gallery,
-    show_errors,
-    show_precision_recall,
-)
+from mimdet.viz import draw, show_comparison, show_error_gallery, show_errors, show_precision_recall
 
 SIZE = 64
 
@@ -104,16 +98,7 @@ def test_two_reports_side_by_side(report: ErrorReport, scenes: ShapesCOCO) -> No
     assert first.get_y() + first.get_height() <= second.get_y() + 1e-9  # they do not overlap
 
 
-def test_a_report_without_objects_can_be_drawn() -> None:
-    truth = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
-    empty = find_errors(truth, [], "bbox")
-    assert bars(show_errors(empty).axes[0]) == [0] * 8
-    show_precision_recall(empty.curves()).canvas.draw()
-    comparison = compare_runs(truth, {"a": [], "b": []}, "bbox")
-    show_comparison(comparison).canvas.draw()
-
-
-def test_too_many_reports(report: ErrorReport) -> None:
+def test_too_many_reports_are_refused_and_one_without_objects_is_drawn(report: ErrorReport) -> None:
     with pytest.raises(ValueError, match="7 reports: give 1 to 6"):
         show_errors({str(number): report for number in range(7)})
     with pytest.raises(ValueError, match="0 reports"):
@@ -122,6 +107,12 @@ def test_too_many_reports(report: ErrorReport) -> None:
         show_precision_recall([])
     few = show_precision_recall(report.curves(), most_classes=2)
     assert len(few.axes) == 3 and "the 2 classes of the lowest AP of" in few.get_suptitle()
+    truth = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
+    empty = find_errors(truth, [], "bbox")
+    assert bars(show_errors(empty).axes[0]) == [0] * 8
+    show_precision_recall(empty.curves()).canvas.draw()
+    comparison = compare_runs(truth, {"a": [], "b": []}, "bbox")
+    show_comparison(comparison).canvas.draw()
 
 
 # ------------------------------------------------------------------------------- curves
@@ -150,9 +141,7 @@ def test_a_panel_per_class_and_a_line_per_threshold(report: ErrorReport) -> None
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_error_has_its_detection_and_its_truth(
-    kind: Any, report: ErrorReport, scenes: ShapesCOCO, monkeypatch: Any
-) -> None:
+def test_every_error_has_its_detection_and_its_truth(kind, report, scenes, monkeypatch) -> None:
     """The dashed box is the detection's (or a missed object's own), the thick one its truth's."""
     drawn: list[Any] = []
     monkeypatch.setattr(draw, "with_marks", lambda pixels, marks, *_: drawn.append(marks) or pixels)
@@ -188,9 +177,7 @@ def offset(a: Any, b: Any) -> list[float]:
     return [a.box[0] - b.box[0], a.box[1] - b.box[1]]
 
 
-def test_results_without_boxes_and_with_empty_masks(
-    scenes: ShapesCOCO, results: list[dict[str, Any]]
-) -> None:
+def test_results_without_boxes_and_with_empty_masks(scenes, results, report: ErrorReport) -> None:
     empty = bitmap_to_rle(np.zeros((SIZE, SIZE), dtype=bool))
     said = [{key: value for key, value in result.items() if key != "bbox"} for result in results]
     said.append(said[0] | {"segmentation": empty, "score": 0.99})
@@ -200,9 +187,7 @@ def test_results_without_boxes_and_with_empty_masks(
     assert report.errors("background")[0].result is said[-1]
     for kind in kinds:
         show_error_gallery(report.errors(kind)[:2], scenes).canvas.draw()
-
-
-def test_galleries_that_cannot_be_drawn(report: ErrorReport, scenes: ShapesCOCO) -> None:
+    # Galleries that cannot be drawn.
     with pytest.raises(ValueError, match="nothing to show"):
         show_error_gallery([], scenes)
     fewer = ShapesCOCO(size=SIZE, length=1, split="val")

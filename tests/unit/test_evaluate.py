@@ -1,4 +1,5 @@
-"""evaluate: a perfect detector scores 1, draws are reproducible, batches do not matter."""
+"""evaluate: a perfect detector scores 1, draws are reproducible, batches do not matter; and its
+results as COCO's and as a file."""
 
 import copy
 import hashlib
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pycocotools.coco import COCO
 
 import mimdet
 from mimdet.analysis.evaluate import (
@@ -17,12 +19,14 @@ from mimdet.analysis.evaluate import (
     image_seed,
     ratio_row,
     ratio_table,
+    results_for,
     save_evaluation,
+    save_results,
 )
 from mimdet.config import model_part
 from mimdet.data.loader import ids_of_labels
-from mimdet.structures import Detections
-from tests.small import small_detector
+from mimdet.structures import Detections, rle_to_bitmap
+from tests.small import nothing_found, small_detector
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +109,6 @@ def test_draws_are_reproducible_and_do_not_depend_on_the_batch(model, scenes):
     scores = [[r["score"] for r in e.results[:20]] for e in (first, second, other)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
     assert scores[0] != pytest.approx(scores[2], abs=1e-5)
-
-
-def test_image_seeds_differ():
     seeds = {image_seed(seed, index) for seed in range(5) for index in range(1000)}
     assert len(seeds) == 5000
     assert (image_seed(0, 7), image_seed(2, 7)) == (7, 2_000_013)  # the draws of stored results
@@ -133,10 +134,9 @@ def test_ratio_rows_by_hand(model, scenes, tmp_path):
         " 1.00      1        20.0           -      60.0",
     ]
     assert len(evaluate_ratios(model, scenes, [0.5], draws=1)[0]["metrics"]) == 1
-    with pytest.raises(ValueError, match="draws=0"):
-        evaluate_ratios(model, scenes, [0.5], draws=0)
-    with pytest.raises(ValueError, match="at least one share"):
-        evaluate_ratios(model, scenes, [])
+    for ratios, draws, said in (([0.5], 0, "draws=0"), ([], 1, "at least one share")):
+        with pytest.raises(ValueError, match=said):
+            evaluate_ratios(model, scenes, ratios, draws=draws)
     assert evaluate_ratios(model, scenes, [0.25, 1.0], known=rows) == rows
     assert [row["about"]["sample_ratio"] for row in rows] == [0.25, 1.0]
     assert [row["about"]["seed"] for row in rows] == [0, 0]  # of the first draw
@@ -161,12 +161,10 @@ def test_what_numbers_belong_to(model, scenes):
 
 
 def test_predictions_are_told_by_what_stands_beside_them(model, scenes, tmp_path):
-    evaluation = evaluate(model, scenes, sample_ratio=0.5, seed=2)
-    save_evaluation(evaluation, tmp_path)
+    save_evaluation(evaluate(model, scenes, sample_ratio=0.5, seed=2), tmp_path)
     file = tmp_path / "predictions.json"
-    assert check_belonging(tmp_path, scenes.version) == (
-        f"{file}: step {model.step}, sample ratio 0.5, draw 2"
-    )
+    said = check_belonging(tmp_path, scenes.version)
+    assert said == f"{file}: step {model.step}, sample ratio 0.5, draw 2"
     with pytest.raises(ValueError, match=r"was made on .*, the data of the run are other data"):
         check_belonging(tmp_path, "other data")
     save_evaluation(evaluate(model, scenes), tmp_path)
@@ -175,18 +173,54 @@ def test_predictions_are_told_by_what_stands_beside_them(model, scenes, tmp_path
     with pytest.raises(ValueError, match="an evaluation was interrupted"):
         check_belonging(tmp_path, scenes.version)
     (tmp_path / "eval.json").unlink()
-    assert check_belonging(tmp_path, "any") == (
-        f"{file}: of another tool, there is no eval.json beside it"
-    )
+    said = check_belonging(tmp_path, "any")
+    assert said == f"{file}: of another tool, there is no eval.json beside it"
 
 
-def test_a_bar_counts_the_images_where_it_is_wanted(model, scenes, capsys):
+def test_small_means_small_on_a_coco_sized_image(model, scenes, capsys):
+    small_ends = evaluate(model, scenes).metrics.area_ranges["small"][1]
+    assert small_ends == pytest.approx((32 * 64 / 640) ** 2)
     evaluate(model, scenes)
     assert not capsys.readouterr().out
     evaluate(model, scenes, progress=True, batch_size=2)
     assert "5/5" in capsys.readouterr().out
 
 
-def test_small_means_small_on_a_coco_sized_image(model, scenes):
-    small_ends = evaluate(model, scenes).metrics.area_ranges["small"][1]
-    assert small_ends == pytest.approx((32 * 64 / 640) ** 2)
+def two_detections(masks: bool = True) -> Detections:
+    boxes = torch.tensor([[1.0, 2.0, 5.0, 4.0], [0.5, 0.0, 3.0, 6.0]])
+    scores, labels = torch.tensor([0.75, 0.5]), torch.tensor([1, 0])
+    return Detections(boxes, scores, labels, (6, 8), torch.ones(2, 28, 28) if masks else None)
+
+
+def test_fields_of_a_result() -> None:
+    first, second = results_for(two_detections(), 42, [3, 90], has_masks=True)
+    rle = first.pop("segmentation")
+    assert first == {"image_id": 42, "category_id": 90, "bbox": [1, 2, 4, 2], "score": 0.75}
+    assert second["category_id"] == 3 and second["bbox"] == [0.5, 0, 2.5, 6]
+    bitmap = rle_to_bitmap(rle)
+    assert bitmap.shape == (6, 8) and bitmap[2:4, 1:5].all() and bitmap.sum() == 8
+    results = results_for(two_detections(masks=False), "a.jpg", [1, 2], has_masks=False)
+    assert [set(result) for result in results] == [{"image_id", "category_id", "bbox", "score"}] * 2
+    with pytest.raises(ValueError, match=r"a\.jpg.*no masks"):
+        results_for(two_detections(masks=False), "a.jpg", [1, 2], has_masks=True)
+    assert results_for(nothing_found(6, 8), 1, [1], has_masks=True) == []
+
+
+def test_the_file_is_read_by_pycocotools_and_survives_a_failed_write(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "predictions.json"
+    results = results_for(two_detections(), 42, [3, 90], has_masks=True)
+    save_results(results, path)
+    truth = COCO()
+    truth.dataset = {"images": [{"id": 42, "height": 6, "width": 8}], "annotations": []}
+    truth.dataset["categories"] = [{"id": 3, "name": "a"}, {"id": 90, "name": "b"}]
+    truth.createIndex()
+    loaded = truth.loadRes(str(path))
+    assert loaded.annToMask(loaded.loadAnns([1])[0]).sum() == 8
+
+    def disk_full(descriptor: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.fsync", disk_full)
+    with pytest.raises(OSError, match="no space"):
+        save_results([{"score": 2.0}], path)
+    assert json.loads(path.read_text()) == results and list(tmp_path.iterdir()) == [path]

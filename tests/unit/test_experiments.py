@@ -70,6 +70,15 @@ def test_arms_are_all_combinations_in_order_or_those_of_a_list() -> None:
     assert base == small()
     listed = arms_of(base, [{"detector.norm": "GN"}, {"backbone.depth": 1}])
     assert [tuple(arm.values.values()) for arm in listed] == [("GN", 2), ("BN", 1)]
+    # Labels are names of folders, and code is named by its source.
+    paths = ["runs/mae base", "x" * 200, ""]
+    labels = [arm.label for arm in arms_of(small(), {"training.init_from": paths})]
+    assert labels[0] == "init_from=runs-mae-base" and labels[2] == "init_from=none"
+    assert len(labels[1]) == 80
+    first, second = arms_of(small(), {"backbone.sampler": ["random", strongest]})
+    assert first.cfg.backbone.sampler == "random" and not first.code
+    assert second.cfg.backbone.sampler == second.code["sampler"].address
+    assert second.values == {"backbone.sampler": "strongest"}
 
 
 def elsewhere(tokens, grid, generator):
@@ -103,25 +112,12 @@ def elsewhere(tokens, grid, generator):
         ({"processes": -1}, "processes=-1: how many runs at a time"),
     ],
 )
-def test_what_cannot_be_run_is_said_before_anything_starts(
-    tmp_path, monkeypatch, asked, said
-) -> None:
+def test_what_cannot_be_run_is_said_before_it_starts(tmp_path, monkeypatch, asked, said) -> None:
     monkeypatch.setitem(PRESETS, "twin", PRESETS["tiny"])
     options = asked if {*asked} & {"seeds", "evaluate_ratios", "draws", "processes"} else {}
     with pytest.raises(ValueError, match=said):
         experiment(small(), {"backbone.depth": [1]} if options else asked, runs=tmp_path, **options)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_labels_are_names_of_folders_and_code_is_named_by_its_source() -> None:
-    paths = ["runs/mae base", "x" * 200, ""]
-    labels = [arm.label for arm in arms_of(small(), {"training.init_from": paths})]
-    assert labels[0] == "init_from=runs-mae-base" and labels[2] == "init_from=none"
-    assert len(labels[1]) == 80
-    first, second = arms_of(small(), {"backbone.sampler": ["random", strongest]})
-    assert first.cfg.backbone.sampler == "random" and not first.code
-    assert second.cfg.backbone.sampler == second.code["sampler"].address
-    assert second.values == {"backbone.sampler": "strongest"}
 
 
 def test_recipes_are_compared_with_what_the_base_changes() -> None:
@@ -370,9 +366,7 @@ def test_evaluations_with_other_draws_or_of_other_data_do_not_count(tmp_path, mo
     assert not complete((0.5,), 3) and not complete((0.25, 1.0), 2)
     monkeypatch.setattr("mimdet.data.shapes.REVISION", 99)
     assert not complete((1.0,), 2)
-
-
-def test_two_processes_never_work_on_one_run(tmp_path, monkeypatch) -> None:
+    # Two processes never work on one run.
     monkeypatch.setattr(runs, "LOCK_SECONDS", 0.3)
     with runs.alone_in(tmp_path), pytest.raises(SystemExit, match=r"error: .* already trains in"):
         runs.main(tmp_path, 1, [1.0])
@@ -394,6 +388,10 @@ evaluate_ratios = (0.5, 1)
 
 def test_ablate_lists_the_runs_or_prints_and_writes_the_result(tmp_path, capsys) -> None:
     file = tmp_path / "sample_ratio.py"
+    for text in ("grid = {}", "base, grid = 1, {}", GRID.replace("grid", "x")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"must define `base`, a Config .*, and `grid`"):
+            read_grid(file)
     file.write_text(GRID.replace("evaluate_ratios", 'grid["backbone.sampler"] = [own]\n# '))
     assert ablate(file, runs=tmp_path, seeds=1, dry_run=True) is None
     lines = capsys.readouterr().out.splitlines()
@@ -406,14 +404,6 @@ def test_ablate_lists_the_runs_or_prints_and_writes_the_result(tmp_path, capsys)
     assert result is not None and result.markdown() in capsys.readouterr().out
     content = json.loads((tmp_path / "sample_ratio" / "result.json").read_text())
     assert content["command"] == f"mimdet ablate {file}" and len(content["rows"]) == 12
-
-
-def test_grid_file_that_lacks_something(tmp_path) -> None:
-    file = tmp_path / "grid.py"
-    for text in ("grid = {}", "base, grid = 1, {}", GRID.replace("grid", "x")):
-        file.write_text(text)
-        with pytest.raises(ValueError, match=r"must define `base`, a Config .*, and `grid`"):
-            read_grid(file)
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "notebooks" / "ablations").glob("*.py")))
@@ -515,13 +505,9 @@ def stop_in_the_middle(folder: Path, runs: list[Path], number: int) -> str:
     save_config(base_config(), folder / "base.json")
     words = [str(folder / "base.json"), str(folder / "runs"), CELL]
     begun = {run: steps_done(run) for run in runs}
-    parent = subprocess.Popen(
-        [sys.executable, "-c", NOTEBOOK, *words],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    command = [sys.executable, "-c", NOTEBOOK, *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    parent = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
     wait_until(lambda: all(steps_done(run) >= begun[run] + 2 for run in runs), "steps")
     parent.send_signal(number)
     printed, _ = parent.communicate(timeout=60)
@@ -554,9 +540,7 @@ def call(folder: Path, **options) -> Experiment:
     return experiment(base_config(), grid, name="samplers", runs=folder / "runs", **options)
 
 
-def test_table_and_json_are_complete_after_ctrl_c_and_a_killed_notebook(
-    interrupted, folder, tmp_path
-) -> None:
+def test_all_is_complete_after_ctrl_c_and_a_killed_notebook(interrupted, folder, tmp_path) -> None:
     result = interrupted
     table = result.table
     assert len(table) == 8 and result.errors == {}
@@ -581,16 +565,15 @@ def test_table_and_json_are_complete_after_ctrl_c_and_a_killed_notebook(
     assert not (runs / "sampler=random-s0" / "slots").exists()
 
 
-def files_of(folder: Path) -> dict[str, int]:
-    return {str(p): p.stat().st_mtime_ns for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
 def test_complete_runs_are_not_touched(interrupted, folder, capsys) -> None:
-    before = files_of(folder)
+    def written_at() -> dict[Path, int]:
+        return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+    before = written_at()
     again = call(folder)
     assert capsys.readouterr().out == "" and again.table.equals(interrupted.table)
     assert len(call(folder, seeds=1, evaluate_ratios=(1,)).table) == 2
-    assert files_of(folder) == before
+    assert written_at() == before
 
     def strongest(tokens, grid, generator):  # other code under the same name
         return -tokens.norm(dim=1)
@@ -604,10 +587,8 @@ def test_complete_runs_are_not_touched(interrupted, folder, capsys) -> None:
 def one_at_a_time(tmp_path_factory) -> Experiment:
     """An arm that cannot train, then one of the others again: alone and undisturbed."""
     grid = [{"backbone.embed_dim": 36}, {"backbone.sampler": strongest}]
-    folder = tmp_path_factory.mktemp("serial")
-    return experiment(
-        base_config(), grid, 1, name="serial", runs=folder, evaluate_ratios=(0.5, 1), processes=1
-    )
+    options = {"runs": tmp_path_factory.mktemp("serial"), "evaluate_ratios": (0.5, 1)}
+    return experiment(base_config(), grid, 1, name="serial", processes=1, **options)
 
 
 def test_two_at_once_interrupted_twice_equal_one_at_a_time(interrupted, one_at_a_time) -> None:
@@ -624,8 +605,7 @@ def test_two_at_once_interrupted_twice_equal_one_at_a_time(interrupted, one_at_a
 
 def test_failing_arm_is_reported_and_the_others_go_on(one_at_a_time) -> None:
     ((name, error),) = one_at_a_time.errors.items()
-    assert name == "embed_dim=36,sampler=random-s0"
-    assert error.startswith("embed_dim=36")
+    assert name == "embed_dim=36,sampler=random-s0" and error.startswith("embed_dim=36")
     assert len(one_at_a_time.table) == 2
     assert one_at_a_time.summary()["n"].tolist() == [0, 0, 1, 1]
     assert f"Failed: {name}: embed_dim=36" in one_at_a_time.markdown()

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import mimdet
@@ -26,6 +27,7 @@ from mimdet.viz.features import (
     pca_picture,
     strongest_channels,
 )
+from tests.small import noise
 
 CROSS = torch.tensor([[[2.0, -2.0], [0.0, 0.0]], [[0.0, 0.0], [1.0, -1.0]]])
 """(2, 2, 2): the points (2, 0), (-2, 0), (0, 1), (0, -1)."""
@@ -38,31 +40,18 @@ def random_map(*shape: int, seed: int = 0) -> Tensor:
 # ------------------------------------------------------------------------------- numbers
 
 
-def test_pca_by_hand() -> None:
+def test_pca_and_its_colours_by_hand() -> None:
     """Covariance of the cross: diag(8/4, 2/4), so the axes are those of the channels."""
     basis = fit_basis(CROSS)
     assert basis.mean.tolist() == [0, 0]
     torch.testing.assert_close(basis.axes, torch.tensor([[1.0, 0], [0, 1], [0, 0]]).double())
     torch.testing.assert_close(basis.explained, torch.tensor([0.8, 0.2, 0]).double())
     assert np.array_equal(pca_picture(CROSS + 5), pca_picture(CROSS))
-
-
-def test_colours_by_hand() -> None:
-    """Ends of the scale are the 2 % and 98 % quantiles: here 2 - 0.06 * 2 = 1.88 and 0.94."""
-    basis = fit_basis(CROSS)
+    # The ends of the scale are the 2 % and 98 % quantiles: here 2 - 0.06 * 2 = 1.88 and 0.94.
     torch.testing.assert_close(basis.high, torch.tensor([1.88, 0.94, 0]).double())
     picture = pca_picture(CROSS)
     assert picture[0, 0].tolist() == [255, 128, 128]  # middle of green; blue has no direction
     assert picture[1, 1].tolist() == [128, 0, 128]
-
-
-def test_signs_are_fixed() -> None:
-    """The largest entry of an axis is positive, so mirrored data have mirrored coordinates."""
-    features = random_map(8, 6, 5)
-    basis, mirrored = fit_basis(features), fit_basis(-features)
-    largest = basis.axes.gather(1, basis.axes.abs().argmax(1, keepdim=True))
-    assert (largest > 0).all()
-    torch.testing.assert_close(basis.axes, mirrored.axes)
 
 
 def test_a_basis_is_reused() -> None:
@@ -83,6 +72,11 @@ def test_a_basis_is_the_same_whatever_the_order_or_size_of_the_places() -> None:
         torch.testing.assert_close(fit_basis(other).axes, fit_basis(features).axes)
     whole, half = fit_basis(features), fit_basis(features[:, :2], features[:, 2:])
     torch.testing.assert_close(whole.axes, half.axes)
+    # The largest entry of an axis is positive, so mirrored data have mirrored coordinates.
+    basis, mirrored = fit_basis(features), fit_basis(-features)
+    largest = basis.axes.gather(1, basis.axes.abs().argmax(1, keepdim=True))
+    assert (largest > 0).all()
+    torch.testing.assert_close(basis.axes, mirrored.axes)
 
 
 def test_unsampled_places_are_grey_and_do_not_count() -> None:
@@ -103,7 +97,7 @@ def test_a_constant_map_is_middle_grey(value: float) -> None:
     assert (pca_picture(random_map(1, 4, 4))[..., 1:] == 128).all()
 
 
-def test_channels_by_variance() -> None:
+def test_channels_by_variance_and_the_largest_difference() -> None:
     features = torch.stack([torch.tensor([[0.0, a]]) for a in (1.0, 3.0, 1.0, 2.0)])
     assert strongest_channels(features, 3) == [1, 3, 0]
     assert strongest_channels(features, 9) == [1, 3, 0, 2]
@@ -111,9 +105,6 @@ def test_channels_by_variance() -> None:
     fig = show_channels(features, count=2)
     assert [ax.get_title(loc="left").split(":")[0] for ax in fig.axes] == ["channel 1", "channel 3"]
     assert "channel 1: 0.0 to 3.0; channel 3: 0.0 to 2.0" in fig.alt_text
-
-
-def test_largest_difference_by_hand() -> None:
     reference = torch.tensor([1.0, -4.0])
     assert largest_difference(torch.tensor([1.5, -3.0]), reference) == 0.25
     assert largest_difference(reference, reference) == 0
@@ -144,14 +135,9 @@ def tiny() -> Detector:
     return mimdet.load_detector("tiny")
 
 
-def scene(height: int = 128, width: int = 128) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
-
-
 def test_a_pyramid_has_every_level(tiny: Detector) -> None:
     tiny.train()
-    found = pyramid_of(tiny, scene(128, 150))  # 256 x 300 as fed, 256 x 320 with padding
+    found = pyramid_of(tiny, noise(128, 150))  # 256 x 300 as fed, 256 x 320 with padding
     assert tiny.training and tiny.backbone.training
     assert tuple(found.image.shape) == (3, 256, 320)
     assert (found.image[:, :, 300:] == 0).all()
@@ -162,10 +148,10 @@ def test_a_pyramid_has_every_level(tiny: Detector) -> None:
         assert tuple(features.shape[1:]) == (256 // strides[level], 320 // strides[level]), level
 
 
-def test_a_pyramid_is_what_the_detector_computes(tiny: Detector) -> None:
+def test_a_pyramid_is_what_the_detector_computes_without_tokens_for_a_baseline(tiny) -> None:
     with mimdet.record(tiny, "backbone.decoder", "neck") as seen:
-        mimdet.predict(tiny, scene(), sample_ratio=0.25, seed=3)
-    found = pyramid_of(tiny, scene(), sample_ratio=0.25, seed=3)
+        mimdet.predict(tiny, noise(128, 128), sample_ratio=0.25, seed=3)
+    found = pyramid_of(tiny, noise(128, 128), sample_ratio=0.25, seed=3)
     assert found.sample is not None and seen.sample is not None
     assert torch.equal(found.sample.keep[0], seen.sample.keep[0])
     torch.testing.assert_close(found.maps["c4"], seen["backbone.decoder"][0])
@@ -173,10 +159,7 @@ def test_a_pyramid_is_what_the_detector_computes(tiny: Detector) -> None:
     assert list(found.only("p3", "c2")) == ["p3", "c2"]
     with pytest.raises(ValueError, match="no \\['c6'\\]"):
         found.only("c6")
-
-
-def test_a_baseline_has_no_tokens() -> None:
-    found = pyramid_of(mimdet.build_detector(mimdet.presets.tiny_resnet()), scene())
+    found = pyramid_of(mimdet.build_detector(mimdet.presets.tiny_resnet()), noise(128, 128))
     assert "tokens" not in found.maps and "c2" in found.maps
     assert found.sample is None
 
@@ -196,7 +179,7 @@ def test_dropped_tokens_turn_pale() -> None:
 
 
 def test_figures_of_pyramids() -> None:
-    picture = scene(64, 96)
+    picture = noise(64, 96)
     maps = {"c2": random_map(8, 16, 24), "c3": random_map(4, 8, 12)}
     fig = show_pyramid(picture, maps)
     titles = [ax.get_title(loc="left") for ax in fig.axes]
@@ -205,34 +188,24 @@ def test_figures_of_pyramids() -> None:
     assert any("3 colours: " in title for title in titles)
 
 
-def test_planes_on_one_scale() -> None:
-    planes = {"weak": torch.tensor([[0.0, 1.0]]), "strong": torch.tensor([[0.0, 10.0]])}
-    own, shared = show_planes(planes), show_planes(planes, shared=True)
-    weak, strong = (np.asarray(ax.images[0].get_array()) for ax in own.axes)
-    assert np.array_equal(weak, strong)
-    weak, strong = (np.asarray(ax.images[0].get_array()) for ax in shared.axes)
-    assert not np.array_equal(weak, strong)
-    assert "weak, 0.0 to 1.0; strong" in own.alt_text
-
-
-def drawn(maps: dict[str, dict[str, Tensor]], **options: bool) -> list[np.ndarray]:
-    fig = compare_pyramids(maps, **options)
+def pixels(fig: Figure) -> list[np.ndarray]:
     return [np.asarray(ax.images[0].get_array()) for ax in fig.axes]
 
 
-def test_comparison_shares_its_basis() -> None:
+def test_planes_on_one_scale() -> None:
+    planes = {"weak": torch.tensor([[0.0, 1.0]]), "strong": torch.tensor([[0.0, 10.0]])}
+    own, shared = show_planes(planes), show_planes(planes, shared=True)
+    assert np.array_equal(*pixels(own)) and not np.array_equal(*pixels(shared))
+    assert "weak, 0.0 to 1.0; strong" in own.alt_text
+
+
+def test_comparison_shares_its_basis_in_what_both_have() -> None:
     features = random_map(6, 4, 4)
     two = {"a": {"c2": features}, "b": {"c2": features * 0.1}}
-    own = drawn(two, shared=False)
+    own = pixels(compare_pyramids(two, shared=False))
     assert np.array_equal(own[0], own[1])  # each stretched over its own range
-    shared = drawn(two)
+    shared = pixels(compare_pyramids(two))
     assert shared[1].std() < 0.3 * shared[0].std()
-
-
-def test_comparison_of_what_both_have() -> None:
-    two = {
-        "a": {"c2": random_map(6, 4, 4), "c3": random_map(6, 2, 2)},
-        "b": {"c2": random_map(5, 4, 4)},
-    }
+    two = {"a": {"c2": features, "c3": random_map(6, 2, 2)}, "b": {"c2": random_map(5, 4, 4)}}
     fig = compare_pyramids(two)  # widths differ: a basis each
     assert [ax.get_title(loc="left").split(":")[0] for ax in fig.axes] == ["a, c2", "b, c2"]

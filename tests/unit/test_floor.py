@@ -29,12 +29,9 @@ def test_components_agree_with_flood_fill():
     assert len(pairs) == got.max() + 1 == count + 1  # the same regions, one to one
 
 
-def test_otsu_splits_two_groups():
+def test_groups_and_hues_by_hand():
     values = np.array([1.0, 2.0, 1.5] * 50 + [9.0, 10.0, 9.5] * 20)
     assert 2.0 <= otsu(values) < 9.0
-
-
-def test_hues_of_the_classes():
     hues = class_hues(ShapesCOCO("shapes-v1-easy", length=60))
     assert np.linalg.norm(hues, axis=1) == pytest.approx(1.0)
     disc, leaf, square, heart = hues[[0, 2, 4, 5]]
@@ -49,12 +46,8 @@ def test_the_floor_finds_something_and_speaks_coco():
     assert {result["image_id"] for result in results} == set(range(8))
     found = 0
     for annotation in dataset.ground_truth()["annotations"]:
-        same = [
-            result["segmentation"]
-            for result in results
-            if result["image_id"] == annotation["image_id"]
-            and result["category_id"] == annotation["category_id"]
-        ]
+        own = (annotation["image_id"], annotation["category_id"])
+        same = [r["segmentation"] for r in results if (r["image_id"], r["category_id"]) == own]
         overlaps = coco_mask.iou(same, [annotation["segmentation"]], [0]) if same else [[0.0]]
         found += bool(np.max(overlaps) > 0.5)
     assert found >= 5

@@ -36,11 +36,7 @@ def hub_table(boxes: list[list[float]], nested: bool = False, **more):
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(
     ("bbox_format", "box"),
-    [
-        ("xywh", [3, 4, 6, 8]),
-        ("xyxy", [3, 4, 9, 12]),
-        ("cxcywh_normalised", [0.2, 0.4, 0.2, 0.4]),
-    ],
+    [("xywh", [3, 4, 6, 8]), ("xyxy", [3, 4, 9, 12]), ("cxcywh_normalised", [0.2, 0.4, 0.2, 0.4])],
 )
 def test_hub_table(bbox_format, box, nested):
     dataset = HubDataset(hub_table([box], nested), bbox_format=bbox_format)

@@ -81,14 +81,11 @@ def test_files_are_upright_unless_annotations_say_otherwise(tmp_path, orientatio
         assert torch.equal(sideways, upright if orientation > 4 else stored)
 
 
-def test_a_pil_image_is_taken_as_it_is_held(tmp_path):
+def test_a_pil_image_is_taken_as_it_is_held_and_a_broken_tag_does_not_spoil_a_file(tmp_path):
     with Image.open(tagged(tmp_path / "photo.png", 6)) as image:
         with pytest.warns(UserWarning, match="EXIF orientation, which is not applied"):
             assert to_rgb(image).shape == (3, 2, 3)
         assert to_rgb(ImageOps.exif_transpose(image)).shape == (3, 3, 2)
-
-
-def test_a_broken_exif_tag_does_not_spoil_the_image(tmp_path):
     Image.fromarray(PIXELS).save(tmp_path / "x.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     assert read_image(tmp_path / "x.jpg").shape == (3, 2, 3)
     assert read_image(tagged(tmp_path / "y.png", 77)).shape == (3, 2, 3)

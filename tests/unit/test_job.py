@@ -6,11 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
 from mimdet.config import Config, load_config
 from mimdet.files import write_json
@@ -28,20 +26,9 @@ from mimdet.training.owner import (
 )
 from mimdet.training.run import CheckpointStore, MetricsFile, Run, TrainingStopped
 from mimdet.training.train import resume, train
-from tests.small import assert_same_end, small, wait_until
+from tests.small import assert_same_end, gated, small, wait_until
 
 STEPS = 8
-
-
-def gated(tokens, grid, generator):
-    """The random sampler; it waits in the fourth step, of 4 images, while the file is there."""
-    import os
-    import time
-
-    gated.calls = getattr(gated, "calls", 0) + 1
-    while gated.calls > 12 and os.path.exists(os.environ["MIMDET_TEST_GATE"]):
-        time.sleep(0.01)
-    return torch.rand(len(tokens), generator=generator)
 
 
 def few_scenes(cfg, split):
@@ -52,15 +39,6 @@ def few_scenes(cfg, split):
 
 
 PARTS = {"sampler": gated, "dataset": few_scenes}
-
-
-@pytest.fixture
-def gate(tmp_path, monkeypatch) -> Path:
-    """While this file exists, a training with `gated` stays in its fourth step."""
-    file = tmp_path / "gate"
-    file.touch()
-    monkeypatch.setenv("MIMDET_TEST_GATE", str(file))
-    return file
 
 
 def easy() -> Config:
@@ -176,9 +154,6 @@ def test_metrics_are_read_while_they_are_written(tmp_path) -> None:
     os.replace(file.path, tmp_path / "old")
     file.path.write_text(lines[0])  # a training that resumes writes it anew, without step 2
     assert [row["step"] for row in file.read()] == [1]
-
-
-def test_a_log_shows_the_last_state_of_a_bar(tmp_path) -> None:
     assert last_lines(tmp_path / "log.txt", 3) == []
     (tmp_path / "log.txt").write_text("first\n\n 1/8 steps\r 2/8 steps\r\nerror: no\n")
     assert last_lines(tmp_path / "log.txt", 2) == [" 2/8 steps", "error: no"]
@@ -204,10 +179,9 @@ def test_what_cannot_be_started_is_said_at_once(tmp_path, monkeypatch) -> None:
     (tmp_path / "photos" / "a.jpg").touch()
     with pytest.raises(ValueError, match="not empty and holds no run"):
         Job.start(easy(), tmp_path / "photos")
-    with pytest.raises(FileNotFoundError, match="holds no run"):
-        Job.attach(tmp_path / "photos")
-    with pytest.raises(FileNotFoundError, match="holds no run"):
-        next(resume(tmp_path / "photos"))
+    for use in (Job.attach, lambda folder: next(resume(folder))):
+        with pytest.raises(FileNotFoundError, match="holds no run"):
+            use(tmp_path / "photos")
 
 
 def test_code_of_a_cell_is_kept_compared_and_only_trusted_here(tmp_path, monkeypatch) -> None:
@@ -239,24 +213,17 @@ def test_nothing_to_stop_a_number_that_another_process_has_now_and_a_copy(tmp_pa
     assert not copy.running() and copy.stop() is False and copy.state().name == "new"
 
 
-@pytest.mark.parametrize(
-    ("last", "name"),
-    [
-        ("starting", "starting"),
-        ("training", "training"),
-        ("finished", "stopping"),
-        ("stopped", "stopping"),
-    ],
-)
-def test_what_is_said_while_the_process_lives(tmp_path, last, name) -> None:
+def test_what_is_said_while_the_process_lives(tmp_path) -> None:
     """Between the last word of a training and the end of its process, it is not starting.
 
     Nor finished: who starts another training then would find this one.
     """
     Run(tmp_path / "run", easy())
     Job(tmp_path / "run")._note(process_record(psutil.Process()))
-    write_json(tmp_path / "run" / STATUS, {"state": last})
-    assert Job.attach(tmp_path / "run").state().name == name
+    said = {"starting": "starting", "training": "training"}
+    for last, name in (said | {"finished": "stopping", "stopped": "stopping"}).items():
+        write_json(tmp_path / "run" / STATUS, {"state": last})
+        assert Job.attach(tmp_path / "run").state().name == name
 
 
 def test_ctrl_c_while_waiting_stops_the_job_in_one_line(tmp_path, monkeypatch) -> None:

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from mimdet.analysis.metrics import (
-    COLUMNS,
-    Metrics,
-    coco_metrics,
-    doubts_about,
-    read_results,
-)
+from mimdet.analysis.metrics import COLUMNS, Metrics, coco_metrics, doubts_about, read_results
 from mimdet.structures import bitmap_to_rle
 
 DATA = os.environ.get("MIMDET_DATA", "")
@@ -105,10 +100,8 @@ def check_against_reference(truth: dict[str, Any], results: list[dict[str, Any]]
     for iou_type, numbers in (("bbox", metrics.box), ("segm", metrics.mask)):
         ours = [numbers[column] for column in COLUMNS]
         np.testing.assert_allclose(ours, reference(truth, results, iou_type), rtol=0, atol=1e-9)
-    for numbers, per_class in (
-        (metrics.box, metrics.box_per_class),
-        (metrics.mask, metrics.mask_per_class),
-    ):
+    both = ((metrics.box, metrics.box_per_class), (metrics.mask, metrics.mask_per_class))
+    for numbers, per_class in both:
         known = [ap for ap in per_class.values() if not math.isnan(ap)]
         mean = sum(known) / len(known) if known else math.nan
         np.testing.assert_allclose(mean, numbers["AP"], rtol=0, atol=1e-9)
@@ -187,7 +180,7 @@ def test_more_masks_than_a_byte_counts() -> None:
 # --- by hand ----------------------------------------------------------------------------------
 
 
-def test_a_wrong_detection_ranked_first_halves_ap() -> None:
+def test_a_wrong_detection_ranked_first_halves_ap_and_image_ids_may_be_names() -> None:
     truth = truth_of(rectangle(10, 10, 40, 40))
     results = [found(0.9, rectangle(120, 120, 40, 40)), found(0.8, rectangle(10, 10, 40, 40))]
     metrics = coco_metrics(truth, results)
@@ -196,6 +189,13 @@ def test_a_wrong_detection_ranked_first_halves_ap() -> None:
         assert (numbers["AR1"], numbers["AR10"], numbers["AR100"]) == (0, 1, 1)
         assert numbers["AP_medium"] == pytest.approx(0.5)
         assert math.isnan(numbers["AP_small"]) and math.isnan(numbers["AR_large"])
+    truth = truth_of(rectangle(10, 10, 40, 40), rectangle(5, 5, 30, 30), images=2)
+    truth["images"][0]["id"], truth["images"][1]["id"] = "b.png", "a.png"
+    for annotation, name in zip(truth["annotations"], ("b.png", "a.png"), strict=True):
+        annotation["image_id"] = name
+        del annotation["iscrowd"]  # an object, then
+    results = [annotation | {"score": 0.5} for annotation in truth["annotations"]]
+    assert coco_metrics(truth, results).box["AP"] == 1.0
 
 
 def test_annotation_id_0_scores_1_on_itself() -> None:
@@ -221,8 +221,7 @@ def test_mask_sizes_are_mask_areas_though_results_have_boxes() -> None:
 def test_area_scale_moves_the_size_rows_only() -> None:
     truth = truth_of(rectangle(10, 10, 6, 6), rectangle(60, 60, 10, 10))
     results = [found(0.9, rectangle(60, 60, 10, 10))]
-    standard = coco_metrics(truth, results)
-    scaled = coco_metrics(truth, results, area_scale=(128 / 640) ** 2)
+    standard, scaled = (coco_metrics(truth, results, area_scale=s) for s in (1, (128 / 640) ** 2))
     assert standard.area_ranges["medium"] == (1024, 9216)
     assert scaled.area_ranges["small"] == (0, pytest.approx(40.96))
     assert scaled.area_ranges["large"] == (pytest.approx(368.64), 1e10)
@@ -234,11 +233,10 @@ def test_area_scale_moves_the_size_rows_only() -> None:
 
 
 def test_per_class_and_categories_without_objects() -> None:
-    truth = truth_of(
-        rectangle(10, 10, 40, 40), rectangle(80, 80, 40, 40) | {"category_id": 2}, categories=3
-    )
-    results = [found(0.9, rectangle(10, 10, 40, 40)), found(0.9, rectangle(0, 0, 9, 9))]
-    results[1]["category_id"] = 3
+    second = rectangle(80, 80, 40, 40) | {"category_id": 2}
+    truth = truth_of(rectangle(10, 10, 40, 40), second, categories=3)
+    third = found(0.9, rectangle(0, 0, 9, 9), category_id=3)
+    results = [found(0.9, rectangle(10, 10, 40, 40)), third]
     metrics = coco_metrics(truth, results)
     for per_class in (metrics.box_per_class, metrics.mask_per_class):
         assert list(per_class) == ["kind 1", "kind 2", "kind 3"]
@@ -265,26 +263,13 @@ def test_no_results_and_no_images() -> None:
         assert all(math.isnan(number) for number in [*metrics.box.values(), *metrics.mask.values()])
 
 
-def test_image_ids_may_be_names() -> None:
-    truth = truth_of(rectangle(10, 10, 40, 40), rectangle(5, 5, 30, 30), images=2)
-    truth["images"][0]["id"], truth["images"][1]["id"] = "b.png", "a.png"
-    for annotation, name in zip(truth["annotations"], ("b.png", "a.png"), strict=True):
-        annotation["image_id"] = name
-        del annotation["iscrowd"]  # an object, then
-    results = [annotation | {"score": 0.5} for annotation in truth["annotations"]]
-    assert coco_metrics(truth, results).box["AP"] == 1.0
-
-
-def test_inputs_are_left_alone_and_nothing_is_printed(
-    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_inputs_are_left_alone_and_nothing_is_printed(capfd, caplog) -> None:
     caplog.set_level(logging.INFO)
     truth, results = random_case(3)
     before = copy.deepcopy((truth, results))
     coco_metrics(truth, results)
     assert (truth, results) == before
-    assert capfd.readouterr() == ("", "")
-    assert not caplog.records
+    assert capfd.readouterr() == ("", "") and not caplog.records
 
 
 SIZES = ["_small", "_medium", "_large"]
@@ -293,7 +278,7 @@ NUMBERS += [f"AR{part}" for part in ["1", "10", "100", *SIZES]]
 """COCO's twelve, in its order."""
 
 
-def test_table_and_json() -> None:
+def test_table_and_json_and_one_iou_type_leaves_the_other_empty() -> None:
     truth = truth_of(rectangle(10, 10, 40, 40))
     metrics = coco_metrics(truth, [found(0.9, rectangle(10, 10, 40, 40))])
     heading, box, mask = metrics.table().splitlines()
@@ -305,9 +290,6 @@ def test_table_and_json() -> None:
     written = json.loads(json.dumps(metrics.to_dict(), allow_nan=False))
     assert written["box"]["AP_small"] is None and written["mask"]["AP"] == pytest.approx(1)
     assert written["area_ranges"]["small"] == [0, 1024]
-
-
-def test_one_iou_type_leaves_the_other_empty() -> None:
     result = found(0.9, rectangle(10, 10, 40, 40))
     result.pop("segmentation")
     metrics = coco_metrics(truth_of(rectangle(10, 10, 40, 40)), [result], iou_types=("bbox",))
@@ -335,14 +317,15 @@ def test_results_that_cannot_be_evaluated(change: dict[str, Any], message: str) 
 
 def test_truth_that_cannot_be_evaluated() -> None:
     truth = truth_of(rectangle(10, 10, 40, 40))
-    with pytest.raises(ValueError, match="annotation 1 has no 'area'"):
-        coco_metrics(truth | {"annotations": [truth["annotations"][0] | {"area": None}]}, [])
-    with pytest.raises(ValueError, match="image 1 has no height and width"):
-        coco_metrics(truth | {"images": [{"id": 1}]}, [])
-    with pytest.raises(ValueError, match="area_scale=0"):
-        coco_metrics(truth, [], area_scale=0)
-    with pytest.raises(ValueError, match="iou_types"):
-        coco_metrics(truth, [], iou_types=("boxes",))  # type: ignore[arg-type]
+    no_area = {"annotations": [truth["annotations"][0] | {"area": None}]}
+    for change, options, message in (
+        (no_area, {}, "annotation 1 has no 'area'"),
+        ({"images": [{"id": 1}]}, {}, "image 1 has no height and width"),
+        ({}, {"area_scale": 0}, "area_scale=0"),
+        ({}, {"iou_types": ("boxes",)}, "iou_types"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            coco_metrics(truth | change, [], **options)
 
 
 GONE = object()
@@ -363,9 +346,7 @@ GONE = object()
         ({"segmentation": {"size": [200, 200], "counts": "o"}}, "malformed|cover"),
     ],
 )
-def test_a_results_file_is_read_by_declared_types(
-    change: dict[str, Any], said: str, tmp_path: Path
-) -> None:
+def test_a_results_file_is_read_by_declared_types(change, said, tmp_path) -> None:
     """Run lengths included: pycocotools would read beyond those that are cut off."""
     truth, good = truth_of(rectangle(10, 10, 40, 40)), found(0.9, rectangle(10, 10, 40, 40))
     file = tmp_path / "results.json"
@@ -380,19 +361,18 @@ def test_a_results_file_is_read_by_declared_types(
 def results_of_others(truth: dict[str, Any]) -> list[dict[str, Any]]:
     """A sound result in each of ten images, in different places and of different scores."""
     return [
-        {
-            "image_id": image["id"],
-            "category_id": 1,
-            "bbox": [100.0 + i, 90.0, 60.0, 50.0 + i],
-            "score": i / 10,
-        }
+        {"image_id": image["id"], "category_id": 1, "score": i / 10}
+        | {"bbox": [100.0 + i, 90.0, 60.0, 50.0 + i]}
         for i, image in enumerate(truth["images"])
     ]
 
 
-def corners(result: dict[str, Any]) -> dict[str, Any]:
-    x, y, w, h = result["bbox"]
-    return result | {"bbox": [x, y, x + w, y + h]}
+def boxes_of(results: list[Any], change: Callable[[list[float]], list[float]]) -> list[Any]:
+    return [one | {"bbox": change(one["bbox"])} for one in results]
+
+
+def corners(box: list[float]) -> list[float]:
+    return [box[0], box[1], box[0] + box[2], box[1] + box[3]]
 
 
 @pytest.mark.parametrize(
@@ -402,20 +382,11 @@ def corners(result: dict[str, Any]) -> dict[str, Any]:
         (lambda r: [one | {"score": one["score"] * 3} for one in r], "6 of 10 scores are not in"),
         (lambda r: r[:5], "5 of 10 images have no result, first 6"),
         (lambda r: r[:9], None),
-        (lambda r: [corners(one) for one in r], "10 of 10 boxes reach .* as x1, y1, x2, y2 they"),
+        (lambda r: boxes_of(r, corners), "10 of 10 boxes reach .* as x1, y1, x2, y2 they"),
         (lambda r: [*r, *r[:3]], "3 of 13 results are there more than once"),
-        (
-            lambda r: [one | {"bbox": [0.1, 0.2, 0.3, 0.4]} for one in r],
-            "10 of 10 boxes lie in 0..2, like shares",
-        ),
-        (
-            lambda r: [one | {"bbox": [9.0, 9.0, 0.0, 4.0]} for one in r[:1]] + r[1:],
-            "1 of 10 .*empty",
-        ),
-        (
-            lambda r: [one | {"bbox": [4 * side for side in one["bbox"]]} for one in r],
-            r"10 of 10 boxes reach beyond their image as x, y, width, height$",
-        ),
+        (lambda r: boxes_of(r, lambda _: [0.1, 0.2, 0.3, 0.4]), "10 of 10 boxes lie in 0..2, like"),
+        (lambda r: boxes_of(r[:1], lambda _: [9.0, 9.0, 0.0, 4.0]) + r[1:], "1 of 10 .*empty"),
+        (lambda r: boxes_of(r, lambda box: [4 * side for side in box]), r"10 of 10 .*, height$"),
         (lambda r: [], None),
     ],
 )
@@ -431,7 +402,17 @@ def test_results_of_others_are_doubted_with_counts(change, said, tmp_path, recwa
     assert not said or (re.search(said, told[0]) and "others.json" in told[0]), told
 
 
-def test_faulty_results_are_counted(tmp_path) -> None:
+def test_a_file_that_holds_no_list_of_detections_or_faulty_ones_which_are_counted(tmp_path) -> None:
+    neither = {"image_id": 1, "category_id": 1, "score": 0.5}
+    mask = {k: v for k, v in found(0.9, rectangle(10, 10, 40, 40)).items() if k != "bbox"}
+    for content, said in (
+        ({"annotations": []}, "it holds no list of detections"),
+        ([neither], "it has neither bbox nor segmentation"),
+        ([mask, neither], r"results\[1\]: .*has no 'segmentation'"),
+    ):
+        (tmp_path / "others.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=said):
+            read_results(tmp_path / "others.json", truth_of(rectangle(10, 10, 40, 40)))
     good = found(0.9, rectangle(10, 10, 40, 40))
     truth = truth_of(rectangle(10, 10, 40, 40))
     faulty = [good, *[good | {"image_id": 7}] * 3, good | {"score": math.nan}]
@@ -443,43 +424,21 @@ def test_faulty_results_are_counted(tmp_path) -> None:
         coco_metrics(truth, faulty)
 
 
-def test_a_file_that_holds_no_list_of_detections(tmp_path) -> None:
-    truth, file = truth_of(rectangle(10, 10, 40, 40)), tmp_path / "others.json"
-    file.write_text('{"annotations": []}')
-    with pytest.raises(ValueError, match="it holds no list of detections"):
-        read_results(file, truth)
-    neither = {"image_id": 1, "category_id": 1, "score": 0.5}
-    file.write_text(json.dumps([neither]))
-    with pytest.raises(ValueError, match="it has neither bbox nor segmentation"):
-        read_results(file, truth)
-    masks = {k: v for k, v in found(0.9, rectangle(10, 10, 40, 40)).items() if k != "bbox"}
-    file.write_text(json.dumps([masks, neither]))
-    with pytest.raises(ValueError, match=r"results\[1\]: .*has no 'segmentation'"):
-        read_results(file, truth)
-
-
-def test_doubts_in_full(tmp_path) -> None:
+def test_doubts_in_full() -> None:
     """Borders included: a score of 0 or 1 is sound, so is a box of one pixel's width."""
-    truth = truth_of(rectangle(10, 10, 40, 40))
-    size = truth["images"][0]["width"]
+    truth = truth_of(rectangle(10, 10, 40, 40))  # in 200 x 200 pixels
     sound = {"image_id": 1, "category_id": 1, "bbox": [5.0, 5.0, 1.0, 9.0], "score": 0.0}
-    assert doubts_about(truth, [sound, sound | {"score": 1.0}]) == []
-    assert doubts_about(truth, [sound, sound | {"score": -0.1}]) == [
-        "1 of 2 scores are not in 0..1"
-    ]
-    assert doubts_about(truth, [sound, sound | {"bbox": [5.0, 5.0, 9.0, 0.0]}]) == [
-        "1 of 2 boxes are empty"
-    ]
-    shares = [sound | {"bbox": [0.1, 0.1, 0.5, 0.5]}]
-    assert doubts_about(truth, shares) == [
-        "1 of 1 boxes lie in 0..2, like shares of the image; they are pixels"
-    ]
-    low = [sound | {"bbox": [5.0, size - 2.0, 1.0, 9.0]}]  # beyond the lower edge alone
-    assert doubts_about(truth, low) == [
-        "1 of 1 boxes reach beyond their image as x, y, width, height"
-    ]
-    flat = [sound | {"bbox": [size / 2, size / 2, size / 2, size - 0.0]}]  # x1 = x2, y1 < y2
-    assert doubts_about(truth, flat) == [
-        "1 of 1 boxes reach beyond their image as x, y, width, height; as x1, y1, x2, y2 they "
-        "would fit"
-    ]
+    beyond = "boxes reach beyond their image as x, y, width, height"
+    for change, doubts in (
+        ({"score": 0.0}, []),
+        ({"score": 1.0}, []),
+        ({"score": -0.1}, ["scores are not in 0..1"]),
+        ({"bbox": [5.0, 5.0, 9.0, 0.0]}, ["boxes are empty"]),
+        (
+            {"bbox": [0.1, 0.1, 0.5, 0.5]},
+            ["boxes lie in 0..2, like shares of the image; they are pixels"],
+        ),
+        ({"bbox": [5.0, 198.0, 1.0, 9.0]}, [beyond]),  # beyond the lower edge alone
+        ({"bbox": [100.0, 100.0, 100.0, 200.0]}, [f"{beyond}; as x1, y1, x2, y2 they would fit"]),
+    ):
+        assert doubts_about(truth, [sound | change]) == [f"1 of 1 {doubt}" for doubt in doubts]

@@ -3,7 +3,6 @@
 import os
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -50,7 +49,7 @@ def test_quick_mode_says_what_it_is_and_trains(capsys) -> None:
     assert cfg.data.test_short_side == data.image_size(0)[0]  # seen as drawn, not enlarged
 
 
-def test_setup_repeats_every_random_number() -> None:
+def test_setup_repeats_every_random_number_and_steps_override_the_modes_own() -> None:
     def drawn(seed: int) -> tuple[float, float, float]:
         notebook_setup("quick", seed=seed)
         return random.random(), float(np.random.rand()), float(torch.rand(()))
@@ -58,9 +57,6 @@ def test_setup_repeats_every_random_number() -> None:
     first = drawn(1)
     assert drawn(1) == first
     assert all(a != b for a, b in zip(drawn(2), first, strict=True))
-
-
-def test_steps_override_the_modes_own() -> None:
     assert notebook_setup("quick", steps=7).training.steps == 7
     assert notebook_setup("quick").training.steps == notebook.quick_config().training.steps > 7
 
@@ -79,8 +75,7 @@ def test_full_mode_takes_coco_from_the_variable(tmp_path, monkeypatch, capsys) -
     beside.touch()
     cfg = notebook_setup("full", minutes={"quick": 1})
     assert cfg.training.init_from == str(beside)
-    assert cfg.preset == "mimdet_base"
-    assert cfg.data.source == "coco"
+    assert (cfg.preset, cfg.data.source) == ("mimdet_base", "coco")
     assert cfg.data.train_json == str(tmp_path / "annotations" / "instances_train2017.json")
     assert cfg.data.val_images == str(tmp_path / "val2017")
     told = capsys.readouterr().out
@@ -202,12 +197,6 @@ def shown(monkeypatch) -> list[list[str]]:
     return outputs
 
 
-def test_watch_outside_a_notebook_only_passes_steps_on(capsys) -> None:
-    assert not notebook.in_notebook()
-    assert [step.number for step in watch(steps(5), lambda: 1 / 0, every=0)] == [1, 2, 3, 4, 5]
-    assert capsys.readouterr().out == ""
-
-
 def test_watch_redraws_the_same_outputs_and_never_twice_the_same(shown, monkeypatch) -> None:
     assert list(watch(steps(0), every=0)) == shown == []
     seconds = iter(range(0, 1000, 10))  # every look at the clock is 10 s after the last
@@ -233,7 +222,7 @@ def test_watch_draws_after_an_interruption(shown) -> None:
     assert "at step 3" in alt_text
 
 
-def test_watch_closes_the_training_when_the_loop_is_left() -> None:
+def test_watch_closes_the_training_and_outside_a_notebook_only_passes_steps_on(capsys) -> None:
     saved = []
 
     def training() -> Iterator[Step]:
@@ -247,6 +236,9 @@ def test_watch_closes_the_training_when_the_loop_is_left() -> None:
         if step.number == 2:
             break
     assert saved == [True]
+    assert not notebook.in_notebook()
+    assert [step.number for step in watch(steps(5), lambda: 1 / 0, every=0)] == [1, 2, 3, 4, 5]
+    assert capsys.readouterr().out == ""
 
 
 # ------------------------------------------------------------------------------- what it opens
@@ -260,23 +252,11 @@ def test_quick_mode_opens_held_out_scenes_and_the_shipped_models() -> None:
     assert torch.equal(again.image, pictures.images[2])
     assert torch.equal(again.target.boxes, pictures.targets[2].boxes)
     detector, mae = open_detector(), open_mae()
-    assert not detector.training
-    assert not mae.training
+    assert not detector.training and not mae.training
     assert len(detector.detect(pictures.images[:1])) == 1
 
 
-def test_a_photo(tmp_path) -> None:
-    photo = tmp_path / "photo.png"
-    Image.new("RGB", (30, 20), (10, 20, 30)).save(photo)
-    pictures = open_pictures(str(photo))
-    assert pictures.images[0].shape == (3, 20, 30)
-    assert pictures.images[0][:, 0, 0].tolist() == [10, 20, 30]
-    assert len(pictures.targets[0]) == 0
-    assert pictures.dataset is None
-    assert pictures.categories == []
-
-
-def test_a_folder_and_how_a_configuration_names_it(tmp_path) -> None:
+def test_a_folder_and_how_a_configuration_names_it_or_a_photo(tmp_path) -> None:
     write_coco(tmp_path, [[[2, 3, 10, 5]], []], size=(30, 20))
     pictures = open_pictures(tmp_path)
     assert [len(target) for target in pictures.targets] == [1, 0]
@@ -285,6 +265,13 @@ def test_a_folder_and_how_a_configuration_names_it(tmp_path) -> None:
     assert [record.image_id for record in open_pictures(tmp_path, count=1).records] == [1]
     for split in ("train", "val"):
         assert len(build_dataset(pictures.data, split)) > 0
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (30, 20), (10, 20, 30)).save(photo)
+    pictures = open_pictures(str(photo))
+    assert pictures.images[0].shape == (3, 20, 30)
+    assert pictures.images[0][:, 0, 0].tolist() == [10, 20, 30]
+    assert len(pictures.targets[0]) == 0
+    assert pictures.dataset is None and pictures.categories == []
 
 
 def test_what_cannot_be_opened(tmp_path) -> None:
@@ -331,9 +318,8 @@ MAE = "mae_visualize_vit_base.pth"
         (open_mae, "mae-base-visualize", MAE, "models.weights.load_mae_model"),
     ],
 )
-def test_full_mode_opens_downloaded_weights_or_says_how_to_get_them(
-    monkeypatch, tmp_path: Path, opened, name: str, file: str, loader: str
-) -> None:
+def test_full_mode_opens_downloaded_weights(monkeypatch, tmp_path, opened, name, file, loader):
+    """Or says how to get them."""
     monkeypatch.setenv("MIMDET_WEIGHTS", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=f"mimdet download {name}.*MIMDET_WEIGHTS"):
         opened("full")

@@ -55,10 +55,8 @@ def test_a_control_is_answered_once(lamp: Lamp) -> None:
     lamp.level.value = 7
     assert torch.is_grad_enabled() and not any(enabled for _, enabled, _ in lamp.drawn)
     assert [level for level, _, _ in lamp.drawn] == [100, 7]  # not again for what draw moved
-    assert lamp.status.value == "level 7"
-    assert [canvas.seq for canvas in lamp.canvases] == [2, 2]
-    assert len(lamp.milliseconds) == 2
-    assert all(took > 0 for took in lamp.milliseconds)
+    assert lamp.status.value == "level 7" and [c.seq for c in lamp.canvases] == [2, 2]
+    assert len(lamp.milliseconds) == 2 and min(lamp.milliseconds) > 0
 
 
 def test_an_error_is_written_below_and_does_not_end_it(lamp: Lamp) -> None:
@@ -99,15 +97,7 @@ def test_a_change_from_another_thread_waits_for_its_turn(lamp: Lamp) -> None:
     assert Lamp()._lock is lamp._lock  # two panels may look into one model
 
 
-def test_it_arranges_rows_ends_with_the_status_and_gives_classes(lamp: Lamp) -> None:
-    controls, pictures, status = lamp.box.children
-    assert list(controls.children) == [lamp.level, lamp.other]
-    assert list(pictures.children) == lamp.canvases
-    assert status is lamp.status
-    assert "mimdet-lamp-level" in lamp.level._dom_classes
-
-
-def test_a_saved_notebook_shows_the_canvases(lamp: Lamp) -> None:
+def test_rows_of_the_panel_and_what_a_saved_notebook_shows(lamp: Lamp) -> None:
     data, metadata = lamp._repr_mimebundle_()
     picture = np.asarray(Image.open(io.BytesIO(data["image/png"])))
     assert picture.shape == (20, 20 + 8 + 30, 3)
@@ -116,6 +106,11 @@ def test_a_saved_notebook_shows_the_canvases(lamp: Lamp) -> None:
     assert data["text/plain"] == "a lamp"
     assert metadata["image/png"]["alt"] == "a lamp"
     assert WIDGET in data
+    controls, pictures, status = lamp.box.children
+    assert list(controls.children) == [lamp.level, lamp.other]
+    assert list(pictures.children) == lamp.canvases
+    assert status is lamp.status
+    assert "mimdet-lamp-level" in lamp.level._dom_classes
 
 
 # ------------------------------------------------------------------------------- own pictures
@@ -159,6 +154,12 @@ def test_choosing_a_picture(panel: Chosen) -> None:
     values = [value for _, value in panel.ratio.options]
     assert values == pytest.approx([ONE_TOKEN, *(0.05 * i for i in range(1, 21))])
     assert panel.ratio.continuous_update is False  # an answer may take longer than a step
+    # Without images it has eight scenes; none are an error.
+    panel = Chosen()
+    assert len(panel.images) == len(panel.image.options) == 8
+    assert panel.chosen.dtype == torch.uint8
+    with pytest.raises(ValueError, match="give at least one"):
+        Chosen([])
 
 
 def test_an_uploaded_picture_is_chosen_with_a_single_change(panel: Chosen) -> None:
@@ -183,14 +184,6 @@ def test_a_file_that_is_no_picture_changes_nothing_and_is_said(panel: Chosen) ->
     assert panel.status.value == "5 rows"
 
 
-def test_without_images_it_has_eight_scenes_and_none_are_an_error() -> None:
-    panel = Chosen()
-    assert len(panel.images) == len(panel.image.options) == 8
-    assert panel.chosen.dtype == torch.uint8
-    with pytest.raises(ValueError, match="give at least one"):
-        Chosen([])
-
-
 def test_a_large_detector_answers_with_few_proposals() -> None:
     """A thousand proposals become the hundred best; the model is itself again, also after an error.
 
@@ -212,9 +205,7 @@ def test_a_large_detector_answers_with_few_proposals() -> None:
     mimdet.predict(model, image)
     assert counts == [400, 100, 400]
     assert remark == " · heads on the 100 best proposals, not 400"
-
-
-def test_a_small_detector_is_left_as_it_is() -> None:
+    # A small one is left as it is.
     model = mimdet.build_detector(mimdet.presets.tiny())
     before = model.rpn.post_nms
     with few_proposals(model) as remark:

@@ -26,14 +26,11 @@ def shown(canvas: PatchCanvas, x: int, y: int) -> tuple[int, ...]:
     return colour
 
 
-def test_the_height_follows_from_the_picture(canvas: PatchCanvas) -> None:
+def test_the_height_follows_from_the_picture_and_both_are_one_message(canvas, monkeypatch) -> None:
     assert canvas.size == (60, 40)
     canvas.show(BLUE)
     assert canvas.size == (12, 8)
     assert (np.asarray(from_data_url(canvas.picture))[..., :3] == BLUE).all()
-
-
-def test_size_and_picture_are_one_message(canvas: PatchCanvas, monkeypatch) -> None:
     sent: list[set[str]] = []
     monkeypatch.setattr(canvas, "send_state", lambda key=None: sent.append(set(key)))
     canvas.show(BLUE // 2, width=30)

@@ -24,9 +24,6 @@ def white(height: int, width: int) -> draw.Pixels:
     return np.full((height, width, 3), 255, np.uint8)
 
 
-# ------------------------------------------------------------------------------- conversions
-
-
 @pytest.mark.parametrize("channels", [3, 4])
 def test_a_data_url_is_the_picture(channels: int) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (5, 7, channels), np.uint8)
@@ -63,13 +60,8 @@ def test_heat(values: list[float], ends: dict[str, float], expected: list[float 
 # ------------------------------------------------------------------------------- names
 
 
-@given(
-    st.lists(st.tuples(*[st.floats(-20, 120)] * 4), max_size=30),
-    st.floats(1, 60),
-)
-def test_names_never_overlap_nor_leave_the_image(
-    boxes: list[tuple[float, float, float, float]], width: float
-) -> None:
+@given(st.lists(st.tuples(*[st.floats(-20, 120)] * 4), max_size=30), st.floats(1, 60))
+def test_names_never_overlap_nor_leave_the_image(boxes, width) -> None:
     places = draw.place_names(boxes, [(width, 8.0)] * len(boxes), 100, 80)
     placed = [p for p in places if p is not None]
     for i, (x0, y0, x1, y1) in enumerate(placed):
@@ -116,6 +108,16 @@ def test_a_mask_fills_its_part_of_the_box() -> None:
     assert (picture[45, 80] == 255).all()
     plain = painted(Target(target().boxes, target().labels))
     assert (plain[45, 42] == 255).all() and plain[30, 30].tolist() == rgb(2)
+    # A figure draws the same marks at twice the resolution of the screen.
+    marks = draw.marks_of(target(), ["a", "b", "c"])
+    fig = draw.show_rows("what", [draw.Picture("title", white(20, 40), marks)])
+    (ax,) = fig.axes
+    picture = np.asarray(ax.images[0].get_array())
+    assert picture.shape[1] == pytest.approx(2 * ax.bbox.width, abs=1)
+    scale = picture.shape[1] / 40
+    assert picture[round(10 * scale), round(10 * scale)].tolist() == rgb(2)
+    assert (picture[0, 0] == 255).all()
+    assert fig.alt_text == "what: title."
 
 
 @pytest.mark.parametrize("size", [(40, 100), (1, 1), (3, 900)])
@@ -161,15 +163,3 @@ def test_weak_marks_are_thin_and_nameless_and_missed_ones_dashed() -> None:
     assert coloured(strong=False) == 2 * 81 + 2 * 19  # one pixel wide, nothing else
     assert coloured() > 2 * coloured(strong=False) > 2 * coloured(strong=False, dashed=True) > 150
     assert (grey == 128).all()  # the picture given is as it was
-
-
-def test_a_figure_draws_the_same_marks_at_twice_the_resolution_of_the_screen() -> None:
-    marks = draw.marks_of(target(), ["a", "b", "c"])
-    fig = draw.show_rows("what", [draw.Picture("title", white(20, 40), marks)])
-    (ax,) = fig.axes
-    picture = np.asarray(ax.images[0].get_array())
-    assert picture.shape[1] == pytest.approx(2 * ax.bbox.width, abs=1)
-    scale = picture.shape[1] / 40
-    assert picture[round(10 * scale), round(10 * scale)].tolist() == rgb(2)
-    assert (picture[0, 0] == 255).all()
-    assert fig.alt_text == "what: title."

@@ -35,7 +35,7 @@ def same(a, b):
         torch.testing.assert_close(getattr(a, part), getattr(b, part), atol=1e-5, rtol=1e-5)
 
 
-def test_every_kind_of_input_gives_the_same(model, picture, tmp_path):
+def test_every_kind_of_input_gives_the_same_in_its_own_pixels(model, picture, tmp_path):
     array = picture.permute(1, 2, 0).contiguous().numpy()
     pil = Image.fromarray(array)
     pil.save(tmp_path / "x.png")
@@ -45,6 +45,11 @@ def test_every_kind_of_input_gives_the_same(model, picture, tmp_path):
         same(mimdet.predict(model, image), expected)
     grey = picture.float().mean(0).to(torch.uint8).numpy()
     same(mimdet.predict(model, grey), mimdet.predict(model, Image.fromarray(grey)))
+    large = picture.repeat_interleave(3, 1).repeat_interleave(3, 2)
+    found = mimdet.predict(model, large)
+    assert found.image_size == (288, 288)
+    assert (found.boxes >= 0).all() and (found.boxes <= 288).all()
+    assert found.boxes.max() > 96
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 1.0])
@@ -56,28 +61,17 @@ def test_alone_and_in_company(model, picture, ratio):
         same(mimdet.predict(model, image, sample_ratio=ratio, seed=7), found)
 
 
-def test_seed_decides_the_tokens_below_ratio_one_only(model, picture):
-    a, b = (mimdet.predict(model, picture, sample_ratio=0.25, seed=s).scores for s in (0, 1))
-    assert not torch.equal(a, b)
-    a, b = (mimdet.predict(model, picture, sample_ratio=1.0, seed=s).scores for s in (0, 1))
-    assert torch.equal(a, b)
-
-
-def test_ready_sample_is_used(model, picture):
+def test_ready_sample_is_used_and_the_seed_decides_below_ratio_one_only(model, picture):
     plain = mimdet.predict(model, picture)
     everything, few = (
         mimdet.Sample([torch.tensor(places)], (4, 4)) for places in (list(range(16)), [0, 5])
     )
     same(mimdet.predict(model, picture, sample=everything), plain)
     assert not torch.equal(mimdet.predict(model, picture, sample=few).scores, plain.scores)
-
-
-def test_boxes_are_in_the_pictures_own_pixels(model, picture):
-    large = picture.repeat_interleave(3, 1).repeat_interleave(3, 2)
-    found = mimdet.predict(model, large)
-    assert found.image_size == (288, 288)
-    assert (found.boxes >= 0).all() and (found.boxes <= 288).all()
-    assert found.boxes.max() > 96
+    a, b = (mimdet.predict(model, picture, sample_ratio=0.25, seed=s).scores for s in (0, 1))
+    assert not torch.equal(a, b)
+    a, b = (mimdet.predict(model, picture, sample_ratio=1.0, seed=s).scores for s in (0, 1))
+    assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(
@@ -120,9 +114,6 @@ def test_full_mask_fills_its_box_to_the_pixel_centres():
     expected = torch.zeros(6, 8, dtype=torch.bool)
     expected[1:4, 2:6] = True
     assert torch.equal(mask, expected)
-
-
-def test_half_mask_covers_half_the_box():
     probabilities = torch.zeros(1, 28, 28)
     probabilities[:, :, 14:] = 1
     mask = paste(probabilities, torch.tensor([[0.0, 0.0, 8.0, 4.0]]), 4, 8)[0]
@@ -152,17 +143,13 @@ def test_run_lengths_equal_the_pasted_bitmaps(corners, seed, threshold):
         assert np.count_nonzero(rle_to_bitmap(rle) != bitmap) <= 1
 
 
-def test_no_masks_and_thresholds_that_would_fill_the_image():
+def test_run_lengths_by_hand_of_no_masks_and_thresholds_that_would_fill_the_image():
     assert probabilities_to_rle(torch.zeros(0, 28, 28), torch.zeros(0, 4), 5, 5) == []
-    for threshold in (0.0, 1.1):
-        with pytest.raises(ValueError, match="threshold"):
-            probabilities_to_rle(torch.ones(1, 2, 2), torch.zeros(1, 4), 5, 5, threshold)
-
-
-def test_bitmaps_and_run_lengths_are_inverse():
     bitmap = torch.zeros(5, 4, dtype=torch.bool)
     bitmap[1:3, 2] = True
     rle = bitmap_to_rle(bitmap.numpy())
-    assert isinstance(rle["counts"], str)
-    assert coco_mask.area(rle) == 2
+    assert isinstance(rle["counts"], str) and coco_mask.area(rle) == 2
     assert np.array_equal(rle_to_bitmap(rle), bitmap.numpy())
+    for threshold in (0.0, 1.1):
+        with pytest.raises(ValueError, match="threshold"):
+            probabilities_to_rle(torch.ones(1, 2, 2), torch.zeros(1, 4), 5, 5, threshold)

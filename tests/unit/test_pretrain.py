@@ -3,13 +3,14 @@
 import json
 import math
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import mimdet
-from mimdet.config import PicturesConfig, PretrainConfig, save_config
+from mimdet.config import PicturesConfig, PretrainConfig, load_config, save_config
 from mimdet.data.augment import rng_for
 from mimdet.data.pictures import (
     ImageLoader,
@@ -41,7 +42,7 @@ def test_it_learns(tmp_path) -> None:
     assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:8])
 
 
-def test_a_run_leaves_weights_metrics_and_pictures(undisturbed) -> None:
+def test_a_run_leaves_weights_metrics_and_pictures(undisturbed, tmp_path) -> None:
     evaluations = [row for row in rows_of(undisturbed) if "evaluation" in row]
     assert [row["step"] for row in evaluations] == [3, 4]
     assert evaluations[-1]["evaluation"]["held_out"]["loss"] > 0
@@ -50,6 +51,12 @@ def test_a_run_leaves_weights_metrics_and_pictures(undisturbed) -> None:
     original, visible = np.asarray(picture)[:64, :64], np.asarray(picture)[64:128, :64]
     patches = (original == visible).all(2).reshape(4, 16, 4, 16).all((1, 3))
     assert patches.sum() == 4  # a quarter of 16 patches, unchanged
+    # Without images that are held out there are weights, but no loss.
+    cfg = small_mae(2)
+    cfg.data.held_out = 0
+    assert [step.number for step in pretrain(cfg, tmp_path / "run")] == [1, 2]
+    assert (tmp_path / "run" / "mae.safetensors").exists()
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["held_out"] == {}
 
 
 def test_the_detector_starts_from_it(undisturbed, tmp_path, capsys) -> None:
@@ -73,14 +80,6 @@ def test_resumed_run_is_bit_identical(undisturbed, tmp_path, stop: int) -> None:
     assert_same_end(tmp_path / "run", undisturbed)
 
 
-def test_without_held_out_images_there_are_weights_but_no_loss(tmp_path) -> None:
-    cfg = small_mae(2)
-    cfg.data.held_out = 0
-    assert [step.number for step in pretrain(cfg, tmp_path / "run")] == [1, 2]
-    assert (tmp_path / "run" / "mae.safetensors").exists()
-    assert json.loads((tmp_path / "run" / "eval.json").read_text())["held_out"] == {}
-
-
 def test_it_goes_on_from_another_run(undisturbed, tmp_path) -> None:
     cfg = small_mae(1)
     cfg.training.init_from, cfg.training.learning_rate = str(undisturbed), 0.0
@@ -100,10 +99,9 @@ def test_float64(undisturbed, tmp_path) -> None:
     cfg = small_mae(4)
     cfg.training.precision = "fp64"
     list(pretrain(cfg, tmp_path / "run"))
-    losses = [
-        json.loads((run / "eval.json").read_text()) for run in (tmp_path / "run", undisturbed)
-    ]
-    double, single = (row["held_out"]["loss"] for row in losses)
+    runs = (tmp_path / "run", undisturbed)
+    ends = [json.loads((run / "eval.json").read_text()) for run in runs]
+    double, single = (end["held_out"]["loss"] for end in ends)
     assert double == pytest.approx(single, rel=0.05)  # other patches are drawn
 
 
@@ -119,8 +117,6 @@ def test_held_out_loss_depends_on_the_weights_alone() -> None:
 
 @pytest.mark.parametrize("name", PRETRAIN_PRESETS)
 def test_presets_are_fresh_and_stored(name: str, tmp_path) -> None:
-    from mimdet.config import load_config
-
     cfg = PRETRAIN_PRESETS[name]()
     assert cfg.preset == name
     cfg.mae.depth += 1
@@ -159,9 +155,8 @@ def test_a_folder_is_split_and_cropped(folder) -> None:
     loader = ImageLoader(train, cfg, 32, batch_size=2, accumulate=3, seed=0)
     steps = list(loader.batches(0, 2))
     assert [len(step) for step in steps] == [3, 3]
-    assert all(
-        x.shape == (3, 32, 32) and x.dtype == torch.uint8 for b in steps[0] for x in b.images
-    )
+    images = [image for batch in steps[0] for image in batch.images]
+    assert {(image.shape, image.dtype) for image in images} == {((3, 32, 32), torch.uint8)}
     first_epoch = [name for batch in steps[0] for name in batch.image_ids][:3]
     assert sorted(first_epoch) == sorted(train.image_id(i) for i in range(3))
 
@@ -180,31 +175,23 @@ def test_crops_cover_the_shares_asked_for() -> None:
     assert math.isclose(np.std(areas), 0.22, abs_tol=0.05)
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
+def test_bad_data_names_the_field(folder) -> None:
+    (folder.parent / "empty").mkdir()
+    for field, value, message in (
         ("folder", "/nowhere", "no folder with image files"),
+        ("folder", str(folder.parent / "empty"), "no folder with image files"),
         ("held_out", 5, "leaves no image of 5"),
         ("source", "video", "use 'folder', 'hub' or 'shapes'"),
-    ],
-)
-def test_bad_data_names_the_field(folder, field: str, value, message: str) -> None:
-    cfg = PicturesConfig(folder=str(folder))
-    setattr(cfg, field, value)
-    with pytest.raises(ValueError, match=message):
-        build_images(cfg, 0)
-    empty = folder.parent / "empty"
-    empty.mkdir()
-    with pytest.raises(ValueError, match="no folder with image files"):
-        build_images(PicturesConfig(folder=str(empty)), 0)
+    ):
+        cfg = PicturesConfig(folder=str(folder))
+        setattr(cfg, field, value)
+        with pytest.raises(ValueError, match=message):
+            build_images(cfg, 0)
 
 
 def test_a_hub_table(tmp_path) -> None:
-    from datasets import Dataset
-    from datasets import Image as ImageFeature
-
     rows = [{"image": Image.new("RGB", (40, 30), (i, 0, 0))} for i in range(4)]
-    table = Dataset.from_list(rows).cast_column("image", ImageFeature())
+    table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
     table.to_parquet(tmp_path / "train.parquet")
     cfg = PicturesConfig(source="hub", hub_name=str(tmp_path), held_out=1)
     train, held_out = build_images(cfg, 0)

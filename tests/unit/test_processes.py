@@ -1,11 +1,9 @@
 """Several processes compute what one process computes by accumulation, and speak with one voice."""
 
 import json
-import os
 import re
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,50 +19,31 @@ from mimdet.models.detector import build_roi_heads
 from mimdet.structures import Crops, Target
 from mimdet.training.run import CheckpointStore, load_detector
 from mimdet.training.train import train
-from tests.small import rows_of, small, write_coco
+from tests.small import WORDS, ended, rows_of, small, start, weights_of, write_coco
 
-SIZES = (
-    "--embed-dim 32 --depth 2 --num-heads 2 --decoder-dim 32 --decoder-depth 1 --decoder-heads 2 "
-    "--channels 16 --box-fc-dim 32 --short-sides 64 96 --test-short-side 64 --evaluate-every 0"
-).split()
+SIZES = [*WORDS, *"--depth 2 --short-sides 64 96 --evaluate-every 0".split()]
 SHAPES = "--shapes-size 64 --shapes-train 10 --shapes-val 5 --batch-size 2".split()
-WORDS = [*SIZES, *SHAPES, *"--drop-path 0.1 --sample-ratio 0.5".split()]
+OPTIONS = [*SIZES, *SHAPES, *"--drop-path 0.1 --sample-ratio 0.5".split()]
 # Without BatchNorm a micro-batch stands alone, whichever process computes it. Four of them are
 # added up in another order by two processes than by one: float64 shows that this is all.
 EXACT = "--norm GN --precision fp64 --accumulate 4 --steps 10".split()
 
 
-def start(launcher: list[str], words: list[str]) -> subprocess.Popen:
+def torchrun(launcher: list[str], words: list[str]) -> subprocess.Popen:
     """A torchrun with these options; `words` are those of the mimdet command."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *launcher, "-m", "mimdet", *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = ["torch.distributed.run", *launcher, "-m", "mimdet", *words]
+    return start(command, stderr=subprocess.PIPE)
 
 
 def finish(process: subprocess.Popen) -> str:
     """What it printed, once it has ended well."""
-    try:
-        printed, errors = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun then ends its processes, within 30 s
-        process.wait()
-        raise
+    printed, errors = ended(process, 240)
     assert process.returncode == 0, errors
     return printed
 
 
 def in_two_processes(*words: str) -> str:
-    return finish(start(["--standalone", "--nproc-per-node=2"], list(words)))
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    last = CheckpointStore(run / "checkpoints").load_last()
-    assert last is not None
-    return last.weights
+    return finish(torchrun(["--standalone", "--nproc-per-node=2"], list(words)))
 
 
 def steps(run: Path) -> list[dict]:
@@ -77,7 +56,7 @@ def steps(run: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("one") / "run"
-    cli.main(["train", "tiny", str(run), *WORDS, *EXACT])
+    cli.main(["train", "tiny", str(run), *OPTIONS, *EXACT])
     return run
 
 
@@ -85,7 +64,7 @@ def one(tmp_path_factory) -> Path:
 def two(tmp_path_factory) -> tuple[Path, str]:
     """The same training in two processes, and what they printed."""
     run = tmp_path_factory.mktemp("two") / "run"
-    return run, in_two_processes("train", "tiny", str(run), *WORDS, *EXACT)
+    return run, in_two_processes("train", "tiny", str(run), *OPTIONS, *EXACT)
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +76,8 @@ def nodes(tmp_path_factory) -> tuple[Path, str]:
         port = free.getsockname()[1]
     launcher = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1"]
     launcher.append(f"--master-port={port}")
-    command = ["train", "tiny", str(run), *WORDS, *EXACT]
-    machines = [start([*launcher, f"--node-rank={node}"], command) for node in (0, 1)]
+    command = ["train", "tiny", str(run), *OPTIONS, *EXACT]
+    machines = [torchrun([*launcher, f"--node-rank={node}"], command) for node in (0, 1)]
     first, second = [finish(machine) for machine in machines]
     assert "done: " in first and second == ""
     return run, first
@@ -112,7 +91,7 @@ def test_two_processes_equal_one(one, other, request):
     for a, b in zip(expected, actual, strict=True):
         assert b == pytest.approx(a, rel=1e-9, abs=1e-9)
         assert a["images"] == 8
-    ours, theirs = weights(run), weights(one)
+    ours, theirs = weights_of(run), weights_of(one)
     assert {value.dtype for value in ours.values()} == {torch.float64}
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, atol=1e-9, rtol=0, msg=name)
@@ -121,13 +100,13 @@ def test_two_processes_equal_one(one, other, request):
 
 def test_one_micro_batch_a_process_is_bit_identical_and_starts_from_given_weights(tmp_path, two):
     """a + b = b + a: nothing is rounded otherwise, in float32 too."""
-    words = [*WORDS, "--norm", "GN", "--accumulate", "2", "--steps", "3"]
+    words = [*OPTIONS, "--norm", "GN", "--accumulate", "2", "--steps", "3"]
     words += ["--init-from", str(two[0])]
     cli.main(["train", "tiny", str(tmp_path / "one"), *words])
     printed = in_two_processes("train", "tiny", str(tmp_path / "two"), *words)
     assert printed.count("warm start from") == 1
     assert steps(tmp_path / "two") == steps(tmp_path / "one")
-    ours, theirs = weights(tmp_path / "two"), weights(tmp_path / "one")
+    ours, theirs = weights_of(tmp_path / "two"), weights_of(tmp_path / "one")
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
 
 
@@ -204,7 +183,7 @@ def test_processes_without_objects_keep_up(tmp_path, mostly_empty):
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert np.isfinite([value for row in rows for value in row.values()]).all()
     assert sorted(row["loss_mask"] > 0 for row in rows) == [False, False, True, True]
-    assert all(value.isfinite().all() for value in weights(run).values())
+    assert all(value.isfinite().all() for value in weights_of(run).values())
 
 
 @pytest.mark.parametrize("norm", ["BN", "GN", "LN"])
@@ -288,7 +267,7 @@ def test_a_loss_that_is_not_finite_stops_all_and_names_the_images_of_one(seen):
     assert named is not None and len(named[1].split(",")) == 2  # of the step's four
 
 
-def test_alone_nothing_is_exchanged():
+def test_alone_nothing_is_exchanged_and_more_processes_than_gpus_are_refused(monkeypatch):
     assert (processes.rank(), processes.world()) == (0, 1)
     layer = torch.nn.Linear(2, 2)
     processes.sum_gradients(layer.parameters())
@@ -297,9 +276,6 @@ def test_alone_nothing_is_exchanged():
     assert processes.gather_lists([1, 2]) == [1, 2]
     assert processes.from_first("x") == "x"
     assert not processes.any_process(False, torch.device("cpu"))
-
-
-def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
@@ -311,8 +287,7 @@ class SlowWork:
     """An exchange that ends, well or not, at the moment in which the wait for it runs out."""
 
     def __init__(self, ends_well: bool) -> None:
-        self.ends_well = ends_well
-        self.over = False
+        self.ends_well, self.over = ends_well, False
 
     def wait(self, timeout=None) -> None:
         if timeout is not None and not self.over:

@@ -30,12 +30,7 @@ def test_unknown_name_lists_the_choices() -> None:
         mimdet.bild_detector  # noqa: B018
 
 
-def test_environment_follows_pyproject() -> None:
-    expected = environment.environment_text(PYPROJECT)
-    assert text("environment.yml") == expected, "run python tools/environment.py"
-
-
-def test_environment_by_hand() -> None:
+def test_environment_by_hand_and_follows_pyproject() -> None:
     written = environment.environment_text(
         """
         [project]
@@ -56,6 +51,8 @@ def test_environment_by_hand() -> None:
         '      - "torch>=2.11"',
         '      - "-e ."',
     ]
+    expected = environment.environment_text(PYPROJECT)
+    assert text("environment.yml") == expected, "run python tools/environment.py"
 
 
 @pytest.mark.parametrize("bad", ["a[b]>=1", "a; python_version<'3.12'", "a @ file:///b"])
@@ -102,9 +99,6 @@ def test_readme_is_short_and_its_commands_are_those_of_ci() -> None:
     assert INSTALL_AND_TEST in text("README.md")
     assert INSTALL_AND_TEST.split(" && ")[1] in text(".ci/run")
     assert (ROOT / ".ci" / "run").stat().st_mode & stat.S_IXUSR
-
-
-def test_this_version_is_told() -> None:
     assert f"## [{mimdet.__version__}]" in text("CHANGELOG.md")
     assert f"version: {mimdet.__version__}" in text("CITATION.cff")
 

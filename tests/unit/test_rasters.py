@@ -23,14 +23,8 @@ def test_crop_of_a_two_by_two_box_by_hand():
     mask[0, 1:3, 2:4] = [[True, False], [True, True]]
     crops = crops_from_bitmaps(mask, np.array([[2, 1, 4, 3]]), side=6)
     assert crops.boxes.tolist() == [[1.5, 0.5, 4.5, 3.5]]  # a cell is half a pixel
-    assert crops.bitmaps[0].tolist() == [
-        [0, 0, 0, 0, 0, 0],
-        [0, 1, 1, 0, 0, 0],
-        [0, 1, 1, 0, 0, 0],
-        [0, 1, 1, 1, 1, 0],
-        [0, 1, 1, 1, 1, 0],
-        [0, 0, 0, 0, 0, 0],
-    ]
+    rows = ["000000", "011000", "011000", "011110", "011110", "000000"]
+    assert crops.bitmaps[0].tolist() == [list(map(int, row)) for row in rows]
     assert crops.bitmaps.dtype == torch.uint8
 
 
@@ -42,24 +36,26 @@ def test_no_objects():
         assert crops.boxes.shape == (0, 4) and crops.bitmaps.shape == (0, 112, 112)
 
 
-def test_a_square_polygon_fills_every_inner_cell():
+def test_a_square_polygon_fills_every_inner_cell_and_its_bitmap():
     crops = crops_from_segmentations([[SQUARE]], 50, 60)
     cell = 10 / 110
     expected = torch.tensor([[10 - cell, 10 - cell, 20 + cell, 20 + cell]])
     torch.testing.assert_close(crops.boxes, expected)
     assert int(crops.bitmaps.sum()) == 110 * 110
     assert _empty_ring(crops.bitmaps)
+    square = full_bitmap([SQUARE], 30, 40)
+    assert square.shape == (30, 40) and square.dtype == bool
+    assert extent(square) == (10, 10, 20, 20) and square.sum() == 100
+    parts = [SQUARE, [value + 15 for value in SQUARE]]
+    assert full_bitmap(parts, 40, 40).sum() == 200  # two parts are one object
 
 
-def test_several_polygons_are_united_and_short_ones_skipped():
+def test_polygons_are_united_may_leave_the_image_and_keep_the_corners_of_a_sliver():
     right = [30.0, 10.0, 40.0, 10.0, 40.0, 20.0, 30.0, 20.0]
     bitmap = crops_from_segmentations([[SQUARE, [0, 0, 5, 5], right]], 50, 60).bitmaps[0]
     share = bitmap[1:-1, 1:-1].float().mean().item()
     assert share == pytest.approx(2 / 3, abs=0.02)  # of an extent of 30 x 10
     assert bitmap[56, 56] == 0 and bitmap[56, 10] == 1 and bitmap[56, 100] == 1
-
-
-def test_a_polygon_may_leave_the_image_and_a_sliver_keeps_its_corners():
     beyond, sliver = [-10, -10, 20, -10, 20, 20, -10, 20], [10, 10, 20, 20, 15, 15]
     crops = crops_from_segmentations([[beyond], [sliver]], 15, 15)
     assert crops.boxes[0, 0] < -10 and crops.bitmaps.sum((1, 2)).tolist() == [110 * 110, 3]
@@ -109,11 +105,3 @@ def test_a_crop_back_in_its_box_is_the_mask(seed, height, width):
     rows = ((np.arange(bottom - top) + 0.5) / (bottom - top) * 110).astype(int) + 1
     columns = ((np.arange(right - left) + 0.5) / (right - left) * 110).astype(int) + 1
     assert (bitmap[rows][:, columns] == mask[0, top:bottom, left:right]).all()
-
-
-def test_full_bitmap_of_polygons():
-    square = full_bitmap([SQUARE], 30, 40)
-    assert square.shape == (30, 40) and square.dtype == bool
-    assert extent(square) == (10, 10, 20, 20) and square.sum() == 100
-    parts = [SQUARE, [value + 15 for value in SQUARE]]
-    assert full_bitmap(parts, 40, 40).sum() == 200  # two parts are one object

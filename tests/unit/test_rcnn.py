@@ -49,11 +49,6 @@ def target(boxes: list[list[float]], labels: list[int], masks: Crops | None = No
 # ------------------------------------------------------------------ batch
 
 
-def test_padded_size() -> None:
-    assert padded_size(800, 1333) == (800, 1344)
-    assert padded_size(1, 32) == (32, 32)
-
-
 def test_batch_is_normalised_before_it_is_padded() -> None:
     tall = torch.full((3, 40, 20), 255, dtype=torch.uint8)
     wide = torch.zeros(3, 10, 33, dtype=torch.uint8)
@@ -61,6 +56,7 @@ def test_batch_is_normalised_before_it_is_padded() -> None:
     assert batch.tensors.shape == (2, 3, 64, 64)
     assert pad_and_normalise([wide], nn.Linear(1, 1).double()).tensors.dtype == torch.float64
     assert batch.image_sizes == [(40, 20), (10, 33)]
+    assert padded_size(800, 1333) == (800, 1344) and padded_size(1, 32) == (32, 32)
     for channel in range(3):
         mean, std = IMAGENET_MEAN[channel], IMAGENET_STD[channel]
         white, black = batch.tensors[0, channel], batch.tensors[1, channel]
@@ -78,13 +74,11 @@ def test_anchors_by_hand() -> None:
     assert two.tolist() == [[-16, -16, 16, 16], [-12, -16, 20, 16]]  # the second is 4 px right
 
     ratios = AnchorGrid(sizes=(32,), ratios=(0.25, 4.0), strides=(8,))([(2, 1)])[0]
-    assert ratios.tolist() == [  # ratio = height / width; area stays 32 x 32
-        [-32, -8, 32, 8],
-        [-8, -32, 8, 32],
-        [-32, 0, 32, 16],
-        [-8, -24, 8, 40],
-    ]
+    expected = [[-32, -8, 32, 8], [-8, -32, 8, 32], [-32, 0, 32, 16], [-8, -24, 8, 40]]
+    assert ratios.tolist() == expected  # ratio = height / width; area stays 32 x 32
     assert ratios.dtype == torch.float32
+    with pytest.raises(ValueError, match="2 anchor sizes for 1 pyramid levels"):
+        AnchorGrid((32, 64), (1.0,), (4,))
 
 
 def test_anchors_of_p6_keep_stride_64_and_are_not_rounded() -> None:
@@ -96,11 +90,6 @@ def test_anchors_of_p6_keep_stride_64_and_are_not_rounded() -> None:
     assert width.item() == pytest.approx(512 * 2**0.5, rel=1e-6)  # 724.08, not 724
 
 
-def test_one_anchor_size_a_level() -> None:
-    with pytest.raises(ValueError, match="2 anchor sizes for 1 pyramid levels"):
-        AnchorGrid((32, 64), (1.0,), (4,))
-
-
 # ------------------------------------------------------------------ box coder
 
 
@@ -109,21 +98,13 @@ def test_box_deltas_by_hand() -> None:
     box = torch.tensor([[5.0, 5.0, 15.0, 15.0]])
     deltas = BoxCoder((10.0, 10.0, 5.0, 5.0)).encode(reference, box)
     torch.testing.assert_close(deltas, torch.tensor([[5.0, 0.0, 0.0, 5 * math.log(0.5)]]))
-    per_class = BoxCoder().decode(
-        reference, torch.tensor([[[0.5, 0, 0, 0], [0, 0, math.log(2), 0]]])
-    )
-    assert per_class.shape == (1, 2, 4)
-    torch.testing.assert_close(
-        per_class[0], torch.tensor([[5.0, 0.0, 15.0, 20.0], [-5.0, 0.0, 15.0, 20.0]])
-    )
-
-
-def test_a_size_delta_is_clamped_from_above_only() -> None:
-    reference = torch.tensor([[0.0, 0.0, 8.0, 8.0]])
-    huge = BoxCoder().decode(reference, torch.tensor([[0.0, 0.0, 50.0, -50.0]]))[0]
-    assert math.exp(MAX_SIZE_DELTA) == pytest.approx(62.5)
-    assert (huge[2] - huge[0]).item() == pytest.approx(8 * 62.5)
-    assert (huge[3] - huge[1]).item() == pytest.approx(0, abs=1e-6)
+    per_class = BoxCoder().decode(reference, torch.tensor([[[0.5, 0, 0, 0], [0, 0, LOG2, 0]]]))
+    expected = torch.tensor([[[5.0, 0.0, 15.0, 20.0], [-5.0, 0.0, 15.0, 20.0]]])
+    torch.testing.assert_close(per_class, expected)
+    # A size delta is clamped from above only.
+    x0, y0, x1, y1 = BoxCoder().decode(reference, torch.tensor([[0.0, 0.0, 50.0, -50.0]]))[0]
+    assert math.exp(MAX_SIZE_DELTA) == pytest.approx(62.5) == (x1 - x0).item() / 10
+    assert (y1 - y0).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_decoding_is_float32_whatever_the_heads_computed_in() -> None:
@@ -187,14 +168,10 @@ def test_matching_by_hand() -> None:
     index, label = match(overlap, [1, 0, 1], 0.3, 0.7)  # two images of one object, one of none
     assert index[0].tolist() == [0, 0, 0, 0] and index[2].tolist() == [1, 1, 1, 1]
     assert label.tolist() == [[1, -1, 0, -1], [0, 0, 0, 0], [0, -1, 0, 1]]
-
-
-def test_the_lower_bound_is_not_background() -> None:
+    # The lower bound is not background.
     assert match(torch.tensor([[0.3, 0.2999]]), [1], 0.3, 0.7)[1].tolist() == [[-1, 0]]
     assert match(torch.tensor([[0.5, 0.4999]]), [1], 0.5, 0.5)[1].tolist() == [[1, 0]]
-
-
-def test_every_true_box_gets_its_best_candidates() -> None:
+    # Every true box gets its best candidates, if it is asked for.
     overlap = torch.tensor([[0.10, 0.20, 0.20, 0.00], [0.00, 0.60, 0.05, 0.65]])
     assert match(overlap, [2], 0.3, 0.7)[1].tolist() == [[0, -1, 0, -1]]
     index, label = match(overlap, [2], 0.3, 0.7, overlap.amax(1, keepdim=True))
@@ -291,27 +268,21 @@ def propose(
     return rpn.propose(anchors, maps, deltas or zero, [size])[0]
 
 
-def test_proposals_are_clipped_and_sorted() -> None:
+def test_proposals_are_clipped_and_sorted_and_those_outside_or_not_finite_drop_out() -> None:
     found = propose(small_rpn(), [[1.0, 3.0, 2.0, -4.0]])
     assert found.boxes.tolist() == [[4, 0, 12, 4], [0, 4, 4, 12], [0, 0, 4, 4], [4, 4, 12, 12]]
     assert found.logits.tolist() == [3, 2, 1, -4]
-
-
-def test_proposals_outside_the_image_or_not_finite_drop_out() -> None:
     deltas = torch.zeros(1, 4, 4)
     deltas[0, 0, 2] = float("nan")
     found = propose(small_rpn(), [[5.0, 3.0, 2.0, 1.0]], (12, 4), [deltas])
     assert found.boxes.tolist() == [[0, 4, 4, 12]]  # of an image 4 wide; anchor 0 was not a number
 
 
-def test_pre_and_post_nms_counts_depend_on_the_phase() -> None:
+def test_nms_works_within_a_level_and_counts_depend_on_the_phase() -> None:
     rpn = small_rpn(2, pre_nms=(4, 2), post_nms=(5, 3))
     logits = [[4.0, 3.0, 2.0, 1.0], [8.0, 7.0, 6.0, 5.0]]
     assert propose(rpn, logits).logits.tolist() == [8, 7, 4]  # two a level, three in all
     assert propose(rpn.train(), logits).logits.tolist() == [8, 7, 6, 5, 4]
-
-
-def test_nms_works_within_a_level() -> None:
     shifted = torch.zeros(1, 4, 4)
     shifted[0, 0, 0] = 1.0  # anchor 0 moves 8 px right, onto anchor 1
     equal = propose(small_rpn(), [[5.0, 3.0, 2.0, 1.0]], deltas=[shifted])
@@ -320,7 +291,7 @@ def test_nms_works_within_a_level() -> None:
     assert len(across.boxes) == 8  # equal boxes of different levels all stay
 
 
-def test_rpn_losses_by_hand() -> None:
+def test_rpn_losses_by_hand_and_its_initialisation() -> None:
     """Four anchors, one of them the object; a second image is empty."""
     rpn = small_rpn(anchors_per_image=4)
     anchors = torch.cat(rpn.anchors([(2, 2)]))
@@ -338,6 +309,13 @@ def test_rpn_losses_by_hand() -> None:
     rpn.anchors_per_image = 256
     many = rpn.losses(anchors, torch.zeros(2, 4), torch.zeros(2, 4, 4), targets)
     assert many["loss_rpn_cls"].item() == pytest.approx(8 * LOG2 / 512)
+    rpn = RPN(64, AnchorGrid((8,), (1.0,), (8,)))
+    init_rpn(rpn)
+    for name, parameter in rpn.head.named_parameters():
+        if name.endswith("bias"):
+            assert parameter.abs().max() == 0
+        elif parameter.numel() > 1000:
+            assert parameter.std().item() == pytest.approx(0.01, rel=0.05)
 
 
 def test_head_maps_and_anchors_are_in_the_same_order() -> None:
@@ -355,16 +333,6 @@ def test_head_maps_and_anchors_are_in_the_same_order() -> None:
     expected = [centre_x - width / 2, centre_y - width, centre_x + width / 2, centre_y + width]
     assert found[0].boxes[0].tolist() == pytest.approx(expected, rel=1e-5)
     assert losses == {}
-
-
-def test_init_rpn() -> None:
-    rpn = RPN(64, AnchorGrid((8,), (1.0,), (8,)))
-    init_rpn(rpn)
-    for name, parameter in rpn.head.named_parameters():
-        if name.endswith("bias"):
-            assert parameter.abs().max() == 0
-        elif parameter.numel() > 1000:
-            assert parameter.std().item() == pytest.approx(0.01, rel=0.05)
 
 
 # ------------------------------------------------------------------ RoI heads: losses
@@ -468,16 +436,14 @@ def test_best_boxes_by_hand() -> None:
 
     made.detections_per_image = 1
     assert made.best_boxes(boxes, scores, (50, 40)).scores.tolist() == pytest.approx([0.9])
-
-
-def test_a_proposal_with_a_box_that_is_no_number_drops_out() -> None:
+    # Of a proposal whose box or score is no number nothing is left.
     boxes = torch.tensor([[[0.0, 0, 10, 10]], [[float("inf"), 0, 10, 10]], [[20.0, 0, 30, 10]]])
     scores = torch.tensor([[0.9], [0.8], [float("nan")]])
     found = heads(num_classes=1).best_boxes(boxes, scores, (50, 50))
     assert found.scores.tolist() == pytest.approx([0.9])
 
 
-def test_masks_are_of_the_predicted_class() -> None:
+def test_masks_are_of_the_predicted_class_and_nothing_found_is_no_error() -> None:
     made = heads().eval()
     constant_mask_head(made, [-LOG2, LOG2])
     box = torch.tensor([[0.0, 0, 8, 8], [1, 1, 9, 9]])
@@ -489,9 +455,6 @@ def test_masks_are_of_the_predicted_class() -> None:
     first, second = made.add_masks(features, found)
     assert first.mask_probabilities.mean(dim=(1, 2)).tolist() == pytest.approx([2 / 3, 1 / 3])
     assert second.mask_probabilities.shape == (0, 28, 28)
-
-
-def test_nothing_found_is_empty_not_an_error() -> None:
     made = heads(score_threshold=0.99).eval()
     features = [torch.randn(1, 4, 32 // s, 32 // s) for s in (4, 8, 16, 32)]
     batch = Batch(torch.zeros(1, 3, 32, 32), [(32, 32)], [])

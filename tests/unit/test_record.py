@@ -9,12 +9,11 @@ from torch import Tensor, nn
 
 import mimdet
 from mimdet import presets
-from mimdet.models.mae import MAE
 from mimdet.models.sampling import Sample, Sampling
 from mimdet.viz import attention_names, rollout
 from mimdet.viz import record as module
 from mimdet.viz.record import record
-from tests.small import small
+from tests.small import little_mae, small
 
 ENCODER = "backbone.encoder.blocks.0.attn"
 DECODER = "backbone.decoder.blocks.0.attn"
@@ -87,11 +86,7 @@ def test_outputs_are_copies_of_what_a_module_gave(model, image):
     assert not seen["backbone.encoder"][0].requires_grad
     assert seen.attention == set()
     assert sorted(seen) == ["backbone.encoder", "backbone.encoder.norm", "backbone.stem"]
-    assert len(seen) == 3
-
-
-def test_gradients_flow_while_recording(model, image):
-    """A recording in a training step keeps copies and does not cut the graph."""
+    # A recording in a training step keeps copies and does not cut the graph.
     model.zero_grad()
     batch = torch.rand(1, 3, 64, 64)
     with record(model, ENCODER) as seen:
@@ -123,40 +118,27 @@ def count_hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-# ------------------------------------------------------------------------------- names
-
-
-def test_recordings_may_lie_in_each_other(model, image):
+def test_recordings_may_lie_in_each_other_and_a_pattern_means_every_name_it_fits(model, image):
     with record(model, ENCODER) as outer:
         with record(model, ENCODER, query=9) as inner:
             model.detect([image], sample=SOME)
         assert not model.get_submodule(ENCODER).fused_attn
     assert model.get_submodule(ENCODER).fused_attn
     assert torch.equal(outer[ENCODER][:, :, 0], inner[ENCODER])
-
-
-# ------------------------------------------------------------------------------- names
-
-
-def test_a_pattern_means_every_name_it_fits(model, image):
     with record(model, "backbone.encoder.blocks.*.attn", ENCODER) as seen:
         model.detect([image], sample=SOME)
     assert list(seen) == [ENCODER, "backbone.encoder.blocks.1.attn"]
 
 
-def test_an_unknown_name_is_refused_with_near_ones(model):
-    with (
-        pytest.raises(
-            ValueError, match=r"no module 'backbone\.encoder\.block\.0\.attn'.*blocks\.0"
-        ),
-        record(model, "backbone.encoder.block.0.attn"),
-    ):
+# ------------------------------------------------------------------------------- names
+
+
+def test_an_unknown_name_is_refused_and_what_was_not_recorded_is_said(model, image):
+    said = r"no module 'backbone\.encoder\.block\.0\.attn'.*blocks\.0"
+    with pytest.raises(ValueError, match=said), record(model, "backbone.encoder.block.0.attn"):
         pass
     with pytest.raises(ValueError, match="name at least one"), record(model):
         pass
-
-
-def test_what_was_not_recorded_is_said(model, image):
     with record(model, ENCODER) as seen:
         pass
     with pytest.raises(KeyError, match="has the model run"):
@@ -214,7 +196,7 @@ def test_an_unsampled_query_is_refused_in_the_encoder_only(model, image):
             seen.row(DECODER, wrong)
 
 
-def test_images_of_one_batch(model, image):
+def test_images_of_one_batch_whose_unequal_numbers_of_tokens_are_several_calls(model, image):
     sample = Sample([torch.tensor([9, 2]), torch.tensor([1, 9])], GRID)
     with record(model, ENCODER) as seen:
         model.detect([image, image.flip(2)], sample=sample)
@@ -223,9 +205,6 @@ def test_images_of_one_batch(model, image):
     assert torch.equal(seen.row(ENCODER, 9, index=1), seen[ENCODER][1, :, 1])
     assert torch.equal(one.row(ENCODER, 9, index=1), seen[ENCODER][1, :, 1])
     assert torch.equal(one.row(ENCODER, 9, index=0), seen[ENCODER][0, :, 0])
-
-
-def test_unequal_numbers_of_kept_tokens_are_several_calls(model, image):
     sample = Sample([torch.tensor([9, 2]), torch.tensor([1, 9, 3])], GRID)
     with record(model, ENCODER, DECODER) as seen:
         model.detect([image, image], sample=sample)
@@ -246,10 +225,8 @@ def test_more_memory_than_allowed_is_refused(model, image, monkeypatch):
     with record(model, "backbone.*.attn") as seen:  # exactly as much as there is room for
         model.detect([image], sample=SOME)
     monkeypatch.setattr(module, "LIMIT_GIB", 2 * one_encoder + 0.99 * one_decoder)
-    with (
-        pytest.raises(ValueError, match=r"query=, or whole=True"),
-        record(model, "backbone.*.attn"),
-    ):
+    said = r"query=, or whole=True"
+    with pytest.raises(ValueError, match=said), record(model, "backbone.*.attn"):
         model.detect([image], sample=SOME)
     with record(model, "backbone.*.attn", whole=True) as whole:
         model.detect([image], sample=SOME)
@@ -257,15 +234,10 @@ def test_more_memory_than_allowed_is_refused(model, image, monkeypatch):
     with record(model, "backbone.*.attn", query=9) as row:
         model.detect([image], sample=SOME)
     assert torch.equal(row[DECODER], seen[DECODER][:, :, 9])
-
-
-def test_the_first_block_foretells_the_memory_of_all(model, image, monkeypatch):
-    """A long run must not fail at its end: blocks of one kind need equally much."""
+    # A long run must not fail at its end: blocks of one kind need equally much.
     monkeypatch.setattr(module, "LIMIT_GIB", 1.5 * 2 * 16**2 * 4 / 2**30)
-    with (
-        pytest.raises(ValueError, match="2 blocks"),
-        record(model, "backbone.encoder.blocks.*.attn") as seen,
-    ):
+    names = "backbone.encoder.blocks.*.attn"
+    with pytest.raises(ValueError, match="2 blocks"), record(model, names) as seen:
         model.detect([image])
     assert len(seen) == 0
 
@@ -274,8 +246,7 @@ def test_the_first_block_foretells_the_memory_of_all(model, image, monkeypatch):
 
 
 def test_an_autoencoder_has_a_class_token():
-    torch.manual_seed(0)
-    mae = MAE(64, 16, 32, 2, 2, decoder_dim=32, decoder_depth=1, decoder_heads=2).eval()
+    mae = little_mae()
     sample = of(9, 2, 14)
     with torch.no_grad(), record(mae, "blocks.1.attn", "decoder_blocks.0.attn") as seen:
         mae(torch.rand(1, 3, 64, 64), sample=sample)
@@ -301,8 +272,7 @@ def test_baselines_give_maps_but_have_no_sample(preset, image):
     name = attention_names(baseline)[-1]
     with record(baseline, name, "backbone") as seen:
         baseline.detect([image])
-    plain = baseline.detect([image])[0]
-    assert len(plain) >= 0
+    baseline.detect([image])
     sums = seen[name].sum(dim=-1)
     torch.testing.assert_close(sums, torch.ones_like(sums), atol=1e-5, rtol=0)
     for look in (

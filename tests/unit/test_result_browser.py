@@ -67,6 +67,8 @@ def test_all_images_match_at_first() -> None:
     assert "detections: 7 in 3 images" in panel.status.value
     assert panel.canvases[0].label == "truth: 2 objects"
     assert panel.canvases[1].label == "detections: 1 correct, 2 wrong, 0 missed"
+    panel = ResultBrowser(Three(), [], width=100)
+    assert "detections: 5 in 3 images" in panel.status.value  # all missed
 
 
 @pytest.mark.parametrize(
@@ -84,9 +86,7 @@ def test_all_images_match_at_first() -> None:
         (None, None, "large", 0.3, [], 0),
     ],
 )
-def test_filters(
-    verdict: Any, category: Any, size: Any, score: float, images: list[int], count: int
-) -> None:
+def test_filters(verdict, category, size, score, images, count) -> None:
     panel = browser()
     panel.score.value = score
     panel.verdict.value, panel.category.value, panel.size.value = verdict, category, size
@@ -156,7 +156,7 @@ def test_two_runs_and_where() -> None:
     assert labels == ["truth", "first", "second"]
 
 
-def test_colours_follow_the_verdict() -> None:
+def test_colours_follow_the_verdict_and_masks_are_drawn_when_they_are_judged() -> None:
     panel = browser()
     panel.position.value = 3  # A found: a green box at its left edge, under a title
     picture = np.asarray(panel.canvases[1].snapshot())
@@ -166,9 +166,6 @@ def test_colours_follow_the_verdict() -> None:
     edge = np.asarray(panel.canvases[1].snapshot())[below + 10 : below + 50, 10]
     dashes = (edge == _rgb("missed")).all(1)
     assert 15 <= dashes.sum() <= 28
-
-
-def test_masks_are_drawn_when_they_are_judged() -> None:
     inside = {}
     for iou_type in ("bbox", "segm"):
         panel = browser(iou_type=iou_type)
@@ -180,24 +177,13 @@ def test_masks_are_drawn_when_they_are_judged() -> None:
     assert inside["segm"] == pytest.approx(30 + 0.4 * (green - 30), abs=1)
 
 
-def test_the_stored_picture_has_a_legend() -> None:
+def test_the_stored_picture_has_a_legend_with_a_colour_and_letter_a_verdict() -> None:
     panel = browser()
     _, metadata = panel._repr_mimebundle_()
     assert "3 of 3 images match" in metadata["image/png"]["alt"]
     row = max(canvas.size[1] for canvas in panel.canvases)
     height, width, _ = legend().shape
     assert panel.snapshot().size == (max(2 * 200 + 8, width), row + 20 + 8 + height + 20)
-
-
-def test_no_results_at_all() -> None:
-    panel = ResultBrowser(Three(), [], width=100)
-    assert "detections: 5 in 3 images" in panel.status.value  # all missed
-
-
-# ------------------------------------------------------------------------------- the legend
-
-
-def test_every_verdict_has_its_own_colour_and_letter() -> None:
     assert set(LOOKS) == set(VERDICTS)
     colours, letters, _ = zip(*LOOKS.values(), strict=True)
     assert len(set(colours)) == len(set(letters)) == len(VERDICTS)

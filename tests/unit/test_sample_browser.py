@@ -15,14 +15,8 @@ pytest.importorskip("anywidget")
 from mimdet.viz.widgets.sample_browser import KINDS, SampleBrowser
 
 SCENES = ShapesCOCO("shapes-v1-easy", 64, length=5, split="val")
-DATA = DataConfig(
-    short_sides=(96, 128),
-    crop_short_sides=(80,),
-    crop_sides=(48, 64),
-    crop_probability=1.0,
-    test_short_side=112,
-    lsj_size=160,
-)
+DATA = DataConfig(short_sides=(96, 128), crop_short_sides=(80,), crop_sides=(48, 64))
+DATA.crop_probability, DATA.test_short_side, DATA.lsj_size = 1.0, 112, 160
 
 
 @pytest.fixture

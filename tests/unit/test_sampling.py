@@ -56,9 +56,7 @@ def test_a_sampler_is_a_function_of_its_generator(name: str) -> None:
 
 
 @given(st.sampled_from([2, 4]), st.integers(1, 8), st.integers(1, 8), st.integers(0, 1000))
-def test_grid_sampler_keeps_every_second_or_fourth_row_and_column(
-    step: int, rows: int, columns: int, seed: int
-) -> None:
+def test_grid_sampler_keeps_every_second_or_fourth_row_and_column(step, rows, columns, seed):
     grid = (step * rows, step * columns)
     scores = grid_sampler(torch.zeros(grid[0] * grid[1], 1), grid, seeded(seed))
     kept = kept_map(scores, grid, 1 / step**2)
@@ -69,12 +67,9 @@ def test_grid_sampler_keeps_every_second_or_fourth_row_and_column(
     assert torch.equal(kept, lattice)
 
 
-def test_grid_sampler_at_one_half_is_a_chessboard() -> None:
+def test_grid_sampler_at_one_half_is_a_chessboard_and_moves_from_draw_to_draw() -> None:
     kept = kept_map(grid_sampler(torch.zeros(48, 1), (6, 8), seeded(0)), (6, 8), 0.5)
     assert torch.equal(kept[:, 1:], ~kept[:, :-1]) and torch.equal(kept[1:], ~kept[:-1])
-
-
-def test_grid_sampler_moves_from_draw_to_draw() -> None:
     corners = set()
     for seed in range(30):
         kept = kept_map(grid_sampler(torch.zeros(16, 1), (4, 4), seeded(seed)), (4, 4), 0.25)
@@ -83,9 +78,7 @@ def test_grid_sampler_moves_from_draw_to_draw() -> None:
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.floats(0.05, 1), st.integers(0, 1000))
-def test_block_sampler_keeps_whole_squares(
-    height: int, width: int, ratio: float, seed: int
-) -> None:
+def test_block_sampler_keeps_whole_squares(height, width, ratio, seed) -> None:
     scores = block_sampler(torch.zeros(height * width, 1), (height, width), seeded(seed))
     kept = kept_map(scores, (height, width), ratio)
     squares = [s for rows in kept.split(4, 0) for s in rows.split(4, 1)]
@@ -133,13 +126,7 @@ def test_an_images_draw_does_not_depend_on_its_batch(sampler: str) -> None:
     assert draw([0, 1]) == draw([0]) + draw([1])
 
 
-def test_places_by_hand() -> None:
-    assert token_grid(16, 17) == (1, 2)  # tokens that are touched count
-    assert token_grid(800, 1333) == (50, 84)
-    assert padded_places((2, 3), (4, 5), torch.device("cpu")).tolist() == [0, 1, 2, 5, 6, 7]
-
-
-def test_select_keeps_the_highest_scores() -> None:
+def test_places_by_hand_and_the_highest_scores_are_kept() -> None:
     scores = torch.tensor([0.1, 0.9, 0.3, 0.8])  # a 2 x 2 image in the corner of a 2 x 3 batch
     sample = select([scores], [(2, 2)], (2, 3), 0.5)
     assert sample.keep[0].tolist() == [1, 4]
@@ -150,6 +137,9 @@ def test_select_keeps_the_highest_scores() -> None:
         select([scores, scores], [(2, 2)], (2, 3), 0.5)
     with pytest.raises(ValueError, match=r"shape \(2, 1\) for a grid of \(1, 2\)"):
         draw(lambda tokens, *_: tokens, torch.rand(1, 6, 1), [(1, 2)], (2, 3), 0.5)
+    assert token_grid(16, 17) == (1, 2)  # tokens that are touched count
+    assert token_grid(800, 1333) == (50, 84)
+    assert padded_places((2, 3), (4, 5), torch.device("cpu")).tolist() == [0, 1, 2, 5, 6, 7]
 
 
 @pytest.mark.parametrize(("ratio", "count"), [(0.75, 6), (0.5, 4), (0.01, 1), (1.0, 8)])
@@ -174,9 +164,7 @@ def test_what_select_refuses(ratio: float, keep: str, said: str) -> None:
 
 
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 7), st.floats(0.01, 1))
-def test_gather_and_scatter_are_the_originals_shuffle_bit_for_bit(
-    images: int, height: int, width: int, ratio: float
-) -> None:
+def test_gather_and_scatter_are_the_originals_shuffle_bit_for_bit(images, height, width, ratio):
     """Original: argsort noise, gather; concatenate dropped tokens, gather by ids_restore."""
     length = height * width
     noise = torch.rand(images, length)

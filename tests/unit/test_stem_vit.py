@@ -47,13 +47,10 @@ def encoder(**settings: object) -> Encoder:
     return made
 
 
-@pytest.mark.parametrize("name", STEMS)
-def test_a_stem_halves_its_width_three_times(name: str) -> None:
-    with pytest.raises(ValueError, match=r"embed_dim=36: .* multiple of 8"):
-        STEMS[name](36)
-
-
-def test_patch_stem_is_a_matrix_product_of_patches() -> None:
+def test_patch_stem_is_a_matrix_product_of_patches_and_stems_halve_their_width_thrice() -> None:
+    for make in STEMS.values():
+        with pytest.raises(ValueError, match=r"embed_dim=36: .* multiple of 8"):
+            make(36)
     stem, image = PatchStem(DIM), torch.randn(1, 3, 32, 48)
     patch = image[0, :, 16:32, 32:48].flatten()
     expected = stem.patchify.weight.flatten(1) @ patch + stem.patchify.bias
@@ -61,16 +58,10 @@ def test_patch_stem_is_a_matrix_product_of_patches() -> None:
 
 
 def test_encoder_equals_timm() -> None:
-    vit = VisionTransformer(
-        img_size=(64, 96),
-        embed_dim=DIM,
-        depth=3,
-        num_heads=4,
-        class_token=False,
-        global_pool="avg",
-        fc_norm=False,
-        norm_layer=partial(nn.LayerNorm, eps=1e-5),
-    ).eval()
+    sizes = {"img_size": (64, 96), "embed_dim": DIM, "depth": 3, "num_heads": 4}
+    ends = {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    norm = partial(nn.LayerNorm, eps=1e-5)
+    vit = VisionTransformer(**sizes, **ends, norm_layer=norm).eval()
     for parameter in vit.parameters():
         nn.init.normal_(parameter, std=0.2)
     ours = encoder()
@@ -109,12 +100,6 @@ def test_neither_dropped_tokens_nor_the_order_of_kept_ones_matter() -> None:
     torch.testing.assert_close(straight[order], permuted, rtol=1e-5, atol=1e-5)
 
 
-def test_drop_path_grows_linearly() -> None:
-    rates = [block.drop_path1.drop_prob for block in Encoder(8, 4, 1, drop_path=0.3).blocks[1:]]
-    assert rates == pytest.approx([0.1, 0.2, 0.3])
-    assert isinstance(Encoder(8, 4, 1, drop_path=0.3).blocks[0].drop_path1, nn.Identity)
-
-
 def test_an_empty_sample_gives_the_stem_fill() -> None:
     """A brush that keeps nothing of one image: everything the decoder sees comes from the stem."""
     tokens = torch.randn(1, LENGTH, DIM)
@@ -142,7 +127,7 @@ def test_what_the_decoder_sees_by_hand(kind: type[StemFill]) -> None:
     torch.testing.assert_close(seen, expected + resize_table(decoder.pos_embed, GRID)[0])
 
 
-def test_initialisation_is_maes() -> None:
+def test_initialisation_is_maes_and_drop_path_grows_linearly() -> None:
     decoder = Decoder(256, 128, 1, 4, MaskTokenFill(256, 128))
     decoder.apply(init_like_mae)
     bound = (6 / (256 + 128)) ** 0.5  # Xavier, uniform
@@ -150,25 +135,20 @@ def test_initialisation_is_maes() -> None:
     assert decoder.embed.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
     assert decoder.embed.bias.abs().max() == 0
     assert decoder.fill.token.std().item() == pytest.approx(0.02, rel=0.3)
+    rates = [block.drop_path1.drop_prob for block in Encoder(8, 4, 1, drop_path=0.3).blocks[1:]]
+    assert rates == pytest.approx([0.1, 0.2, 0.3])
+    assert isinstance(Encoder(8, 4, 1, drop_path=0.3).blocks[0].drop_path1, nn.Identity)
 
 
 def test_a_table_of_2x2_by_hand() -> None:
     # Four channels a coordinate: frequencies 1 and 1/100, sines before cosines.
     zero = [0.0, 0.0, 1.0, 1.0]
     one = [math.sin(1), math.sin(0.01), math.cos(1), math.cos(0.01)]
-    expected = [
-        [0.0] * 8,  # MAE's class token
-        zero + zero,
-        one + zero,  # row 0, column 1: the first half is the column
-        zero + one,  # row 1, column 0
-        one + one,
-    ]
+    # MAE's class token; then the first half is the column, the second the row.
+    expected = [[0.0] * 8, zero + zero, one + zero, zero + one, one + one]
     table = sincos_table(8, 2)
     assert table.shape == (1, 5, 8) and table.dtype == torch.float32
     torch.testing.assert_close(table[0], torch.tensor(expected))
-
-
-def test_a_width_that_cannot_be_split_in_four() -> None:
     with pytest.raises(ValueError, match="divisible by 4, not 6"):
         sincos_table(6, 2)
 
@@ -199,13 +179,18 @@ def test_resizing_is_bicubic_without_antialiasing() -> None:
     torch.testing.assert_close(resized.view(4, 2), torch.stack([left, right]).expand(4, 2))
 
 
-def test_relative_positions_by_hand() -> None:
+def test_relative_positions_by_hand_and_global_blocks_at_the_ends_of_equal_parts() -> None:
     """Two rows of three: the index is (rows apart + 1) * 5 + columns apart + 2."""
     index = relative_index(2, 3)
     for a in range(6):
         for b in range(6):
             rows, columns = a // 3 - b // 3, a % 3 - b % 3
             assert index[a, b] == (rows + 1) * 5 + columns + 2
+    for depth, count, places in ((12, 4, (2, 5, 8, 11)), (4, 4, (0, 1, 2, 3)), (6, 1, (5,))):
+        assert global_block_places(depth, count) == places
+    for depth, count in ((12, 5), (12, 0), (3, 4)):
+        with pytest.raises(ValueError, match=f"global_blocks={count} cannot be spread evenly"):
+            global_block_places(depth, count)
 
 
 @pytest.mark.parametrize("grid", [(5, 2), (2, 2), (7, 3)])
@@ -221,14 +206,6 @@ def test_bias_of_another_grid(grid: tuple[int, int]) -> None:
     down = values.unflatten(0, (h, w)).unflatten(2, (h, w))[:, 0, 0, 0]  # from the first place
     assert (down.diff() > 0).all()
     torch.testing.assert_close(values, -values.T)
-
-
-def test_global_blocks_end_equal_parts() -> None:
-    for depth, count, places in ((12, 4, (2, 5, 8, 11)), (4, 4, (0, 1, 2, 3)), (6, 1, (5,))):
-        assert global_block_places(depth, count) == places
-    for depth, count in ((12, 5), (12, 0), (3, 4)):
-        with pytest.raises(ValueError, match=f"global_blocks={count} cannot be spread evenly"):
-            global_block_places(depth, count)
 
 
 def reached(encoder: WindowedEncoder, grid: tuple[int, int]) -> list[Tensor]:

@@ -7,11 +7,10 @@ import torch
 
 import mimdet
 from mimdet.analysis.cost import multiply_adds, transformer_cost
-from mimdet.models.mae import MAE
 from mimdet.models.sampling import Sample
 from mimdet.models.vit import Encoder
 from mimdet.viz.reconstruction import SameTokens
-from tests.small import small
+from tests.small import little_mae, noise, small
 
 pytest.importorskip("anywidget", reason='panels need pip install "mimdet[notebooks]"')
 from mimdet.structures import Target
@@ -19,25 +18,14 @@ from mimdet.viz import TokenLab
 from mimdet.viz.widgets.panel import ONE_TOKEN
 
 
-def tiny_mae(patch: int = 8) -> MAE:
-    torch.manual_seed(0)
-    sizes = dict(embed_dim=32, depth=1, num_heads=2, decoder_dim=32, decoder_depth=1)
-    return MAE(4 * patch, patch, decoder_heads=2, norm_pix_loss=False, **sizes).eval()
-
-
 def detector():
     torch.manual_seed(0)
     return mimdet.build_detector(small()).eval()  # short side 64 pixels: 4 tokens
 
 
-def noise(height: int, width: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
-
-
 @pytest.fixture(scope="module")
 def models():
-    return detector(), tiny_mae()
+    return detector(), little_mae(32, 8, norm_pix_loss=False)
 
 
 @pytest.fixture
@@ -73,11 +61,8 @@ def test_the_detector_gets_the_chosen_tokens_and_no_padding(models, monkeypatch)
     view = both.view(noise(64, 100))
     assert view.grid == (4, 7)
     encode = both.detector.backbone.encoder.forward
-    monkeypatch.setattr(
-        both.detector.backbone.encoder,
-        "forward",
-        lambda tokens, sample: seen.append(sample) or encode(tokens, sample),
-    )
+    noted = lambda tokens, sample: seen.append(sample) or encode(tokens, sample)  # noqa: E731
+    monkeypatch.setattr(both.detector.backbone.encoder, "forward", noted)
     both.ask(view, Sample([torch.tensor([0, 6, 7, 27])], (4, 7)))
     assert seen[0].grid == (4, 8)
     assert seen[0].keep[0].tolist() == [0, 6, 8, 30]

@@ -18,12 +18,7 @@ from mimdet.data.shapes import ShapesCOCO
 from mimdet.files import read_json, remove_leftovers
 from mimdet.models.rcnn import pad_and_normalise
 from mimdet.models.weights import load_mae_model
-from mimdet.training.optim import (
-    Schedule,
-    parameter_groups,
-    rate_factor,
-    scaled_rate,
-)
+from mimdet.training.optim import Schedule, parameter_groups, rate_factor, scaled_rate
 from mimdet.training.pretrain import pretrain
 from mimdet.training.run import Checkpoint, CheckpointStore, TrainingStopped, load_detector
 from mimdet.training.train import align_stem, fit, resume, train
@@ -172,17 +167,14 @@ def test_resumed_run_is_bit_identical(tmp_path, undisturbed, forward):
     assert_same_end(tmp_path / "run", undisturbed)
 
 
-def test_leaving_the_loop_saves(tmp_path):
+def test_leaving_the_loop_saves_and_puts_signal_handlers_back(tmp_path):
     for step in train(small(), tmp_path / "run"):
         if step.number == 3:
             break
     assert CheckpointStore(tmp_path / "run" / "checkpoints").steps()[-1] == 3
     assert [step.number for step in train(small(), tmp_path / "run")] == [4]
-
-
-def test_signal_handlers_are_put_back(tmp_path):
     before = signal.getsignal(signal.SIGINT)
-    steps = train(small(), tmp_path / "run")
+    steps = train(small(), tmp_path / "other")
     next(steps)
     assert signal.getsignal(signal.SIGINT) != before
     steps.close()

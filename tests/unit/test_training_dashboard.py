@@ -1,7 +1,6 @@
 """The training panel: its buttons, what it shows, its thread; a second panel takes over."""
 
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,33 +12,13 @@ from mimdet.files import write_json
 from mimdet.presets import tiny_mae
 from mimdet.training.job import Job, JobState
 from mimdet.training.owner import STATUS
-from mimdet.training.run import OPTIMIZER, WEIGHTS, CheckpointStore, Run
+from mimdet.training.run import OPTIMIZER, WEIGHTS, Run
 from mimdet.training.train import resume
 from mimdet.viz import TrainingDashboard
 from mimdet.viz.widgets import training_dashboard
-from tests.small import small
+from tests.small import gated, small, wait_until, weights_of
 
 STEPS = 6
-
-
-def gated(tokens, grid, generator):
-    """The random sampler; it waits in the fourth step, of 4 images, while the file is there."""
-    import os
-    import time
-
-    gated.calls = getattr(gated, "calls", 0) + 1
-    while gated.calls > 12 and os.path.exists(os.environ["MIMDET_TEST_GATE"]):
-        time.sleep(0.01)
-    return torch.rand(len(tokens), generator=generator)
-
-
-@pytest.fixture
-def gate(tmp_path, monkeypatch) -> Path:
-    """While this file exists, a training with `gated` stays in its fourth step."""
-    file = tmp_path / "gate"
-    file.touch()
-    monkeypatch.setenv("MIMDET_TEST_GATE", str(file))
-    return file
 
 
 def short():
@@ -51,19 +30,6 @@ def short():
     return cfg
 
 
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    last = CheckpointStore(path / "checkpoints").load_last()
-    assert last is not None and last.step == STEPS
-    return last.weights
-
-
-def wait_until(condition, what: str, seconds: float = 200) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"{what}: not in {seconds} s"
-        time.sleep(0.02)
-
-
 def usable(board: TrainingDashboard) -> list[str]:
     return [name for name, button in board.buttons.items() if not button.disabled]
 
@@ -72,11 +38,15 @@ def watchers(path: Path) -> list[threading.Thread]:
     return [t for t in threading.enumerate() if t.name == f"watch {path}"]
 
 
-def test_a_folder_is_needed(tmp_path) -> None:
+def test_a_folder_is_needed_and_what_a_button_cannot_do_is_said_in_the_panel(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"give the folder to train in"):
         TrainingDashboard(short())
     with pytest.raises(FileNotFoundError, match="holds no run"):
         TrainingDashboard(tmp_path)
+    board = TrainingDashboard(short(), tmp_path / "run", processes=5)
+    board.buttons["start"].click()
+    board.look()
+    assert "processes=5 cannot share" in board.log.value and board.state.name == "new"
 
 
 def test_a_new_run_can_only_be_started_and_says_so(tmp_path) -> None:
@@ -98,13 +68,6 @@ def test_a_failure_is_shown_with_the_end_of_the_log(tmp_path) -> None:
     assert "role='alert'" in board.log.value and "the &lt;disk&gt; is full" in board.log.value
     assert "the &lt;disk&gt; is full" in board.status.value
     assert board.progress.bar_style == "danger"
-
-
-def test_what_a_button_cannot_do_is_said_in_the_panel_and_stays(tmp_path) -> None:
-    board = TrainingDashboard(short(), tmp_path / "run", processes=5)
-    board.buttons["start"].click()
-    board.look()
-    assert "processes=5 cannot share" in board.log.value and board.state.name == "new"
 
 
 def test_a_run_whose_folder_is_gone_is_said_and_watched_on(tmp_path, monkeypatch) -> None:
@@ -184,7 +147,7 @@ def test_start_stop_take_over_resume_end(tmp_path, monkeypatch, gate) -> None:
     assert f"of step {STEPS}" in second.detections.label and "AP" in second.status.value
     Job.prepare(short(), tmp_path / "undisturbed", sampler=gated)
     assert len(list(resume(tmp_path / "undisturbed", trust_code=True))) == STEPS
-    expected, found = weights(tmp_path / "undisturbed"), weights(run)
+    expected, found = weights_of(tmp_path / "undisturbed"), weights_of(run)
     assert [k for k in expected if not torch.equal(expected[k], found[k])] == []
     last = TrainingDashboard(run)  # without trust in the code: no detections, everything else
     assert last.state.name == "finished" and "trust_code=True" in last.detections.title

@@ -1,6 +1,7 @@
 """Weights of others and the shipped ones: what loads, what is refused, and what is said."""
 
 import argparse
+import copy
 import hashlib
 import json
 from collections.abc import Callable
@@ -20,11 +21,7 @@ from mimdet.data.shapes import ShapesCOCO
 from mimdet.models.checkpoint_files import SHIPPED, read_checkpoint, read_safetensors, shipped
 from mimdet.models.detector import build_detector
 from mimdet.models.mae import MAE
-from mimdet.models.official import (
-    coco_classes,
-    export_detectron2,
-    load_weights,
-)
+from mimdet.models.official import coco_classes, export_detectron2, load_weights
 from mimdet.models.weights import load_mae, load_mae_model, save_mae
 from mimdet.presets import PRESETS
 from mimdet.training.train import fit
@@ -82,13 +79,18 @@ def test_meta_file_starts_encoder_and_decoder(cfg, mae_tensors, tmp_path, capsys
     assert said.count("\n") == 5 and "decoder_pred 2" in said
 
 
-def test_a_patch_stem_and_a_mask_token_are_loaded_too(cfg, mae_tensors, tmp_path) -> None:
+def test_a_patch_stem_and_a_mask_token_are_loaded_too(cfg, mae_tensors, tmp_path, capsys) -> None:
     cfg.backbone.stem, cfg.backbone.decoder_fill = "patch", "mask_token"
     model = build_detector(cfg)
     report = load_mae(model, write(mae_tensors, tmp_path / "full.pth"))
     assert torch.equal(model.backbone.stem.patchify.weight, mae_tensors["patch_embed.proj.weight"])
     assert torch.equal(model.backbone.decoder.fill.token, mae_tensors["mask_token"])
     assert "backbone.stem.patchify.bias" in report.loaded
+    half = {name: value.half() for name, value in mae_tensors.items()}
+    model = build_detector(cfg)
+    load_mae(model, write(half, tmp_path / "half.pth"))
+    assert model.backbone.encoder.norm.weight.dtype == torch.float32
+    assert "float16 converted to float32" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("preset", ["tiny_benchmarking_vit", "tiny_vitdet"])
@@ -120,17 +122,15 @@ def test_encoder_only_with_a_random_decoder(cfg, mae_tensors, tmp_path) -> None:
 
 def test_timm_names_are_metas_encoder(cfg, tmp_path) -> None:
     b = cfg.backbone
-    vit = VisionTransformer(
-        img_size=64, embed_dim=b.embed_dim, depth=b.depth, num_heads=b.num_heads, num_classes=0
-    )
+    sizes = {"embed_dim": b.embed_dim, "depth": b.depth, "num_heads": b.num_heads}
+    vit = VisionTransformer(img_size=64, num_classes=0, **sizes)
     save_file(vit.state_dict(), tmp_path / "timm.safetensors")
     model = build_detector(cfg)
     with pytest.raises(ValueError, match="encoder only"):
         load_mae(model, tmp_path / "timm.safetensors")
     load_mae(model, tmp_path / "timm.safetensors", decoder="random")
-    assert torch.equal(
-        model.backbone.encoder.blocks[1].mlp.fc1.weight, vit.blocks[1].mlp.fc1.weight
-    )
+    ours = model.backbone.encoder.blocks[1]
+    assert torch.equal(ours.mlp.fc1.weight, vit.blocks[1].mlp.fc1.weight)
 
 
 def test_hub_mae_computes_what_transformers_computed(tmp_path) -> None:
@@ -162,16 +162,8 @@ def test_sizes_of_an_autoencoder_follow_from_its_file(cfg, tmp_path) -> None:
     assert not visualize.norm_pix_loss
 
 
-def test_half_precision_is_converted_with_a_note(cfg, mae_tensors, tmp_path, capsys) -> None:
-    half = {name: value.half() for name, value in mae_tensors.items()}
-    model = build_detector(cfg)
-    load_mae(model, write(half, tmp_path / "half.pth"))
-    assert model.backbone.encoder.norm.weight.dtype == torch.float32
-    assert "float16 converted to float32" in capsys.readouterr().out
-
-
 def test_a_detector_goes_to_detectron2_and_back(cfg, tmp_path) -> None:
-    model = build_detector(cfg)
+    model, plain = build_detector(cfg), copy.deepcopy(cfg)
     export_detectron2(model, tmp_path / "detectron2.pth")
     again = mimdet.load_detector(tmp_path / "detectron2.pth", cfg)
     for name, value in model.state_dict().items():
@@ -180,6 +172,12 @@ def test_a_detector_goes_to_detectron2_and_back(cfg, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"no counterpart of 'backbone\.stem\.patchify"):
         export_detectron2(build_detector(cfg), tmp_path / "x.pth")
     assert not (tmp_path / "x.pth").exists()
+    # Constants of detectron2 are ignored, classes are named.
+    tensors = official(plain, tmp_path / "good.pth") | {"pixel_mean": torch.ones(3, 1, 1)}
+    load_weights(write(tensors, tmp_path / "old.pth"), plain)
+    names = coco_classes(80)[0]
+    assert (names[0], names[11], names[79]) == ("person", "stop sign", "toothbrush")
+    assert coco_classes(2) == (["class 1", "class 2"], [1, 2])
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -208,13 +206,22 @@ def test_a_detector_in_one_file(cfg, tmp_path, half: bool) -> None:
 # ------------------------------------------------------------------ what is refused
 
 
-BAD_MAE: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
-    "encoder only": (
-        lambda t: {n: v for n, v in t.items() if n.startswith(ENCODER)},
-        'holds the encoder only.*full file.*decoder="random"',
-    ),
+Tensors = dict[str, Tensor]
+Change = Callable[[Tensors], Tensors]
+
+
+def only(keeps: Callable[[str], bool]) -> Change:
+    return lambda tensors: {name: value for name, value in tensors.items() if keeps(name)}
+
+
+def each(change: Callable[[Tensor], Tensor]) -> Change:
+    return lambda tensors: {name: change(value) for name, value in tensors.items()}
+
+
+BAD_MAE: dict[str, tuple[Change, str]] = {
+    "encoder only": (only(lambda n: n.startswith(ENCODER)), 'full file.*decoder="random"'),
     "one tensor missing": (
-        lambda t: {n: v for n, v in t.items() if n != "blocks.0.norm1.bias"},
+        only(lambda n: n != "blocks.0.norm1.bias"),
         "lacks 1 tensors, first 'blocks.0.norm1.bias'",
     ),
     "one tensor extra": (lambda t: t | {"head.weight": t["norm.bias"]}, "'head.weight'"),
@@ -227,19 +234,16 @@ BAD_MAE: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]]
         r"shape \(1, 17, 64\), our encoder.pos_embed has .* use the preset of the file's size",
     ),
     "another depth": (
-        lambda t: {n: v for n, v in t.items() if not n.startswith("blocks.1.")},
+        only(lambda n: not n.startswith("blocks.1.")),
         "lacks 12 tensors, first 'blocks.1.norm1.weight': it has fewer blocks",
     ),
     "no row of a class token": (
         lambda t: t | {"pos_embed": t["pos_embed"][:, 1:]},
         r"pos_embed has shape \(1, 16, 32\), not .*a row for the class token",
     ),
-    "positions of no square": (
-        lambda t: t | {"pos_embed": torch.zeros(1, 13, 32)},
-        r"pos_embed has shape \(1, 13, 32\)",
-    ),
+    "no square": (lambda t: t | {"pos_embed": torch.zeros(1, 13, 32)}, r"shape \(1, 13, 32\)"),
     "a scalar": (lambda t: t | {"pos_embed": torch.ones(())}, r"pos_embed has shape \(\)"),
-    "integers": (lambda t: {n: v.int() for n, v in t.items()}, "int32, not floating point"),
+    "integers": (each(Tensor.int), "int32, not floating point"),
     "NaN": (lambda t: t | {"norm.bias": t["norm.bias"] * torch.nan}, "norm.bias holds NaN"),
     "no tensors": (lambda t: {}, "holds no tensors"),
 }
@@ -257,16 +261,20 @@ def test_bad_mae_files(cfg, mae_tensors, tmp_path, record_property, fault: str) 
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
 
 
-def test_missing_files_name_the_remedy(tmp_path, monkeypatch) -> None:
+def test_missing_files_name_the_remedy_and_tied_weights_are_no_fault(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="mimdet download facebook/vit-mae-none"):
-        read_checkpoint("facebook/vit-mae-none")
-    with pytest.raises(FileNotFoundError, match="mimdet download timm/vit_none"):
-        read_checkpoint("timm/vit_none_patch16_224.mae")
-    with pytest.raises(FileNotFoundError, match="lists public weights"):
-        read_checkpoint("runs/none.pth")
-    with pytest.raises(FileNotFoundError, match="lists public weights"):
-        read_checkpoint(tmp_path / "none.pth")
+    for source, said in (
+        ("facebook/vit-mae-none", "mimdet download facebook/vit-mae-none"),
+        ("timm/vit_none_patch16_224.mae", "mimdet download timm/vit_none"),
+        ("runs/none.pth", "lists public weights"),
+        (tmp_path / "none.pth", "lists public weights"),
+    ):
+        with pytest.raises(FileNotFoundError, match=said):
+            read_checkpoint(source)
+    whole = torch.arange(12.0)
+    torch.save({"a": whole, "b": whole.view(3, 4), "c": whole[2:4]}, tmp_path / "a.pth")
+    tensors = read_checkpoint(tmp_path / "a.pth").tensors
+    assert torch.equal(tensors["b"].flatten(), whole) and tensors["c"].tolist() == [2, 3]
 
 
 def official(cfg: Config, path: Path) -> dict[str, Tensor]:
@@ -274,9 +282,9 @@ def official(cfg: Config, path: Path) -> dict[str, Tensor]:
     return torch.load(path, weights_only=True)["model"]
 
 
-BAD_DETECTORS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
+BAD_DETECTORS: dict[str, tuple[Change, str]] = {
     "one tensor missing": (
-        lambda t: {n: v for n, v in t.items() if n != "backbone.fpn_output3.weight"},
+        only(lambda n: n != "backbone.fpn_output3.weight"),
         "lacks the tensor 'neck.pyramid.layer_blocks.1.0.weight'",
     ),
     "one tensor extra": (
@@ -287,10 +295,7 @@ BAD_DETECTORS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]],
         lambda t: t | {"roi_heads.box_predictor.cls_score.bias": torch.ones(99)},
         r"shape \(99,\), this model's has \(\d+,\): class count",
     ),
-    "an autoencoder": (
-        lambda t: fitting_mae(small()).state_dict(),
-        "masked autoencoder, not a detector: load_mae",
-    ),
+    "an autoencoder": (lambda t: fitting_mae(small()).state_dict(), "not a detector: load_mae"),
 }
 
 
@@ -314,14 +319,6 @@ def test_unknown_detectors_need_a_configuration(cfg, tmp_path, record_property) 
     with pytest.raises(ValueError, match="not an autoencoder: use load_detector"):
         load_mae(build_detector(cfg), tmp_path / "mine.pth")
     load_weights(tmp_path / "mine.pth", cfg)
-
-
-def test_detectron2_constants_are_ignored_and_classes_named(cfg, tmp_path) -> None:
-    tensors = official(cfg, tmp_path / "good.pth") | {"pixel_mean": torch.ones(3, 1, 1)}
-    load_weights(write(tensors, tmp_path / "old.pth"), cfg)
-    names = coco_classes(80)[0]
-    assert (names[0], names[11], names[79]) == ("person", "stop sign", "toothbrush")
-    assert coco_classes(2) == (["class 1", "class 2"], [1, 2])
 
 
 def test_commands_take_released_files(tmp_path, monkeypatch, capsys) -> None:
@@ -350,7 +347,7 @@ def test_commands_take_released_files(tmp_path, monkeypatch, capsys) -> None:
 # ------------------------------------------------------------------ what comes with the package
 
 
-def test_files_are_small_and_those_of_the_cards() -> None:
+def test_files_are_small_and_those_of_the_cards(capsys) -> None:
     files = sorted(SHIPPED.glob("*.safetensors"))
     assert {path.stem for path in files} == set(shipped()) == set(CARDS)
     assert sum(path.stat().st_size for path in files) < 12e6
@@ -358,6 +355,10 @@ def test_files_are_small_and_those_of_the_cards() -> None:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         assert digest == CARDS[path.stem]["sha256"]
         assert digest in (SHIPPED / "README.md").read_text()
+    model = mimdet.build_detector(mimdet.presets.tiny())
+    report = mimdet.load_mae(model, "tiny_mae")
+    assert not report.missing and len(report.loaded) > 60
+    assert "tiny_mae" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_from_mae"])
@@ -385,13 +386,6 @@ def test_the_encoder_tells_tokens_apart(name: str) -> None:
     assert outputs.std(dim=0).mean() > 0.2
 
 
-def test_a_detector_starts_from_the_shipped_autoencoder(capsys) -> None:
-    model = mimdet.build_detector(mimdet.presets.tiny())
-    report = mimdet.load_mae(model, "tiny_mae")
-    assert not report.missing and len(report.loaded) > 60
-    assert "tiny_mae" in capsys.readouterr().out
-
-
 def test_a_file_of_weights_that_names_code_is_refused(cfg, tmp_path) -> None:
     """Its configuration is data: what it names is looked up, never imported."""
     file = tmp_path / "named.safetensors"
@@ -402,10 +396,3 @@ def test_a_file_of_weights_that_names_code_is_refused(cfg, tmp_path) -> None:
     save_file(tensors, file, metadata | {"config": json.dumps(config)})
     with pytest.raises(ValueError, match=r"named\.safetensors names code .*stem=os:_exit"):
         mimdet.load_detector(file)
-
-
-def test_tied_weights_and_a_slice_are_no_fault(tmp_path) -> None:
-    whole = torch.arange(12.0)
-    torch.save({"a": whole, "b": whole.view(3, 4), "c": whole[2:4]}, tmp_path / "a.pth")
-    tensors = read_checkpoint(tmp_path / "a.pth").tensors
-    assert torch.equal(tensors["b"].flatten(), whole) and tensors["c"].tolist() == [2, 3]
