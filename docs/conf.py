@@ -37,7 +37,7 @@ root_doc = "docs/index"
 nb_execution_mode = "off"
 nb_merge_streams = True
 nb_code_prompt_show, nb_code_prompt_hide = "Show a solution", "Hide it"
-NEW_TAGS = {"install": "remove-cell", "solution": "hide-cell"}
+NEW_TAGS = {"install": "remove-cell", "judge": "hide-cell", "solution": "hide-cell"}
 nb_mime_priority_overrides = [("html", "image/jpeg", 5), ("html", "image/png", 4)]
 
 myst_enable_extensions = ["dollarmath", "colon_fence", "attrs_inline"]

@@ -320,16 +320,22 @@ def calls(cell: NotebookNode, name: str) -> list[str]:
 
 
 def with_judges(student: NotebookNode, original: NotebookNode) -> NotebookNode:
-    """The student's notebook without solutions, and after it the original's cells that judge, for
-    `mine` as the student left it."""
+    """The student's notebook without solutions, and with the original's cells that judge after the
+    last one that speaks of `mine`."""
     cells = [cell for cell in student.cells if "solution" not in tags(cell)]
     cells = [cell for cell in cells if not cell.source.startswith(SOLUTION)]
-    for cell in original.cells:
-        if calls(cell, "judge"):
-            line = r"mine = \1 | globals().get('mine', {})"  # no answer to what is not in it
-            code = re.sub(r"(?m)^mine = (\{.*?\})", line, cell.source)
-            cells.append(nbformat.v4.new_code_cell(f"from mimdet import judge\n{code}"))
-    graded = nbformat.v4.new_notebook(cells=cells, metadata=METADATA)
+    code = [cell.source if cell.cell_type == "code" else "" for cell in cells]
+    speak = [place for place, text in enumerate(code, start=1) if re.search(r"\bmine\b", text)]
+    place = max(speak, default=len(cells))
+    text = "\n".join(cell.source for cell in original.cells if "solution" not in tags(cell))
+    dots = re.search(r"^mine = (\{.*?\})", text, re.MULTILINE)
+    first = (
+        f"from mimdet import judge\nmine = {dots[1] if dots else {}} | globals().get('mine', {{}})"
+    )
+    judges = [cell.source for cell in original.cells if calls(cell, "judge")]
+    new = [nbformat.v4.new_code_cell(f"{first}\n{code}") for code in judges]
+    together = [*cells[:place], *new, *cells[place:]]
+    graded = nbformat.v4.new_notebook(cells=together, metadata=METADATA)
     if parameters_cell(graded):
         inject(graded, MODE="quick")
     return graded

@@ -208,6 +208,8 @@ check("two steps", steps == 2)
 
 # %%
 mine = {1: ..., 2: ...}  # your answers
+
+# %% tags=["judge"]
 judge(1, mine[1], 0.0625)
 judge(2, mine[2], "encoder")
 
@@ -235,7 +237,7 @@ def test_a_judge_of_ones_own_is_not_asked(tmp_path: Path) -> None:
         "✓ exercise 2: 'encoder'",
         "· 1 checks pass",
         "✗ is gone or changed: check('two steps', steps == 2)",
-        "✗ code cell 4: NameError: name 'nothing' is not defined",
+        "✗ code cell 5: NameError: name 'nothing' is not defined",
     ]
 
 
