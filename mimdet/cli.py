@@ -87,9 +87,8 @@ def train(run: Run, config: Config) -> None:
     """
     from mimdet.training.train import train
 
-    _follow(
-        train(config, run, announce=True), f"{run}; next: mimdet evaluate {run} --ratios 0.25 0.5 1"
-    )
+    steps = train(config, run, announce=True)
+    _follow(steps, f"{run}; next: mimdet evaluate {run} --ratios 0.25 0.5 1")
 
 
 def pretrain(run: Run, config: PretrainConfig) -> None:
@@ -103,10 +102,8 @@ def pretrain(run: Run, config: PretrainConfig) -> None:
     """
     from mimdet.training.pretrain import pretrain
 
-    _follow(
-        pretrain(config, run, announce=True),
-        f"{run}; next: mimdet train PRESET RUN --init-from {run}",
-    )
+    steps = pretrain(config, run, announce=True)
+    _follow(steps, f"{run}; next: mimdet train PRESET RUN --init-from {run}")
 
 
 def resume(run: Run, trust_code: bool = False) -> None:
@@ -122,9 +119,8 @@ def resume(run: Run, trust_code: bool = False) -> None:
     from mimdet.training.train import resume
 
     # A log is read by people: a line of progress now and then.
-    _follow(
-        resume(run, trust_code=trust_code, announce=True), run, 1 if sys.stdout.isatty() else 20
-    )
+    steps = resume(run, trust_code=trust_code, announce=True)
+    _follow(steps, run, 1 if sys.stdout.isatty() else 20)
 
 
 def _follow(steps: Iterator[Any], done: str, every: float = 1) -> None:

@@ -15,8 +15,8 @@ import tempfile
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -91,29 +91,20 @@ def open_table(json_path: Path) -> Table:
     cached = cache_folder() / f"coco-{FORMAT}-{digest}.arrow"
     if _is_whole(cached):
         return Table(cached)
-    with _alone(cached):
-        return Table(cached) if _is_whole(cached) else _make(cached, json_path, digest)
-
-
-def _is_whole(cached: Path) -> bool:
-    return cached.exists() and _checksum(cached) == SEAL
-
-
-@contextmanager
-def _alone(cached: Path) -> Iterator[None]:
-    """Of several processes one makes the table, the others wait and read it.
-
-    Where there are no locks each makes its own.
-    """
+    # Of several processes one makes it, the others wait and read; without locks each makes its own.
     lock = FileLock(cached.with_suffix(".lock"))
     with suppress(OSError, NotImplementedError):
         lock.acquire()
     try:
-        yield
+        return Table(cached) if _is_whole(cached) else _make(cached, json_path, digest)
     finally:
         with suppress(OSError):  # who waits holds the file itself, and finds the table
             Path(lock.lock_file).unlink()
         lock.release()
+
+
+def _is_whole(cached: Path) -> bool:
+    return cached.exists() and _checksum(cached) == SEAL
 
 
 def _make(cached: Path, json_path: Path, digest: str) -> Table:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mimdet import __version__, processes
 from mimdet.config import Config, PretrainConfig, flat, load_config, set_field
@@ -193,35 +194,27 @@ def default_processes(cfg: Config | PretrainConfig) -> int:
 
 
 def briefing(
-    cfg: Config | PretrainConfig,
-    path: Path,
-    schedule: Schedule,
-    done: int,
-    numbers: int,
-    device: torch.device,
+    cfg: Config | PretrainConfig, path: Path, schedule: Schedule, done: int, model: nn.Module
 ) -> str:
     """Where and how a training runs, what it needs, how it is stopped and watched; a line each.
 
-    done: steps so far. numbers: those in the model, of 4 bytes each, or 8 in fp64.
+    done: steps so far.
     """
     t, world = cfg.training, processes.world()
-    size = numbers * (8 if t.precision == "fp64" else 4)
+    tensors = model.state_dict().values()
+    size, device = sum(value.nbytes for value in tensors), next(iter(tensors)).device
     precision = t.precision.replace("auto", "bf16" if device.type == "cuda" else "fp32")
-    shared = f", shared by {world} processes" if world > 1 else ""
     kept = t.keep_checkpoints + 2  # the best one, and the one that is being written
-    disk = f"{readable(3 * size * kept)}; {readable(free_space(path))} are free"
     lines = {
         "device": f"{_place(cfg, path, device)}, {precision}",
         "work": f"{schedule.total - done:,} of {schedule.total:,} steps of {step_images(cfg)} "
-        f"images = {t.batch_size} x {t.accumulate} micro-batches{shared}",
-        "memory": f"{readable(4 * size)} a process for weights, gradients and optimiser; what the "
-        "images take, and the time, is said after 20 steps",
+        f"images = {t.batch_size} x {t.accumulate} micro-batches, by {world} process(es)",
+        "memory": f"{readable(4 * size)} a process, and the images': after 20 steps, with the time",
         "disk": f"{readable(3 * size)} a checkpoint, every {schedule.checkpoint_every:,} steps; at "
-        f"most {kept} at a time: {disk}",
-        "stop": "Ctrl-C, SIGTERM or closing the terminal saves; the same command goes on, or "
-        f"`mimdet resume {path}`",
-        "watch": f"{path / 'metrics.jsonl'}; in a notebook Job.attach({str(path)!r}); what is to "
-        "outlive the terminal runs in tmux, under nohup or as a notebook's job",
+        f"most {kept} at a time: {readable(3 * size * kept)} of {readable(free_space(path))} free",
+        "stop": "Ctrl-C, SIGTERM or closing the terminal (unless in tmux or under nohup) saves; "
+        f"`mimdet resume {path}` goes on",
+        "watch": f"{path / 'metrics.jsonl'}; in a notebook Job.attach({str(path)!r})",
     }
     return "\n".join(f"{name:<7} {text}" for name, text in lines.items())
 
@@ -237,7 +230,7 @@ def _place(cfg: Config | PretrainConfig, path: Path, device: torch.device) -> st
         text += f" (for {fitting}: torchrun --nproc-per-node {fitting} -m mimdet resume {path})"
     if fitting < count:
         text += (
-            f" ({fitting} share {cfg.training.accumulate} micro-batches a step equally, {count} "
+            f" ({fitting} share {cfg.training.accumulate} micro-batches equally, {count} cannot: "
         )
-        text += f"do not: make training.accumulate a multiple of {count}, in a new run)"
+        text += f"in a new run make training.accumulate a multiple of {count})"
     return text

@@ -189,14 +189,13 @@ class Run:
         if changed:
             if not self._settled():
                 self.store.forget_after(-1)
-            print(f"{self.path} goes on with {', '.join(changed)}")
             about = read_environment(self.path)
             changes = about.get("changes", [])
-            change = {"after": max(self.store.steps(), default=0), "changed": changed}
-            if change["after"] and any(line.startswith(MICRO) for line in changed):
-                change["differs"] = DIFFERS
-                print(DIFFERS)
-            changes.append(change)
+            after = max(self.store.steps(), default=0)
+            if after and any(line.startswith(MICRO) for line in changed):
+                changed.append(DIFFERS)
+            print(f"{self.path} goes on with {', '.join(changed)}")
+            changes.append({"after": after, "changed": changed})
             write_json(self.path / ENVIRONMENT, about | {"changes": changes})
             save_config(self._config, self.path / "config.json")
 

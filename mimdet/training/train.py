@@ -30,12 +30,7 @@ from mimdet.models.official import detectron2_rules, from_detectron2
 from mimdet.models.rcnn import pad_and_normalise
 from mimdet.models.weights import LoadReport, load_mae, read_mae
 from mimdet.presets import STARTS_FROM_MAE
-from mimdet.training.inputs import (
-    check_inputs,
-    has_checkpoint,
-    read_environment,
-    stored_config,
-)
+from mimdet.training.inputs import check_inputs, has_checkpoint, read_environment, stored_config
 from mimdet.training.optim import Schedule
 from mimdet.training.run import MetricsFile, Run, load_detector, weights_of
 from mimdet.training.slots import load_slots, name_dataset, read_slots
@@ -153,16 +148,9 @@ class DetectorTrainer(Trainer):
     ) -> None:
         t, rank, world = cfg.training, processes.rank(), processes.world()
         began = read_environment(run.path) if has_checkpoint(run.path) else {}
+        sizes, first_batch = (t.batch_size, t.accumulate), began.get("batch_size", 0)
         loader = TrainLoader(
-            data,
-            cfg.data,
-            t.batch_size,
-            t.accumulate,
-            t.seed,
-            rank,
-            world,
-            cfg.data.workers,
-            began.get("batch_size", 0),
+            data, cfg.data, *sizes, t.seed, rank, world, cfg.data.workers, first_batch
         )
         schedule = Schedule(t, len(data))
         super().__init__(cfg, run, model, loader, schedule, inputs)
@@ -221,20 +209,18 @@ def check_start(cfg: Config) -> str:
             "training.align_stem fits the stem to an autoencoder's patch embedding, and "
             "training.init_from names none: give it (--init-from FILE), or set align_stem=0"
         )
-    if not cfg.preset.startswith(STARTS_FROM_MAE):
-        return ""
-    if not cfg.training.init_from:
+    assumed = cfg.preset.startswith(STARTS_FROM_MAE)
+    if assumed and not cfg.training.init_from:
         raise ValueError(
             f"{cfg.preset} starts from the weights of a masked autoencoder, and training.init_from "
             "is empty: name them (--init-from FILE; `mimdet download` lists public ones), or say "
             f"training.init_from={RANDOM!r} to begin with random weights, which takes far longer"
         )
-    if cfg.training.init_from != RANDOM:
+    if not assumed or cfg.training.init_from != RANDOM:
         return ""
     return (
-        f"{cfg.preset} begins with random weights. Its schedule and rates assume those of a masked "
-        "autoencoder; from random weights no result of it is published, and detectors with a plain "
-        "ViT are known to need several times as many epochs (Li et al. 2021)."
+        f"{cfg.preset} begins with random weights. Its schedule assumes an autoencoder's: nothing "
+        "is published without, and plain ViTs need several times the epochs (Li et al. 2021)."
     )
 
 
@@ -369,11 +355,10 @@ def outlook(step: Step, seconds: float) -> str:
     """How long the steps after this one take, of so many seconds each, and the memory so far."""
     from tqdm import tqdm
 
-    left = step.total - step.number
-    spent = tqdm.format_interval(left * seconds)
+    left = tqdm.format_interval((step.total - step.number) * seconds)
     used = torch.cuda.max_memory_allocated() or psutil.Process().memory_info().rss
     return (
-        f"time    about {spent} for {left:,} more steps, without evaluations; "
+        f"time    about {left} for {step.total - step.number:,} more steps, without evaluations; "
         f"memory so far {readable(used)} a process"
     )
 

@@ -229,9 +229,7 @@ class Trainer:
             if self.done == total and not self.evaluation_due():
                 return
             if announce and processes.rank() == 0:
-                numbers = sum(value.numel() for value in self.model.state_dict().values())
-                place, schedule = self.run.path, self.schedule
-                print(briefing(self.cfg, place, schedule, self.done, numbers, self.device))
+                print(briefing(self.cfg, self.run.path, self.schedule, self.done, self.model))
             with self.signals.handled(), self.saved_on_leaving():
                 if self.evaluation_due():  # stopped between a step and its evaluation
                     self.evaluate()

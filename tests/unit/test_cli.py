@@ -55,8 +55,8 @@ def test_a_run_resumes_to_nothing_and_needs_its_folder_alone(run, tmp_path, caps
     ("gpus", "used", "said"),
     [
         (1, 1, "80.0GB; 1 of 1 GPUs, bf16"),
-        (3, 2, "2 of 3 GPUs (2 share 8 micro-batches a step equally, 3 do not: make"),
-        (6, 4, "4 of 6 GPUs (4 share 8 micro-batches a step equally, 6 do not: make"),
+        (3, 2, "2 of 3 GPUs (2 share 8 micro-batches equally, 3 cannot: "),
+        (6, 4, "4 of 6 GPUs (4 share 8 micro-batches equally, 6 cannot: "),
         (8, 1, "1 of 8 GPUs (for 8: torchrun --nproc-per-node 8 -m mimdet resume runs/base), bf16"),
     ],
 )
@@ -69,10 +69,12 @@ def test_what_a_long_training_says_first(monkeypatch, gpus, used, said):
     if used > 1:
         assert default_processes(cfg) == used
     schedule = Schedule(cfg.training, 117_266)
-    words = briefing(cfg, Path("runs/base"), schedule, 100, 127_954_768, torch.device("cuda"))
+    tensor = SimpleNamespace(nbytes=4 * 127_954_768, device=torch.device("cuda"))
+    model = SimpleNamespace(state_dict=lambda: {"weight": tensor})
+    words = briefing(cfg, Path("runs/base"), schedule, 100, model)
     assert said in words and len(words.splitlines()) == 6
     assert "65,862 of 65,962 steps of 64 images = 8 x 8 micro-batches" in words
-    assert "2.05GB a process for weights" in words
+    assert "2.05GB a process, and the images'" in words
     assert "1.54GB a checkpoint, every 1,832 steps; at most 4 at a time: 6.14GB" in words
 
 
