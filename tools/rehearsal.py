@@ -40,6 +40,7 @@ CUTS = (
     "training.steps=6 training.warmup_steps=2 training.batch_size=1 training.accumulate=8 "
 )
 """MIMDET_FULL for small images, few proposals and a few steps."""
+START, END = "<!-- rehearsal -->", "<!-- /rehearsal -->"
 SKIPPED = " (skipped: the weights are not trained)"
 SURE = 40  # times larger than at random: class scores
 
@@ -125,8 +126,8 @@ def write_weights(folder: Path) -> None:
 def rehearse(chosen: list[Path], out: Path | None = None, real_size: bool = False) -> int:
     """Run the sources in full mode on stand-ins, and print a table; -> how many cells failed.
 
-    real_size: models as wide and deep as the released ones, 128 million parameters. out: where the
-    table is written as well.
+    real_size: models as wide and deep as the released ones, 128 million parameters. out: a file that
+    gets the table, between its two markers where it has them.
     """
     changes = CUTS + ("" if real_size else SMALL)
     rows, failures = [], 0
@@ -141,7 +142,9 @@ def rehearse(chosen: list[Path], out: Path | None = None, real_size: bool = Fals
     table = "\n".join([f"| {' | '.join(head)} |", "|---|" + "---:|" * 6 + "---|", *rows])
     print(table)
     if out is not None:
-        out.write_text(f"{table}\n", encoding="utf-8")
+        text = out.read_text(encoding="utf-8") if out.exists() else START + END
+        before, rest = text.split(START)
+        out.write_text(f"{before}{START}\n{table}\n{END}{rest.split(END)[1]}", encoding="utf-8")
     return failures
 
 

@@ -11,7 +11,7 @@
 # | study | an hour, after 02, 09 | |
 # | what you see | 2 samplers × 2 seeds, 20 steps each from the shipped `tiny` weights | the same call on COCO, as long as the preset says |
 # | time | about a minute on two cores, 68 s of CPU time | days: 4 trainings of `STEPS` or the full preset |
-# | memory | about 1.5 GB (two trainings at a time) | notebook 07 counts it |
+# | memory, disk | about 1.5 GB (two trainings at a time) | as one training; 23 GB |
 # | needs | nothing but the kit | GPUs, COCO in `MIMDET_COCO`, `mimdet download mae-base-full mimdet-base` |
 #
 # **What it can show:** that your idea runs, trains, is saved, and how a comparison is read. **What
