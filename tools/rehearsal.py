@@ -9,6 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ CUTS = (
 )
 """MIMDET_FULL for small images, few proposals and a few steps."""
 START, END = "<!-- rehearsal -->", "<!-- /rehearsal -->"
+STARTS = ("| 0", "| 1")  # of a row: a notebook's number
 SKIPPED = " (skipped: the weights are not trained)"
 SURE = 40  # times larger than at random: class scores
 
@@ -126,26 +128,33 @@ def write_weights(folder: Path) -> None:
 def rehearse(chosen: list[Path], out: Path | None = None, real_size: bool = False) -> int:
     """Run the sources in full mode on stand-ins, and print a table; -> how many cells failed.
 
-    real_size: models as wide and deep as the released ones, 128 million parameters. out: a file that
-    gets the table, between its two markers where it has them.
+    real_size: models as wide and deep as the released ones, 128 million parameters. out: a file
+    with a table that gets the rows.
     """
     changes = CUTS + ("" if real_size else SMALL)
-    rows, failures = [], 0
-    with tempfile.TemporaryDirectory() as folder:
+    rows: dict[str, str] = {}
+    failures = 0
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ):
         make(Path(folder).resolve() / "full", changes)
         for source in chosen:
-            row, failed = rehearse_one(source)
-            print(f"{row}{''.join(failed)}", flush=True)
-            rows.append(row)
+            rows[source.stem], failed = rehearse_one(source)
+            print(f"{rows[source.stem]}{''.join(failed)}", flush=True)
             failures += len(failed)
-    head = ["notebook", "cells", "failed", "passed", "skipped", "seconds", "GB", "skipped checks"]
-    table = "\n".join([f"| {' | '.join(head)} |", "|---|" + "---:|" * 6 + "---|", *rows])
-    print(table)
     if out is not None:
-        text = out.read_text(encoding="utf-8") if out.exists() else START + END
-        before, rest = text.split(START)
-        out.write_text(f"{before}{START}\n{table}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+        write(out, rows)
     return failures
+
+
+def write(out: Path, rows: dict[str, str]) -> None:
+    """Put rows, by notebook, into the table of a file, which keeps those of other notebooks."""
+    text = out.read_text(encoding="utf-8") if out.exists() else START + END
+    before, _, rest = text.partition(START)
+    table, _, after = rest.partition(END)
+    old = {line.split(" | ")[0][2:]: line for line in table.splitlines() if line[:3] in STARTS}
+    head = ["notebook", "cells", "failed", "passed", "skipped", "seconds", "GB", "skipped checks"]
+    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * 6 + "---|"]
+    lines += [line for _, line in sorted((old | rows).items())]
+    out.write_text("\n".join([before + START, *lines, END + after]), encoding="utf-8")
 
 
 def rehearse_one(source: Path) -> tuple[str, list[str]]:

@@ -1,6 +1,7 @@
 """The tool that builds, checks and lists the notebooks, on a small one."""
 
 import importlib.util
+import os
 import sys
 import types
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
 from tests.notebooks.can_fail import write_source
-from tools import notebooks
+from tools import notebooks, rehearsal
 
 SMALL = """\
 # %% [markdown]
@@ -321,6 +322,46 @@ def test_install_cell(
     code = TransformerManager().transform_cell(notebooks.INSTALL)
     exec(code, {"get_ipython": lambda: shell})
     assert done == asked
+
+
+REHEARSED = """\
+# %% tags=["parameters"]
+MODE = "quick"
+SOLUTIONS = False
+
+# %%
+import mimdet
+from mimdet.notebook import full_config, open_detector, open_mae, open_pictures
+pictures = open_pictures("", MODE, count=99)
+sizes = {tuple(image.shape[1:]) for image in pictures.images}
+mimdet.check("COCO's classes", len(pictures.categories) == 80)
+mimdet.check("photographs' sizes", len(pictures.images) == 32 and len(sizes) > 20)
+mimdet.check("crowds", any(a["iscrowd"] for a in pictures.dataset.ground_truth()["annotations"]))
+mimdet.check("an autoencoder", mimdet.load_mae_model(full_config().training.init_from).norm_pix_loss)
+found = mimdet.predict(open_detector(MODE), pictures.images[0])
+mimdet.check("it finds something", len(found) > 0)
+mimdet.check("what is right", MODE == "quick", trained=True)
+
+# %%
+mimdet.check("quick mode", MODE == "quick")
+1 / 0
+"""
+
+
+def test_a_rehearsal_counts_what_runs_and_what_is_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, table = dict(os.environ), tmp_path / "table.md"
+    assert rehearsal.rehearse([write_source(tmp_path, "00_small", REHEARSED)], table) == 2
+    said = capsys.readouterr().out
+    assert "code cell 4, mimdet.check" in said and "✗ quick mode" in said
+    assert "ZeroDivisionError: division by zero" in said
+    rehearsal.write(table, {"10_other": "| 10_other | 1 |"})
+    first, _, _, row, other, last = table.read_text().splitlines()
+    assert (first, last) == (rehearsal.START, rehearsal.END)
+    assert row.startswith("| 00_small | 4 | 2 | 5 | 1 | ") and row.endswith(" | what is right |")
+    assert other == "| 10_other | 1 |"  # a later call keeps the rows of others
+    assert dict(os.environ) == before
 
 
 def test_inject_replaces_a_value_and_refuses_an_unknown_parameter(copy: Path) -> None:
