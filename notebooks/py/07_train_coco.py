@@ -276,6 +276,8 @@ for gigabytes, mode in ((24, "on"), (80, "off")):  # what "auto" means there
 from mimdet.training.job import Job
 
 base = cfg if MODE == "full" else paper
+if MODE == "quick":  # the recipe starts from Meta's autoencoder, which quick mode does not have
+    base.training.init_from = "downloads/mae_pretrain_vit_base_full.pth"
 job = Job.prepare(base, f"runs/base-{MODE}-seed-{SEED}")
 print("on one GPU, in a terminal:\n  python", *job.words(1))
 print("on eight GPUs:\n  python", *job.words(8))
