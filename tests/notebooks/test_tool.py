@@ -84,7 +84,8 @@ def test_build_stores_outputs_without_times_and_places_and_the_picture_of_a_pane
     assert loop.outputs[0].text == "step 1/2 runs\n"  # the last state of the bar, a relative path
     assert loop.outputs[1].data["text/plain"] == "2"
     assert loop.execution_count is None and "execution" not in loop.metadata
-    (output,) = notebooks.read_notebook(built / NAME).cells[PANEL].outputs
+    output, hint = cells[PANEL].outputs
+    assert "Run All Above" in hint.data["text/html"]  # for who sees the picture alone
     assert sorted(output.data) == ["image/png", "text/plain"]
     assert output.metadata == {"image/png": {"alt": "an orange square"}}
 
