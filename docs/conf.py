@@ -1,4 +1,4 @@
-"""Sphinx's configuration: `python tools/site.py` builds the site from the repository's own files.
+"""Sphinx's configuration: `python tools/build_site.py` builds the site from the repository's own files.
 
 The source directory is the repository, so a link from one page to another is the same here, on a
 code host and on disk.
@@ -30,7 +30,7 @@ include_patterns = [
     "CHANGELOG.md",
     "mimdet/pretrained/README.md",
 ]
-exclude_patterns = ["docs/slides.md"]  # a page of its own, made by tools/site.py
+exclude_patterns = ["docs/slides.md"]  # a page of its own, made by tools/build_site.py
 root_doc = "docs/index"
 
 # Notebooks are shown as they are stored: nothing is run.

@@ -5,7 +5,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from tools import notebooks, site
+from tools import build_site, notebooks
 
 PIXEL = "iVBORw0KGgo="
 
@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_slides_hold_their_figures_and_hide_the_answers(folder: Path) -> None:
     text = '# Title\n\n---\n\n## Why?\n\n![](00_small "show(one)")\n\n> Because.\n'
-    page = site.slides(text, "<title>TITLE</title>SLIDES", folder)
+    page = build_site.slides(text, "<title>TITLE</title>SLIDES", folder)
     assert page.startswith("<title>Title</title>") and page.count("<section>") == 2
     assert f'<img alt="a &quot;dot&quot;" src="data:image/png;base64,{PIXEL}">' in page
     assert '<blockquote class="step">\n<p>Because.' in page
@@ -34,11 +34,11 @@ def test_slides_hold_their_figures_and_hide_the_answers(folder: Path) -> None:
 )
 def test_a_slide_without_its_figure_is_an_error(folder: Path, code: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        site.slides(f'![](00_small "{code}")', "SLIDES", folder)
+        build_site.slides(f'![](00_small "{code}")', "SLIDES", folder)
 
 
 def test_every_figure_of_the_slides_has_one_cell() -> None:
-    figures = site.FIGURE.findall(site.SLIDES.read_text(encoding="utf-8"))
+    figures = build_site.FIGURE.findall(build_site.SLIDES.read_text(encoding="utf-8"))
     assert len(figures) >= 7
     for name, code in figures:
         cells = notebooks.read_source(notebooks.FOLDER / "py" / f"{name}.py").cells
@@ -52,7 +52,7 @@ def test_links_that_lead_nowhere_are_found(tmp_path: Path) -> None:
         '<a href="b.html#gone">4</a><img src="d.png"><a href="https://example.org/none">5</a>'
     )
     (tmp_path / "b.html").write_text('<p id="there"></p>')
-    assert site.broken_links(tmp_path) == [
+    assert build_site.broken_links(tmp_path) == [
         "a.html: c.html",
         "a.html: b.html#gone",
         "a.html: d.png",

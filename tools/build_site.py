@@ -1,4 +1,4 @@
-"""Build the documentation site into build/site: `python tools/site.py`.
+"""Build the documentation site into build/site: `python tools/build_site.py`.
 
 Pages are the repository's own Markdown files, the notebooks with their stored outputs (nothing is
 run) and the docstrings of the package; slides are made from docs/slides.md and the notebooks'
