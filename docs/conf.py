@@ -1,4 +1,4 @@
-"""Sphinx's configuration: `python tools/build_site.py` builds the site from the repository's own files.
+"""Sphinx's configuration: `python tools/build_site.py` makes the site of the repository's files.
 
 The source directory is the repository, so a link from one page to another is the same here, on a
 code host and on disk.
