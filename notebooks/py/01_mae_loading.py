@@ -88,8 +88,6 @@ there_and_back = [
 check("names come back unchanged", all(there_and_back), f"{len(known)} of {len(file.tensors)}")
 
 # %% [markdown]
-# *Try:* translate `cls_token`. Why is there no answer?
-#
 # ## 3 · Into a detector
 #
 # `mimdet.load_mae` starts a detector from the file and says what became of **every** tensor:
@@ -276,8 +274,6 @@ better = on_unseen < of_mean
 check("it paints better than one mean colour", better, "else it had learnt nothing", trained=True)
 
 # %% [markdown]
-# *Try:* ratio 0.1 and 0.75; `sampler="block"`; another `seed`.
-#
 # ## 7 · What do its features know?
 #
 # A detector does not paint. It hopes for tokens that say *what* is there. Two questions to the

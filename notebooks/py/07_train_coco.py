@@ -12,7 +12,7 @@
 # | what you see | a small MIMDet memorises 8 drawn scenes, is stopped and resumed; the recipe is planned, not run | the same with 8 photographs, then MIMDet ViT-B on COCO |
 # | time | about 50 s of one CPU core | an hour on a V100, at its authors' speed; then days |
 # | memory, disk | about 1.5 GB in two processes | section 5; 5 GB a run, in three |
-# | needs | nothing but the kit | GPUs, COCO 2017 (`MIMDET_COCO`), Meta's autoencoder (`mimdet download mae-base-full`) |
+# | needs | nothing but the kit | GPUs, COCO 2017 (`MIMDET_COCO`), `mimdet download mae-base-full` |
 
 # %% tags=["parameters"]
 MODE = "quick"  # "full": COCO, GPUs and days
@@ -243,10 +243,9 @@ check("67,500 steps of 64 images", steps == 67_500, "36 epochs of 120,000")
 #   so no loss scaling (the paper's fp16 needs it, and overflows for some).
 #
 # Then make the **micro-batch** as large as fits, and let `accumulate` fill the step: 64 =
-# `batch_size` × `accumulate`, on one GPU as on eight. The cell counts, without computing, what a
-# training of ViT-B holds in fp32 (`mimdet/analysis/cost.py`): weights, gradients and AdamW's two
-# moments; for each image of 800 × 1344 pixels what autograd keeps. Not confirmed on a GPU; bf16
-# leaves room for the rest.
+# `batch_size` × `accumulate`, on one GPU as on eight. The cell counts what a training of ViT-B
+# holds in fp32 (`mimdet/analysis/cost.py`): weights, gradients and AdamW's moments; for each image
+# of 800 × 1344 pixels what autograd keeps. Not confirmed on a GPU; bf16 leaves room.
 
 # %%
 from mimdet.analysis.cost import training_bytes
@@ -307,13 +306,12 @@ print(f"{accumulate} micro-batches a step can be shared by {shares} processes")
 # | you | the run |
 # |---|---|
 # | close browser or kernel | goes on; anywhere else `TrainingDashboard(RUN)` shows it again |
-# | press Ctrl-C in its terminal | saves and ends; `mimdet resume RUN` continues |
-# | reboot, or lose power | continues from its last checkpoint, in the same way |
-# | start a second one in the folder | the second is refused |
+# | press Ctrl-C in its terminal, or close it | saves and ends; `mimdet resume RUN` continues |
+# | reboot, or lose power | continues so from its last checkpoint |
 #
 # **How long?** The authors report, for ViT-B and 36 epochs: at ratio 0.5 with recomputation 3 to 4
 # days on eight V100 GPUs of 32 GB; at ratio 0.25 with 16 images a step, on 8 GPUs, 2 days and 6
-# hours. The panel's estimate settles after the first evaluation.
+# hours.
 #
 # **How good?** 51.7 box and 46.2 mask AP are published for ViT-B on COCO val2017, at ratio 1 after
 # 36 epochs; others who ran the authors' code report 50.0 and 50.8. This kit has not been trained in
@@ -326,8 +324,6 @@ print(f"{accumulate} micro-batches a step can be shared by {shares} processes")
 # mimdet evaluate RUN --ratios 0.25 0.5 1
 # mimdet errors RUN
 # ```
-#
-# the second one says why AP is what it is (`08_results`).
 #
 # **When something goes wrong.** *Out of memory:* half the `batch_size`, twice the `accumulate`.
 # *The loss is not finite:* the job stops by itself, names the images, and has saved the step

@@ -56,7 +56,6 @@ show_matrix(stored)
 # in the gaps the decoder sees every place without the encoder, and detectors that trained with gaps
 # have learnt to pass it by. Section 4 exchanges the fill. And look at the ± before you believe
 # anything: it is the half width of a 95 % interval, and a few seeds make wide ones.
-# Minutes are wall time.
 
 # %%
 from IPython.display import Markdown

@@ -193,8 +193,6 @@ for run in planned[:3]:
 check("mimdet ablate runs/own_idea.py would train 10 runs", len(planned) == 10)
 
 # %% [markdown]
-# `notebooks/ablations/` has more files of this kind.
-#
 # ## 5 · Stop it, continue it
 #
 # The stop button (■), or Ctrl-C, lets every child save and end; the same call continues where it
