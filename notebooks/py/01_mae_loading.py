@@ -13,7 +13,7 @@
 # | study | an hour, after 00 | |
 # | what you see | the shipped `tiny_mae` (1.5 million parameters, drawn scenes) into the preset `tiny` | Meta's MAE ViT-B into MIMDet ViT-B |
 # | time | about 25 seconds of one CPU core | not timed: 600 images through ViT-B's encoder |
-# | memory, disk | about 1 GB | 2.4 GB of files in `runs/01` |
+# | memory, disk | about 1 GB | 2.4 GB in `runs/01` |
 # | needs | nothing but the kit | `mimdet download mae-base-visualize mimdet-base`, COCO in the folder named by `MIMDET_COCO` |
 #
 # Set `PATH` to a photo of yours and it is painted in place of the drawn scenes. Do not expect much

@@ -9,7 +9,7 @@
 # | | quick (`MODE = "quick"`) | full (`MODE = "full"`) |
 # |---|---|---|
 # | study | an hour, after 00, 06 | |
-# | what you see | a small MIMDet memorises 8 drawn scenes, is stopped and resumed; the recipe is planned, not run | the same with 8 photographs, then MIMDet ViT-B on COCO |
+# | what you see | a small MIMDet memorises 8 drawn scenes, is stopped and resumed | the same with 8 photographs, then MIMDet ViT-B on COCO |
 # | time | about 50 s of one CPU core | an hour on a V100, at its authors' speed; then days |
 # | memory, disk | about 1.5 GB in two processes | section 5; 5 GB a run, in three |
 # | needs | nothing but the kit | GPUs, COCO 2017 (`MIMDET_COCO`), `mimdet download mae-base-full` |
@@ -317,7 +317,7 @@ print(f"{accumulate} micro-batches a step can be shared by {shares} processes")
 # 36 epochs; others who ran the authors' code report 50.0 and 50.8. This kit has not been trained in
 # full yet. No curve is published for 1, 3, 12 or 24 epochs. Bounds: below that before epoch 27, the
 # first milestone; a plain ViT-B from the same autoencoder has 48.1 after 25, its rate lowered in
-# time (its authors). Our guess: a box AP below 1 after epoch 1, or no rise to epoch 3, is a
+# time. Our guess: a box AP below 1 after epoch 1, or no rise to epoch 3, is a
 # failure. Afterwards:
 #
 # ```
@@ -336,7 +336,6 @@ print(f"{accumulate} micro-batches a step can be shared by {shares} processes")
 # - A job is a process with a folder; stop, resume, close, attach: the result is the same.
 # - Rates: stem r, encoder r / 2, the rest 2 r; r follows the square root of the images a step.
 # - Fewer tokens and recomputation save memory; `accumulate` keeps the step at 64 images.
-# - Expect 50.0 to 51.7 box AP, after days.
 #
 # ## Exercises
 #

@@ -11,7 +11,7 @@
 # | study | an hour, after 07, 08 | |
 # | what you see | a stored matrix of training and evaluation ratios; a grid of four trainings of seconds | the same grid with MIMDet ViT-B on COCO |
 # | time | about a minute on two CPU cores | days: four trainings, from Meta's autoencoder, of `STEPS` or the paper's 67,500 steps |
-# | memory, disk | 1 GB a process | as one training; 16 GB of checkpoints |
+# | memory, disk | 1 GB a process | as one training; 16 GB |
 # | needs | nothing but the kit | GPUs, and COCO 2017 in the folder named by `MIMDET_COCO` |
 
 # %% tags=["parameters"]
