@@ -245,6 +245,8 @@ def test_training_dashboard(server: Server, page: Page, tmp_path: Path) -> None:
     page.page.wait_for_selector(f".{name}-detections canvas[aria-label*='of step 24']")
     assert again.pictures() != at_first
     page.picture("training_dashboard")
+    (_, top, _, height), (_, below, _, _) = page.page.evaluate(BOXES)
+    assert 0 <= below - top - height < 60, "one picture right below the other"
     again.close()
     assert page.errors == []
 

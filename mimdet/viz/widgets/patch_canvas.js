@@ -6,6 +6,7 @@ const STATE = "dropped selected rows columns size seq show_grid tool title label
 function render({ model, el }) {
   const canvas = document.createElement("canvas");
   canvas.className = "mimdet-canvas";
+  el.classList.add("mimdet-box");
   canvas.tabIndex = 0;
   const title = document.createElement("div");
   title.className = "mimdet-title";
@@ -32,8 +33,7 @@ function render({ model, el }) {
 
   function draw() {
     const [width, height] = model.get("size");
-    el.style.flex = `1 1 ${Math.round(0.7 * width)}px`; // in a row: smaller rather than below
-    el.style.maxWidth = `${width + 10}px`;
+    el.style.setProperty("--width", `${width}px`);
     canvas.width = width;
     canvas.height = height;
     if (shown) pen.drawImage(shown, 0, 0, width, height);
