@@ -20,7 +20,7 @@ from PIL import Image
 
 import mimdet
 from mimdet.training.run import CheckpointStore
-from tests.browser.chromium import PICTURES, Page, open_page, skip_without_browser
+from tests.browser.chromium import PICTURES, Page, skip_without_browser
 from tests.browser.lab import Notebook, Server
 from tools import notebooks
 
@@ -191,7 +191,7 @@ def test_panel(notebook: Notebook, name: str) -> None:
         changed = notebook.pictures() != before
         changed |= control in CHOOSES and notebook.status() != said
         assert changed, f"{name}: {control} changes no picture"
-    notebook.browser.picture(name, notebook.page.locator(".jp-OutputArea-output").last)
+    notebook.browser.picture(name, notebook.page.locator(".jp-OutputArea-output:has(canvas)").last)
     median = statistics.median(times.values())
     print(f"\n{name}: {median:.0f} ms from event to picture, median of {len(times)}")
     file = PICTURES / "latency.json"
@@ -266,35 +266,38 @@ def last_weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("width", [900, 1400])
-def test_the_first_screen(server: Server, width: int) -> None:
+def test_the_first_screen(server: Server, page: Page, width: int) -> None:
     """Notebook 00 as a student meets it: a brush within a minute, brush and effect seen together,
     one token, what a stroke does in words; and what is said when the kernel is gone."""
     source = notebooks.read_source(notebooks.FOLDER / "py" / "00_quickstart.py")
     cells = [cell.source for cell in source.cells if cell.cell_type == "code"]
     last = next(i for i, cell in enumerate(cells) if "TokenLab(" in cell)
     titles = ".mimdet-title"
-    with open_page(width, 900) as browser:
+    size = {"width": width, "height": 900}
+    with page.page.context.browser.new_context(viewport=size) as context:
+        browser = Page(context.new_page())
+        browser.page.set_default_timeout(180_000)
         start = time.monotonic()
         first = Notebook(server, browser, f"first{width}", cells[: last + 1])
         first.run_all()
-        page = browser.page
-        page.wait_for_selector("canvas.mimdet-canvas[data-seq]")
+        screen = browser.page
+        screen.wait_for_selector("canvas.mimdet-canvas[data-seq]")
         first.answer_to(lambda: first.slide("mimdet-token-ratio", "Home"))
         assert "kept 1 of 256 tokens" in first.status()
-        page.evaluate(BRUSH_DOWN)
-        assert "brings tokens back" in page.locator(titles).first.inner_text()
+        screen.evaluate(BRUSH_DOWN)
+        assert "brings tokens back" in screen.locator(titles).first.inner_text()
         first.answer_to(lambda: first.stroke(0, 0.4))
         assert time.monotonic() - start < 60, "seconds from opening to the first brush"
-        assert "brought back" in first.status() and "truth: 9 objects" in page.inner_text("body")
-        boxes = page.evaluate(BOXES)
+        assert "brought back" in first.status() and "truth: 9 objects" in screen.inner_text("body")
+        boxes = screen.evaluate(BOXES)
         assert max(x + w for x, _, w, _ in boxes) <= width
         assert max(y + h for _, y, _, h in boxes) - min(y for _, y, _, _ in boxes) < 560
         assert first.find("mimdet-hint").is_hidden()
         browser.picture(f"first_{width}")
         assert browser.errors == []
-        page.evaluate("jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
-        page.wait_for_function("document.body.innerText.includes('no kernel answers')")
-        page.evaluate("jupyterapp.commands.execute('docmanager:save')")
-        page.reload()
-        page.wait_for_selector(".mimdet-hint")
+        screen.evaluate("jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
+        screen.wait_for_function("document.body.innerText.includes('no kernel answers')")
+        screen.evaluate("jupyterapp.commands.execute('docmanager:save')")
+        screen.reload()
+        screen.wait_for_selector(".mimdet-hint")
         assert "Run All Above" in first.find("mimdet-hint").inner_text()
