@@ -260,8 +260,8 @@ show_ratios(trained)
 # missed object, a right box with a wrong name, one object found twice.
 
 # %%
-found = mimdet.predict(model, images[5:])
-show_detections(images[5:], found, truth[5:], scenes.categories, score_threshold=0.3)
+found = mimdet.predict(model, images[7:])
+show_detections(images[7:], found, truth[7:], scenes.categories, score_threshold=0.3)
 
 # %% [markdown]
 # `mimdet.predict` takes a path, a PIL image, an array or a tensor, of any size, one or a list, and
