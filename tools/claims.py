@@ -70,7 +70,9 @@ def row(claim: dict[str, Any], result: Experiment | None) -> str:
         return f"| {' | '.join(cells)} | - | - | not run yet | {grid} |"
     values = paired(claim, result)
     interval = mean_interval(values)
-    shown = f"{interval.mean:+.1f}{unit} [{interval.low:+.1f}, {interval.high:+.1f}]"
+    shown = f"{interval.mean:+.1f}{unit}"
+    if interval.n > 1:
+        shown += f" [{interval.low:+.1f}, {interval.high:+.1f}]"
     verdict = f"**{judge(interval, side, limit)}** {claim.get('why', '')}".rstrip()
     return f"| {' | '.join([*cells, shown, str(interval.n), verdict, grid])} |"
 

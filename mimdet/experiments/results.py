@@ -224,7 +224,7 @@ def measured(base: Config, runs: Sequence[PlannedRun], errors: dict[str, str]) -
         environments.append(read_json(run.path / "environment.json"))
     about = {
         "hardware": hardware_text(environments[0]["gpus"]),
-        "environment": environments[0],
+        "environment": {k: v for k, v in environments[0].items() if k not in ("folder", "run")},
         "data": sorted({environment["data"] for environment in environments}),
     }
     arms = [run.arm for run in runs if run.seed == runs[0].seed]

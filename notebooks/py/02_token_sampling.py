@@ -272,7 +272,6 @@ check("at 0.25 the decoder costs more than the encoder", decoder > encoder_cost(
 # runs.
 
 # %% tags=["timing"]
-import statistics
 import time
 
 model = open_detector(MODE)  # on the GPU, where there is one
@@ -288,7 +287,7 @@ for ratio in (0.25, 0.5, 1.0):
         start = time.perf_counter()
         mimdet.predict(model, picture, sample_ratio=ratio)
         times["detector"].append(1000 * (time.perf_counter() - start))
-    print(ratio, {name: f"{statistics.median(t):.1f} ms" for name, t in times.items()})
+    print(ratio, {name: f"{torch.tensor(t).median():.1f} ms" for name, t in times.items()})
 
 # %% [markdown]
 # In quick mode the encoder is so small that the detector hardly gets faster: its heads take most of
