@@ -150,7 +150,7 @@ check("36 of 92 pixels, by hand", same < 1e-6, "an 8-pixel object two pixels off
 # right, wrong. Walk down the list. After each detection, *precision* is the share of right ones so
 # far, *recall* the share of objects found so far. COCO then (a) lifts precision to the best value
 # at this recall or a higher one, (b) reads it at recalls 0, .01, ... 1, zero where never reached,
-# (c) averages the 101 numbers. One object is never found, so AP cannot exceed .75.
+# (c) averages the 101 numbers. One object is never found, so AP cannot exceed 76/101.
 
 # %%
 import numpy as np

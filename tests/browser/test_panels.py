@@ -288,7 +288,7 @@ def test_the_first_screen(server: Server, page: Page, width: int) -> None:
         assert "brings tokens back" in screen.locator(titles).first.inner_text()
         first.answer_to(lambda: first.stroke(0, 0.4))
         assert time.monotonic() - start < 60, "seconds from opening to the first brush"
-        assert "brought back" in first.status() and "truth: 9 objects" in screen.inner_text("body")
+        assert "brought back" in first.status() and "truth: 5 objects" in screen.inner_text("body")
         boxes = screen.evaluate(BOXES)
         assert max(x + w for x, _, w, _ in boxes) <= width
         assert max(y + h for _, y, _, h in boxes) - min(y for _, y, _, _ in boxes) < 560
