@@ -109,7 +109,7 @@ def notebook_setup(
         lines["start"] = cfg.training.init_from
         lines["disk"] = f"a checkpoint takes {0.75 * once:.1f} GB, a run keeps up to three"
         lines["memory"] = (
-            f"about {once:.1f} GB and {image:.1f} GB an image in fp32; in bf16 half of that"
+            f"about {once:.1f} GB, and an image {image:.1f} GB in fp32 or half of that in bf16"
         )
     print("\n".join(f"{name:<9} {text}" for name, text in lines.items()))
     return cfg

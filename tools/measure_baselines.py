@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mimdet.experiments.results import hardware_text
 from mimdet.files import read_json, write_json
 from mimdet.presets import PRESETS
 
@@ -64,7 +65,7 @@ def main() -> None:
         rows.append(measure(preset, options.runs, options.steps))
         print(rows[-1], flush=True)
     if options.out:
-        known = {"limit_minutes": LIMIT_MINUTES, "hardware": "1 core (AMD EPYC), 1 thread"}
+        known = {"limit_minutes": LIMIT_MINUTES, "hardware": f"1 of {hardware_text([])}"}
         write_json(options.out, {**known, "rows": rows})
 
 

@@ -1,8 +1,8 @@
 """Measure how long notebooks take and how fast panels answer; written to notebooks/results.
 
-    python tools/measure_times.py notebooks [--hardware "2 CPU cores (AMD EPYC), 1 thread"]
+    python tools/measure_times.py notebooks [--hardware "2 CPU cores , 1 thread"]
     python tools/measure_times.py notebooks 02_token_sampling    only printed
-    python tools/measure_times.py panels [--hardware "2 CPU cores (AMD EPYC)"]
+    python tools/measure_times.py panels [--hardware "2 CPU cores"]
 
 Notebooks run in quick mode. CPU seconds are those of the whole kernel and of the processes it has
 waited for, imports included. They depend little on what else runs; wall seconds, from the start of

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mimdet.experiments.results import hardware_text
 from mimdet.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -318,7 +319,7 @@ def main() -> None:
     one.add_argument("run", type=Path)
     one.add_argument("out", type=Path)
     one.add_argument("--command", required=True)
-    one.add_argument("--hardware", default="2 CPU cores (AMD EPYC), 2 threads")
+    one.add_argument("--hardware", default=hardware_text([]))
     one.add_argument("--note", default="")
     one.add_argument("--minutes", type=float, default=0.0, help="wall time, start to end")
     readme = commands.add_parser("readme")

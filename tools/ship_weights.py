@@ -15,6 +15,7 @@ import torch
 
 import mimdet
 from mimdet.data.shapes import ShapesCOCO
+from mimdet.experiments.results import hardware_text
 from mimdet.files import read_json, write_json
 from mimdet.training.run import MetricsFile, load_detector
 
@@ -64,14 +65,14 @@ def card(name: str, run: Path, numbers: dict[str, Any]) -> dict[str, Any]:
     seconds = [row["time"]["seconds"] for row in steps]
     environment = read_json(run / "environment.json")
     two = COMMANDS[name].startswith(TWO)
-    cores = "2 CPU cores (AMD EPYC), 2 processes of 1 thread" if two else "1 CPU core (AMD EPYC)"
+    cores = hardware_text([])
     return {
         "command": COMMANDS[name],
         "seed": environment["seed"],
         "data": environment["data"],
         "images_seen": sum(row["images"] for row in steps),
         "training_minutes": round(median(seconds) * len(seconds) / 60, 1),  # pauses left out
-        "hardware": cores,
+        "hardware": f"{cores}, 2 processes of 1 thread" if two else f"1 of {cores}",
         "versions": {key: environment[key] for key in ("mimdet", "git", "torch", "timm")},
         "bytes": path.stat().st_size,
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),

@@ -102,8 +102,9 @@ def test_a_large_file_does_not_fit_the_base_model(golden: Path, tmp_path, record
 def test_optimiser_groups(golden: Path, measured, letter: str, preset: str) -> None:
     """Learning rate and weight decay of every parameter at batch 64."""
     ours, expected = optimiser_groups(golden, f"mimdet_vit_{letter}", preset)
-    decays = ({name: decay for name, (_, decay) in side.items()} for side in (ours, expected))
-    assert next(decays) == next(decays)
+    assert {n: decay for n, (_, decay) in ours.items()} == {
+        n: decay for n, (_, decay) in expected.items()
+    }
     error = max(abs(ours[name][0] / rate - 1) for name, (rate, _) in expected.items())
     measured(f"optimiser groups vit_{letter}", f"rates of {len(ours)} parameters", error, 1e-12)
 

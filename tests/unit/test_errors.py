@@ -540,6 +540,14 @@ def test_ap_is_that_of_coco(seed: int, iou_type: IouType, mixed: bool) -> None:
 
 # --- tidecv -------------------------------------------------------------------------------------
 
+
+def test_the_scenes_have_errors_of_every_type() -> None:
+    counts = sum(
+        (Counter(find_errors(*random_scenes(seed)).counts) for seed in range(10)), Counter()
+    )
+    assert min(counts[kind] for kind in KINDS) >= 10
+
+
 SHORT = ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss", "FalsePos", "FalseNeg")
 TIDE_NAMES = dict(zip([*KINDS, "false positives", "false negatives"], SHORT, strict=True))
 
