@@ -1,6 +1,6 @@
 """Measure how long notebooks take and how fast panels answer; written to notebooks/results.
 
-    python tools/measure_times.py notebooks [--hardware "2 CPU cores , 1 thread"]
+    python tools/measure_times.py notebooks [--hardware "2 CPU cores, 1 thread"]
     python tools/measure_times.py notebooks 02_token_sampling    only printed
     python tools/measure_times.py panels [--hardware "2 CPU cores"]
 
