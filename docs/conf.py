@@ -100,7 +100,7 @@ def tag_cells(app: Any, docname: str, source: list[str]) -> None:
 
 def options_of_a_command(app: Any, what: str, name: str, thing: Any, *rest: Any) -> Any:
     """The signature of a command without what only its parser wants to know."""
-    if what != "function" or not name.startswith(("mimdet.cli.", "mimdet.demo.")):
+    if what != "function" or not name.startswith(("mimdet.commands.", "mimdet.demo.")):
         return None
     parameters = inspect.signature(thing).parameters.values()
     bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]

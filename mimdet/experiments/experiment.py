@@ -1,5 +1,6 @@
 """`mimdet.experiment`: a grid of trainings with seeds that can be stopped and resumed."""
 
+import re
 import runpy
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from mimdet.config import Config
 from mimdet.console import Failed
 from mimdet.experiments.grid import Grid
-from mimdet.experiments.results import Experiment, measured
+from mimdet.experiments.results import Experiment, measured, read_known
 from mimdet.experiments.runs import GPU, ExperimentStopped, places_for, plan, run_all
 
 
@@ -22,6 +23,9 @@ def experiment(
     evaluate_ratios: Sequence[float] | None = None,
     draws: int = 2,
     processes: int = 0,
+    part: tuple[int, int] = (1, 1),
+    known: Sequence[str | Path] = (),
+    train: bool = True,
 ) -> Experiment:
     """Train every combination of the grid's values with every seed, and compare.
 
@@ -38,6 +42,11 @@ def experiment(
     `draws` samplings below 1. processes: runs at a time; 0 = one per GPU, or one per core and
     thread of a run.
 
+    part: (3, 8) = train every eighth run, beginning with the third; eight machines that are given
+    one part each share the work, in one folder or in folders of their own. known: json files of the
+    same experiment from elsewhere; the runs they hold are not trained again. train: False = train
+    nothing. The result has every run that is complete, whichever part it belongs to.
+
     Each run is a run directory of its own, trained in a child process. Ctrl-C lets all of them save
     and raises ExperimentStopped; the same call resumes, and skips what is complete. So does a call
     with more seeds, values or evaluation ratios. A run that fails is reported and the others go on.
@@ -48,12 +57,18 @@ def experiment(
         base, grid, seeds, name=name, runs=runs, evaluate_ratios=evaluate_ratios, draws=draws
     )
     folder = planned[0].path.parent
-    waiting = [run for run in planned if not run.complete()]
+    first, parts = part
+    if not 1 <= first <= parts:
+        raise ValueError(f"part={first}/{parts}: which part of how many, from 1/{parts} on")
+    found = [read_known(file, base, planned) for file in known]
+    done = {(row["arm"], row["seed"]) for other in found for row in other.table.to_dict("records")}
+    own = planned[first - 1 :: parts] if train else []
+    waiting = [run for run in own if not run.complete() and (run.arm.label, run.seed) not in done]
     errors: dict[str, str] = {}
     if waiting:
         places = places_for(waiting, processes)
         print(
-            f"{folder}: {len(planned)} runs, {len(planned) - len(waiting)} complete, "
+            f"{folder}: {len(own)} runs, {len(own) - len(waiting)} complete, "
             f"{len(waiting)} to train, {len(places)} at a time",
             flush=True,
         )
@@ -64,11 +79,11 @@ def experiment(
         try:
             errors = run_all(waiting, places, folder / "logs")
         except KeyboardInterrupt:
-            raise ExperimentStopped(planned) from None
-    if not any(run.complete() for run in planned):
+            raise ExperimentStopped(own) from None
+    if errors and not any(run.complete() for run in planned):
         failed, why = next(iter(errors.items()))
         raise Failed(f"no run succeeded; {failed}: {why} (output in {folder / 'logs'})")
-    result = measured(base, planned, errors)
+    result = measured(base, planned, errors, found)
     result.command = (
         f"mimdet.experiment(base, {[arm.values for arm in result.arms]}, seeds={result.seeds}, "
         f"name={folder.name!r}, evaluate_ratios={evaluate_ratios}, draws={draws})"
@@ -82,16 +97,23 @@ def ablate(
     runs: str | Path = "runs",
     seeds: int = 0,
     processes: int = 0,
+    part: str = "1/1",
+    known: Sequence[str | Path] = (),
     dry_run: bool = False,
+    table: bool = False,
     out: str | Path = "",
 ) -> Experiment | None:
     """Run the experiment that the Python file describes; print its table, write it as json.
 
     The file defines `base` (a Config) and `grid`, and may define `seeds`, `name` (default: the
     file's name), `evaluate_ratios` and `draws`, as `mimdet.experiment` takes them; it is executed.
-    seeds: another number than the file's. out: the json; default RUNS/NAME/result.json. dry_run:
-    only list the runs, and return None.
+    seeds: another number than the file's. part: such as "3/8". known: as `mimdet.experiment` takes
+    them. table: train nothing, take what is complete. out: the json; default
+    RUNS/NAME/result.json. dry_run: only list the runs, and return None.
     """
+    numbers = re.fullmatch(r"(\d+)/(\d+)", part)
+    if not numbers:
+        raise ValueError(f"--part {part}: write which part of how many, such as 3/8")
     arguments = {"name": Path(file).stem, **read_grid(file), "runs": runs}
     if seeds:
         arguments["seeds"] = seeds
@@ -100,7 +122,13 @@ def ablate(
             state = "complete" if run.complete() else "to do"
             print(f"{run.path}  {run.steps} steps, evaluated at {list(run.ratios)}: {state}")
         return None
-    result = experiment(**arguments, processes=processes)
+    result = experiment(
+        **arguments,
+        processes=processes,
+        part=(int(numbers[1]), int(numbers[2])),
+        known=known,
+        train=not table,
+    )
     result.command = f"mimdet ablate {file}" + (f" --seeds {seeds}" if seeds else "")
     written = Path(out) if out else result.folder / "result.json"
     result.to_json(written)

@@ -16,8 +16,9 @@ import pandas as pd
 
 from mimdet.analysis.cost import cost_of, markdown_table
 from mimdet.config import Config, flat, from_dict, to_dict
+from mimdet.console import Failed
 from mimdet.experiments.grid import Arm, short_names, value_text
-from mimdet.experiments.runs import PlannedRun
+from mimdet.experiments.runs import PlannedRun, passes
 from mimdet.files import read_json, write_json
 from mimdet.training.run import MetricsFile
 
@@ -86,7 +87,8 @@ class Experiment:
     command: str
     """The call, for the record."""
     about: dict[str, Any]
-    """{"hardware", "environment", "data"} of the trainings."""
+    """{"hardware", "environment", "data"} of the trainings, "code": label -> slot -> text's address
+    of arms with code of your own."""
 
     @property
     def fields(self) -> list[str]:
@@ -198,7 +200,7 @@ class Experiment:
                 for name in ("rows", "curves")
             )
             seeds, errors, command = content["seeds"], content["errors"], content["command"]
-            about = {name: content[name] for name in ("hardware", "environment", "data")}
+            about = {name: content[name] for name in ("hardware", "environment", "data", "code")}
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is not the result of an experiment: {error!r}") from error
         return cls(Path(path).parent, base, arms, seeds, table, curves, errors, command, about)
@@ -207,13 +209,23 @@ class Experiment:
 # ------------------------------------------------------------------------------- from the runs
 
 
-def measured(base: Config, runs: Sequence[PlannedRun], errors: dict[str, str]) -> Experiment:
-    """The tables of all complete runs; errors: run that failed -> why."""
+def measured(
+    base: Config,
+    runs: Sequence[PlannedRun],
+    errors: dict[str, str],
+    known: Sequence[Experiment] = (),
+) -> Experiment:
+    """The tables of all complete runs, here or in `known`; errors: run that failed -> why.
+
+    known: results from elsewhere as `read_known` gives them; a run that is complete here and there
+    is taken from here. Raises Failed when there is none at all.
+    """
     rows: list[dict[str, Any]] = []
     curves: list[dict[str, Any]] = []
     flops: dict[str, float] = {}
     environments = []
-    for run in (run for run in runs if run.complete()):
+    complete = [run for run in runs if run.complete()]
+    for run in complete:
         label = run.arm.label
         if label not in flops:
             flops[label] = training_flops(run.cfg, run.size)
@@ -222,15 +234,72 @@ def measured(base: Config, runs: Sequence[PlannedRun], errors: dict[str, str]) -
         rows += [key | row for row in result_rows(run, lines, flops[label])]
         curves += [key | row for row in curve_rows(run, lines, flops[label])]
         environments.append(read_json(run.path / "environment.json"))
-    about = {
-        "hardware": hardware_text(environments[0]["gpus"]),
-        "environment": {k: v for k, v in environments[0].items() if k not in ("folder", "run")},
-        "data": sorted({environment["data"] for environment in environments}),
-    }
+    hardware = [hardware_text(environments[0]["gpus"])] if environments else []
+    data = {environment["data"] for environment in environments}
+    for other in known:
+        new = {(run.arm.label, run.seed) for run in runs} - {(r["arm"], r["seed"]) for r in rows}
+        for table, of_other in ((curves, other.curves), (rows, other.table)):
+            table += [r for r in of_other.to_dict("records") if (r["arm"], r["seed"]) in new]
+        hardware.append(other.about["hardware"])
+        environments.append(other.about["environment"])
+        data |= set(other.about["data"])
+    if not rows:
+        raise Failed(f"{runs[0].path.parent}: no run is complete yet, so there is no table")
+    order = {(run.arm.label, run.seed): i for i, run in enumerate(runs)}
+    for table in (rows, curves):
+        table.sort(key=lambda row: order[row["arm"], row["seed"]])
     arms = [run.arm for run in runs if run.seed == runs[0].seed]
+    about = {
+        "hardware": " and ".join(dict.fromkeys(hardware)),
+        "environment": {k: v for k, v in environments[0].items() if k not in ("folder", "run")},
+        "data": sorted(data),
+        "code": code_of(arms),
+    }
     seeds = list(dict.fromkeys(run.seed for run in runs))
     table, curve = pd.DataFrame(rows), pd.DataFrame(curves)
     return Experiment(runs[0].path.parent, base, arms, seeds, table, curve, errors, "", about)
+
+
+def code_of(arms: Sequence[Arm]) -> dict[str, dict[str, str]]:
+    """Label -> slot -> address of its text, of the arms that have code of your own."""
+    own = {arm.label: {slot: text.address for slot, text in arm.code.items()} for arm in arms}
+    return {label: texts for label, texts in own.items() if texts}
+
+
+def read_known(file: str | Path, base: Config, runs: Sequence[PlannedRun]) -> Experiment:
+    """The runs among `runs` that a json of the same experiment holds, whole, from elsewhere.
+
+    Raises ValueError naming the file, and the field or arm, when it is of another base, of arms or
+    code of the same name that differ, or was evaluated on other data.
+    """
+    found = Experiment.from_json(file)
+    theirs, ours = flat(found.base), flat(from_dict(to_dict(base)))
+    changed = sorted(name for name in ours if theirs.get(name) != ours[name])
+    if changed:
+        raise ValueError(f"{file} is of another base: {', '.join(changed)} differ")
+    arms = {arm.label: arm.values for arm in found.arms}
+    code = code_of([run.arm for run in runs])
+    whole: set[tuple[str, int]] = set()
+    for run in runs:
+        label = run.arm.label
+        rows = found.table[(found.table["arm"] == label) & (found.table["seed"] == run.seed)]
+        if not len(rows):
+            continue
+        same = [value_text(v) for v in arms[label].values()]
+        if same != [value_text(v) for v in run.arm.values.values()]:
+            raise ValueError(f"{file}: its arm {label} has other values than that of this grid")
+        if found.about["code"].get(label) != code.get(label):
+            raise ValueError(f"{file}: its arm {label} was trained with other code")
+        if set(rows["data"]) != {run.data}:
+            raise ValueError(f"{file}: {label} was evaluated on {rows['data'].iloc[0]}")
+        wanted = {(ratio, passes(ratio, run.draws)) for ratio in run.ratios}
+        if wanted <= set(zip(rows["evaluate_ratio"], rows["draws"], strict=True)):
+            whole.add((label, run.seed))
+    for name in ("table", "curves"):
+        table = getattr(found, name)
+        keys = zip(table["arm"], table["seed"], strict=True)
+        setattr(found, name, table[[key in whole for key in keys]])
+    return found
 
 
 Rows = list[dict[str, Any]]
@@ -258,7 +327,7 @@ def result_rows(run: PlannedRun, lines: Rows, per_image: float) -> Rows:
     for row in run.rows():
         scores = {name: mean_score(row["metrics"], *at) for name, at in SCORES.items()}
         spread = {f"{k}_draw_sd": 100 * row.get(f"{k}_ap_sd", math.nan) for k in ("box", "mask")}
-        at = {"evaluate_ratio": row["sample_ratio"]}
+        at = {"evaluate_ratio": row["sample_ratio"], "data": run.data}
         rows.append({**at, **scores, **spread, "draws": row["draws"], **cost})
     return rows
 

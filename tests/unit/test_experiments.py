@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from torch import nn
 
 from mimdet.analysis.cost import cost_of
 from mimdet.config import Config, flat, save_config
+from mimdet.console import Failed
 from mimdet.experiments import runs
 from mimdet.experiments.experiment import ablate, experiment, read_grid
 from mimdet.experiments.grid import arms_of
@@ -404,6 +406,92 @@ def test_ablate_lists_the_runs_or_prints_and_writes_the_result(tmp_path, capsys)
     assert result is not None and result.markdown() in capsys.readouterr().out
     content = json.loads((tmp_path / "sample_ratio" / "result.json").read_text())
     assert content["command"] == f"mimdet ablate {file}" and len(content["rows"]) == 12
+
+
+def test_parts_are_shared_out_and_joined(tmp_path, monkeypatch) -> None:
+    """Three machines train every run once; their results together are those of one."""
+    whole = written(tmp_path / "whole")
+    started: list[list[str]] = []
+
+    def trained(waiting, *_):
+        started.append([run.name for run in waiting])
+        for run in waiting:
+            i = run.arm.values["backbone.sample_ratio"] == 1.0
+            _write_run(run, (20 + 10 * run.seed + i * (1 + run.seed)) / 100)
+        return {}
+
+    monkeypatch.setattr("mimdet.experiments.experiment.run_all", trained)
+    options = {"evaluate_ratios": (0.5, 1.0)}
+    results = []
+    for part in (1, 2, 3):
+        folder = tmp_path / str(part)
+        own = experiment(small(2), RATIO_GRID, 3, runs=folder, part=(part, 3), **options)
+        results.append(folder / "part.json")
+        own.to_json(results[-1])
+        assert len(own.table) == 4  # two runs at two ratios
+    assert sorted(run for part in started for run in part) == sorted(
+        f"sample_ratio={ratio}-s{seed}" for ratio in ("0.25", "1") for seed in (0, 1, 2)
+    )
+    assert started[0] == ["sample_ratio=0.25-s0", "sample_ratio=1-s1"]
+    options["runs"] = tmp_path / "here"
+    joined = experiment(small(2), RATIO_GRID, 3, known=results[:2], train=False, **options)
+    assert joined.table["seed"].tolist() == [0] * 4 + [1] * 2 + [2] * 2
+    joined = experiment(small(2), RATIO_GRID, 3, known=results, **options)
+    assert len(started) == 3 and joined.markdown() == whole.markdown()
+    shown = ["arm", "seed", "step", "box_ap"]
+    evaluated = whole.curves[whole.curves["box_ap"].notna()][shown].reset_index(drop=True)
+    assert joined.curves[shown].equals(evaluated)
+    assert not (tmp_path / "here").exists()
+    # More seeds: those that are known are not trained again.
+    experiment(small(2), RATIO_GRID, 4, known=results, **options)
+    assert started[3:] == [["sample_ratio=0.25-s3", "sample_ratio=1-s3"]]
+
+
+def test_the_job_array_of_the_guide_shares_a_grid(tmp_path) -> None:
+    """The script that docs/guides/cluster.md shows, as the two tasks of an array of two."""
+    guide = (ROOT / "docs/guides/cluster.md").read_text()
+    script = guide.partition("## Many small runs")[2].split("```")[1].removeprefix("sh\n")
+    (tmp_path / "array.sh").write_text(script)
+    (tmp_path / "grid.py").write_text(GRID.replace("(0.5, 1)", "(1,)") + "seeds = 1\n")
+    for task, complete in (("1", 1), ("2", 2)):
+        told = os.environ | {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_COUNT": "2"}
+        told |= {
+            "PYTHONPATH": str(ROOT),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
+        words = ["bash", "array.sh", "grid.py"]
+        done = subprocess.run(words, cwd=tmp_path, env=told, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert len(json.loads((tmp_path / f"part{task}.json").read_text())["rows"]) == complete
+
+
+def test_results_of_another_experiment_are_not_joined(tmp_path, monkeypatch) -> None:
+    written(tmp_path).to_json(tmp_path / "known.json")
+    options = {"runs": tmp_path / "new", "evaluate_ratios": (0.5, 1.0), "train": False}
+
+    def joined(base: Config, known: dict[str, object], grid=RATIO_GRID, **more) -> None:
+        content = json.loads((tmp_path / "known.json").read_text()) | known
+        (tmp_path / "other.json").write_text(json.dumps(content))
+        experiment(base, grid, 3, known=[tmp_path / "other.json"], **(options | more))
+
+    joined(small(2), {})
+    with pytest.raises(ValueError, match=r"other\.json is of another base: training\.steps differ"):
+        joined(small(3), {})
+    code = {"sample_ratio=1": {"stem": "other:text"}}
+    with pytest.raises(ValueError, match=r"its arm sample_ratio=1 was trained with other code"):
+        joined(small(2), {"code": code})
+    arms = {"sample_ratio=0.25": {"backbone.sample_ratio": 0.26}, "sample_ratio=1": {"x": 1}}
+    with pytest.raises(ValueError, match=r"its arm sample_ratio=0\.25 has other values"):
+        joined(small(2), {"arms": arms})
+    with pytest.raises(Failed, match="no run is complete yet"):  # more draws are asked for
+        joined(small(2), {}, draws=3, evaluate_ratios=(0.5,))
+    with pytest.raises(ValueError, match="which part of how many"):
+        experiment(small(2), RATIO_GRID, part=(4, 3))
+    with pytest.raises(ValueError, match=r"--part 3: write which part of how many, such as 3/8"):
+        ablate("grid.py", part="3")
+    monkeypatch.setattr("mimdet.data.shapes.REVISION", 99)
+    with pytest.raises(ValueError, match=r"sample_ratio=0\.25 was evaluated on shapes-v1-.*/r1"):
+        joined(small(2), {})
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "notebooks" / "ablations").glob("*.py")))
