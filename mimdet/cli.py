@@ -19,6 +19,9 @@ from mimdet.presets import PRESETS, PRETRAIN_PRESETS
 
 PRESETS_OF: dict[str, dict[str, Any]] = {"train": PRESETS, "pretrain": PRETRAIN_PRESETS}
 TRACEBACK = "--traceback"
+OVERRIDES = {"epochs": "steps", "warmup_epochs": "warmup_steps"}
+OVERRIDES["evaluate_every"] = "evaluate_every_steps"
+"""Fields in epochs, each with the one in steps that decides where both are set."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -55,12 +58,21 @@ def run_command(name: str, words: list[str]) -> None:
 def from_presets(command: Any, presets: dict[str, Callable[[], Any]], words: list[str]) -> Any:
     """`PRESET RUN --field value`: a subcommand for each preset, whose values are the defaults.
 
-    tyro takes a tenth of a second to make the options of one, so none but a named one gets them.
+    Epochs that are given put a preset's steps aside; both are a ValueError. tyro takes a tenth of a
+    second to make the options of one preset, so none but a named one gets them.
     """
     named = {name: presets[name] for name in words[:1] if name in presets} or presets
+    given = {word.partition("=")[0].strip("-").replace("-", "_") for word in words}
     choices = []
     for name, make in named.items():
-        start = partial(command, config=make())
+        config = make()
+        for epochs, steps in OVERRIDES.items():
+            if {epochs, steps} <= given:
+                a, b = (f"--{field.replace('_', '-')}" for field in (epochs, steps))
+                raise ValueError(f"{a} and {b} say the same in two units: give one of them")
+            if epochs in given:
+                setattr(config.training, steps, 0)
+        start = partial(command, config=config)
         described = subcommand(name, constructor=start, description=inspect.getdoc(make))
         choices += [Annotated[Any, described]]
     return Union[(*choices, Annotated[None, Suppress])]

@@ -19,6 +19,7 @@ Number = Annotated[float, Meta(gt=-1e9, lt=1e9)]
 """Beyond a billion there are no pixels."""
 Box = tuple[float, float, float, float]
 Polygons = list[list[Number]]
+EMPTY = "images without objects (--no-skip-empty trains on them)"
 FAR = 10
 """Sides of the image that a polygon may leave it by: pycocotools takes memory for every pixel."""
 

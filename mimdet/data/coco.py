@@ -29,7 +29,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from mimdet.config import DataConfig
-from mimdet.data.annotations import AnnotatedImages, Annotation
+from mimdet.data.annotations import EMPTY, AnnotatedImages, Annotation
 from mimdet.data.checks import Survey, link_target, size_words
 from mimdet.data.coco_file import REFUSED, CocoReader, ImageEntry, Problem, Read, refuse
 from mimdet.files import remove_leftovers, write_file
@@ -227,7 +227,7 @@ class CocoDataset(AnnotatedImages):
         self._rows = rows[usable[rows] > 0] if skip_empty else rows
         if not len(self._rows):
             raise ValueError(f"{json_path} has no images{' with objects' if skip_empty else ''}")
-        reasons = Counter({"images without objects": len(rows) - len(self._rows)})
+        reasons = Counter({EMPTY: len(rows) - len(self._rows)})
         reasons.update(
             self._table.rows.column("left_out").take(rows).combine_chunks().flatten().to_pylist()
         )

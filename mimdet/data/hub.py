@@ -19,6 +19,7 @@ import msgspec
 from torch import Tensor
 
 from mimdet.data.annotations import (
+    EMPTY,
     AnnotatedImages,
     Annotation,
     AnnotationEntry,
@@ -67,6 +68,11 @@ class HubDataset(AnnotatedImages):
         self._table, self._key, names = _check_columns(rows, self.name)
         values, kept, self.has_masks, digest = self._scan(skip_empty, masks)  # of all rows
         kept = [index for index in kept if not limit or index < limit]
+        empty = min(limit or len(rows), len(rows)) - len(kept)
+        self.summary = (
+            f"{self.name} {split}: {len(kept):,} of {len(rows):,} images"
+            f"; left out: {f'{empty:,} {EMPTY}' if empty else 'nothing'}"
+        )
         if not kept:
             raise ValueError(f"{self.name} has no images{' with objects' if skip_empty else ''}")
         if "image_id" in rows.column_names:

@@ -205,10 +205,13 @@ def briefing(
     size, device = sum(value.nbytes for value in tensors), next(iter(tensors)).device
     precision = t.precision.replace("auto", "bf16" if device.type == "cuda" else "fp32")
     kept = t.keep_checkpoints + 2  # the best one, and the one that is being written
+    every = schedule.evaluate_every or schedule.total
     lines = {
         "device": f"{_place(cfg, path, device)}, {precision}",
         "work": f"{schedule.total - done:,} of {schedule.total:,} steps of {step_images(cfg)} "
-        f"images = {t.batch_size} x {t.accumulate} micro-batches, by {world} process(es)",
+        f"images = {t.batch_size} x {t.accumulate} micro-batches, by {world} process(es): "
+        f"{schedule.total / schedule.epoch:.3g} epochs of {schedule.images:,} images",
+        **({"images": _sizes(cfg, every)} if isinstance(cfg, Config) else {}),
         "memory": f"{readable(4 * size)} a process, and the images': after 20 steps, with the time",
         "disk": f"{readable(3 * size)} a checkpoint, every {schedule.checkpoint_every:,} steps; at "
         f"most {kept} at a time: {readable(3 * size * kept)} of {readable(free_space(path))} free",
@@ -217,6 +220,18 @@ def briefing(
         "watch": f"{path / 'metrics.jsonl'}; in a notebook Job.attach({str(path)!r})",
     }
     return "\n".join(f"{name:<7} {text}" for name, text in lines.items())
+
+
+def _sizes(cfg: Config, every: int) -> str:
+    """What images are resized to in training and evaluation, and how often that is."""
+    d = cfg.data
+    sides = d.short_sides if d.augment in ("paper", "multiscale") else (d.test_short_side,)
+    words = f"short side {' to '.join(map(str, dict.fromkeys((min(sides), max(sides)))))}"
+    words = f"{d.lsj_size} x {d.lsj_size}" if d.augment == "lsj" else words
+    return (
+        f"{words} pixels, in evaluation {d.test_short_side}, the long side at most {d.max_side}; "
+        f"evaluated every {every:,} steps"
+    )
 
 
 def _place(cfg: Config | PretrainConfig, path: Path, device: torch.device) -> str:

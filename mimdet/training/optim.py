@@ -105,7 +105,7 @@ class Schedule:
     """
 
     def __init__(self, cfg: TrainingConfig, images: int) -> None:
-        self.cfg = cfg
+        self.cfg, self.images = cfg, images
         self.epoch = images / (cfg.batch_size * cfg.accumulate)
         """In steps."""
         self.total = cfg.steps or max(1, round(cfg.epochs * self.epoch))

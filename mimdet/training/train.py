@@ -29,7 +29,7 @@ from mimdet.models.detector import Detector, build_detector, category_entries
 from mimdet.models.official import detectron2_rules, from_detectron2
 from mimdet.models.rcnn import pad_and_normalise
 from mimdet.models.weights import LoadReport, load_mae, read_mae
-from mimdet.presets import STARTS_FROM_MAE
+from mimdet.presets import PRESETS, STARTS_FROM_MAE
 from mimdet.training.inputs import check_inputs, has_checkpoint, read_environment, stored_config
 from mimdet.training.optim import Schedule
 from mimdet.training.run import MetricsFile, Run, load_detector, weights_of
@@ -80,6 +80,8 @@ def train(
     ids_of_labels(data.categories, held_out)
     inputs = inputs_of(cfg, data.version, held_out.version) | {"classes": list(data.categories)}
     check_inputs(Path(run), inputs)
+    if not has_checkpoint(Path(run)):
+        check_length(cfg, len(data))
     for part in (data, held_out):
         if processes.rank() == 0 and getattr(part, "summary", None):
             print(part.summary)  # type: ignore[attr-defined]
@@ -222,6 +224,20 @@ def check_start(cfg: Config) -> str:
         f"{cfg.preset} begins with random weights. Its schedule assumes an autoencoder's: nothing "
         "is published without, and plain ViTs need several times the epochs (Li et al. 2021)."
     )
+
+
+def check_length(cfg: Config, images: int) -> None:
+    """ValueError where epochs were changed and the steps of the preset would decide instead."""
+    t = cfg.training
+    start = PRESETS[cfg.preset]().training if cfg.preset in PRESETS else t
+    if t.steps and t.epochs != start.epochs and t.steps == start.steps:
+        a_step = t.batch_size * t.accumulate
+        raise ValueError(
+            f"training.epochs={t.epochs:g} is {round(t.epochs * images / a_step):,} steps "
+            f"({images:,} images, {a_step} a step), but {cfg.preset} sets training.steps="
+            f"{t.steps:,}, which decides, {t.steps * a_step / images:.3g} epochs: set "
+            "training.steps=0 too"
+        )
 
 
 def check_model(model: Detector, cfg: Config, categories: list[str]) -> None:

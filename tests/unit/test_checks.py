@@ -293,6 +293,10 @@ def training_refuses_or_names(kind: str, said: str, folder: Path) -> None:
     assert (kind in left_out) == (kind in ("empty-box", "box-outside", EMPTY))
     assert f"{objects} objects" in dataset.summary
     assert kind not in left_out or f"1 {kind}" in dataset.summary
+    if kind == "mostly-empty-images":  # both say what becomes of them
+        used = CocoDataset(folder / "set.json", folder, skip_empty=True)
+        assert f"{6 - len(used)} images without objects (--no-skip-empty" in used.summary
+        assert "Training leaves them out; with --no-skip-empty" in KINDS[kind]
 
 
 def test_every_kind_is_planted() -> None:

@@ -72,8 +72,11 @@ def test_what_a_long_training_says_first(monkeypatch, gpus, used, said):
     tensor = SimpleNamespace(nbytes=4 * 127_954_768, device=torch.device("cuda"))
     model = SimpleNamespace(state_dict=lambda: {"weight": tensor})
     words = briefing(cfg, Path("runs/base"), schedule, 100, model)
-    assert said in words and len(words.splitlines()) == 6
-    assert "65,862 of 65,962 steps of 64 images = 8 x 8 micro-batches" in words
+    assert said in words and len(words.splitlines()) == 7
+    assert "65,862 of 65,962 steps of 64 images = 8 x 8 micro-batches, by 1 process(es)" in words
+    assert "36 epochs of 117,266 images" in words
+    sizes = "short side 480 to 800 pixels, in evaluation 800, the long side at most 1333"
+    assert f"images  {sizes}; evaluated every 1,832 steps" in words
     assert "2.05GB a process, and the images'" in words
     assert "1.54GB a checkpoint, every 1,832 steps; at most 4 at a time: 6.14GB" in words
 
@@ -93,6 +96,7 @@ def test_what_a_long_training_says_first(monkeypatch, gpus, used, said):
         ("export {run} x.onnx", "name it .safetensors"),
         ("export {run} x.pth --half", "--half is for these only"),
         ("cost tinny", "no preset 'tinny'"),
+        ("train tiny {tmp}/run --epochs 2 --steps=9", "--epochs and --steps say the same"),
     ],
 )
 def test_errors_are_one_line_without_traceback(run, tmp_path, words, said):
@@ -107,6 +111,21 @@ def scenes(tmp_path) -> tuple[Path, Path]:
     export(mimdet.ShapesCOCO(size=64, length=2, split="val"), tmp_path / "scenes")
     annotations = next((tmp_path / "scenes").rglob("*.json"))
     return annotations, next((tmp_path / "scenes").rglob("*.png")).parent
+
+
+def test_epochs_that_are_given_decide(tmp_path, capsys):
+    """8 images at 4 a step: 3 epochs are 6 steps, though the preset says 800."""
+    words = [*WORDS, *SCENES.replace("--steps 2", "").split()]
+    cli.main(["train", "tiny", str(tmp_path / "run"), *words, "--epochs", "3"])
+    assert "6 of 6 steps of 4 images" in (said := capsys.readouterr().out)
+    assert "3 epochs of 8 images" in said
+    cfg = load_config(tmp_path / "run" / "config.json")
+    assert (cfg.training.epochs, cfg.training.steps) == (3, 0)
+    cfg.training.steps = 800
+    with pytest.raises(
+        ValueError, match=r"epochs=3 is 6 steps .8 images, 4 a step., but tiny sets"
+    ):
+        next(mimdet.train(cfg, tmp_path / "other"))
 
 
 def test_evaluate_and_what_training_measured(run, tmp_path, monkeypatch, capsys):
