@@ -50,6 +50,7 @@ class Canvas:
         self.image = textures.background(size, draws)  # (3, H, W), 0..1
         self.size = size
         self.scale = self.size / 128
+        self.colour = 1.0  # share of its saturation with which everything is painted
         self.owner = np.zeros((self.size, self.size), dtype=np.intp)  # 0: none; k: object k
         self.labels = [-1]
         self.whole = np.zeros(1, dtype=np.int64)  # pixels of object k inside the image
@@ -103,11 +104,17 @@ class Canvas:
             self.centres.append((x, y, patch.radius))
         return True
 
+    def fade(self, colour: float) -> None:
+        """Leave what is painted, and what will be, only this share of its saturation."""
+        self.colour = colour
+        grey = self.image.mean(0, keepdims=True)
+        self.image = grey + np.float32(colour) * (self.image - grey)
+
     def paint(self, patch: Patch, hue: float, rims: float, opacity: float, kind: str) -> None:
         """Fill a patch with two tones of a hue in a texture; some get a rim; light from above."""
         target = self.image[(slice(None), *patch.window)]
         under = target[:, target.shape[1] // 2, target.shape[2] // 2].tolist()
-        main, second, rim = _tones(hue, under, self.draws)
+        main, second, rim = _tones(hue, under, self.draws, self.colour)
         dense, angle, rimmed = self.draws.unit(3)
         period = max(2.0 * patch.radius / (2.0 + 2.0 * dense), 3.2)  # pixels; finer ones alias
         cycles = patch.radius / period
@@ -135,14 +142,16 @@ class Canvas:
         )
 
 
-def _tones(hue: float, under: list[float], draws: Draws) -> tuple[Colour, Colour, Colour]:
+def _tones(
+    hue: float, under: list[float], draws: Draws, colour: float
+) -> tuple[Colour, Colour, Colour]:
     """Main colour, second colour and rim colour of an object of about this hue.
 
     under: RGB of the place it will cover; where the main colour would hardly differ, it becomes
-    much lighter or darker.
+    much lighter or darker. colour: share of its saturation.
     """
     saturation, value, change, shift, rim = draws.unit(5)
-    saturation, value = 0.55 + 0.4 * saturation, 0.55 + 0.45 * value
+    saturation, value = colour * (0.55 + 0.4 * saturation), 0.55 + 0.45 * value
     darker = 0.3 + 0.25 * change
     main = textures.rgb(hue, saturation, value)
     if max(abs(a - b) for a, b in zip(main, under, strict=True)) < 0.25:

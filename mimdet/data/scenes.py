@@ -14,9 +14,6 @@ from functools import partial
 from mimdet.data.canvas import Canvas, Patch, Scene
 from mimdet.data.textures import CLUTTER, OUTLINES, TEXTURES, Draws
 
-REVISION = 1
-"""Counts changes of the drawing code that change any pixel; part of every result."""
-
 HUES = {name: 30.0 * i for i, name in enumerate(OUTLINES)}
 """Typical hue of a class in degrees; classes of similar outline lie far apart."""
 
@@ -72,6 +69,8 @@ class Level:
     context: bool = False
     """Classes are told apart by other objects of the scene (`_add_related`), which also says how
     many there are; hues, textures, overlap and small sides then have no effect."""
+    revision: int = 1
+    """Counts changes of the drawing code that change any pixel; part of every result."""
 
 
 LAMPS = {"red": 0.0, "green": 120.0, "blue": 240.0}
@@ -159,9 +158,13 @@ LEVELS: dict[str, Level] = {
         coco_size=256,
         least_visible=0.75,
         context=True,
+        revision=2,  # 1: everything as colourful as the lamp, and the odd disc of another hue
     ),
 }
 
+DIM, LAMP_LIGHT = 0.15, 1.5
+"""`context`: shares of the usual saturation, of everything but the lamp and of the lamp. A lamp
+among things as colourful as itself took a detector longer to notice than 9,600 scenes."""
 FAR = 0.3
 """`context`: an object is at least so many scene sides away from what tells its class."""
 FRAGMENT_RIMS = 0.2
@@ -219,13 +222,16 @@ Place = tuple[float, float]
 
 
 def _add_related(canvas: Canvas, level: Level) -> None:
-    """A lamp in a corner, objects that it lights, an arrow and two stars, discs of which one is of
-    another colour, leaves that mean nothing."""
+    """A lamp in a corner, the one thing with a colour; objects that it lights, an arrow and two
+    stars, discs of which one is striped or one is not, leaves that mean nothing."""
     draws = canvas.draws
     lamp = draws.pick(tuple(LAMPS))
     corner = [canvas.size * draws.pick((0.12, 0.88)) for _ in range(2)]
     light = (corner[0], corner[1])
-    _put(canvas, level, "lamp", "hexagon", lambda: light, hue=LAMPS[lamp], side=18.0)
+    canvas.fade(DIM)
+    canvas.colour = LAMP_LIGHT
+    _put(canvas, level, "lamp", "hexagon", lambda: light, hue=LAMPS[lamp], side=24.0)
+    canvas.colour = DIM
     if draws.chance(0.6):
         _add_arrow(canvas, level)
     if draws.chance(0.5):
@@ -262,18 +268,18 @@ def _add_arrow(canvas: Canvas, level: Level) -> None:
 
 
 def _add_discs(canvas: Canvas, level: Level) -> None:
-    """Three or four discs far from each other, the last of another colour than the others."""
+    """Three or four discs far from each other: the last is striped and the others plain, or the
+    other way round."""
     draws = canvas.draws
     hue, side = draws.between(0.0, 360.0), 0.7 * draws.between_log(*level.sides)
+    usual, odd = draws.pick((("plain", "stripes"), ("stripes", "plain")))
     places: list[Place] = []
     somewhere = partial(_away, canvas, places)
-    for name in ["disc, as others"] * draws.integer(2, 3) + ["disc, odd one out"]:
-        if name == "disc, odd one out":
-            if len(places) < 2:
-                return
-            hue += draws.between(90.0, 270.0)
-        at = _put(canvas, level, name, "disc", somewhere, hue=hue, side=side)
+    for _ in range(draws.integer(2, 3)):
+        at = _put(canvas, level, "disc, as others", "disc", somewhere, hue, side, kind=usual)
         places += [at] if at else []
+    if len(places) >= 2:
+        _put(canvas, level, "disc, odd one out", "disc", somewhere, hue, side, kind=odd)
 
 
 def _put(
@@ -282,10 +288,10 @@ def _put(
     name: str,
     outline: str,
     somewhere: Callable[[], Place],
-    *,
     hue: float | None = None,
     side: float | None = None,
     turn: tuple[float, float] | None = None,
+    kind: str = "plain",
 ) -> Place | None:
     """Paint one object of the class `name`, plain, whole inside the image and hiding little.
 
@@ -300,7 +306,7 @@ def _put(
             continue
         patch = canvas.patch(OUTLINES[outline], side, x, y, turn)
         if canvas.cover(patch, level.classes.index(name), x, y):
-            canvas.paint(patch, hue, level.rims, 1.0, "plain")
+            canvas.paint(patch, hue, level.rims, 1.0, kind)
             return x, y
     return None
 

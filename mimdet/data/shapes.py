@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mimdet.data.annotations import AnnotatedImages, Annotation, RunLengths
 from mimdet.data.rasters import crops_from_bitmaps, extent
-from mimdet.data.scenes import LEVELS, REVISION, Scene, draw_scene
+from mimdet.data.scenes import LEVELS, Scene, draw_scene
 from mimdet.data.textures import Draws
 from mimdet.files import read_json, write_folder, write_json
 from mimdet.images import to_rgb
@@ -72,7 +72,7 @@ class ShapesCOCO(AnnotatedImages):
     @property
     def version(self) -> str:
         """Level, size and revision of the drawing code: belongs to every result."""
-        return f"{self.level}@{self.size}/r{REVISION}"
+        return f"{self.level}@{self.size}/r{LEVELS[self.level].revision}"
 
     def __len__(self) -> int:
         return self.length

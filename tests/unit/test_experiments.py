@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import nn
 from mimdet.analysis.cost import cost_of
 from mimdet.config import Config, flat, save_config
 from mimdet.console import Failed
+from mimdet.data.scenes import LEVELS
 from mimdet.experiments import runs
 from mimdet.experiments.experiment import ablate, experiment, read_grid
 from mimdet.experiments.grid import arms_of
@@ -366,7 +368,7 @@ def test_evaluations_with_other_draws_or_of_other_data_do_not_count(tmp_path, mo
 
     assert complete((0.5, 1.0), 2) and complete((1.0,), 5)
     assert not complete((0.5,), 3) and not complete((0.25, 1.0), 2)
-    monkeypatch.setattr("mimdet.data.shapes.REVISION", 99)
+    monkeypatch.setitem(LEVELS, (name := "shapes-v1-medium"), replace(LEVELS[name], revision=99))
     assert not complete((1.0,), 2)
     # Two processes never work on one run.
     monkeypatch.setattr(runs, "LOCK_SECONDS", 0.3)
@@ -489,7 +491,7 @@ def test_results_of_another_experiment_are_not_joined(tmp_path, monkeypatch) -> 
         experiment(small(2), RATIO_GRID, part=(4, 3))
     with pytest.raises(ValueError, match=r"--part 3: write which part of how many, such as 3/8"):
         ablate("grid.py", part="3")
-    monkeypatch.setattr("mimdet.data.shapes.REVISION", 99)
+    monkeypatch.setitem(LEVELS, (name := "shapes-v1-medium"), replace(LEVELS[name], revision=99))
     with pytest.raises(ValueError, match=r"sample_ratio=0\.25 was evaluated on shapes-v1-.*/r1"):
         joined(small(2), {})
 
