@@ -12,16 +12,14 @@ from mimdet.config import Config, PretrainConfig
 from mimdet.console import FIRST
 from mimdet.demo import demo, save_pictures
 from mimdet.files import write_json
+from mimdet.prepare import File, Run, check_data, convert, split
 from mimdet.presets import PRESETS
 
 if TYPE_CHECKING:
     from mimdet.models.detector import Detector
 
-Run = Annotated[Positional[str], tyro.conf.arg(metavar="RUN")]
-File = Annotated[Positional[str], tyro.conf.arg(metavar="FILE")]
 Images = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE...")]
 Names = Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="[NAME...]")]
-Folder = Annotated[Positional[str], tyro.conf.arg(metavar="FOLDER")]
 
 
 def train(run: Run, config: Config) -> None:
@@ -396,32 +394,6 @@ def cost(
     print(cost_table(rows))
 
 
-def check_data(
-    annotations: File,
-    images: Folder,
-    examples: int = 3,
-    quick: bool = False,
-    json: str = "",
-) -> None:
-    """Say what is wrong with a COCO-format data set, and where. Exit code 1 if anything is.
-
-    Args:
-        annotations: The json file.
-        images: The image folder.
-        examples: Examples shown of each kind of problem.
-        quick: Read only the headers of the image files.
-        json: Write the whole report to this file.
-    """
-    from mimdet.data.checks import check_dataset
-
-    report = check_dataset(annotations, images, decode=not quick, progress=True)
-    print(report.table(examples))
-    if json:
-        write_json(json, report.to_dict())
-    if not report.ok:
-        sys.exit(1)
-
-
 def download(
     names: Names = (),
     to: Path = Path("downloads"),
@@ -451,5 +423,6 @@ def download(
 
 _FUNCTIONS = (demo, train, resume, pretrain, evaluate, predict, errors, ablate, cost, export)
 COMMANDS: dict[str, Callable[..., object]] = {
-    command.__name__.replace("_", "-"): command for command in (*_FUNCTIONS, check_data, download)
+    command.__name__.replace("_", "-"): command
+    for command in (*_FUNCTIONS, check_data, convert, split, download)
 }

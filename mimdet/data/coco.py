@@ -32,6 +32,7 @@ from mimdet.config import DataConfig
 from mimdet.data.annotations import EMPTY, AnnotatedImages, Annotation
 from mimdet.data.checks import Survey, link_target, size_words
 from mimdet.data.coco_file import REFUSED, CocoReader, ImageEntry, Problem, Read, refuse
+from mimdet.data.foreign import NAMES_OF, recognise
 from mimdet.files import remove_leftovers, write_file
 from mimdet.images import read_image
 
@@ -84,6 +85,11 @@ def open_table(json_path: Path) -> Table:
 
     Raises FileNotFoundError, and ValueError naming file, entry and field where it is not COCO.
     """
+    if json_path.exists() and (kind := recognise(json_path)):
+        raise ValueError(
+            f"{json_path} is {NAMES_OF[kind]}, not COCO json; `mimdet convert {json_path} "
+            "FILE.json` makes one of it"
+        )
     if not json_path.is_file():
         raise FileNotFoundError(f"annotation file {json_path} does not exist; check the path")
     with json_path.open("rb") as file:

@@ -99,7 +99,7 @@ class HubDataset(AnnotatedImages):
 
     def image(self, index: int) -> Tensor:
         height, width = size = self.image_size(index)
-        image = read_image(self._source(index), f"{self.name}, row {index}, image", size)
+        image = read_image(self.source(index), f"{self.name}, row {index}, image", size)
         if tuple(image.shape[1:]) != (height, width):
             raise ValueError(
                 f"{self.name}, row {index}: the image is {image.shape[2]} x {image.shape[1]}, the "
@@ -112,7 +112,7 @@ class HubDataset(AnnotatedImages):
         if index not in self._known_sizes:
             row = self._table[index]
             size = row.get("height"), row.get("width")
-            self._known_sizes[index] = size if all(size) else stored_size(self._source(index))
+            self._known_sizes[index] = size if all(size) else stored_size(self.source(index))
         return self._known_sizes[index]
 
     def image_id(self, index: int) -> int | str:
@@ -202,7 +202,8 @@ class HubDataset(AnnotatedImages):
                 "data.bbox_format 'cxcywh_normalised'?"
             )
 
-    def _source(self, index: int) -> bytes | str:
+    def source(self, index: int) -> bytes | str:
+        """The image as the table holds it: a file's bytes, or its path."""
         cell = self._table[index]["image"]
         source = (cell["bytes"] or cell["path"]) if isinstance(cell, dict) else None
         if source is None:

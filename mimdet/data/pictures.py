@@ -13,9 +13,8 @@ from mimdet.config import PicturesConfig
 from mimdet.data.augment import Geometry, Window, rng_for, transform_image
 from mimdet.data.loader import Images, Item, MicroBatch, Order, StepLoader
 from mimdet.data.shapes import ShapesCOCO
-from mimdet.images import resize_image, to_rgb
+from mimdet.images import IMAGE_FILES, resize_image, to_rgb
 
-IMAGE_FILES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 TRIES = 10
 """Draws of a crop before the whole image is taken."""
 
