@@ -17,7 +17,8 @@ from mimdet.commands import COMMANDS
 from mimdet.console import open_console, told
 from mimdet.presets import PRESETS, PRETRAIN_PRESETS
 
-PRESETS_OF: dict[str, dict[str, Any]] = {"train": PRESETS, "pretrain": PRETRAIN_PRESETS}
+PRESETS_OF: dict[str, dict[str, Any]] = dict.fromkeys(("plan", "profile", "train"), PRESETS)
+PRESETS_OF["pretrain"] = PRETRAIN_PRESETS
 TRACEBACK = "--traceback"
 OVERRIDES = {"epochs": "steps", "warmup_epochs": "warmup_steps"}
 OVERRIDES["evaluate_every"] = "evaluate_every_steps"

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -74,13 +75,17 @@ def _follow(steps: Iterator[Any], done: str, every: float = 1) -> None:
     says after some steps how long the rest will take."""
     from tqdm import tqdm
 
-    from mimdet.training.train import MEASURED, outlook, show_progress
+    from mimdet.training.train import MEASURED, MEASURED_SECONDS, outlook, show_progress
 
-    spent = 0.0
-    for count, step in enumerate(show_progress(steps, every) if FIRST else steps, 1):
-        spent += step.seconds
-        if count == MEASURED and FIRST:
-            tqdm.write(outlook(step, spent / count))
+    shown, taken = show_progress(steps, every) if FIRST else steps, []
+    for step in shown:
+        taken.append(step.seconds)
+        if len(taken) == MEASURED or (len(taken) > 2 and sum(taken) > MEASURED_SECONDS):
+            if FIRST:  # its first step starts processes and allocates memory
+                tqdm.write(outlook(step, mean(taken[1:] or taken)))
+            break
+    for _ in shown:
+        pass
     if FIRST:
         print(f"done: {done}")
 
@@ -394,6 +399,49 @@ def cost(
     print(cost_table(rows))
 
 
+def plan(
+    config: Config,
+    gpus: int = 1,
+    price: float = 0.0,
+    measured_steps: int = 6,
+    out: str = "",
+) -> None:
+    """What a training will take: speed, memory, hours, cost; measured in a few steps here.
+
+    Cards are judged by a count of what training holds; its error against the peaks measured here is
+    in the last column. Evaluations and the loss of sharing a step are not in the hours.
+
+    Args:
+        gpus: Devices like this one that share the steps.
+        price: Of one of them, an hour.
+        measured_steps: Steps measured at each sample ratio.
+        out: Save a picture of it under this name, as .png and .svg.
+    """
+    from mimdet.training.plan import forecast
+    from mimdet.viz import save_figure, show_forecast
+
+    found = forecast(config, gpus, price, measured_steps)
+    print(found)
+    if out:
+        save_figure(show_forecast(found), out)
+
+
+def profile(config: Config, measured_steps: int = 5, out: str = "") -> None:
+    """Where the time of a training step goes: seconds, multiply-adds and speed of every part.
+
+    Args:
+        measured_steps: Steps that are measured, after two that warm up.
+        out: Save a picture of it under this name, as .png and .svg.
+    """
+    from mimdet.training.profile import profile
+    from mimdet.viz import save_figure, show_profile
+
+    found = profile(config, measured_steps)
+    print(found)
+    if out:
+        save_figure(show_profile(found), out)
+
+
 def download(
     names: Names = (),
     to: Path = Path("downloads"),
@@ -421,8 +469,8 @@ def download(
         print(table())
 
 
-_FUNCTIONS = (demo, train, resume, pretrain, evaluate, predict, errors, ablate, cost, export)
+_FUNCTIONS = (demo, plan, profile, train, resume, pretrain, evaluate, predict, errors, ablate)
 COMMANDS: dict[str, Callable[..., object]] = {
     command.__name__.replace("_", "-"): command
-    for command in (*_FUNCTIONS, check_data, convert, split, download)
+    for command in (*_FUNCTIONS, cost, export, check_data, convert, split, download)
 }

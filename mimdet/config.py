@@ -233,6 +233,9 @@ class TrainingConfig:
     autoencoder's patch embedding gives; 0 = it starts at random, as in the paper."""
     threads: int = 0
     """CPU threads of a process; 0 = PyTorch's choice. More than one pays on idle cores only."""
+    compile: bool = False
+    """Compile the stem, attention and MLP of the blocks, neck and heads: equal but for rounding.
+    The first steps take minutes longer; worth it for long trainings on a GPU."""
     device: str = "auto"
     """`auto` = cuda, then cpu; or any torch device."""
     answer_minutes: float = 10.0

@@ -1,7 +1,8 @@
 """Several processes that train or evaluate one model together (`torchrun -m mimdet ...`).
 
 Each process holds the whole model and works on its share of the data; what they exchange is sums.
-Alone (no torchrun) every function here does nothing, so callers need no special case. With several
+Gradients travel while the backward pass goes on (`replicate`), everything else between steps. Alone
+(no torchrun) every function here does nothing, so callers need no special case. With several
 processes all of them must call the same functions in the same order.
 """
 
@@ -9,7 +10,8 @@ import atexit
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -17,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
@@ -81,16 +84,20 @@ def hurry() -> None:
 
 
 def _exchange(start: Callable[..., dist.Work | None], *args: Any, **options: Any) -> None:
-    """Do an exchange of tensors. ProcessLost where one of the others fails or does not answer.
-
-    On the CPU the wait is cut in pieces, between which Python handles signals.
-    """
-    _waiting.exchange += 1
-    begin = time.monotonic()
-    try:
+    """Do an exchange of tensors. ProcessLost where one of the others fails or does not answer."""
+    with _others_lost():
         work = start(*args, **options, async_op=True)
         assert work is not None
-        if any(_on_gpu(value) for value in args):
+    _wait_for(work, any(_on_gpu(value) for value in args))
+
+
+def _wait_for(work: dist.Work, on_gpu: bool) -> None:
+    """Until an exchange is over. On the CPU the wait is cut in pieces, between which Python handles
+    signals."""
+    _waiting.exchange += 1
+    begin = time.monotonic()
+    with _others_lost():
+        if on_gpu:
             work.wait()
             return
         while not _done(work):
@@ -98,6 +105,13 @@ def _exchange(start: Callable[..., dist.Work | None], *args: Any, **options: Any
             _store().set(f"waits {rank()}", str(_waiting.exchange))
             if time.monotonic() - begin > _waiting.seconds:
                 raise ProcessLost(f"{_silent()} did not answer for {_waiting.seconds:.0f} s")
+
+
+@contextmanager
+def _others_lost() -> Iterator[None]:
+    """An exchange that fails has lost one of the others."""
+    try:
+        yield
     except RuntimeError as error:
         reason = str(error).split(". ")[0]  # the rest is general advice
         raise ProcessLost(f"another process of this run has ended or failed ({reason})") from None
@@ -151,24 +165,63 @@ def in_turn(make: Callable[[], T]) -> T:
     return made
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add up the gradients of all processes, in one exchange a step.
+def replicate(model: nn.Module) -> nn.Module:
+    """`model` in DistributedDataParallel: its backward pass adds up the gradients of all processes,
+    bucket after bucket while it goes on. Alone, `model` itself.
 
-    A parameter that one process did not use counts as zero there; one that no process used keeps no
-    gradient, as in a single process. This is what DistributedDataParallel does, but without a
-    wrapper around the model, hooks in the backward pass, or a flag for unused parameters (custom
-    stems and backbones may have some), and a step can be abandoned anywhere. Measured on the tiny
-    preset, both take the same time; DDP would gain where the gradients take as long to travel as
-    the last backward pass takes to compute.
+    All weights and buffers become the first process's. A parameter that one process did not use
+    counts as zero there; one that no process used keeps no gradient, as in a single process (stems
+    and backbones of your own may have some). The buffers are not sent again: BatchNorm keeps its
+    own in step. It is no static graph: PyTorch would then sort the buckets anew after the first
+    step, and three or more processes add up in the order of a bucket, so that a resumed run would
+    not be, bit for bit, the one that never stopped.
     """
     if world() == 1:
-        return
-    parameters = list(parameters)
-    used = torch.tensor([float(p.grad is not None) for p in parameters]).to(parameters[0].device)
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    sum_in_place([*gradients, used])
-    for parameter, gradient, users in zip(parameters, gradients, used.tolist(), strict=True):
-        parameter.grad = gradient if users else None
+        return model
+    # A group of its own: a bucket may be ready before or after the exchange of a BatchNorm.
+    group = dist.new_group(timeout=timedelta(seconds=_waiting.seconds + 5))
+    assert isinstance(group, dist.ProcessGroup)
+    replica = DistributedDataParallel(
+        model,
+        process_group=group,
+        broadcast_buffers=False,
+        find_unused_parameters=True,
+        gradient_as_bucket_view=True,
+    )
+    replica.register_comm_hook(_Sums(group, []), _sum_bucket)
+    return replica
+
+
+def kept_back(replica: nn.Module, wanted: bool) -> AbstractContextManager[None]:
+    """Where that is wanted, passes of `replica` in here leave their gradients with this process, to
+    be added up with those of its next pass."""
+    if wanted and isinstance(replica, DistributedDataParallel):
+        return replica.no_sync()
+    return nullcontext()
+
+
+@dataclass(slots=True)
+class _Sums:
+    group: dist.ProcessGroup
+    on_their_way: list[dist.Work]
+
+
+def _sum_bucket(sums: _Sums, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Start to add up a bucket, in its place; after the last one wait for all of them.
+
+    DistributedDataParallel would wait where Python handles no signals. The sum is not divided:
+    every process has divided its losses already.
+    """
+    buffer = bucket.buffer()
+    with _others_lost():
+        work = dist.all_reduce(buffer, group=sums.group, async_op=True)
+        assert work is not None
+        sums.on_their_way.append(work)
+    while bucket.is_last() and sums.on_their_way:
+        _wait_for(sums.on_their_way.pop(0), buffer.is_cuda)
+    summed = torch.futures.Future[Tensor](devices=[buffer.device] if buffer.is_cuda else None)
+    summed.set_result(buffer)
+    return summed
 
 
 def sum_in_place(tensors: list[Tensor]) -> None:
@@ -188,16 +241,6 @@ def gather_rows(row: Tensor) -> Tensor:
     rows = [torch.empty_like(row) for _ in range(world())]
     _exchange(dist.all_gather, rows, row)
     return torch.stack(rows)
-
-
-def copy_first(tensors: Iterable[Tensor]) -> None:
-    """Make every tensor equal to the first process's."""
-    if world() == 1:
-        return
-    for tensor in tensors:
-        first = tensor.detach().contiguous()
-        _exchange(dist.broadcast, first, src=0)
-        tensor.detach().copy_(first)
 
 
 def any_process(flag: bool, device: torch.device) -> bool:

@@ -7,14 +7,14 @@ operations of one forward pass are counted.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mimdet.config import Config
-from mimdet.models.detector import Detector, build_detector
+from mimdet.models.detector import Detector, autocast, build_detector
 from mimdet.models.rcnn import Batch
 from mimdet.models.roi_heads import BOX_POOL, MASK_POOL
 from mimdet.models.sampling import Sampling
@@ -155,21 +155,21 @@ def kept_bytes(run: Callable[[], Any], module: nn.Module) -> int:
 
 
 def training_bytes(cfg: Config, size: tuple[int, int] = (800, 1344)) -> tuple[int, int]:
-    """What a training takes in float32, by count: (bytes once, bytes per image of a micro-batch).
+    """What a training takes, by count: (bytes once, bytes per image of a micro-batch).
 
-    Once: weights, gradients and AdamW's two moments. An image of `size` = (height, width): what
-    autograd keeps for the backward pass, without maps of attention, which fused kernels never
-    store. Losses, workspace and what the allocator wastes come on top. "auto" is counted as "off".
+    Once: weights, gradients and AdamW's two moments, in float32. An image of `size` = (height,
+    width): what autograd keeps for the backward pass, in the configuration's precision (`auto`
+    counts as fp32), without maps of attention, which fused kernels never store. Losses, workspace
+    and what the allocator wastes come on top. Checkpointing "auto" is counted as "off".
     """
-    with torch.device("meta"):
+    with FakeTensorMode():  # a CPU's kernels, without their numbers
         model = build_detector(cfg).train()
         batch = Batch(torch.empty(1, 3, *size), [size], [])
 
         def run() -> None:
-            model.neck(model.features(batch, Sampling()))
-            run_heads(model, *size)
+            with autocast(torch.device("cpu"), cfg.training.precision):
+                model.neck(model.features(batch, Sampling()))
+                run_heads(model, *size)
 
-        fused = "torch.nn.functional.scaled_dot_product_attention"
-        with patch(fused, lambda q, k, v, **_: q * k * v):  # keeps as much: q, k, v and one more
-            kept = kept_bytes(run, model)
+        kept = kept_bytes(run, model)
     return 16 * sum(p.numel() for p in model.parameters() if p.requires_grad), kept

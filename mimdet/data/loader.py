@@ -230,6 +230,11 @@ class Plan:
         sizes = np.array([self._cells(item) for item in items])  # (n, 2)
         return [[items[i] for i in group] for group in bucket(sizes, batch_size)]
 
+    def padded(self, items: Sequence[Item]) -> tuple[int, int]:
+        """Height and width in pixels of the batch that these showings make."""
+        height, width = np.max([self._cells(item) for item in items], axis=0)
+        return int(height) * PAD_MULTIPLE, int(width) * PAD_MULTIPLE
+
     def _cells(self, item: Item) -> tuple[int, int]:
         """Output size in units of PAD_MULTIPLE."""
         height, width = self.dataset.image_size(item.image)

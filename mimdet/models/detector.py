@@ -207,6 +207,20 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
         torch.set_default_dtype(default)
 
 
+COMPILED = ("stem", "attn", "mlp", "neck", "head", "box_head", "mask_head")
+
+
+def compile_parts(model: nn.Module) -> None:
+    """Have PyTorch compile the parts with these names when they first run, for any input size.
+
+    Weights keep their names. What draws at random (stochastic depth) or chooses (NMS, matching)
+    stays as it is; so blocks of different drop rates share what is compiled.
+    """
+    for name, part in model.named_modules():
+        if name.rpartition(".")[2] in COMPILED:
+            part.compile(dynamic=True)
+
+
 def check_targets(targets: Sequence[Target], images: int, num_classes: int) -> None:
     """ValueError for labels outside 0..num_classes-1: the next one would train as background."""
     if len(targets) != images:

@@ -39,6 +39,7 @@ FREE = (
     "training.checkpoint_every_steps",
     "training.keep_checkpoints",
     "training.threads",
+    "training.compile",
     "training.device",
     "training.answer_minutes",
 )

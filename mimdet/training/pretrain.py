@@ -75,7 +75,7 @@ class PreTrainer(Trainer):
 
     def losses(self, batch: MicroBatch) -> dict[str, Tensor]:
         images = pad_and_normalise(batch.images, self.model).tensors
-        return {"loss_mae": self.model(images, self.cfg.mae.sample_ratio).loss}
+        return {"loss_mae": self.replica(images, self.cfg.mae.sample_ratio).loss}
 
     def start(self) -> None:
         """A new run may go on from another autoencoder of the same sizes."""

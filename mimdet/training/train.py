@@ -37,7 +37,10 @@ from mimdet.training.slots import load_slots, name_dataset, read_slots
 from mimdet.training.trainer import RANDOM, Step, Trainer, inputs_of, set_up
 
 MEASURED = 20
-"""Steps after which `outlook` is worth saying."""
+"""Steps after which `outlook` is worth saying, and seconds of at least three steps."""
+MEASURED_SECONDS = 60.0
+WEEKS = 14 * 86_400
+"""Seconds that are worth a warning."""
 DatasetFunction = Callable[[DataConfig, Literal["train", "val"]], Dataset]
 
 
@@ -167,7 +170,7 @@ class DetectorTrainer(Trainer):
         write_json(self.run.path / "categories.json", category_entries(self.model))
 
     def losses(self, batch: MicroBatch) -> dict[str, Tensor]:
-        return self.model(batch.images, batch.targets)
+        return self.replica(batch.images, batch.targets)
 
     def measure(self) -> tuple[dict[str, Any], dict[str, Any]]:
         self.model.step = self.done
@@ -371,11 +374,18 @@ def outlook(step: Step, seconds: float) -> str:
     """How long the steps after this one take, of so many seconds each, and the memory so far."""
     from tqdm import tqdm
 
-    left = tqdm.format_interval((step.total - step.number) * seconds)
+    rest = (step.total - step.number) * seconds
+    left = tqdm.format_interval(rest)
     used = torch.cuda.max_memory_allocated() or psutil.Process().memory_info().rss
-    return (
+    text = (
         f"time    about {left} for {step.total - step.number:,} more steps, without evaluations; "
         f"memory so far {readable(used)} a process"
+    )
+    if rest < WEEKS:
+        return text
+    return (
+        f"{text}\nwarning: that is {rest / 604_800:.0f} weeks. `mimdet plan` says what other "
+        "ratios and GPUs would take; --steps or --epochs shorten a new run"
     )
 
 

@@ -22,7 +22,7 @@ from mimdet.console import Failed
 from mimdet.data.loader import StepLoader
 from mimdet.files import finite, write_json
 from mimdet.models.checkpoint_files import find
-from mimdet.models.detector import autocast
+from mimdet.models.detector import autocast, compile_parts
 from mimdet.training.inputs import ENVIRONMENT, briefing, environment, read_environment
 from mimdet.training.optim import Schedule, build_optimizer, scaled_rate
 from mimdet.training.run import Checkpoint, Run, TrainingStopped, weights_of
@@ -76,7 +76,9 @@ class Trainer:
         self.inputs = inputs
         self.device = pick_device(t.device)
         dtype = torch.float64 if t.precision == "fp64" else torch.float32
-        self.model = model.to(self.device, dtype).train()
+        self.model = self.replica = model.to(self.device, dtype).train()
+        if t.compile:
+            compile_parts(self.model)
         self.optimizer = build_optimizer(self.model, t)
         self.parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=t.precision == "fp16")
@@ -116,10 +118,10 @@ class Trainer:
             loading = time.perf_counter() - start
             found = []
             for batch in micro_batches:
-                losses = self.forward(batch)
-                self.backward(losses)
+                with processes.kept_back(self.replica, batch is not micro_batches[-1]):
+                    losses = self.forward(batch)
+                    self.backward(losses)
                 found.append({name: value.detach() for name, value in losses.items()})
-            processes.sum_gradients(self.parameters)
             means = self.mean_losses(micro_batches, found)
             grad_norm = self.clip(micro_batches)
         skipped = self.update(rate)
@@ -350,7 +352,6 @@ class Trainer:
                 self.start()
                 about = environment(self.cfg) | self.inputs
                 write_json(self.run.path / ENVIRONMENT, read_environment(self.run.path) | about)
-            processes.copy_first(self.model.state_dict().values())
         else:
             check_model_part(last.model_part, self.cfg, str(self.run.path))
             self.model.load_state_dict(last.weights)
@@ -367,6 +368,7 @@ class Trainer:
             self.run.forget_after(self.done)
             self.evaluated = max((row["step"] for row in self.run.evaluations()), default=-1)
         self.evaluated = processes.from_first(self.evaluated)
+        self.replica = processes.replicate(self.model)
 
 
 def inputs_of(cfg: Config | PretrainConfig, data: str, held_out: str) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from mimdet.models.sampling import Grid
 from mimdet.models.vit import resize_table, sincos_table
 from mimdet.models.weights import LoadReport
 from mimdet.training.optim import Schedule, scaled_rate
+from mimdet.training.plan import Forecast
+from mimdet.training.profile import Profile
 from mimdet.viz import style
 from mimdet.viz.draw import heat
 from mimdet.viz.style import NotebookFigure
@@ -377,3 +379,56 @@ def _draw_rule(ax: Axes, cfg: TrainingConfig) -> None:
     ax.set_yscale("log")
     ax.set_xticks([4, 16, 64, 256], ["4", "16", "64", "256"])
     style.add_legend(ax, loc="upper left")
+
+
+# ------------------------------------------------------------------------------- what it costs
+
+
+def show_forecast(found: Forecast) -> NotebookFigure:
+    """Left: hours of the schedule at each share of the tokens. Right: what fits on which GPU.
+
+    found: of `mimdet.training.plan.forecast`.
+    """
+    fig = style.new_figure(style.WIDTH, 3.2)
+    title = f"{found.steps:,} steps of {found.step_images} images"
+    left = style.axes_of(fig, 1, 2, title, "share of tokens kept", f"hours, {found.gpus} device(s)")
+    hours = [found.hours(pace) for pace in found.paces]
+    bars = left.bar([f"{pace.ratio:g}" for pace in found.paces], hours, color=style.BLUE, width=0.6)
+    left.bar_label(bars, [f"{h:.3g}" for h in hours], fontsize=style.NORMAL, color=style.INK)
+    right = style.axes_of(fig, 2, 2, "fits on a GPU", "memory, GB", "images of a micro-batch")
+    places = np.arange(len(found.cards))
+    for shift, name, colour in ((-0.2, "kept", style.BLUE), (0.2, "recomputed", style.SKY)):
+        counts = [getattr(card, name) for card in found.cards]
+        bars = right.bar(places + shift, counts, 0.4, color=colour, label=f"activations {name}")
+        right.bar_label(bars, fontsize=style.NORMAL, color=style.INK)
+    right.set_xticks(places, [str(card.gigabytes) for card in found.cards])
+    right.axhline(found.batch_size, color=style.VERMILLION, linewidth=1.2, label="batch_size")
+    style.add_legend(right, loc="upper left")
+    said = ", ".join(
+        f"{h:.3g} h at ratio {p.ratio:g}" for h, p in zip(hours, found.paces, strict=True)
+    )
+    fits = ", ".join(f"{card.kept} on {card.gigabytes} GB" for card in found.cards)
+    return fig.finish(f"{found.preset}: {said}; images that fit, activations kept: {fits}.")
+
+
+def show_profile(found: Profile) -> NotebookFigure:
+    """Milliseconds of the parts of a step, with the share of the peak that each reaches.
+
+    found: of `mimdet.training.profile.profile`.
+    """
+    fig = style.new_figure(style.WIDTH, 0.8 + 0.28 * len(found.parts))
+    title = f"{found.preset}: a step of {found.images} images, {found.seconds:.3g} s"
+    ax = style.axes_of(fig, 1, 1, title, "ms", "", "x")
+    names = [part.name for part in found.parts]
+    bars = ax.barh(names, [1000 * part.seconds for part in found.parts], color=style.BLUE)
+    notes = [
+        f"{100 * part.seconds / found.seconds:.0f} %"
+        + (f", {100 * found.share_of_peak(part):.0f} % of the peak" if part.multiply_adds else "")
+        for part in found.parts
+    ]
+    ax.bar_label(bars, notes, padding=3, fontsize=style.NORMAL, color=style.INK)
+    ax.margins(x=0.2)
+    ax.invert_yaxis()
+    most = max(found.parts, key=lambda part: part.seconds)
+    share = 100 * most.seconds / found.seconds
+    return fig.finish(f"{title}; {most.name} takes most of it, {share:.0f} %.")

@@ -281,6 +281,18 @@ job = Job.prepare(base, f"runs/base-{MODE}-seed-{SEED}")
 print("on one GPU, in a terminal:\n  python", *job.words(1))
 print("on eight GPUs:\n  python", *job.words(8))
 
+# %% [markdown]
+# What will it take? A few real steps are measured here at each share of the tokens; what fits on a
+# card is counted. In a terminal: `mimdet plan mimdet_base --gpus 8 --price 2`.
+
+# %% tags=["timing"]
+from mimdet.training.plan import forecast
+from mimdet.viz import show_forecast
+
+expected = forecast(base if MODE == "full" else eight, gpus=max(1, PROCESSES), steps=3)
+print(expected)
+show_forecast(expected)
+
 # %% tags=["timing"]
 from IPython.display import display
 

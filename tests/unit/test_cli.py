@@ -19,6 +19,8 @@ from mimdet.data.shapes import export
 from mimdet.training.inputs import briefing, default_processes
 from mimdet.training.optim import Schedule
 from mimdet.training.run import Run, TrainingStopped
+from mimdet.training.train import outlook
+from mimdet.training.trainer import Step
 from tests.small import WORDS
 
 SCENES = "--shapes-size 64 --shapes-train 8 --shapes-val 2 --steps 2 --batch-size 2 --accumulate 2"
@@ -49,6 +51,13 @@ def test_a_run_resumes_to_nothing_and_needs_its_folder_alone(run, tmp_path, caps
     assert first == second
     with pytest.raises(SystemExit, match=r"training.steps: 2 -> 3"):  # another configuration
         cli.main(["train", "tiny", str(run), *TINY, "--steps", "3"])
+
+
+def test_a_schedule_of_weeks_is_warned_of():
+    step = Step(3, 67_500, {}, 1.0, 1.0, 1.0, 64, 100.0, 0.0)
+    said = outlook(step, 100.0)
+    assert "67,497 more steps" in said and "warning: that is 11 weeks" in said  # 6.75e6 s / 604,800
+    assert "warning" not in outlook(step, 1.0)  # 19 hours
 
 
 @pytest.mark.parametrize(

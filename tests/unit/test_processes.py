@@ -15,11 +15,21 @@ import torch.multiprocessing as mp
 import mimdet
 from mimdet import ShapesCOCO, cli, processes
 from mimdet.analysis.evaluate import evaluate
+from mimdet.config import load_config
 from mimdet.models.detector import build_roi_heads
 from mimdet.structures import Crops, Target
 from mimdet.training.run import CheckpointStore, load_detector
 from mimdet.training.train import train
-from tests.small import WORDS, ended, rows_of, small, start, weights_of, write_coco
+from tests.small import (
+    WORDS,
+    ended,
+    rows_of,
+    small,
+    start,
+    wait_until,
+    weights_of,
+    write_coco,
+)
 
 SIZES = [*WORDS, *"--depth 2 --short-sides 64 96 --evaluate-every 0".split()]
 SHAPES = "--shapes-size 64 --shapes-train 10 --shapes-val 5 --batch-size 2".split()
@@ -74,12 +84,12 @@ def nodes(tmp_path_factory) -> tuple[Path, str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1"]
-    launcher.append(f"--master-port={port}")
+    launcher = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-id=rehearsal"]
+    launcher += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
     command = ["train", "tiny", str(run), *OPTIONS, *EXACT]
-    machines = [torchrun([*launcher, f"--node-rank={node}"], command) for node in (0, 1)]
-    first, second = [finish(machine) for machine in machines]
-    assert "done: " in first and second == ""
+    agents = [torchrun(launcher, command) for _ in range(2)]
+    quiet, first = sorted((finish(agent) for agent in agents), key=len)
+    assert "done: " in first and quiet == ""
     return run, first
 
 
@@ -96,6 +106,29 @@ def test_two_processes_equal_one(one, other, request):
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, atol=1e-9, rtol=0, msg=name)
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_run_of_one_process_goes_on_with_two_and_with_four(one, tmp_path):
+    """Steps 1 to 3 by one, 4 to 6 by two, 7 to 10 by four: the run that one process did alone."""
+    run, command = tmp_path / "run", ["train", "tiny", str(tmp_path / "run"), *OPTIONS, *EXACT]
+    stopped = train(load_config(one / "config.json"), run)
+    for step in stopped:
+        if step.number == 3:
+            break
+    stopped.close()
+    two = torchrun(["--standalone", "--nproc-per-node=2"], command)
+    wait_until(lambda: len(steps(run)) >= 6, "step 6", 120)
+    two.terminate()
+    assert "to resume" in "".join(ended(two, 60))
+    at = len(steps(run))
+    assert 6 <= at < 10
+    finish(torchrun(["--standalone", "--nproc-per-node=4"], command))
+    for a, b in zip(steps(one), steps(run), strict=True):
+        assert b == pytest.approx(a, rel=1e-9, abs=1e-9)
+    ours, theirs = weights_of(run), weights_of(one)
+    assert list(ours) == list(theirs)  # no "module." in front of a name
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, atol=1e-9, rtol=0, msg=name)
 
 
 def test_one_micro_batch_a_process_is_bit_identical_and_starts_from_given_weights(tmp_path, two):
@@ -186,6 +219,18 @@ def test_processes_without_objects_keep_up(tmp_path, mostly_empty):
     assert all(value.isfinite().all() for value in weights_of(run).values())
 
 
+def test_unequal_work_adds_up_to_that_of_one(tmp_path, mostly_empty):
+    """One process has objects, masks to learn and proposals to draw, the other one has none."""
+    words = [*SIZES, *mostly_empty, "--norm", "GN", "--precision", "fp64", "--steps", "4"]
+    cli.main(["train", "tiny", str(tmp_path / "one"), *words])
+    in_two_processes("train", "tiny", str(tmp_path / "two"), *words)
+    for a, b in zip(steps(tmp_path / "one"), steps(tmp_path / "two"), strict=True):
+        assert b == pytest.approx(a, rel=1e-9, abs=1e-9)
+    ours, theirs = weights_of(tmp_path / "two"), weights_of(tmp_path / "one")
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, atol=1e-9, rtol=0, msg=name)
+
+
 @pytest.mark.parametrize("norm", ["BN", "GN", "LN"])
 def test_heads_without_a_single_roi_stay_in_the_graph(norm):
     cfg = small().detector
@@ -205,17 +250,39 @@ def test_heads_without_a_single_roi_stay_in_the_graph(norm):
 # ------------------------------------------------------------------ one fails, all fail
 
 
+class Parts(torch.nn.Module):
+    """Three parameters: one that every process uses, one for the first alone, one for none."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+        self.both, self.first, self.none = (
+            torch.nn.Parameter(torch.full((2,), 5.0 + rank)) for _ in range(3)
+        )
+
+    def forward(self, factor: float) -> torch.Tensor:
+        loss = (self.both * factor * (self.rank + 1)).sum()
+        return loss + self.first.sum() if self.rank == 0 else loss
+
+
+def gradients_of(parts: Parts) -> list:
+    found = [parameter.grad for parameter in (parts.both, parts.first, parts.none)]
+    return [None if gradient is None else gradient.tolist() for gradient in found]
+
+
 def work(rank: int, folder: str, run: str) -> None:
     """What each of two processes does: exchanges by hand, an evaluation, a training that breaks."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     seen = {}
-    both, first, none = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
-    both.grad = torch.full((2,), rank + 1.0)
-    first.grad = torch.ones(2) if rank == 0 else None
-    processes.sum_gradients([both, first, none])
-    gradients = [parameter.grad for parameter in (both, first, none)]
-    seen["gradients"] = [None if grad is None else grad.tolist() for grad in gradients]
+    parts = Parts(rank)
+    replica = processes.replicate(parts)
+    with processes.kept_back(replica, True):
+        replica(10.0).backward()
+    seen["kept back"] = gradients_of(parts)
+    replica(1.0).backward()
+    seen["gradients"] = gradients_of(parts)
+    seen["equal"] = parts.both.tolist()
     seen["rows"] = processes.gather_rows(torch.tensor([rank, 5])).tolist()
     seen["lists"] = processes.gather_lists([rank] * rank)
     seen["any"] = processes.any_process(rank == 1, torch.device("cpu"))
@@ -251,8 +318,13 @@ def seen(one, tmp_path_factory) -> list[dict]:
 
 
 def test_exchanges_by_hand_and_equal_weights_at_the_start(seen):
-    for part in seen:
-        assert part["gradients"] == [[3, 3], [1, 1], None]  # missing only where all miss it
+    assert [part["kept back"] for part in seen] == [
+        [[10, 10], [1, 1], None],
+        [[20, 20], None, None],
+    ]
+    for part in seen:  # 10 + 20 and 1 + 2; missing only where all miss it
+        assert part["gradients"] == [[33, 33], [2, 2], None]
+        assert part["equal"] == [5, 5]
         assert part["rows"] == [[0, 5], [1, 5]]
         assert part["any"]
     assert [part["lists"] for part in seen] == [[1], []]
@@ -270,8 +342,7 @@ def test_a_loss_that_is_not_finite_stops_all_and_names_the_images_of_one(seen):
 def test_alone_nothing_is_exchanged_and_more_processes_than_gpus_are_refused(monkeypatch):
     assert (processes.rank(), processes.world()) == (0, 1)
     layer = torch.nn.Linear(2, 2)
-    processes.sum_gradients(layer.parameters())
-    assert layer.weight.grad is None
+    assert processes.replicate(layer) is layer
     assert processes.gather_rows(torch.ones(3)).tolist() == [[1, 1, 1]]
     assert processes.gather_lists([1, 2]) == [1, 2]
     assert processes.from_first("x") == "x"
