@@ -31,6 +31,10 @@ ViT-B on COCO follows from a row; what can be seen is whether an effect shows at
 counts as shown was written down before the grids were run
 ([claims.toml](../notebooks/ablations/claims.toml)): the 95 % t-interval of the difference, paired
 by seed, lies beyond the limit; contradicted: on the other side of it.
+
+What is stored is not trained again: `mimdet ablate notebooks/ablations/NAME.py --known
+notebooks/results/claims/NAME.json --out notebooks/results/claims/NAME.json` trains the seeds that
+are missing, and `--part 1/4` a quarter of them.
 """
 
 
