@@ -13,6 +13,7 @@ from mimdet.config import Config, PretrainConfig
 from mimdet.console import FIRST
 from mimdet.demo import demo, save_pictures
 from mimdet.files import write_json
+from mimdet.playground import playground
 from mimdet.prepare import File, Run, check_data, convert, split
 from mimdet.presets import PRESETS
 
@@ -289,38 +290,48 @@ def export(
     run: Run,
     file: File,
     half: bool = False,
+    inside: bool = False,
+    licence: str = "",
     checkpoint: str = "last",
     trust_code: bool = False,
 ) -> None:
-    """Write a run's weights into one file.
+    """Write a run's weights, or the model that runs without this code, into one file.
 
     A .safetensors file holds configuration and class names too: `mimdet predict FILE IMAGE` works
     anywhere. A .pth file has the layout of the released MIMDet checkpoints, for the original's own
-    tools.
+    tools. An .onnx file, of a detector or an autoencoder, needs onnxruntime, a .pt2 file PyTorch.
 
     Args:
-        run: Directory of the run.
-        file: The .safetensors or .pth to write.
-        half: Store float16 (.safetensors only).
+        run: Directory of the run, or shipped weights.
+        file: The .onnx, .pt2, .safetensors or .pth to write.
+        half: Store float16 (.safetensors and .onnx only).
+        inside: Of .onnx and .pt2: give c4 and the encoder's attention too; c4 can become its mean.
+        licence: Of the weights, said in an .onnx or .pt2; that of shipped ones is known.
         checkpoint: `last`, `best` or a step number.
         trust_code: Execute parts that a notebook stored in the run, or that its config.json names.
     """
+    from mimdet.models.checkpoint_files import shipped
+    from mimdet.models.exported import export_model
     from mimdet.models.official import export_detectron2, save_detector
-    from mimdet.training.run import load_detector
+    from mimdet.training.pretrain import load_model
 
-    ours = file.endswith(".safetensors")
-    if not ours and (half or not file.endswith((".pth", ".pkl"))):
-        raise ValueError(
-            f"{file}: name it .safetensors (one file that describes itself; --half is for these "
-            "only), or .pth or .pkl (the original's layout)"
-        )
-    model = load_detector(run, checkpoint=checkpoint, trust_code=trust_code)
-    if ours:
-        save_detector(model, file, half=half)
+    ending = Path(file).suffix
+    halves, others = (".safetensors", ".onnx"), (".pt2", ".pth", ".pkl")
+    if ending not in halves and (half or ending not in others):
+        raise ValueError(f"{file}: name it .safetensors, .onnx, or, without half, .pt2, .pth, .pkl")
+    if ending in (".onnx", ".pt2"):
+        licence = licence or ("MIT" if run in shipped() else "")
+        model = load_model(run, checkpoint=checkpoint, trust_code=trust_code)
+        about = export_model(model, file, inside=inside, half=half, licence=licence)
+        print(f"{file}: {about['kind']}, sides multiples of {about['multiple']} pixels")
+        return
+    detector = _load(run, checkpoint, "cpu", trust_code)
+    if ending == ".safetensors":
+        save_detector(detector, file, half=half)
         print(f"{file}: for mimdet.load_detector, with configuration and class names")
     else:
-        export_detectron2(model, file)
-        print(f"{file}: {len(model.state_dict())} tensors under detectron2's names")
+        export_detectron2(detector, file)
+        print(f"{file}: {len(detector.state_dict())} tensors under detectron2's names")
 
 
 def ablate(
@@ -469,8 +480,8 @@ def download(
         print(table())
 
 
-_FUNCTIONS = (demo, plan, profile, train, resume, pretrain, evaluate, predict, errors, ablate)
+_FUNCTIONS = (demo, plan, profile, train, resume, pretrain, evaluate, predict, errors, ablate, cost)
 COMMANDS: dict[str, Callable[..., object]] = {
     command.__name__.replace("_", "-"): command
-    for command in (*_FUNCTIONS, cost, export, check_data, convert, split, download)
+    for command in (*_FUNCTIONS, export, playground, check_data, convert, split, download)
 }

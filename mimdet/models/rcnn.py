@@ -131,7 +131,7 @@ class BoxCoder(NamedTuple):
         """(N, 4) references and (N, ..., 4) deltas -> boxes shaped as the deltas."""
         deltas = deltas.float()
         deltas = deltas / deltas.new_tensor(self.weights)
-        reference = reference.view(len(reference), *[1] * (deltas.dim() - 2), 4)
+        reference = reference.view(reference.shape[0], *[1] * (deltas.dim() - 2), 4)
         centre, size = _centre_and_size(reference)
         centre = centre + deltas[..., :2] * size
         half = deltas[..., 2:].clamp(max=MAX_SIZE_DELTA).exp() * size / 2

@@ -15,13 +15,14 @@ from mimdet.data.loader import MicroBatch
 from mimdet.data.pictures import ImageLoader, Images, build_images, held_out_images
 from mimdet.files import write_file
 from mimdet.inference import generator_for
-from mimdet.models.detector import autocast
+from mimdet.models.checkpoint_files import read_checkpoint
+from mimdet.models.detector import Detector, autocast
 from mimdet.models.mae import MAE
 from mimdet.models.rcnn import pad_and_normalise, to_uint8
 from mimdet.models.weights import load_exactly, load_mae_model, save_mae
 from mimdet.training.inputs import check_inputs
 from mimdet.training.optim import Schedule
-from mimdet.training.run import MAE_FILE, Run, weights_of
+from mimdet.training.run import MAE_FILE, Run, load_detector, weights_of
 from mimdet.training.trainer import RANDOM, Step, Trainer, inputs_of, set_up
 
 SHOWN = 6
@@ -33,6 +34,18 @@ def build_mae(cfg: MAEConfig) -> MAE:
     sizes = asdict(cfg)
     del sizes["sample_ratio"]  # it is that of each call
     return MAE(**sizes)
+
+
+def load_model(source: str | Path, **options: Any) -> Detector | MAE:
+    """The detector or the autoencoder of a run, a file or shipped weights, in evaluation mode.
+
+    options: those of `load_detector`, which an autoencoder has none of.
+    """
+    weights = weights_of(source)
+    own = Path(source, "config.json").exists() and Path(weights) != Path(source, MAE_FILE)
+    if own or read_checkpoint(weights).is_detector:
+        return load_detector(source, **options)
+    return load_mae_model(weights)
 
 
 def pretrain(cfg: PretrainConfig, run: str | Path, announce: bool = False) -> Iterator[Step]:

@@ -82,7 +82,8 @@ def test_dependencies_are_what_the_code_imports() -> None:
 
     distributions = importlib.metadata.packages_distributions()
     used = {_plain(distributions[name][0]) for name in imported}
-    extras = PROJECT["optional-dependencies"]["notebooks"]
+    of = PROJECT["optional-dependencies"]
+    extras = [*of["notebooks"], *of["export"]]
     required = {_plain(environment.split(r)[0]) for r in PROJECT["dependencies"]}
     optional = {_plain(environment.split(r)[0]) for r in extras} | {"ipython"}
     assert used - required - optional == set(), "imported, but not in pyproject.toml"
