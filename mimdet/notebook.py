@@ -47,6 +47,8 @@ COCO_LAYOUT = {
 """Field of `DataConfig` -> file or folder in that folder, as the official archives unpack."""
 STRICT = "MIMDET_STRICT_CHECKS"
 """Environment variable: where it is set, as tests do, a check that fails ends its notebook."""
+PICTURES = "MIMDET_PICTURES"
+"""Environment variable: a folder or photo that notebooks show where their PATH names none."""
 WEIGHTS = "MIMDET_WEIGHTS"
 """Environment variable that names the folder of `mimdet download`, for full mode."""
 CHANGES = "MIMDET_FULL"
@@ -249,7 +251,7 @@ def judge(exercise: int, answer: Any, right: Any) -> None:
         is_right = abs(answer - right) <= 0.01 * abs(right)
     else:
         is_right = type(answer) is type(right) and answer == right
-    said = f"exercise {exercise}: {answer!r}"
+    said = f"exercise {exercise}: {getattr(answer, '__name__', repr(answer))}"
     print(f"✓ {said}" if is_right else f"✗ {said} is not it")
 
 
@@ -346,13 +348,19 @@ class Pictures:
         return [record.target for record in self.records]
 
 
+def own_path(path: str = "") -> str:
+    """The PATH of a notebook or, where it is empty, what MIMDET_PICTURES names for all of them."""
+    return path or os.environ.get(PICTURES, "")
+
+
 @in_one_line()
 def open_pictures(path: str | Path = "", mode: str = "quick", count: int = 8) -> Pictures:
     """The first `count` pictures a notebook shows.
 
     path: "" = held-out scenes of ShapesCOCO (quick) or COCO val2017 (full, from the folder in
     MIMDET_COCO); a photo, any image file; or a folder with `annotations.json` (COCO format) and
-    `images/`. Raises FileNotFoundError and ValueError that say what is expected.
+    `images/`, or in the layout of COCO 2017, of which val2017 is shown. Raises FileNotFoundError
+    and ValueError that say what is expected.
     """
     quick = _is_quick(mode)
     file = Path(path)
@@ -364,9 +372,12 @@ def open_pictures(path: str | Path = "", mode: str = "quick", count: int = 8) ->
     data = DataConfig()
     if path:
         annotations, images = file / "annotations.json", file / "images"
+        if not annotations.exists() and (file / COCO_LAYOUT["val_json"]).is_file():
+            annotations, images = file / COCO_LAYOUT["val_json"], file / COCO_LAYOUT["val_images"]
         if not annotations.is_file() or not images.is_dir():
             raise FileNotFoundError(
-                f"{file} must hold annotations.json (COCO format) and images/; "
+                f"{file} must hold annotations.json (COCO format) and images/, or COCO's own "
+                f"{COCO_LAYOUT['val_json']} and {COCO_LAYOUT['val_images']}/; "
                 "for other layouts use mimdet.CocoDataset(json, images)"
             )
         data = DataConfig(source="coco", val_json=str(annotations), val_images=str(images))

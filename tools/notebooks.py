@@ -5,8 +5,8 @@
     python tools/notebooks.py check              list what is wrong; exit 1 when anything is
     python tools/notebooks.py index [--check]    the README's table of notebooks
     python tools/notebooks.py grade FILE ...     what the checks say to a student's notebooks
-    python tools/notebooks.py rehearse [NAME ...] [--out FILE] [--real-size]    full mode, on
-                                        stand-ins for COCO and released weights (rehearsal.py)
+    python tools/notebooks.py rehearse [NAME ...] [--out FILE] [--real-size] [--gpus 3x80]
+                full mode, on stand-ins for COCO, released weights and GPUs (rehearsal.py)
 
 The reviewed source of `notebooks/NN_name.ipynb` is `notebooks/py/NN_name.py` (py:percent). What
 users open is the notebook, with outputs, so that pictures show where nothing can be run. Two
@@ -296,7 +296,7 @@ def _problems(source: Path, path: Path) -> list[str]:
 def _cell_problems(cell: NotebookNode) -> list[str]:
     problems = []
     lines = sum(bool(line.strip()) for line in cell.source.splitlines())
-    if lines > MAX_LINES and "solution" not in tags(cell):
+    if lines > MAX_LINES and not {"solution", "judge"} & {*tags(cell)}:
         problems.append(f"has {lines} lines of code, over {MAX_LINES}; move some to the library")
     widgets = [output.data for output in cell.outputs if WIDGET in output.get("data", {})]
     if not all(_has_picture(data) for data in widgets):
@@ -444,6 +444,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="index: only compare")
     parser.add_argument("--out", type=Path, help="rehearse: a file for the table")
     parser.add_argument("--real-size", action="store_true", help="rehearse: with ViT-B, slow")
+    parser.add_argument("--gpus", default="", help="rehearse: such as 3x80, three of 80 GB")
     options = parser.parse_args(arguments)
     if options.command == "index":
         return write_index(options.check)
@@ -460,7 +461,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "rehearse":
         from tools.rehearsal import rehearse
 
-        return min(rehearse(chosen, options.out, options.real_size), 1)
+        return min(rehearse(chosen, options.out, options.real_size, options.gpus), 1)
     for source in chosen:
         print(f"{options.command} {source.stem}", flush=True)
         {"sync": sync, "build": build}[options.command](source)

@@ -229,7 +229,8 @@ def _said(error: DetectionError) -> str:
 
 def _truth(error: DetectionError) -> str:
     kinds = {"background": "none", "duplicate": "found before"}
-    return f"{kinds.get(error.kind, error.true)}, IoU {draw.score_text(error.iou)}"
+    said = kinds.get(error.kind, error.true)
+    return said if error.result is None else f"{said}, IoU {draw.score_text(error.iou)}"
 
 
 def _cut_out(

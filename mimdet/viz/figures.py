@@ -30,17 +30,20 @@ def show_detections(
     categories: Sequence[str] = (),
     score_threshold: float = 0.3,
     columns: int = 4,
+    titles: Sequence[str] = (),
 ) -> NotebookFigure:
     """Each image with its truth (left) and its detections of score_threshold and more (right).
 
     images: uint8 (3, H, W); detections and targets in the pixels of their image; without targets
-    only the detections are drawn. columns: panels in a row; 1 draws them larger.
+    only the detections are drawn. columns: panels in a row; 1 draws them larger. titles: a word
+    for each image, before the number of detections.
     Raises ValueError when there are no images, the lists differ in length, or detections belong to
     another image size.
     """
     truths = [None] * len(images) if targets is None else targets
     pictures = []
-    for image, found, truth in zip(images, detections, truths, strict=True):
+    names = titles or [""] * len(images)
+    for image, found, truth, name in zip(images, detections, truths, names, strict=True):
         size = draw.image_size(image)
         if tuple(found.image_size) != size:
             raise ValueError(
@@ -51,7 +54,8 @@ def show_detections(
         if truth is not None:
             true = draw.marks_of(truth, categories)
             pictures.append(draw.Picture(f"truth: {len(true)}", pixels, true))
-        title = f"detections ≥ {draw.score_text(score_threshold)}: {len(marks)}"
+        cut = f"≥ {draw.score_text(score_threshold)}"
+        title = f"{name}: {len(marks)} {cut}" if name else f"detections {cut}: {len(marks)}"
         pictures.append(draw.Picture(title, pixels, marks))
     group, widest = 1 if targets is None else 2, 6.4 if columns == 1 else 3.2
     return draw.show_rows("Images with boxes, masks and names", pictures, columns, group, widest)

@@ -17,6 +17,7 @@
 MODE = "quick"  # "full": COCO and a GPU
 STEPS = 0  # training steps; 0: as many as the mode takes (a few are too few for two checks)
 SEED = 0  # of weights, scenes and samples
+PATH = ""  # your own photo, or a folder of COCO data; "": what MIMDET_PICTURES names
 SOLUTIONS = False  # True: the answers at the end run too
 
 # %% [markdown]
@@ -34,13 +35,18 @@ SOLUTIONS = False  # True: the answers at the end run too
 
 # %%
 import mimdet
+from mimdet.notebook import open_pictures, own_path
 from mimdet.viz import TokenLab
 
 finished, mae = mimdet.load_detector("tiny"), mimdet.load_mae_model("tiny_mae")
 unseen = mimdet.ShapesCOCO("shapes-v1-medium", length=200, split="val")  # held out
 shown = [unseen[i] for i in (4, 2, 5, 1)]
 images, truth = [r.image for r in shown], [r.target for r in shown]
-TokenLab(finished, mae, images, targets=truth, ratio=1.0)
+lab = TokenLab(finished, mae, images, targets=truth, ratio=1.0)
+for record in open_pictures(own_path(PATH), count=4).records if own_path(PATH) else []:
+    lab.add(record.image, f"{record.image_id}")  # `tiny` knows drawn shapes alone
+lab.image.value = 0
+lab
 
 # %% [markdown]
 # From one token the painting collapses, and yet something is found: the detector has a second,

@@ -20,16 +20,16 @@
 # %% tags=["parameters"]
 MODE = "quick"  # "full": released weights and COCO
 SEED = 0  # of the samples
-PATH = ""  # your own photo, or a folder with annotations.json and images/
+PATH = ""  # your own photo, or a folder of COCO data; "": what MIMDET_PICTURES names
 SOLUTIONS = False  # True: the answers at the end run too
 
 # %%
 import mimdet
 import torch
 from mimdet import check, judge
-from mimdet.notebook import open_detector, open_mae, open_pictures
+from mimdet.notebook import open_detector, open_mae, open_pictures, own_path
 
-pictures = open_pictures(PATH, MODE)
+pictures = open_pictures(own_path(PATH), MODE)
 model = open_detector(MODE).cpu()
 
 # %% [markdown]
@@ -80,6 +80,7 @@ show_sample(image, sample)
 #
 # The paper draws at random. Three samplers come with the library, and a fourth takes three lines:
 # a function of the image's tokens, its grid and a generator, which returns a score for each token.
+
 
 # %%
 def strongest(tokens, grid, generator):  # (L, D), (h, w) of one image -> (L,)
@@ -277,7 +278,7 @@ import time
 model = open_detector(MODE)  # on the GPU, where there is one
 on_gpu = tokens.to(next(model.parameters()).device)
 for ratio in (0.25, 0.5, 1.0):
-    now = mimdet.select([scores], [grid], grid, ratio)
+    now = mimdet.select([scores.to(on_gpu.device)], [grid], grid, ratio)
     times = {"encoder": [], "detector": []}
     for _ in range(9):
         start = time.perf_counter()
@@ -305,7 +306,8 @@ from mimdet.viz import show_detections
 finds = [mimdet.predict(model, picture, sample_ratio=0.25, seed=seed) for seed in (1, 2)]
 finds.append(mimdet.predict(model, picture))  # the model's sample_ratio_eval, 1
 finds.append(mimdet.predict(model, picture, sample_ratio=1e-6))  # one token
-show_detections([picture] * 4, finds, None, pictures.categories, score_threshold=0.5)
+titles = ["¼, seed 1", "¼, seed 2", "all tokens", "one token"]
+show_detections([picture] * 4, finds, None, pictures.categories, 0.5, titles=titles)
 
 # %%
 again = mimdet.predict(model, picture, sample_ratio=0.25, seed=1)

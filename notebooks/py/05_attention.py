@@ -22,7 +22,7 @@
 # %% tags=["parameters"]
 MODE = "quick"  # "full": the released ViT-B and COCO
 SEED = 0  # of the samples
-PATH = ""  # your own photo, or a folder with annotations.json and images/
+PATH = ""  # your own photo, or a folder of COCO data; "": what MIMDET_PICTURES names
 QUERY = (0.5, 0.17)  # the patch to ask, as shares of the height and of the width
 SOLUTIONS = False  # True: the answers at the end run too
 
@@ -31,12 +31,12 @@ import mimdet
 import torch
 from mimdet import check, judge
 from mimdet.images import Resize
-from mimdet.notebook import open_detector, open_pictures
+from mimdet.notebook import open_detector, open_pictures, own_path
 
 model = open_detector(MODE).cpu()
 if MODE == "full":
     model.resize = Resize(384, 640)  # at 800 pixels all maps would take 10 GiB
-pictures = open_pictures(PATH, MODE, count=8)
+pictures = open_pictures(own_path(PATH), MODE, count=8)
 images = [model.resize(i) for i in pictures.images]
 image = images[min(2, len(images) - 1)]  # uint8 (3, H, W), as it is fed to the network
 print(f"preset {model.config.preset}, image of {image.shape[1]} x {image.shape[2]} pixels")

@@ -21,15 +21,16 @@
 # %% tags=["parameters"]
 MODE = "quick"  # "full": COCO val2017
 SEED = 0  # of the order and the augmentation
-PATH = ""  # your own photo, or a folder with annotations.json and images/
+PATH = ""  # your own photo, or a folder of COCO data; "": what MIMDET_PICTURES names
 SOLUTIONS = False  # True: the answers at the end run too
 
 # %%
 import mimdet
 from mimdet import ShapesCOCO, check, judge
 from mimdet.data.shapes import export
-from mimdet.notebook import open_pictures
+from mimdet.notebook import open_pictures, own_path
 
+PATH = own_path(PATH)
 pictures = open_pictures(PATH, MODE)
 files = pictures
 if files.data.source != "coco" or not files.dataset.has_masks:
@@ -53,10 +54,8 @@ for section in ("images", "annotations", "categories"):
     entry = {k: str(v)[:40] if k == "segmentation" else v for k, v in content[section][0].items()}
     print(f"{section} ({len(content[section])}), the first one:\n    {entry}")
 listed = {entry["id"] for entry in content["images"]}
-check(
-    "every annotation belongs to a listed image",
-    listed >= {a["image_id"] for a in content["annotations"]},
-)
+named = {a["image_id"] for a in content["annotations"]}
+check("every annotation belongs to a listed image", listed >= named)
 
 # %% [markdown]
 # `mimdet.CocoDataset` (`mimdet/data/coco.py`) turns entry *i* into a `Record`: the image, and a
@@ -88,14 +87,12 @@ import copy
 
 import torch
 
-own = [
-    a for a in content["annotations"] if a["image_id"] == record.image_id and not a.get("iscrowd")
-]
+own = [a for a in content["annotations"] if a["image_id"] == record.image_id]
+own = [a for a in own if not a.get("iscrowd")]
 x, y, w, h = torch.tensor([a["bbox"] for a in own]).float().unbind(1)
 corners = torch.stack([x, y, x + w, y + h], 1)
-check(
-    "xywh in the file, xyxy in the record", torch.allclose(corners, record.target.boxes, atol=0.01)
-)
+same = torch.allclose(corners, record.target.boxes, atol=0.01)
+check("xywh in the file, xyxy in the record", same)
 
 # %%
 first = {entry["id"] for entry in content["images"][:24]}
@@ -120,9 +117,7 @@ check("other ids, the same labels", same, "ids go back into files that COCO's to
 
 # %%
 crowded = copy.deepcopy(small)
-marked = next(
-    a for a in crowded["annotations"] if a["image_id"] == record.image_id and not a.get("iscrowd")
-)
+marked = next(a for a in crowded["annotations"] if a["id"] == own[0]["id"])
 marked["iscrowd"] = 1
 Path("runs/06-data/crowd.json").write_text(json.dumps(crowded))
 with_crowd = mimdet.CocoDataset("runs/06-data/crowd.json", images)
@@ -160,11 +155,7 @@ print(f"{len(runs['counts'])} bytes of run lengths; overlap of the two crops {ov
 check("the same object", overlap > 0.85, "they differ by steps of one pixel")
 ring = torch.ones(112, 112, dtype=torch.bool)
 ring[1:-1, 1:-1] = False
-check(
-    "the outermost ring of cells is empty",
-    not both[:, ring].any(),
-    "sampling at the border reads background",
-)
+check("the outermost ring of cells is empty", not both[:, ring].any(), "borders read background")
 
 # %% [markdown]
 # Why not a bitmap of the whole image per object, as most code does? Because nearly all of it is
@@ -240,13 +231,10 @@ from mimdet.config import DataConfig
 table.save_to_disk("runs/06-data/table")
 cfg = DataConfig(source="hub", hub_name="runs/06-data/table", bbox_format="xyxy")
 from_table = mimdet.build_dataset(cfg, "val")[most]
-same = torch.equal(from_table.image, record.image) and torch.equal(
-    from_table.target.boxes, record.target.boxes
-)
+same = torch.equal(from_table.target.boxes, record.target.boxes)
+same = same and torch.equal(from_table.image, record.image)
 check("table and file give the same record", same, "PNG keeps every pixel")
-print(
-    "masks:", from_table.target.masks, "- a table without segmentations trains without a mask head"
-)
+print("masks:", from_table.target.masks, "- without segmentations no mask head is trained")
 
 # %% [markdown]
 # ## 4 · Augmentation: the paper's recipe
@@ -265,26 +253,21 @@ print(
 from mimdet.data.augment import apply, draw_geometry, rng_for
 
 recipe = DataConfig()  # the paper's numbers
-geometries = [
-    draw_geometry(recipe, height, width, rng_for("geometry", SEED, epoch, most), train=True)
-    for epoch in range(8)
-]
+chances = [rng_for("geometry", SEED, epoch, most) for epoch in range(8)]
+geometries = [draw_geometry(recipe, height, width, rng, train=True) for rng in chances]
 print(geometries[0])
 show_data([apply(geometry, record) for geometry in geometries[1:5]], dataset.categories)
 
 # %% [markdown]
-# Now the baselines'
-# recipe, *large-scale jitter*: resize by a factor from 0.1 to 2 of the canvas, then cut or pad to a
-# square of 1024 pixels. Every image costs the same 4096 tokens, grey ones included.
+# Now the baselines' recipe, *large-scale jitter*: resize by a factor from 0.1 to 2 of the canvas,
+# then cut or pad to a square of 1024 pixels. Every image costs the same 4096 tokens, grey ones too.
 
 # %%
 import dataclasses
 
 jitter = dataclasses.replace(recipe, augment="lsj")
-drawn = [
-    draw_geometry(jitter, height, width, rng_for("geometry", SEED, epoch, most), train=True)
-    for epoch in range(4)
-]
+chances = [rng_for("geometry", SEED, epoch, most) for epoch in range(4)]
+drawn = [draw_geometry(jitter, height, width, rng, train=True) for rng in chances]
 show_data([apply(geometry, record) for geometry in drawn[1:]], dataset.categories)
 
 # %% [markdown]
@@ -306,11 +289,7 @@ for geometry in geometries:
 
 # %%
 print("IoU:", [round(overlap, 3) for overlap in overlaps])
-check(
-    "a moved mask is the moved picture",
-    min(overlaps) > 0.9,
-    "exercise 2: with a flip forgotten, far less",
-)
+check("a moved mask is the moved picture", min(overlaps) > 0.9, "with a flip forgotten, far less")
 show_bitmaps({"crops, moved": moved, "bitmap, moved": reference, "they differ": moved ^ reference})
 
 # %% [markdown]
@@ -343,12 +322,8 @@ for number, step in enumerate(steps):
     print(f"step {number}: images", [batch.image_ids for batch in step])
 fresh = TrainLoader(dataset, recipe, batch_size=2, accumulate=2, seed=SEED)
 (late,) = fresh.batches(3, 4)  # as after a resume: steps 0 to 2 are never drawn
-pairs = [
-    (a, b)
-    for one, two in zip(late, steps[3], strict=True)
-    for a, b in zip(one.images, two.images, strict=True)
-]
-check("step 3 is the same without its past", all(torch.equal(a, b) for a, b in pairs))
+both_ways = [[image for batch in step for image in batch.images] for step in (late, steps[3])]
+check("step 3 is the same without its past", all(map(torch.equal, *both_ways)))
 
 # %% [markdown]
 # ## 6 · Buckets: not paying for padding
@@ -516,11 +491,8 @@ check("the same boxes", torch.allclose(back, record.target.boxes, atol=0.01))
 # 5. Sorting within a window of 16 batches gives most of it.
 waste = {}
 for window in (16, 64, 256, 1024):
-    groups = [
-        start + g
-        for start in range(0, 1024, window)
-        for g in bucket(cells[start : start + window], 16)
-    ]
+    starts = range(0, 1024, window)
+    groups = [start + g for start in starts for g in bucket(cells[start : start + window], 16)]
     waste[window] = padding_factor([[sizes[i] for i in group] for group in groups])
 print({window: round(factor, 2) for window, factor in waste.items()})
 check("more to sort, less padding", waste[16] > waste[64] > waste[256] > waste[1024])

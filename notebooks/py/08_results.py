@@ -14,14 +14,13 @@
 # | memory | 1.3 GB | 0.5 GB of weights, twice |
 # | needs | nothing but the kit | a CUDA GPU, COCO in `MIMDET_COCO`, `mimdet download mimdet-base` |
 #
-# **Your own results:** set `PATH`. With a folder (`annotations.json` in COCO format beside
-# `images/`) both detectors are first trained on it for `STEPS` steps, and every cell below speaks
-# about your data. With a photo you see its detections; scoring needs truth, so the rest stays with
-# the scenes.
+# **Your own results:** set `PATH`. On a folder (`annotations.json` in COCO format beside `images/`)
+# both detectors are first trained for `STEPS` steps, and every cell below speaks about your data.
+# Of a photo you see the detections; scoring needs truth, so the rest stays with the scenes.
 
 # %% tags=["parameters"]
 MODE = "quick"  # "full": the released detector on COCO val2017
-PATH = ""  # your own photo, or a folder with annotations.json and images/
+PATH = ""  # your own photo, or a folder of COCO data; "": what MIMDET_PICTURES names
 STEPS = 60  # training steps on your own folder; nothing else is trained
 SEED = 0  # of the sampled tokens, and of that training
 SOLUTIONS = False  # True: the answers at the end run too
@@ -33,9 +32,10 @@ import mimdet
 import torch
 from IPython.display import display
 from mimdet import check, judge
-from mimdet.notebook import open_detector, open_pictures
+from mimdet.notebook import open_detector, open_pictures, own_path
 from mimdet.viz import show_detections
 
+PATH = own_path(PATH)
 pictures = open_pictures(PATH, MODE, count=4)
 own_data = bool(PATH) and pictures.dataset is not None
 
@@ -50,10 +50,9 @@ if pictures.dataset is None:
 # %% [markdown]
 # ## 1 · Two runs and their 24 numbers
 #
-# Two detectors, so that there is something to compare; what their difference is worth is asked in
-# section 7. In quick mode `tiny` started from random
-# weights and `tiny_from_mae` from a masked autoencoder (`mimdet/pretrained/README.md`); with a
-# folder of your own both are warm-started on it. The configuration of that training is the preset
+# Two detectors, to compare; what their difference is worth is asked in section 7. In quick mode
+# `tiny` started from random weights and `tiny_from_mae` from a masked autoencoder
+# (`mimdet/pretrained/README.md`); with a folder of your own both are warm-started on it: the preset
 # `tiny` with one assignment, `cfg.data = data`.
 
 # %%
@@ -121,8 +120,7 @@ mean = sum(per_class) / len(per_class)
 check("the mean over classes is AP too", abs(mean - runs[first].box["AP"]) < 1e-9, "both at once")
 
 # %% [markdown]
-# Reading the row from left to right tells how *exact* the boxes are. A detector that finds
-# everything, but only roughly, falls off a cliff after .75.
+# From left to right: how *exact* are the boxes? Those that are rough fall off a cliff after .75.
 #
 # ### IoU, the measure of overlap
 #
@@ -135,12 +133,11 @@ from torchvision.ops import box_iou
 print("side  shifted by 1   2   4 pixels, in x and y")
 for side in (8, 16, 32, 96):
     box = torch.tensor([[0.0, 0.0, side, side]])
-    print(
-        f"{side:4d}          " + "".join(f"{float(box_iou(box, box + d)):6.2f}" for d in (1, 2, 4))
-    )
+    print(f"{side:4d}         ", *(f"{float(box_iou(box, box + d)):6.2f}" for d in (1, 2, 4)))
 side, d = 8, 2
 by_hand = (side - d) ** 2 / (2 * side**2 - (side - d) ** 2)
-same = abs(float(box_iou(torch.tensor([[0, 0, 8, 8]]), torch.tensor([[2, 2, 10, 10]]))) - by_hand)
+box = torch.tensor([[0, 0, side, side]])
+same = abs(float(box_iou(box, box + d)) - by_hand)
 check("36 of 92 pixels, by hand", same < 1e-6, "an 8-pixel object two pixels off is a miss at .50")
 
 # %% [markdown]
@@ -163,11 +160,8 @@ lifted = np.maximum.accumulate(precision[::-1])[::-1]  # the best from here on
 levels = np.linspace(0, 1, 101)
 reached = np.searchsorted(recall, levels)  # the first detection with this recall; 5 = none
 ap_by_hand = np.append(lifted, 0)[reached].mean()
-for row in zip(right, precision, recall, lifted, strict=True):
-    print(
-        "right" if row[0] else "wrong",
-        "precision {:.2f}  recall {:.2f}  lifted {:.2f}".format(*row[1:]),
-    )
+for row in zip(np.where(right, "right", "wrong"), precision, recall, lifted, strict=True):
+    print("%s  precision %.2f  recall %.2f  lifted %.2f" % row)
 print(f"AP = (51 levels x 1 + 25 levels x 3/4 + 25 levels x 0) / 101 = {ap_by_hand:.4f}")
 
 # %% [markdown]
@@ -205,15 +199,13 @@ fig.alt_text = "Precision over recall of five detections: 1 up to recall .5, .75
 fig
 
 # %% [markdown]
-# Look at the last cross: a wrong detection *below* the last right one costs nothing. That is why
-# detectors return a hundred detections with scores near zero, why a picture of them all looks
-# dreadful, and why AP says little about how many false alarms you get at the threshold you will
-# use.
+# Look at the last cross: a wrong detection *below* the last right one costs nothing. So detectors
+# return a hundred detections with scores near zero, a picture of them all looks dreadful, and AP
+# says little about the false alarms at the threshold you will use.
 #
 # ## 3 · Where is it lost? Sizes, classes, curves
 #
-# The same question with all images: on which objects is AP lost? Count them first. A size with
-# twelve objects in it gives a number that means little.
+# On which objects is AP lost? Count them first: a number of twelve objects means little.
 
 # %%
 sizes = report.by_size()[["objects", "correct"]]
@@ -225,10 +217,8 @@ sizes
 
 # %%
 classes = report.by_class()[["objects", "correct"]]
-classes["AP"] = [round(100 * ap, 1) for ap in runs[first].metrics.box_per_class.values()]
-classes["AP, other run"] = [
-    round(100 * ap, 1) for ap in runs[second].metrics.box_per_class.values()
-]
+for name, run in {"AP": runs[first], "AP, other run": runs[second]}.items():
+    classes[name] = [round(100 * ap, 1) for ap in run.metrics.box_per_class.values()]
 classes.sort_values("AP").head(20)
 
 # %% [markdown]
@@ -266,8 +256,6 @@ show_precision_recall(report.curves((0.5, 0.75, 0.9)), most_classes=11)
 print(report.table())
 wrong = sum(count for kind, count in report.counts.items() if kind != "missed")
 print(f"{len(runs[first].results)} detections: {report.correct} right, {wrong} of one type each")
-
-# %%
 total = sum(report.dap.values())
 print(f"AP50 {100 * report.ap:.1f}; the six dAP together {100 * total:.1f}")
 ap = report.ap
@@ -282,13 +270,11 @@ check("alone they do not add up", abs(total - (1 - report.ap)) > 1e-6, "see belo
 # Why do they not add up to what is missing? (1) AP is a *ranking*: removing the wrong detections of
 # one type helps little while those of another still stand above the right ones. (2) Many mistakes
 # share an object: a misnamed object is a wrong detection *and* an object not found. Fixing in turn
-# does add up, but then the price depends on the order. Use dAP to compare types within a run, and
-# the same type between runs; never as slices of a pie.
+# adds up, but then the price depends on the order. Compare types within a run, and a type between
+# runs; never slices of a pie.
 #
-# The count beside a bar tells another story than its length: hundreds of background detections with
-# scores near zero cost nearly nothing (section 2), a few confident ones cost much.
-#
-# Both runs, side by side:
+# Both runs, side by side. The count beside a bar tells another story than its length: hundreds of
+# background detections with scores near zero cost nearly nothing, a few confident ones cost much.
 
 # %%
 reports = {first: report, second: find_errors(truth, runs[second].results, "bbox", **options)}
@@ -298,32 +284,27 @@ show_errors(reports)
 for name, mine in reports.items():
     worst = max(mine.dap, key=mine.dap.get)
     print(f"{name}: {worst} errors cost most, {100 * mine.dap[worst]:.1f} AP50")
-for name, mine in reports.items():
     same = abs(mine.ap - runs[name].box["AP50"]) < 1e-9
     check(f"{name}: the report's AP is AP50", same, "the types explain the number of section 1")
 
 # %% [markdown]
 # ## 5 · Look at them
 #
-# A type is a hypothesis; pictures decide. The surest false alarms first (three of type background,
-# three of type both), then the largest missed objects. On the left what the detector said, on the
-# right all true objects around.
+# A type is a hypothesis; pictures decide. The surest false alarms first (background, then both), then
+# the largest missed objects. Left what the detector said, right all true objects around.
 
 # %%
 from mimdet.viz import show_error_gallery
 
 false_alarms = report.errors("background")[:3] + report.errors("both")[:3]
-if false_alarms:
-    display(show_error_gallery(false_alarms, scenes))
-missed = report.errors("missed")[:3]
-if missed:
-    display(show_error_gallery(missed, scenes))
+for errors in (false_alarms, report.errors("missed")[:3]):
+    if errors:
+        display(show_error_gallery(errors, scenes))
 
 # %% [markdown]
 # ### Which classes are confused with which?
 #
-# Not all of them: most have scores near zero, and one object can be misnamed ten times. A detection
-# keeps its type when those below it are left out, so count what a user would see.
+# Most have scores near zero, and one object can be misnamed ten times: count what a user would see.
 
 # %%
 likely = [d for d in runs[first].results if d["score"] >= 0.3]
@@ -331,25 +312,21 @@ seen = find_errors(truth, likely, "bbox", **options)
 confused = seen.confusions()
 display(confused.head(8))
 all_named = confused["errors"].sum() == seen.counts["classification"]
-check(
-    "they are the classification errors", all_named, f"of score .3 and more: {len(likely)} in all"
-)
+check("they are the classification errors", all_named, f"of {len(likely)} of score .3 and more")
 if len(confused):
     pair = confused.iloc[0].to_dict()
     errors = seen.errors("classification", said=pair["said"], true=pair["true"])
     display(show_error_gallery(errors[:3], scenes))
 
 # %% [markdown]
-# Would *you* have known? And is the truth right? In real data some "errors" are mistakes in the
-# annotation.
+# Would *you* have known? And is the truth right? In real data some "errors" are the annotation's.
 #
 # ## 6 · Does it use its transformer?
 #
-# A detector can score well and pass its encoder by. Two tests. *Take tokens away:* a MIMDet can be
-# evaluated at any share of them. Below 1 they are drawn at random, so a number has a spread over
-# draws; at 1 nothing is drawn. The first ratio below is one token of 256 in quick mode. (The paper,
-# Table 2 of its first version, evaluates at ratio 1: ViT-B trained at 0.25 has 49.9 box AP, trained
-# at 0.5 it has 51.5.)
+# A detector can score well and pass its encoder by. Two tests. *Take tokens away:* below ratio 1 they
+# are drawn at random, so a number has a spread over draws. The first ratio below is one token of 256
+# in quick mode. (The paper, Table 2 of its first version, evaluates at ratio 1: ViT-B trained at
+# 0.25 has 49.9 box AP, trained at 0.5 it has 51.5.)
 
 # %%
 from mimdet.analysis.evaluate import evaluate_ratios
@@ -362,8 +339,7 @@ for row in rows:
 show_ratios(rows)
 
 # %% [markdown]
-# The bars show the spread over *draws of the tokens* and nothing else: not over images, not over
-# trainings. Two draws also estimate a spread badly.
+# The bars show the spread over two *draws of the tokens*, not over images, not over trainings.
 #
 # *Exchange what it computes:* c4 is the map the transformer makes. Put its own mean at every place,
 # so that it says nothing about *where* any more. What can be exchanged without loss is not used.
@@ -428,23 +404,20 @@ saves = (paired < apart) == (agree > 0)
 check("pairs help when runs agree on what is hard", saves, f"correlation {agree:.2f}")
 
 # %% [markdown]
-# **A warning.** That standard error says how much the difference would vary with *other images*. It
-# does not say what *another training* of the same recipe would give. On full COCO five trainings of
-# ViTDet-B differ with a standard deviation of 0.10 box AP (as its authors report), so a gain of 0.2
-# from one run each is no result. Here trainings are short and the noise is far larger: three seeds
-# of the demo's first recipe gave 20.5, 23.3 and 24.3 box AP (`docs/measurements.md`). `tiny` and
-# `tiny_from_mae` are one training each: whatever the figure above shows, it does not say that
-# pre-training helps or harms. For that, several seeds of each:
-# `mimdet.experiment`, notebook 09.
+# **A warning.** That standard error is about *other images*, not about *another training* of the same
+# recipe. On full COCO five trainings of ViTDet-B differ with a standard deviation of 0.10 box AP (as
+# its authors report), so a gain of 0.2 from one run each is no result. In short trainings the noise
+# is far larger: three seeds of the demo's first recipe gave 20.5, 23.3 and 24.3 box AP
+# (`docs/measurements.md`). `tiny` and `tiny_from_mae` are one training each: the figure above does
+# not say that pre-training helps or harms. For that, several seeds of each (notebook 09).
 #
-# (The mean AP *of an image* above is not COCO's AP: there all detections of a class over all images
-# are one ranking.)
+# (The mean AP *of an image* is not COCO's: there all detections of a class are one ranking.)
 #
 # ## 8 · Browse the results
 #
-# Everything so far in one panel. Choose a verdict, a class, a size, a score; step through the
-# images that match. Truth on the left, then the runs; each box has the colour **and** the letter of
-# its verdict. `where = only ...` shows what one run gets wrong (or right) and the other does not.
+# Everything in one panel. Choose a verdict, a class, a size, a score; step through the images that
+# match. Truth is left; each box has the colour **and** the letter of its verdict. `where = only ...`
+# shows what one run gets wrong (or right) and the other does not.
 
 # %%
 from mimdet.viz import ResultBrowser
@@ -456,13 +429,11 @@ browser
 # %% [markdown]
 # *Try:* raise the score slider with `missed` chosen: a detection keeps its type whatever the
 # threshold (matching goes from the best score down), but objects become missed as their detections
-# disappear. Your own predictions work too: any list in COCO results format, such as the
-# `predictions.json` of a run.
+# disappear. Your own predictions work too: any list in COCO results format.
 #
 # ## Summary
 #
-# - AP is a mean over ten IoU thresholds and all classes of the area under a lifted curve; you have
-#   computed one by hand and the library agrees to 12 digits.
+# - AP is a mean over ten IoU thresholds and all classes of the area under a lifted curve.
 # - Wrong detections below the last right one are free: AP is about ranking.
 # - dAP prices six types of mistakes one at a time; the prices overlap, so they do not add up.
 # - Draws of tokens, images and trainings are three sources of noise. An error bar covers one.
@@ -471,15 +442,12 @@ browser
 #
 # ## Exercises
 #
-# 1. In section 2, exchange the third and fourth detection. Work out AP by hand, then ask the
-#    library.
-# 2. Divide all scores of the first run by 10. What happens to AP, and what to a picture with score
-#    threshold .3?
+# 1. In section 2, exchange the third and fourth detection. Work out AP by hand, then ask.
+# 2. Divide all scores of the first run by 10. What happens to AP, what to a picture of those ≥ .3?
 # 3. Add 50 detections of score .001 in empty corners of the toy image. Guess AP first.
 # 4. If classes did not matter at all, what would AP50 be? Give all objects and detections one
 #    class. Why is the gain not the dAP of classification?
-# 5. How does the price of localisation grow with the IoU that is asked for? Ask `find_errors` at
-#    .5, .75 and .9: which type costs most at .9?
+# 5. How does the price of localisation grow with the IoU that is asked for? What costs most at .9?
 
 # %%
 mine = {1: ..., 3: ..., 5: ...}  # an AP of 0 to 1, another, a type; then run the next cell too
@@ -516,10 +484,8 @@ single = {**truth, "categories": [{"id": 1, "name": "object"}]}
 single["annotations"] = [a | {"category_id": 1} for a in truth["annotations"]]
 merged = [d | {"category_id": 1} for d in runs[first].results]
 merged_ap = coco_metrics(single, merged, ["bbox"], options["area_scale"]).box["AP50"]
-print(
-    f"AP50 {100 * report.ap:.1f}, one class {100 * merged_ap:.1f}, dAP of classification "
-    f"{100 * report.dap['classification']:.1f}"
-)
+print(f"AP50 {100 * report.ap:.1f}, one class {100 * merged_ap:.1f}")
+print(f"dAP of classification {100 * report.dap['classification']:.1f}")
 kinds = find_errors(single, merged, "bbox", **options).counts
 check("no class, no confusion", kinds["classification"] == kinds["both"] == 0, "they become others")
 

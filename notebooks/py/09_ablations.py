@@ -260,17 +260,38 @@ check("as many scenes for each", len(same) == 1, "else training time is compared
 #
 # 1. How many seeds would bring the half width of the interval in section 2 below one point, if the
 #    standard deviation of the pairs stays what it is? Guess, then compute.
-# 2. Which cell of the matrix has the highest mean? Is it distinguishable from the best of its
-#    neighbours in the same row?
+# 2. Which ratio of evaluation is in the cell of the matrix with the highest mean? Is it
+#    distinguishable from the best of its neighbours in the same row: "yes" or "no"?
 # 3. Write the grid of an experiment that compares one, two and four encoder blocks at two sample
 #    ratios. How many runs is that with three seeds? Let `plan` count.
 # 4. A field with a typo: what is the error, and when does it come?
 
-# %% tags=["solution"]
-# 1. half = t(n - 1) * sd / sqrt(n); t falls to 1.96, so try n = 2, 3, 4, ...
+# %%
+mine = {1: ..., 2: ..., 3: ...}  # a number; (a ratio, a word); your grid
+
+# %% tags=["judge"]
+from mimdet import judge
 from mimdet.experiments.results import t_quantile
 
 halves = {n: t_quantile(n - 1) * sd / math.sqrt(n) for n in range(2, 200)}
+judge(1, mine[1], next((n for n, value in halves.items() if value < 1), 200))
+cells = stored.summary().sort_values("mean", ascending=False)
+row = cells[cells["arm"] == cells.iloc[0]["arm"]]
+first, second = ((row.iloc[i]["arm"], row.iloc[i]["evaluate_ratio"]) for i in (0, 1))
+gap = stored.difference(first, second)
+judge(2, mine[2], (float(first[1]), "yes" if gap.low > 0 else "no"))
+
+
+def six_arms(grid):
+    runs = [run.cfg.backbone for run in plan(base, grid, seeds=3, name="depth")]
+    arms = {(backbone.depth, backbone.sample_ratio) for backbone in runs}
+    return len(runs) == 18 and len(arms) == 6 and {depth for depth, _ in arms} == {1, 2, 4}
+
+
+judge(3, mine[3], six_arms)
+
+# %% tags=["solution"]
+# 1. half = t(n - 1) * sd / sqrt(n); t falls to 1.96, so try n = 2, 3, 4, ...
 enough = next((n for n, value in halves.items() if value < 1), None)
 print(f"sd of the pairs {sd:.2f}: {enough} seeds")
 same = math.isclose(halves[len(pairs)], half, rel_tol=1e-3)
@@ -278,13 +299,7 @@ check(f"{len(pairs)} seeds give the interval above", same)
 
 # %% tags=["solution"]
 # 2. The best cell, and its paired difference to the next best in its row.
-cells = stored.summary().sort_values("mean", ascending=False)
-best = cells.iloc[0]
-row = cells[cells["arm"] == best["arm"]]
-gap = stored.difference(
-    (best["arm"], best["evaluate_ratio"]), (row.iloc[1]["arm"], row.iloc[1]["evaluate_ratio"])
-)
-print(f"{best['arm']} at {best['evaluate_ratio']}: {best['mean']:.1f}; gap {gap.mean:.2f}")
+print(f"{first[0]} at {first[1]}: {cells.iloc[0]['mean']:.1f}; gap {gap.mean:.2f}")
 check("the interval holds its mean", gap.low <= gap.mean <= gap.high)
 print("distinguishable" if gap.low > 0 else "not distinguishable with these seeds")
 

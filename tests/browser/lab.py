@@ -47,11 +47,15 @@ CONNECTED = """async () => {
 TRIES = 3  # a kernel that dies while it starts takes the first message with it
 BEGUN = """() => [...document.querySelectorAll(".jp-CodeCell .jp-InputPrompt")]
   .some((prompt) => /\\[[\\d*]+\\]/.test(prompt.textContent))"""
-ALL_RUN = """() => {
-  const prompts = [...document.querySelectorAll(".jp-CodeCell .jp-InputPrompt")];
-  return prompts.length > 0 && prompts.every((p) => /\\[\\d+\\]/.test(p.textContent));
-}"""
-RUN_ALL = "() => void window.jupyterapp.commands.execute('notebook:run-all-cells')"
+CODE = (
+    "window.jupyterapp.shell.currentWidget.content.widgets.filter((w) => w.model.type === 'code')"
+)
+# By its model: the prompt of a cell whose source is hidden is not shown.
+ALL_RUN = f"() => {CODE}.length > 0 && {CODE}.every((w) => w.model.executionCount !== null)"
+RUN_ALL = f"""() => {{
+  {CODE}.forEach((w) => (w.model.executionCount = null));
+  void window.jupyterapp.commands.execute("notebook:run-all-cells");
+}}"""
 RUN_LAST = """(source) => {
   const notebook = window.jupyterapp.shell.currentWidget.content;
   notebook.activeCellIndex = notebook.widgets.length - 1;
@@ -61,6 +65,7 @@ RUN_LAST = """(source) => {
   cell.executionCount = null;
   void window.jupyterapp.commands.execute("notebook:run-cell");
 }"""
+RESTART = "jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()"
 CANVASES = ".jp-OutputArea canvas.mimdet-canvas"
 ANSWERS = (
     f"[...document.querySelectorAll('{CANVASES}')]"
@@ -158,11 +163,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 class Notebook:
     """A notebook that is open in JupyterLab."""
 
-    def __init__(self, server: Server, page: Page, name: str, cells: list[str]) -> None:
-        """Write a notebook of these code cells, open it and wait for its kernel."""
+    def __init__(self, server: Server, page: Page, name: str, cells: list[Any]) -> None:
+        """Write a notebook of these cells, of the code of those that are text; open it and wait for
+        its kernel."""
         self.browser, self.page = page, page.page
         notebook = nbformat.v4.new_notebook()
-        notebook.cells = [nbformat.v4.new_code_cell(cell) for cell in cells]
+        code = nbformat.v4.new_code_cell
+        notebook.cells = [code(cell) if isinstance(cell, str) else cell for cell in cells]
         notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
         nbformat.write(notebook, server.folder / f"{name}.ipynb")
         address = f"{server.url}/lab/tree/{name}.ipynb?token={server.token}&reset"
@@ -195,6 +202,11 @@ class Notebook:
             raise
         said = self.page.locator(BROKEN).all_inner_texts()
         assert said == [], "\n".join(said)
+
+    def restart(self) -> None:
+        """Another kernel, which knows nothing yet."""
+        self.page.evaluate(RESTART)
+        self.page.evaluate(CONNECTED)
 
     def close(self) -> None:
         """Leave the page and end the kernel."""

@@ -2,6 +2,23 @@
 
 The time from an event to the new picture is written to `build/browser/latency.json`
 (tools/measure_times.py keeps it); screenshots lie beside it, to be looked at.
+
+What hurt in a student's hands, and what sees that it does not come back:
+
+    numbers that deny their sentences    tools/results.py and claims.py --check; notebooks' checks
+    checks spoil panels, in any order    test_a_lesson, test_training_dashboard, test_panel (lists);
+                                         tests/notebooks: panels are left as they were made
+    the first screen is reading          test_the_first_screen: a brush in less than a minute
+    answers stand open, Run All runs them    test_a_lesson
+    words of detection                   the site's links to the glossary (tools/build_site.py)
+    own photos                           test_photos_of_ones_own
+    a failed check ends the lesson       test_a_lesson
+    one token, strokes, truth, seeds     test_the_first_screen, test_seeds_are_not_typed
+    narrow windows, wide rows            test_the_first_screen, test_panel
+    dark theme                           test_dark_theme
+    second Run All, kernel restarted     test_a_lesson, test_the_first_screen; slow: every notebook
+    cells that test software, length     words and cells are counted in reviews, not here
+    pictures of one's own folder         tests/notebooks/test_own_path.py
 """
 
 import io
@@ -11,6 +28,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy as np
@@ -164,6 +182,22 @@ PANELS: dict[str, tuple[str, dict[str, Act]]] = {
 }
 BOXES = """() => [...document.querySelectorAll("canvas.mimdet-canvas")]
   .map((c) => c.getBoundingClientRect()).map((b) => [b.x, b.y, b.width, b.height])"""
+COLOURS = """() => {
+  const canvas = document.querySelector("canvas.mimdet-canvas");
+  return [0.05, 0.95].map((down) => [...canvas.getContext("2d")
+    .getImageData(canvas.width / 2, down * canvas.height, 1, 1).data]);
+}"""
+SAYS_ERROR = "document.querySelector('.mimdet-status').innerText.includes('Error')"
+CHART = """\
+from IPython.display import display
+display(viz.show_errors(mimdet.find_errors(scenes.ground_truth(), runs["at 1.0"])))
+viz.TokenLab()"""
+THEME = "(theme) => jupyterapp.commands.execute('apputils:change-theme', { theme })"
+INK = """() => {
+  const style = (name) => getComputedStyle(document.querySelector(name));
+  const colours = [style(".mimdet-title").color, style(".jp-Notebook").backgroundColor];
+  return colours.map((c) => c.match(/\\d+/g).slice(0, 3).reduce((sum, n) => sum + n / 3, 0));
+}"""
 BRUSH_DOWN = """() => {
   const canvas = document.querySelector("canvas.mimdet-canvas");
   const box = canvas.getBoundingClientRect();
@@ -171,6 +205,8 @@ BRUSH_DOWN = """() => {
   canvas.setPointerCapture = () => {};
   canvas.dispatchEvent(new PointerEvent("pointerdown", place));
 }"""
+LISTS = """() => [...document.querySelectorAll(".jp-OutputArea select")]
+  .map((list) => list.selectedOptions[0]?.textContent ?? "")"""
 CHOOSES = {"class", "all classes", "size", "all sizes", "where", "either run", "any verdict"}
 """Controls that choose another set of images, of which the first may be the same one: they may
 change the status line only."""
@@ -183,6 +219,7 @@ def test_panel(notebook: Notebook, name: str) -> None:
     notebook.browser.errors.clear()
     notebook.run_last(cell)
     notebook.page.wait_for_selector("canvas.mimdet-canvas[data-seq]")
+    assert all(notebook.page.evaluate(LISTS)), "a list shows what is chosen"
     times = {}
     for control, act in actions.items():
         before, said = notebook.pictures(), notebook.status()
@@ -191,7 +228,15 @@ def test_panel(notebook: Notebook, name: str) -> None:
         changed = notebook.pictures() != before
         changed |= control in CHOOSES and notebook.status() != said
         assert changed, f"{name}: {control} changes no picture"
-    notebook.browser.picture(name, notebook.page.locator(".jp-OutputArea-output:has(canvas)").last)
+    panel = notebook.page.locator(".jp-OutputArea-output:has(canvas)").last
+    notebook.browser.picture(name, panel)
+    for width in (900, 1400):
+        notebook.page.set_viewport_size({"width": width, "height": 1100})
+        notebook.page.wait_for_timeout(200)
+        boxes = [box for box in notebook.page.evaluate(BOXES) if box[2]]  # of those to be seen
+        assert max(x + w for x, _, w, _ in boxes) <= width, f"cut off at {width} pixels"
+        notebook.browser.picture(f"{name}_{width}", panel)
+    assert len(boxes) > 4 or len({round(y) for _, y, _, _ in boxes}) == 1, "side by side"
     median = statistics.median(times.values())
     print(f"\n{name}: {median:.0f} ms from event to picture, median of {len(times)}")
     file = PICTURES / "latency.json"
@@ -199,6 +244,102 @@ def test_panel(notebook: Notebook, name: str) -> None:
     kept[name] = {control: round(took, 1) for control, took in times.items()}
     file.write_text(json.dumps(kept, indent=2) + "\n")
     assert notebook.browser.errors == []
+
+
+def jpeg(width: int, height: int, orientation: int = 1) -> bytes:
+    """A picture whose left half is red, as a camera stores it that was held like this."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[:, : width // 2, 0] = 255
+    image, stream = Image.fromarray(pixels), io.BytesIO()
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(stream, "JPEG", exif=exif)
+    return stream.getvalue()
+
+
+def test_photos_of_ones_own(notebook: Notebook) -> None:
+    """A phone's photo stands upright, a panorama can be used, a broken file is one line."""
+    notebook.run_last("viz.TokenLab()")
+    notebook.page.wait_for_selector("canvas.mimdet-canvas[data-seq]")
+
+    def give(name: str, content: bytes) -> list[float]:
+        notebook.answer_to(lambda: notebook.upload("mimdet-token-upload", name, content))
+        return notebook.page.evaluate(BOXES)[0]
+
+    _, _, width, height = give("phone.jpg", jpeg(4032, 3024, orientation=6))
+    assert height == pytest.approx(width * 4 / 3, rel=0.1), "upright"
+    red = notebook.page.evaluate(COLOURS)
+    assert red[0][0] > 150 > 100 > red[1][0], "what was left is at the top"
+    _, _, width, height = give("panorama.jpg", jpeg(3000, 300))
+    assert min(width, height) >= 40, "high enough for a brush"
+    notebook.browser.picture("panorama")
+    before = notebook.pictures()
+    notebook.upload("mimdet-token-upload", "broken.jpg", jpeg(400, 300)[:200])
+    notebook.page.wait_for_function(SAYS_ERROR)
+    assert "broken.jpg" in notebook.status() and "Traceback" not in notebook.status()
+    assert len(notebook.status().splitlines()) == 1 and notebook.pictures() == before
+
+
+def test_seeds_are_not_typed(notebook: Notebook) -> None:
+    """Of `1e3` in a field a browser would take 13."""
+    notebook.run_last("viz.TokenLab()")
+    notebook.page.wait_for_selector("canvas.mimdet-canvas[data-seq]")
+    seed = notebook.find("mimdet-token-seed")
+    seed.locator(".widget-readout").click(force=True)
+    notebook.page.keyboard.type("1e3")
+    notebook.page.keyboard.press("Enter")
+    seed.locator(".noUi-handle").focus()
+    notebook.page.keyboard.press("Tab")
+    notebook.page.keyboard.type("1e3")
+    assert seed.locator(".widget-readout").inner_text() == "0"
+
+
+def test_dark_theme(notebook: Notebook) -> None:
+    """Titles can be read, and a chart is no white field."""
+    notebook.run_last(RUNS + CHART)
+    page = notebook.page
+    page.wait_for_selector("canvas.mimdet-canvas[data-seq]")
+    try:
+        for dark, theme in enumerate(("JupyterLab Light", "JupyterLab Dark")):
+            page.evaluate(THEME, theme)
+            body = f"body[data-jp-theme-light={'false' if dark else 'true'}]"
+            page.wait_for_selector(body, state="attached")
+            page.wait_for_timeout(500)
+            picture = notebook.browser.picture("dark" if dark else "light")
+            chart = page.locator(".jp-RenderedImage img").last
+            shot = np.asarray(Image.open(io.BytesIO(chart.screenshot())).convert("L"))
+            assert (shot.mean() < 90) == bool(dark), f"a chart in {picture}"
+            ink, paper = page.evaluate(INK)
+            assert abs(ink - paper) > 100, "brightness of titles and of what they stand on"
+    finally:
+        page.evaluate(THEME, "JupyterLab Light")
+
+
+def test_a_lesson(server: Server, page: Page) -> None:
+    """A notebook as it is handed out: answers closed and not run, panels as a student should find
+    them, also after a second Run All and a restart; a check that fails ends nothing."""
+    source = notebooks.read_source(notebooks.FOLDER / "py" / "05_attention.py")
+    tags = [notebooks.tags(cell) for cell in source.cells]
+    closed = sum(bool({"solution", "judge", "install"} & {*each}) for each in tags)
+    copytree(notebooks.FOLDER / "results", server.folder / "results", dirs_exist_ok=True)
+    page.errors.clear()
+    failing = "import mimdet\nmimdet.check('two is more', 1 > 2)\nprint('it goes on')"
+    lesson = Notebook(server, page, "lesson", [*source.cells, failing])
+    for again in range(3):
+        if again == 2:
+            lesson.restart()
+        lesson.run_all()
+        page.page.wait_for_selector("canvas.mimdet-canvas[data-seq]")
+        assert page.page.locator(".jp-CodeCell .jp-InputPlaceholder").count() == closed
+        text = page.page.inner_text(".jp-Notebook")
+        assert text.count("A solution, not run") == sum("solution" in each for each in tags)
+        assert "no answer yet" in text and "✗ two is more" in text and "it goes on" in text
+        before, said = lesson.pictures(), lesson.status()
+        lesson.answer_to(lambda: lesson.click_canvas(0, 0.8, 0.8))
+        assert lesson.pictures() != before and lesson.status() != said, "the panel answers"
+    page.picture("lesson")
+    lesson.close()
+    assert page.errors == []
 
 
 TRAINING = """\
@@ -229,6 +370,7 @@ def test_training_dashboard(server: Server, page: Page, tmp_path: Path) -> None:
     first = Notebook(server, page, "training", [TRAINING, DASHBOARD])
     first.run_all()
     at_first = first.pictures()
+    assert first.find(f"{name}-start").is_enabled() and first.find(f"{name}-stop").is_disabled()
     first.press(f"{name}-start")
     wait_for("training", 1)
     assert first.find(f"{name}-start").is_disabled()

@@ -155,6 +155,7 @@ def test_every_error_has_its_detection_and_its_truth(kind, report, scenes, monke
         words = "nothing points to it" if missed else f"{error.said} {score}"
         assert said == f"image {error.image_id}\n{words}"
         assert error.true in truth or kind == "duplicate"
+        assert ("IoU" in truth) == (not missed), "nothing has no overlap"
         (dashed,) = (mark for mark in drawn[2 * i + (not missed)] if mark.dashed)
         assert extent(dashed) == pytest.approx(
             ((error.truth if missed else error.result) or {})["bbox"][2:]

@@ -96,6 +96,8 @@ def test_low_scores_are_left_out(painted: list[Sequence[Mark]]) -> None:
     fig = show_detections([image()], [detections((0.4, 0.87))], score_threshold=0.5)
     assert [mark.name for mark in painted[0]] == ["1 .87"]
     assert fig.alt_text == "Images with boxes, masks and names: detections ≥ .50: 1."
+    named = show_detections([image()], [detections((0.4, 0.87))], titles=["half"])
+    assert named.axes[0].get_title("left") == "half: 2 ≥ .30"
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from mimdet.training.trainer import Step
 from mimdet.viz import new_figure
 from mimdet.viz.style import NotebookFigure
 from tests.small import write_coco
+from tools import rehearsal
 
 
 @pytest.fixture(autouse=True)
@@ -272,6 +273,16 @@ def test_a_folder_and_how_a_configuration_names_it_or_a_photo(tmp_path) -> None:
     assert pictures.images[0][:, 0, 0].tolist() == [10, 20, 30]
     assert len(pictures.targets[0]) == 0
     assert pictures.dataset is None and pictures.categories == []
+
+
+def test_a_folder_as_coco_unpacks_and_one_variable_for_all_notebooks(tmp_path, monkeypatch) -> None:
+    rehearsal.write_coco(tmp_path, "val", 4)
+    pictures = open_pictures(tmp_path)
+    assert [len(target) > 0 for target in pictures.targets] == [True, True, True, False]
+    assert len(pictures.categories) == 80 and pictures.data.train_json == pictures.data.val_json
+    assert notebook.own_path() == ""
+    monkeypatch.setenv("MIMDET_PICTURES", str(tmp_path))
+    assert notebook.own_path() == str(tmp_path) and notebook.own_path("mine.jpg") == "mine.jpg"
 
 
 def test_what_cannot_be_opened(tmp_path) -> None:

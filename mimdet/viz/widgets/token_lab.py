@@ -144,7 +144,7 @@ class TokenLab(ImagePanel):
         fate = "left out" if place in self.canvas.dropped else "kept"
         row, column = divmod(place, view.grid[1])
         about = f"<br>token in row {row}, column {column}: {fate}"
-        self.canvas.show(whole, title=f"a picture, kept are {some}")
+        self.canvas.show(whole, title=f"a picture: {some} kept")
         self.label = f"{self.canvas.label}; beside it what the models make of these"
         if answer.painted is not None:
             part: Tensor = getattr(answer.painted, self.reconstruction.value)
