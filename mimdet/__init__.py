@@ -29,6 +29,7 @@ _NAMES_OF = {
     "analysis.comparison": ("compare_runs",),
     "analysis.reliance": ("reliance", "linear_probe", "token_rank", "token_scale"),
     "training.pretrain": ("pretrain",),
+    "training.proposal": ("propose",),
     "experiments.experiment": ("experiment",),
     "viz.record": ("record",),
     "notebook": ("notebook_setup", "check", "judge"),

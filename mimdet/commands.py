@@ -14,7 +14,7 @@ from mimdet.console import FIRST
 from mimdet.demo import demo, save_pictures
 from mimdet.files import write_json
 from mimdet.playground import playground
-from mimdet.prepare import File, Run, check_data, convert, split
+from mimdet.prepare import File, Run, check_data, convert, split, start
 from mimdet.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -480,8 +480,18 @@ def download(
         print(table())
 
 
-_FUNCTIONS = (demo, plan, profile, train, resume, pretrain, evaluate, predict, errors, ablate, cost)
+_FUNCTIONS = (demo, start, plan, profile, train, resume, pretrain, evaluate, predict, errors)
 COMMANDS: dict[str, Callable[..., object]] = {
     command.__name__.replace("_", "-"): command
-    for command in (*_FUNCTIONS, export, playground, check_data, convert, split, download)
+    for command in (
+        *_FUNCTIONS,
+        ablate,
+        cost,
+        export,
+        playground,
+        check_data,
+        convert,
+        split,
+        download,
+    )
 }

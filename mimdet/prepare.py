@@ -1,6 +1,7 @@
 """`mimdet convert | split | check-data`: annotations of one's own, made ready for a training."""
 
 import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -106,3 +107,53 @@ def split(
     from mimdet.data.splits import split_file
 
     print(split_file(annotations, out, share, by_name=by_name, by_field=by_field, seed=seed))
+
+
+def start(
+    data: Folder,
+    run: Run,
+    images: str = "",
+    minutes: float = 10.0,
+    turns: bool = False,
+    init_from: str = "",
+    names: tuple[str, ...] = (),
+    yes: bool = False,
+) -> None:
+    """Look at pictures of your own, propose a training with reasons and its time, train on a yes.
+
+    Annotations of another format are converted, one file is split, into the folder RUN-data. A few
+    steps are trained to measure the time.
+
+    Args:
+        data: Folder of pictures and annotations.
+        run: Directory of the run; its config.json is written first, and may be changed.
+        images: Folder of the images, where they are not under DATA.
+        minutes: That the training may take.
+        turns: Every turn of a picture is as likely: microscopy, pictures from above.
+        init_from: Weights to start from; default: the detector that comes with the package.
+        names: Classes, where the annotations hold numbers or masks alone.
+        yes: Train without asking.
+    """
+    from mimdet.training.proposal import propose, write
+    from mimdet.training.train import resume, show_progress
+
+    if (Path(run) / "config.json").exists():
+        raise ValueError(f"{run} holds a run already: `mimdet resume {run}`, or another name")
+    proposal = propose(
+        data,
+        f"{run}-data",
+        images=images,
+        minutes=minutes,
+        turns=turns,
+        init_from=init_from,
+        names=names,
+    )
+    print(proposal.table())
+    write(proposal, run)
+    print(f"in {run}: config.json, to change and train (mimdet resume {run})")
+    if not yes and not (sys.stdin.isatty() and input("Train now? [y/N] ").lower() in ("y", "yes")):
+        print(f"not trained yet: mimdet resume {run}")
+        return
+    for _ in show_progress(resume(run, announce=True)):
+        pass
+    print(f"done: {run}; next: mimdet evaluate {run}, mimdet errors {run}")

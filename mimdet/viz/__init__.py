@@ -11,7 +11,7 @@ _NAMES_OF = {
     "attention": "nearest_sampled show_attention show_rollout",
     "charts": (
         "group_rates loaded_by_part show_forecast show_loaded show_positions show_profile "
-        "show_ratios show_reliance show_schedule show_stacked show_training"
+        "show_ratios show_reliance show_schedule show_sizes show_stacked show_training"
     ),
     "draw": "to_pixels",
     "errors": "show_comparison show_error_gallery show_errors show_precision_recall",

@@ -97,6 +97,29 @@ def show_ratios(rows: Sequence[dict[str, Any]]) -> NotebookFigure:
     return fig.finish(f"AP x 100 against the share of tokens kept: {', '.join(points)}.")
 
 
+def show_sizes(sides: np.ndarray, anchors: Sequence[float], token: int = 16) -> NotebookFigure:
+    """How large objects are for the detector, beside its anchors.
+
+    sides: (objects,) square root of each box's area, pixels of the resized image, as
+    `mimdet.training.proposal.Proposal` has them; anchors: sides in pixels.
+    """
+    fig = style.new_figure(style.WIDTH / 2, 3.0)
+    ax = style.axes_of(fig, 1, 1, "", "side of the object, pixels when resized", "objects")
+    edges = np.geomspace(min(4.0, sides.min()), max(512.0, sides.max()), 40)
+    ax.hist(sides, bins=edges.tolist(), color=style.SKY)
+    for anchor in anchors:
+        ax.axvline(anchor, color=style.ORANGE, linewidth=1, linestyle="--")
+    ax.axvline(token, color=style.BLUE, linewidth=1.5)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks([4, 8, 16, 32, 64, 128, 256, 512], list("48") + "16 32 64 128 256 512".split())
+    ax.set_title("blue: a token; dashed: anchors", fontsize=style.SMALL, loc="left")
+    few = float((sides < token).mean())
+    return fig.finish(
+        f"Histogram of {len(sides):,} objects by side in pixels: median {np.median(sides):.0f}, "
+        f"{few:.0%} below a token's {token}. Anchors at {', '.join(f'{a:g}' for a in anchors)}."
+    )
+
+
 def _evaluated(evaluations: Sequence[dict[str, Any]], kind: str) -> Points:
     """The evaluations that have a number of this kind."""
     found = []
