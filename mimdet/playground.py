@@ -269,7 +269,8 @@ def save_png(pixels: "Tensor", path: Path) -> None:
 def serve_folder(folder: Path, port: int) -> None:
     """Until Ctrl-C, on this machine alone."""
     types = {**http.server.SimpleHTTPRequestHandler.extensions_map, ".mjs": "text/javascript"}
-    handler = type("Handler", (http.server.SimpleHTTPRequestHandler,), {"extensions_map": types})
+    own = {"extensions_map": types, "log_message": lambda *_: None}
+    handler = type("Handler", (http.server.SimpleHTTPRequestHandler,), own)
     answer = partial(handler, directory=str(folder))
     try:
         server = http.server.ThreadingHTTPServer(("127.0.0.1", port), answer)
@@ -321,8 +322,7 @@ def lesson_numbers(
         for sampler in ("random", "block"):
             numbers[f"error_{sampler}"] = painting_error(painter, pictures, sampler)
         numbers |= attention_numbers(look, pictures)
-        side = model.resize.short_side or 256
-        picture = stranger(side)
+        picture = stranger(model.resize.short_side or 256)
         _, labels, scores, *_ = run_page(look, picture, keep_random(1, 0, picture))
         sure = labels[scores >= OBJECT].tolist()
         numbers["stranger"] = str(len(sure))

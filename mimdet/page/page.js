@@ -10,6 +10,7 @@ const state = {
   scene: 0, // a place among the scenes, "stranger", or "photo"
   first: 0, // of the scenes that are shown
   picture: null, // a canvas of the picture
+  grey: null, // the same for attention to be drawn on
   kept: [], // a boolean a token
   ratio: 100,
   seed: 1,
@@ -202,7 +203,7 @@ function showAttention({ place, keep, rows: maps }) {
   }
   maps.forEach((map, block) => {
     const [canvas, caption] = box.children[block].children;
-    draw.drawAttention(canvas, state.picture, keep, map, place);
+    draw.drawAttention(canvas, state.grey, keep, map, place);
     const distance = keep.reduce(
       (sum, at, i) =>
         sum + map[i] * Math.hypot(Math.floor(at / columns()) - row, (at % columns()) - column),
@@ -407,6 +408,7 @@ function usePicture(image, width, height) {
   context.fillRect(0, 0, width, height);
   context.drawImage(image, (width - wide) / 2, (height - high) / 2, wide, high);
   state.picture = canvas;
+  state.grey = draw.darkened(canvas);
   state.painted = null;
   state.looks = state.cursor = null;
   state.kept = Array(rows() * columns()).fill(true);

@@ -13,13 +13,14 @@ function rgb(colour) {
   return [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16));
 }
 
-export function prepare(canvas, picture) {
-  const [width, height] = [picture.width * SCALE, picture.height * SCALE];
+function prepare(canvas, picture, scale = SCALE) {
+  const [width, height] = [picture.width * scale, picture.height * scale];
   if (canvas.width !== width || canvas.height !== height) {
     canvas.width = width;
     canvas.height = height;
   }
-  const context = canvas.getContext("2d");
+  // In memory, not on a graphics card: masks are mixed with the pixels under them.
+  const context = canvas.getContext("2d", { willReadFrequently: true });
   context.globalAlpha = 1;
   context.imageSmoothingEnabled = false;
   return context;
@@ -137,24 +138,31 @@ function drawMask(context, { box, mask, label }) {
   context.putImageData(image, left, top);
 }
 
+/** A picture, dark and without colours: what attention is drawn on. */
+export function darkened(picture) {
+  const grey = new OffscreenCanvas(picture.width, picture.height);
+  const context = grey.getContext("2d");
+  context.filter = "grayscale(1) brightness(0.45)";
+  context.drawImage(picture, 0, 0);
+  return grey;
+}
+
 /** One block: how much of its attention a patch gives to each kept token; bright is much. */
-export function drawAttention(canvas, picture, keep, row, place) {
-  const context = prepare(canvas, picture);
-  context.globalAlpha = 0.35;
-  context.fillStyle = "#000000";
-  context.filter = "grayscale(1)";
-  context.drawImage(picture, 0, 0, canvas.width, canvas.height);
-  context.filter = "none";
-  context.globalAlpha = 1;
-  context.fillStyle = "rgb(0 0 0 / 45%)";
-  context.fillRect(0, 0, canvas.width, canvas.height);
-  const [side, columns] = [PATCH * SCALE, picture.width / PATCH];
+export function drawAttention(canvas, grey, keep, row, place) {
+  const context = prepare(canvas, grey, 1);
+  context.drawImage(grey, 0, 0);
+  const columns = grey.width / PATCH;
   const most = Math.max(...row);
+  context.fillStyle = "#f0a020";
   keep.forEach((at, i) => {
     context.globalAlpha = 0.95 * Math.sqrt(row[i] / most);
-    context.fillStyle = "#f0a020";
-    context.fillRect((at % columns) * side, Math.floor(at / columns) * side, side, side);
+    context.fillRect((at % columns) * PATCH, Math.floor(at / columns) * PATCH, PATCH, PATCH);
   });
   context.globalAlpha = 1;
-  frame(context, place, columns, "#ffffff", "#d55e00");
+  const [x, y] = [(place % columns) * PATCH, Math.floor(place / columns) * PATCH];
+  for (const [colour, width] of [["#ffffff", 5], ["#d55e00", 3]]) {
+    context.strokeStyle = colour;
+    context.lineWidth = width;
+    context.strokeRect(x + 1, y + 1, PATCH - 2, PATCH - 2);
+  }
 }
