@@ -203,8 +203,10 @@ def there(gpus: str) -> None:
         "get_device_name": lambda *_: gpu.name,
         "is_bf16_supported": lambda *_, **__: True,
         "max_memory_allocated": lambda *_: 0,
+        "memory_allocated": lambda *_: 0,
     }
-    silent = "_lazy_init set_device empty_cache synchronize manual_seed manual_seed_all"
+    silent = "_lazy_init set_device empty_cache synchronize manual_seed manual_seed_all "
+    silent += "reset_peak_memory_stats"
     says |= {name: lambda *_, **__: None for name in silent.split()}
     for name, answer in says.items():
         setattr(torch.cuda, name, answer)
