@@ -184,10 +184,10 @@ def replicate(model: nn.Module) -> nn.Module:
     replica = DistributedDataParallel(
         model,
         process_group=group,
-        broadcast_buffers=False,
         find_unused_parameters=True,
         gradient_as_bucket_view=True,
     )
+    replica.broadcast_buffers = False  # after the first time
     replica.register_comm_hook(_Sums(group, []), _sum_bucket)
     return replica
 

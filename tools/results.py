@@ -128,6 +128,27 @@ def kernels_row(images: str, counted: dict[str, Any]) -> str:
     return f"| {images} | {' | '.join(cells)} |"
 
 
+def speed_rows() -> str:
+    """Every row of every case of `python -m tools.bench`."""
+    lines = []
+    for name, case in read("speed")["cases"].items():
+        for own in case["rows"]:
+            sides = ", ".join(f"{side} {value:.3g}" for side, value in own["seconds"].items())
+            sides = "-" if len(own["seconds"]) > 4 else sides or "-"
+            low, high = sorted(case["load"])
+            cells = [own["what"], sides, f"{own['ratio']:.3g}", f"{own['goal']:g}"]
+            cells += ["yes" if own["reached"] else "no", own["equal"], f"`{name}`"]
+            lines.append(f"| {' | '.join(cells)} | {low:g}-{high:g} |")
+    return "\n".join(lines)
+
+
+def profile_rows() -> str:
+    """Where a step of `tiny` goes, largest first."""
+    own = read("speed")["cases"]["tiny_step"]["rows"][0]["seconds"]
+    parts = sorted(own.items(), key=lambda part: -part[1])
+    return ", ".join(f"{name} {1000 * seconds:.0f}" for name, seconds in parts[:9])
+
+
 def short_table() -> str:
     """The README's results, every number from a json file."""
     rows = []
@@ -162,7 +183,11 @@ def long_tables() -> str:
     conditions += ["c4: another", "c4: mean", "encoder: mean", "fill: zero"]
     cards = read_json(ROOT / "mimdet/pretrained/cards.json")
     masked, filled = read("fill_mask_token"), read("fill_stem")
-    kernels = read("kernels")
+    kernels, speed = read("kernels"), read("speed")
+    exponents = ", ".join(
+        f"{name} {value:.2f} ({read('growth')['expected'][name]})"
+        for name, value in read("growth")["exponents"].items()
+    )
     order = sorted(baselines["rows"], key=lambda row: row["box_ap"], reverse=True)
     backbones = [
         f"| `{r['preset']}` | {r['box_ap']} / {r['mask_ap']} | {r['cpu_minutes']} |" for r in order
@@ -287,6 +312,25 @@ and proposals went image by image.
 | images | kernels before | waits before | kernels | waits |
 |---|---|---|---|---|
 {chr(10).join(kernels_row(images, kernels) for images in kernels["steps"])}
+
+## Speed against its goals
+
+CPU seconds of one thread, both sides in turns in one process, and whether they give equal results
+(`python -m tools.bench`, `speed.json`; the load of the machine before and after each case is in the
+last column, {next(iter(speed["cases"].values()))["hardware"]}). A ratio is the other side's time
+over the kit's and should reach the goal; of the encoder it is the share of the ideal. A step, a
+plan's error and a start should stay below theirs. `--list` names all cases; those without a row
+were not run on this version:
+
+| what | CPU seconds | ratio | goal | reached | equal | case | load |
+|---|---|---|---|---|---|---|---|
+{speed_rows()}
+
+A step of `tiny`, in ms (`mimdet profile tiny`): {profile_rows()}.
+
+How the time of a step of `tiny` grows (`python -m tools.bench.growth`, `growth.json`): {exponents}.
+
+![Time of a step against what it is given](../notebooks/results/growth.png)
 
 ## Is the whole chain right?
 

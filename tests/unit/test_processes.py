@@ -256,6 +256,7 @@ class Parts(torch.nn.Module):
     def __init__(self, rank: int) -> None:
         super().__init__()
         self.rank = rank
+        self.register_buffer("statistics", torch.full((2,), 3.0 + rank))
         self.both, self.first, self.none = (
             torch.nn.Parameter(torch.full((2,), 5.0 + rank)) for _ in range(3)
         )
@@ -282,7 +283,10 @@ def work(rank: int, folder: str, run: str) -> None:
     seen["kept back"] = gradients_of(parts)
     replica(1.0).backward()
     seen["gradients"] = gradients_of(parts)
-    seen["equal"] = parts.both.tolist()
+    seen["equal"] = [parts.both.tolist(), parts.statistics.tolist()]
+    parts.statistics += rank
+    replica(1.0)
+    seen["kept apart"] = parts.statistics.tolist()
     seen["rows"] = processes.gather_rows(torch.tensor([rank, 5])).tolist()
     seen["lists"] = processes.gather_lists([rank] * rank)
     seen["any"] = processes.any_process(rank == 1, torch.device("cpu"))
@@ -324,9 +328,10 @@ def test_exchanges_by_hand_and_equal_weights_at_the_start(seen):
     ]
     for part in seen:  # 10 + 20 and 1 + 2; missing only where all miss it
         assert part["gradients"] == [[33, 33], [2, 2], None]
-        assert part["equal"] == [5, 5]
+        assert part["equal"] == [[5, 5], [3, 3]]
         assert part["rows"] == [[0, 5], [1, 5]]
         assert part["any"]
+    assert [part["kept apart"] for part in seen] == [[3, 3], [4, 4]]  # BatchNorm's own exchange
     assert [part["lists"] for part in seen] == [[1], []]
     first, second = (part["weights"] for part in seen)
     assert [name for name in first if not torch.equal(first[name], second[name])] == []

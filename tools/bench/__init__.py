@@ -1,0 +1,1 @@
+"""The kit's speed and memory, measured: `python -m tools.bench`."""
