@@ -6,6 +6,7 @@ the autoencoder's pictures. Writes notebooks/results/export.json.
 """
 
 import argparse
+import math
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -73,20 +74,27 @@ def difference(ours: Detections, theirs: Detections) -> dict[str, float]:
     Where the counts differ nothing can be compared.
     """
     found = {"other": 0.0, "detections": float(len(ours))}
-    if len(ours) == len(theirs) and not torch.equal(ours.labels, theirs.labels):
+    if len(ours) == len(theirs):
         order = list(range(len(ours)))
         for i in range(len(ours) - 1):
             close = float(theirs.scores[i] - theirs.scores[i + 1]) < SCORES
-            if close and theirs.labels[order[i]] != ours.labels[i]:
+            if close and away(ours, i, theirs, order[i + 1]) < away(ours, i, theirs, order[i]):
                 order[i], order[i + 1] = order[i + 1], order[i]
         found["swapped"] = float(sum(place != i for i, place in enumerate(order)))
-        theirs = theirs[torch.tensor(order)]
+        theirs = theirs[torch.tensor(order, dtype=torch.long)]
     if not torch.equal(ours.labels, theirs.labels):
         return found | {"other": 1.0}
     for name in ("boxes", "scores", "mask_probabilities"):
         apart = (getattr(ours, name) - getattr(theirs, name)).abs()
         found[name] = float(apart.max()) if len(ours) else 0.0
     return found
+
+
+def away(ours: Detections, i: int, theirs: Detections, j: int) -> float:
+    """How far two boxes are apart in pixels; infinitely where their labels differ."""
+    if ours.labels[i] != theirs.labels[j]:
+        return math.inf
+    return float((ours.boxes[i] - theirs.boxes[j]).abs().max())
 
 
 def summary(differences: Iterable[dict[str, float]]) -> dict[str, Any]:
