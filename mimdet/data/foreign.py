@@ -178,6 +178,7 @@ class _Yaml(Struct):
     train: str | list[str] = ""
     val: str | list[str] = ""
     test: str | list[str] = ""
+    kpt_shape: list[int] | None = None
 
 
 def _label_files(path: Path) -> Iterator[Path]:
@@ -201,6 +202,10 @@ def yolo(
             about = msgspec.convert(yaml.safe_load(file.read_bytes()), _Yaml)
         except (msgspec.ValidationError, yaml.YAMLError) as error:
             raise ValueError(f"{file}: {in_words(error)}; it needs `names` and a split") from error
+        if about.kpt_shape:
+            raise ValueError(
+                f"{file} is of key points (kpt_shape), which would be read as polygons"
+            )
         parts = getattr(about, split, "") if split in ("train", "val", "test") else ""
         if not parts:
             raise ValueError(f"{file} has no split {split!r}; give --split train, val or test")

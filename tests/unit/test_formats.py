@@ -185,6 +185,7 @@ def test_the_same_set_gives_the_same_batches(write, tmp_path, capsys):
         (yolo, "labels/train/0.txt", "0 0.0", "0 40.0", "line 1: YOLO's numbers are shares"),
         (yolo, "labels/train/0.txt", "0 0.062500 ", "0 ", "line 1: 7 numbers; a box has 4"),
         (yolo, "data.yaml", "train: images/train", "train: images/none", "holds no images"),
+        (yolo, "data.yaml", "names:", "kpt_shape: [2, 3]\nnames:", "is of key points"),
         (labelme, "0.json", '"label": "cell"', '"label": ""', "shapes\\[0\\].label is wrong"),
         (labelme, "0.json", '"imageHeight": 48', '"imageHeight": 96', "is for 64 x 96 pixels"),
         (labelme, "0.json", "0.png", "9.png", None),  # its stem finds the image
