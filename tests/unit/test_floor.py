@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+from mimdet.data.scenes import LAMPS
 from mimdet.data.shapes import ShapesCOCO
 from tools.measure_floor import class_hues, connected_components, otsu, threshold_floor
+from tools.measure_transport import lit_objects
 
 
 def test_components_agree_with_flood_fill():
@@ -52,3 +54,12 @@ def test_the_floor_finds_something_and_speaks_coco():
         found += bool(np.max(overlaps) > 0.5)
     assert found >= 5
     assert all(0 <= result["score"] <= 1 for result in results)
+
+
+def test_lit_objects_are_asked_for_the_colour_of_their_lamp():
+    data = ShapesCOCO("shapes-v2-context", length=20)
+    images, boxes, colours = lit_objects(data, range(20))
+    assert images.shape == (20, 3, 256, 256) and len(colours) == sum(map(len, boxes)) > 20
+    names = [data.categories[label] for i in range(20) for label in data.scene(i).labels]
+    told = [name.split(", ")[1] for name in names if name.endswith(" lamp")]
+    assert [f"{list(LAMPS)[colour]} lamp" for colour in colours] == told
