@@ -41,6 +41,8 @@ from mimdet.training.trainer import set_up
 
 STEPS_AT_LEAST, STEPS_AT_MOST, EPOCHS = 400, 10_000, 12
 """Steps are those of EPOCHS passes over the images, within these bounds and the time there is."""
+FEWEST_STEPS = 50
+"""However little time there is."""
 LEAST_PIXELS = 20
 """Side, in pixels of the resized image, that the smallest quarter of the objects should reach. A
 token is 16 pixels wide, and the smallest anchor of `tiny` 12."""
@@ -413,15 +415,18 @@ def choose_length(
     wanted = int(np.clip(EPOCHS * images / a_step, STEPS_AT_LEAST, STEPS_AT_MOST))
     budget = max(60.0, 60 * minutes)
     count = int(np.clip(budget / 6 / max(evaluation, 1e-3), 1, 5))
-    fitting = max(50, int((budget - count * evaluation) / step))
-    t.steps = min(wanted, fitting)
+    fitting = int((budget - count * evaluation) / step)
+    t.steps = min(wanted, max(FEWEST_STEPS, fitting))
     t.evaluate_every_steps = -(-t.steps // count)
     t.warmup_steps = min(50, t.steps // 10)
     epochs = f"{t.steps * a_step / images:.1f} passes over {images:,} images"
+    enough = f"what {minutes:.0f} minutes are enough for"
+    if fitting < t.steps:
+        enough = f"the fewest that teach anything, more than {minutes:.0f} minutes are enough for"
     reasons["training.steps"] = (
         f"{epochs}, enough for so many"
         if wanted <= fitting
-        else f"{epochs}, what {minutes:.0f} minutes are enough for; {wanted:,} would be better: "
+        else f"{epochs}, {enough}; {wanted:,} would be better: "
         f"--minutes {(wanted * step + count * evaluation) / 60:.0f}"
     )
     reasons["training.evaluate_every_steps"] = (

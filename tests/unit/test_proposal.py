@@ -17,8 +17,14 @@ from tests.unit.test_formats import coco, frames, voc
 
 def test_steps_by_hand():
     """12 passes over 200 images at 4 a step are 600 steps. Of 10 minutes five evaluations of 10 s
-    leave 550 s: enough for steps of 0.5 s, and for 275 of 2 s, each five times evaluated."""
-    for step, steps, said in ((0.5, 600, "enough for so many"), (2.0, 275, "600 would be better")):
+    leave 550 s: enough for steps of 0.5 s, for 275 of 2 s, and not for 50 of 20 s, each five times
+    evaluated."""
+    fewest = "the fewest that teach anything, more than 10 minutes"
+    for step, steps, said in (
+        (0.5, 600, "enough for so many"),
+        (20.0, 50, fewest),
+        (2.0, 275, "600 would be better"),
+    ):
         cfg, reasons = mimdet.presets.tiny(), {}
         choose_length(cfg, reasons, 200, 10, step, 10.0)
         assert cfg.training.steps == steps and said in reasons["training.steps"]
