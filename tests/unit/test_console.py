@@ -266,10 +266,10 @@ def stranger(request, tmp_path_factory) -> Iterator[tuple[Path, Path]]:
 
 
 def test_every_command_that_reads_a_run_asks_before_it_runs_code():
-    makes = {"train", "pretrain", "demo"}  # their `run` is what they write
+    makes = {"train", "pretrain", "demo", "start"}  # their `run` is what they write
     takes = {name: inspect.signature(command).parameters for name, command in cli.COMMANDS.items()}
     reads = {name for name, given in takes.items() if "run" in given} - makes
-    assert reads == {"resume", "evaluate", "predict", "errors", "export"}
+    assert reads == {"resume", "evaluate", "predict", "errors", "export", "playground"}
     assert all("trust_code" in takes[name] for name in reads)
 
 
@@ -295,6 +295,12 @@ def test_code_runs_with_consent_only(words, stranger, tmp_path):
     assert ended.value.code == 2 and not mark.exists()
     cli.main([*words, "--trust-code"])
     assert mark.exists()
+
+
+def test_the_playground_asks_too(stranger, tmp_path):
+    with pytest.raises(Ended, match="--trust-code"):
+        cli.main(["playground", str(stranger[0]), "--out", str(tmp_path / "out")])
+    assert not list(tmp_path.iterdir())
 
 
 def test_training_into_the_folder_of_a_stranger_runs_none_of_its_code(stranger):
