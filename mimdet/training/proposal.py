@@ -378,8 +378,8 @@ def choose_rest(
         "above)"
     )
     reasons["data.skip_empty"] = (
-        "images without objects teach little; where most of what you will look at is empty, say "
-        "--no-skip-empty when you train"
+        "images without objects teach little; where most of what you will look at is empty, write "
+        "false into the run's config.json"
     )
     d = cfg.detector
     if crowded > 15:
@@ -391,7 +391,9 @@ def choose_rest(
         )
     large = cfg.data.test_short_side > 320
     change(cfg.training, batch_size=2 if large else 4, accumulate=2 if large else 1)
-    reasons["training.batch_size"] = "twice so many images are a step" if large else "a step"
+    reasons["training.batch_size"] = (
+        "of which two make a step: pictures of this size need memory" if large else "images a step"
+    )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     cfg.training.threads = int(np.clip((cores or 1) - busy, 1, 4))

@@ -1,5 +1,7 @@
 """What a training will take, and where its time goes: by hand, and of real steps."""
 
+import time
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from mimdet.config import Config
 from mimdet.models.detector import build_detector, compile_parts
 from mimdet.presets import mimdet_base
 from mimdet.training import plan
-from mimdet.training.plan import Card, Forecast, Pace, fitting, forecast
+from mimdet.training.plan import Card, Forecast, Pace, fitting, forecast, peak_memory
 from mimdet.training.profile import profile
 from mimdet.viz import show_forecast, show_profile
 from tests.small import small
@@ -51,6 +53,16 @@ def test_a_forecast_measures_steps_here_and_leaves_the_configuration_alone() -> 
     assert "600 steps" in show_forecast(found).axes[0].get_title(loc="left")
     with pytest.raises(ValueError, match="gpus=0"):
         forecast(cfg, gpus=0)
+
+
+def test_a_peak_that_is_over_is_seen() -> None:
+    with peak_memory() as memory:
+        before = memory.now()
+        held = torch.ones(64 << 20)  # 256 MiB
+        time.sleep(0.1)
+        del held
+        time.sleep(0.1)
+        assert memory.peak() > before + (200 << 20) and memory.now() < before + (100 << 20)
 
 
 def test_a_recipe_without_files_is_measured_on_stand_ins() -> None:

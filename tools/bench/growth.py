@@ -1,6 +1,6 @@
 """How the time of a training step of `tiny` grows with what it is given; figures and a picture.
 
-    python -m tools.bench.growth       # notebooks/results/growth.json, growth.png, growth.svg
+    python -m tools.bench.growth       # notebooks/results/growth.json, growth.png
 
 CPU seconds of one thread, forward and backward in float32, the median of --repeats after one that
 warms up; in every curve one thing changes. The exponent is that between the last two points, where
@@ -102,9 +102,9 @@ def draw(curves: dict[str, dict[str, float]]) -> None:
         ax.set_xticks([x[0], x[-1]], [f"{x[0]:,.0f}", f"{x[-1]:,.0f}"])
         write_beside(ax, f"exponent {exponent(curve):.2f}", (x[0], 500), (2, 0))
     said = ", ".join(f"{name} {exponent(curve):.2f}" for name, curve in curves.items())
-    save_figure(
-        fig.finish(f"Time of a step, logarithmic axes; exponents: {said}."), RESULTS / "growth"
-    )
+    figure = fig.finish(f"Time of a step, logarithmic axes; exponents: {said}.")
+    _, vector = save_figure(figure, RESULTS / "growth")
+    vector.unlink()  # the page shows the other one
 
 
 def main() -> None:
