@@ -100,6 +100,7 @@ def draw(curves: dict[str, dict[str, float]]) -> None:
         ax.set(xscale="log", yscale="log", ylim=(50, 600))
         ax.minorticks_off()
         ax.set_xticks([x[0], x[-1]], [f"{x[0]:,.0f}", f"{x[-1]:,.0f}"])
+        ax.set_yticks(ticks := (50, 100, 200, 400), map(str, ticks))
         write_beside(ax, f"exponent {exponent(curve):.2f}", (x[0], 500), (2, 0))
     said = ", ".join(f"{name} {exponent(curve):.2f}" for name, curve in curves.items())
     figure = fig.finish(f"Time of a step, logarithmic axes; exponents: {said}.")
