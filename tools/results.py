@@ -32,7 +32,7 @@ def collect(run: Path, command: str, hardware: str, note: str, minutes: float) -
         "note": note,
         "hardware": hardware,
         "environment": {name: environment[name] for name in KEPT},
-        "minutes_in_all": minutes,
+        **({"minutes_in_all": minutes} if minutes else {}),
         "training_minutes": round(sum(row["time"]["seconds"] for row in steps) / 60, 1),
         "steps": steps[-1]["step"],
         "images": sum(row["images"] for row in steps),

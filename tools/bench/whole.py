@@ -16,7 +16,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from mimdet.config import Config
+from mimdet.config import Config, save_config
 from mimdet.data.loader import TrainLoader
 from mimdet.data.shapes import ShapesCOCO
 from mimdet.files import read_json
@@ -193,8 +193,6 @@ def against_a_run(cfg: Config, words: list[str], steps: int, measured: int) -> l
     """What `forecast` says of a recipe, and what training it for `steps` steps then takes."""
     with tempfile.TemporaryDirectory() as folder:
         config, pace = Path(folder, "config.json"), Path(folder, "pace.json")
-        from mimdet.config import save_config
-
         save_config(cfg, config)
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", PLAN, str(config), str(measured), str(pace)]
@@ -215,13 +213,18 @@ def against_a_run(cfg: Config, words: list[str], steps: int, measured: int) -> l
     cpu = sum(time["cpu_seconds"] for time in taken) / len(taken)
     wall = sum(time["seconds"] for time in taken) / len(taken)
     what = f"plan of `{cfg.preset}` against a run of {steps} steps"
-    seconds = {"planned CPU s a step": plan["cpu_seconds"], "CPU s a step": cpu}
-    seconds |= {"planned wall s a step": plan["step_seconds"], "wall s a step": wall}
     memory = f"peak memory planned {plan['peak'] / 1e9:.2f} GB, seen {peak / 1e9:.2f} GB"
-    error = abs(plan["cpu_seconds"] / cpu - 1)
-    own = row(f"{what}: error of the time", seconds, error, 0.15, memory, most=True)
+    sides = {
+        "time": ("s", plan["step_seconds"], wall),
+        "CPU time": ("CPU s", plan["cpu_seconds"], cpu),
+    }
+    made = []
+    for name, (unit, planned, seen) in sides.items():
+        seconds = {f"planned {unit} a step": planned, f"{unit} a step": seen}
+        error = abs(planned / seen - 1)
+        made.append(row(f"{what}: error of the {name}", seconds, error, 0.15, "-", most=True))
     error = abs(plan["peak"] / peak - 1)
-    return [own, row(f"{what}: error of the memory", {}, error, 0.10, memory, most=True)]
+    return [*made, row(f"{what}: error of the memory", {}, error, 0.10, memory, most=True)]
 
 
 def plan_tiny(repeats: int) -> list[dict[str, Any]]:
