@@ -163,8 +163,8 @@ LEVELS: dict[str, Level] = {
 }
 
 DIM, LAMP_LIGHT = 0.15, 1.5
-"""`context`: shares of the usual saturation, of everything but the lamp and of the lamp. The lamp is
-easily told from other things; what is asked for is the way from it to the objects."""
+"""`context`: shares of the usual saturation, of everything but the lamp and of the lamp. The lamp
+is easily told from other things; what is asked for is the way from it to the objects."""
 FAR = 0.3
 """`context`: an object is at least so many scene sides away from what tells its class."""
 FRAGMENT_RIMS = 0.2
