@@ -228,6 +228,9 @@ class TrainingConfig:
     are meant, where a recipe starts from an autoencoder."""
     init_decoder: Literal["pretrained", "random"] = "pretrained"
     """`random` allows an autoencoder file without decoder: MIMDet's decoder then starts new."""
+    freeze: tuple[str, ...] = ()
+    """Parts that stay as they begin, by their names: `stem encoder`, `backbone`, `neck`, or any
+    part of a part, `encoder.blocks.0`. Norms in them keep their statistics."""
     align_stem: int = 0
     """Batches from which a new stem first learns, without labels, to give the tokens that the
     autoencoder's patch embedding gives; 0 = it starts at random, as in the paper."""

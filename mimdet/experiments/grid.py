@@ -93,7 +93,7 @@ def value_text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, tuple):
-        return "-".join(value_text(part) for part in value)
+        return "-".join(value_text(part) for part in value) or "none"
     return str(value) or "none"
 
 

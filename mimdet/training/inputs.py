@@ -207,12 +207,15 @@ def briefing(
     precision = t.precision.replace("auto", "bf16" if device.type == "cuda" else "fp32")
     kept = t.keep_checkpoints + 2  # the best one, and the one that is being written
     every = schedule.evaluate_every or schedule.total
+    still = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    frozen = f"{', '.join(t.freeze)} and fixed tables: {still:,} numbers stay as they begin"
     lines = {
         "device": f"{_place(cfg, path, device)}, {precision}",
         "work": f"{schedule.total - done:,} of {schedule.total:,} steps of {step_images(cfg)} "
         f"images = {t.batch_size} x {t.accumulate} micro-batches, by {world} process(es): "
         f"{schedule.total / schedule.epoch:.3g} epochs of {schedule.images:,} images",
         **({"images": _sizes(cfg, every)} if isinstance(cfg, Config) else {}),
+        **({"frozen": frozen} if t.freeze else {}),
         "memory": f"{readable(4 * size)} a process, and the images': after 20 steps, with the time",
         "disk": f"{readable(3 * size)} a checkpoint, every {schedule.checkpoint_every:,} steps; at "
         f"most {kept} at a time: {readable(3 * size * kept)} of {readable(free_space(path))} free",

@@ -1,6 +1,7 @@
-"""Parameter groups, learning rates and the schedule: pure functions of the configuration."""
+"""Parameter groups, frozen parts, learning rates and the schedule."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -55,6 +56,35 @@ def parameter_groups(model: nn.Module, cfg: TrainingConfig) -> list[dict[str, An
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
+
+
+def frozen_parts(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The parts of a model that `training.freeze` names, by their full names.
+
+    A name is that of a part of the model, such as `neck`, or of its backbone, such as `encoder`.
+    ValueError for one that is not there, and where nothing would be left to train.
+    """
+    known, parts = dict(model.named_modules()), {}
+    for name in names:
+        own = name if name in known else f"backbone.{name}"
+        if not name or own not in known:
+            short = [part.removeprefix("backbone.") for part in known]
+            there = ", ".join(part for part in short if part and "." not in part)
+            raise ValueError(f"training.freeze: there is no part {name!r}; there are {there}")
+        parts[own] = known[own]
+    still = {parameter for part in parts.values() for parameter in part.parameters()}
+    if parts and still.issuperset(p for p in model.parameters() if p.requires_grad):
+        raise ValueError("training.freeze names every part: there is nothing left to train")
+    return parts
+
+
+def freeze(model: nn.Module, names: Iterable[str]) -> None:
+    """Keep these parts as they are: no gradients, and batch norms use and keep their statistics."""
+    for part in frozen_parts(model, names).values():
+        part.requires_grad_(False)
+        for module in part.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
 
 
 def part_of(name: str) -> str:

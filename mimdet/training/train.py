@@ -18,6 +18,7 @@ from mimdet.config import (
     Config,
     DataConfig,
     PretrainConfig,
+    TrainingConfig,
     difference,
 )
 from mimdet.data.coco import build_dataset
@@ -31,7 +32,7 @@ from mimdet.models.rcnn import pad_and_normalise
 from mimdet.models.weights import LoadReport, load_mae, read_mae
 from mimdet.presets import PRESETS, STARTS_FROM_MAE
 from mimdet.training.inputs import check_inputs, has_checkpoint, read_environment, stored_config
-from mimdet.training.optim import Schedule
+from mimdet.training.optim import Schedule, frozen_parts
 from mimdet.training.run import MetricsFile, Run, load_detector, weights_of
 from mimdet.training.slots import load_slots, name_dataset, read_slots
 from mimdet.training.trainer import RANDOM, Step, Trainer, inputs_of, set_up
@@ -89,6 +90,11 @@ def train(
         if processes.rank() == 0 and getattr(part, "summary", None):
             print(part.summary)  # type: ignore[attr-defined]
     if model is None:
+        if cfg.training.freeze and cfg.training.init_from in ("", RANDOM):
+            raise ValueError(
+                f"training.freeze keeps {', '.join(cfg.training.freeze)} as it begins, and "
+                "training.init_from names no weights to begin with: give them (--init-from)"
+            )
         adapt_to_data(cfg, data)
         model = build_detector(cfg, **slots)
     elif slots:
@@ -164,7 +170,8 @@ class DetectorTrainer(Trainer):
     def start(self) -> None:
         t = self.cfg.training
         if t.init_from not in ("", RANDOM):
-            initialise(self.model, t.init_from, t.init_decoder)
+            report = initialise(self.model, t.init_from, t.init_decoder)
+            check_frozen(self.model, t, report)
             batches = (batch for step in self.loader.batches(0, t.align_stem) for batch in step)
             align_stem(self.model, t.init_from, list(islice(batches, t.align_stem)))
         write_json(self.run.path / "categories.json", category_entries(self.model))
@@ -261,6 +268,21 @@ def check_model(model: Detector, cfg: Config, categories: list[str]) -> None:
             f"the detector has {cfg.detector.num_classes} classes, the data {len(categories)}: "
             f"set detector.num_classes={len(categories)}"
         )
+    frozen_parts(model, cfg.training.freeze)
+
+
+def check_frozen(model: Detector, cfg: TrainingConfig, report: LoadReport) -> None:
+    """ValueError where a part that is to stay as it begins did not get all its weights."""
+    parts = frozen_parts(model, cfg.freeze)
+    inside = tuple(f"{part}." for part in parts)
+    random = [name for name in report.new if name.startswith(inside)]
+    if random:
+        raise ValueError(
+            f"training.freeze: {report.source} holds nothing for {len(random)} tensors of what is "
+            f"to stay as it begins, first {random[0]}: leave that part out"
+        )
+    if cfg.align_stem and {"backbone", "backbone.stem"} & parts.keys():
+        raise ValueError("training.align_stem teaches the stem that training.freeze keeps")
 
 
 def adapt_to_data(cfg: Config, data: Dataset) -> None:
@@ -274,7 +296,7 @@ def adapt_to_data(cfg: Config, data: Dataset) -> None:
 
 def initialise(
     model: Detector, source: str | Path, decoder: Literal["pretrained", "random"] = "pretrained"
-) -> None:
+) -> LoadReport:
     """Starting weights for a new run, from whatever `source` is; says what was taken.
 
     source: a masked autoencoder (`mimdet.load_mae`), a released detector, a weights file, a
@@ -284,14 +306,13 @@ def initialise(
     source = weights_of(source)
     file = read_checkpoint(source)
     if not file.is_detector:
-        load_mae(model, source, decoder=decoder)
-        return
+        return load_mae(model, source, decoder=decoder)
     d = model.config.detector
     rules = detectron2_rules(d.box_convs, d.rpn_convs, model.config.backbone.kind)
-    warm_start(model, from_detectron2(file, rules), str(source))
+    return warm_start(model, from_detectron2(file, rules), str(source))
 
 
-def warm_start(model: Detector, weights: dict[str, Tensor], source: str) -> None:
+def warm_start(model: Detector, weights: dict[str, Tensor], source: str) -> LoadReport:
     """Take every tensor of equal name and shape; report those that keep their initial values."""
     own = model.state_dict()
     fitting = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
@@ -303,9 +324,11 @@ def warm_start(model: Detector, weights: dict[str, Tensor], source: str) -> None
     model.load_state_dict(fitting, strict=False)
     new = [name for name in own if name not in fitting]
     unused = [name for name in weights if name not in fitting]
-    print(LoadReport(f"warm start from {source}", list(fitting), new, unused))
+    report = LoadReport(f"warm start from {source}", list(fitting), new, unused)
+    print(report)
     for name in new:
         print(f"  new: {name}")
+    return report
 
 
 def align_stem(

@@ -24,7 +24,7 @@ from mimdet.files import finite, write_json
 from mimdet.models.checkpoint_files import find
 from mimdet.models.detector import autocast, compile_parts
 from mimdet.training.inputs import ENVIRONMENT, briefing, environment, read_environment
-from mimdet.training.optim import Schedule, build_optimizer, scaled_rate
+from mimdet.training.optim import Schedule, build_optimizer, freeze, scaled_rate
 from mimdet.training.run import Checkpoint, Run, TrainingStopped, weights_of
 
 RANDOM = "random"
@@ -77,6 +77,7 @@ class Trainer:
         self.device = pick_device(t.device)
         dtype = torch.float64 if t.precision == "fp64" else torch.float32
         self.model = self.replica = model.to(self.device, dtype).train()
+        freeze(self.model, t.freeze)
         if t.compile:
             compile_parts(self.model)
         self.optimizer = build_optimizer(self.model, t)
@@ -84,8 +85,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=t.precision == "fp16")
         self.signals = StopSignals(at_once=processes.world() == 1)
         self.cpu = time.process_time()
-        self.done = 0
-        """Full steps."""
+        self.done = 0  # full steps
         self.saved = self.evaluated = -1
         """The step that was saved last, and the one that was evaluated last."""
         self.updating = False

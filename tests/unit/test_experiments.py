@@ -498,6 +498,8 @@ def test_results_of_another_experiment_are_not_joined(tmp_path, monkeypatch) -> 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "notebooks" / "ablations").glob("*.py")))
 def test_shipped_grids_can_be_planned(tmp_path, file) -> None:
+    if "MIMDET_DATA" in file.read_text() and not os.environ.get("MIMDET_DATA"):
+        pytest.skip("MIMDET_DATA names no folder of data")
     assert len(plan(**read_grid(file), runs=tmp_path)) >= 6
 
 

@@ -22,7 +22,7 @@ from mimdet.training.optim import Schedule, parameter_groups, rate_factor, scale
 from mimdet.training.pretrain import pretrain
 from mimdet.training.run import Checkpoint, CheckpointStore, TrainingStopped, load_detector
 from mimdet.training.train import align_stem, fit, resume, train
-from tests.small import assert_same_end, small, small_mae
+from tests.small import assert_same_end, small, small_mae, weights_of
 
 # ---------------------------------------------------------------- optimiser
 
@@ -202,6 +202,40 @@ def test_warm_start_from_another_class_count(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "new: roi_heads.box_head.cls_score.weight" in printed
     assert "new: backbone.stem" not in printed
+
+
+def test_frozen_parts_end_as_they_began(tmp_path, capsys):
+    """The numbers of the neck, with the statistics of its batch norm, and of the encoder stay."""
+    first = fit(small(2), "first", runs=tmp_path).state_dict()
+    cfg = small(2)
+    cfg.training.init_from, cfg.training.freeze = str(tmp_path / "first"), ("encoder", "neck")
+    list(train(cfg, tmp_path / "second", announce=True))
+    assert "frozen  encoder, neck and fixed tables: " in capsys.readouterr().out
+    moved = {
+        name for name, v in weights_of(tmp_path / "second").items() if not v.equal(first[name])
+    }
+    assert not [name for name in moved if name.startswith(("backbone.encoder.", "neck."))]
+    assert any(name.startswith("neck.") and name.endswith("running_mean") for name in first)
+    for part in ("backbone.stem.", "backbone.decoder.", "rpn.", "roi_heads."):
+        assert any(name.startswith(part) for name in moved)
+
+
+@pytest.mark.parametrize(
+    ("names", "source", "said"),
+    [
+        (("encodr",), "first", "no part 'encodr'; there are .*stem, encoder, decoder"),
+        (("backbone", "neck", "rpn", "roi_heads"), "first", "nothing left to train"),
+        (("encoder",), "", r"training.init_from names no weights .*\(--init-from\)"),
+        (("stem", "roi_heads"), "first", "holds nothing for .* first roi_heads.box_head.cls_score"),
+    ],
+)
+def test_what_cannot_be_frozen_is_said(tmp_path, names, source, said):
+    fit(small(1), "first", runs=tmp_path)
+    cfg = small(1)
+    cfg.data.shapes_level = "shapes-v1-easy"  # other classes
+    cfg.training.init_from, cfg.training.freeze = source and str(tmp_path / source), names
+    with pytest.raises(ValueError, match=said):
+        next(train(cfg, tmp_path / "second"))
 
 
 # ---------------------------------------------------------------- slots written in a cell
