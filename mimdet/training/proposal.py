@@ -33,10 +33,11 @@ from mimdet.files import write_json
 from mimdet.models.detector import build_detector
 from mimdet.presets import PRESETS
 from mimdet.structures import Target
+from mimdet.training.initial import initialise
 from mimdet.training.inputs import PATHS, step_images
 from mimdet.training.plan import Pace, measure
 from mimdet.training.run import Run
-from mimdet.training.train import adapt_to_data, initialise
+from mimdet.training.train import adapt_to_data
 from mimdet.training.trainer import set_up
 
 STEPS_AT_LEAST, STEPS_AT_MOST, EPOCHS = 400, 10_000, 12

@@ -1,14 +1,13 @@
 """Train a detector: a generator that can be stopped and resumed at any step."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mimdet import processes
@@ -18,22 +17,18 @@ from mimdet.config import (
     Config,
     DataConfig,
     PretrainConfig,
-    TrainingConfig,
     difference,
 )
 from mimdet.data.coco import build_dataset
 from mimdet.data.loader import Dataset, MicroBatch, TrainLoader
 from mimdet.downloads import readable
 from mimdet.files import write_json
-from mimdet.models.checkpoint_files import read_checkpoint
 from mimdet.models.detector import Detector, build_detector, category_entries
-from mimdet.models.official import detectron2_rules, from_detectron2
-from mimdet.models.rcnn import pad_and_normalise
-from mimdet.models.weights import LoadReport, load_mae, read_mae
 from mimdet.presets import PRESETS, STARTS_FROM_MAE
+from mimdet.training.initial import align_stem, check_frozen, initialise
 from mimdet.training.inputs import check_inputs, has_checkpoint, read_environment, stored_config
 from mimdet.training.optim import Schedule, frozen_parts
-from mimdet.training.run import MetricsFile, Run, load_detector, weights_of
+from mimdet.training.run import MetricsFile, Run, load_detector
 from mimdet.training.slots import load_slots, name_dataset, read_slots
 from mimdet.training.trainer import RANDOM, Step, Trainer, inputs_of, set_up
 
@@ -271,20 +266,6 @@ def check_model(model: Detector, cfg: Config, categories: list[str]) -> None:
     frozen_parts(model, cfg.training.freeze)
 
 
-def check_frozen(model: Detector, cfg: TrainingConfig, report: LoadReport) -> None:
-    """ValueError where a part that is to stay as it begins did not get all its weights."""
-    parts = frozen_parts(model, cfg.freeze)
-    inside = tuple(f"{part}." for part in parts)
-    random = [name for name in report.new if name.startswith(inside)]
-    if random:
-        raise ValueError(
-            f"training.freeze: {report.source} holds nothing for {len(random)} tensors of what is "
-            f"to stay as it begins, first {random[0]}: leave that part out"
-        )
-    if cfg.align_stem and {"backbone", "backbone.stem"} & parts.keys():
-        raise ValueError("training.align_stem teaches the stem that training.freeze keeps")
-
-
 def adapt_to_data(cfg: Config, data: Dataset) -> None:
     """The class count, and whether there are masks to learn, follow from the data."""
     cfg.detector.num_classes = len(data.categories)
@@ -292,81 +273,6 @@ def adapt_to_data(cfg: Config, data: Dataset) -> None:
         if processes.rank() == 0:
             print("The data set has boxes but no masks: training without the mask head.")
         cfg.detector.masks = False
-
-
-def initialise(
-    model: Detector, source: str | Path, decoder: Literal["pretrained", "random"] = "pretrained"
-) -> LoadReport:
-    """Starting weights for a new run, from whatever `source` is; says what was taken.
-
-    source: a masked autoencoder (`mimdet.load_mae`), a released detector, a weights file, a
-    checkpoint folder or a run. Of a detector every tensor of equal name and shape is taken, so that
-    another class count or another norm is no obstacle.
-    """
-    source = weights_of(source)
-    file = read_checkpoint(source)
-    if not file.is_detector:
-        return load_mae(model, source, decoder=decoder)
-    d = model.config.detector
-    rules = detectron2_rules(d.box_convs, d.rpn_convs, model.config.backbone.kind)
-    return warm_start(model, from_detectron2(file, rules), str(source))
-
-
-def warm_start(model: Detector, weights: dict[str, Tensor], source: str) -> LoadReport:
-    """Take every tensor of equal name and shape; report those that keep their initial values."""
-    own = model.state_dict()
-    fitting = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
-    if len(fitting) < len(own) / 2:
-        raise ValueError(
-            f"{source} fits only {len(fitting)} of {len(own)} tensors of this model: "
-            "use the preset and the sizes it was trained with"
-        )
-    model.load_state_dict(fitting, strict=False)
-    new = [name for name in own if name not in fitting]
-    unused = [name for name in weights if name not in fitting]
-    report = LoadReport(f"warm start from {source}", list(fitting), new, unused)
-    print(report)
-    for name in new:
-        print(f"  new: {name}")
-    return report
-
-
-def align_stem(
-    model: Detector, source: str | Path, batches: Sequence[MicroBatch], rate: float = 2e-3
-) -> list[float]:
-    """Fit the stem's tokens to those of an autoencoder's patch embedding, from images alone.
-
-    The encoder then begins with tokens like those that it was trained on. source: the autoencoder.
-    -> relative error, squared error / variance, of every batch. ValueError for a backbone without
-    a stem, or a file without a patch embedding of the stem's width.
-    """
-    if not batches:
-        return []
-    stem, tensors = getattr(model.backbone, "stem", None), read_mae(weights_of(source)).tensors
-    weight, bias = (tensors.get(f"patch_embed.proj.{name}") for name in ("weight", "bias"))
-    width = model.config.backbone.embed_dim
-    if stem is None or weight is None or bias is None or len(weight) != width:
-        raise ValueError(
-            f"training.align_stem={len(batches)} fits the stem of a MIMDet to the patch embedding "
-            f"of {source}: this is a {model.config.backbone.kind}, or the file holds none of width "
-            f"{width}"
-        )
-    own = next(stem.parameters())
-    weight, bias = weight.to(own), bias.to(own)
-    optimizer = torch.optim.AdamW(stem.parameters(), lr=rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
-    errors = []
-    for batch in batches:
-        images = pad_and_normalise(batch.images, stem).tensors
-        wanted = F.conv2d(images, weight, bias, stride=weight.shape[-1])
-        loss = F.mse_loss(stem(images).tokens, wanted) / wanted.var()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        errors.append(float(loss.detach()))
-    print(f"the stem's tokens are those of {source} to {100 * errors[-1]:.0f} %")
-    return errors
 
 
 def show_progress(steps: Iterable[Step], every: float = 1) -> Iterator[Step]:

@@ -16,12 +16,14 @@ from mimdet.data.coco import build_dataset
 from mimdet.data.loader import TrainLoader
 from mimdet.data.shapes import ShapesCOCO
 from mimdet.files import read_json, remove_leftovers
+from mimdet.models.official import export_detectron2, save_detector
 from mimdet.models.rcnn import pad_and_normalise
 from mimdet.models.weights import load_mae_model
+from mimdet.training.initial import align_stem, initialise, warm_start
 from mimdet.training.optim import Schedule, parameter_groups, rate_factor, scaled_rate
 from mimdet.training.pretrain import pretrain
 from mimdet.training.run import Checkpoint, CheckpointStore, TrainingStopped, load_detector
-from mimdet.training.train import align_stem, fit, resume, train
+from mimdet.training.train import fit, resume, train
 from tests.small import assert_same_end, small, small_mae, weights_of
 
 # ---------------------------------------------------------------- optimiser
@@ -191,17 +193,62 @@ def test_non_finite_loss_stops_with_image_ids_and_keeps_the_last_step(tmp_path):
     assert CheckpointStore(tmp_path / "poisoned" / "checkpoints").steps() == []  # nothing to keep
 
 
-def test_warm_start_from_another_class_count(tmp_path, capsys):
-    model = fit(small(1), "first", runs=tmp_path)
-    assert model.categories and not model.training
-    second = small(1)
-    second.data.shapes_level = "shapes-v1-easy"
-    second.training.init_from = str(tmp_path / "first")
-    for _ in train(second, tmp_path / "second"):
-        pass
+def detector_with(*classes):
+    cfg = small()
+    cfg.detector.num_classes = len(classes)
+    model = mimdet.build_detector(cfg)
+    model.categories = list(classes)
+    return model
+
+
+def test_classes_are_kept_by_name_by_hand(capsys):
+    """b is label 1 there and 0 here: row 1 becomes row 0, of boxes the rows 4 to 7; behind the
+    classes stands the background."""
+    there, here = detector_with("a", "b", "c"), detector_with("b", "x", "y")
+    theirs, before = there.state_dict(), {k: v.clone() for k, v in here.state_dict().items()}
+    warm_start(here, theirs, "there", there.categories)
+    head, after = "roi_heads.box_head", here.state_dict()
+    scores = [theirs[f"{head}.cls_score.weight"][i] for i in (1, 3)]
+    assert after[f"{head}.cls_score.weight"][[0, 3]].equal(torch.stack(scores))
+    assert after[f"{head}.bbox_pred.weight"][:4].equal(theirs[f"{head}.bbox_pred.weight"][4:8])
+    mask = "roi_heads.mask_head.predictor.mask_fcn_logits.weight"
+    assert after[mask][0].equal(theirs[mask][1])
+    for name, new in ((f"{head}.cls_score.weight", slice(1, 3)), (mask, slice(1, 3))):
+        assert after[name][new].equal(before[name][new])
+    assert after["neck.pyramid.inner_blocks.0.0.weight"].equal(
+        theirs["neck.pyramid.inner_blocks.0.0.weight"]
+    )
     printed = capsys.readouterr().out
-    assert "new: roi_heads.box_head.cls_score.weight" in printed
-    assert "new: backbone.stem" not in printed
+    assert "classes kept, by name: b\n" in printed and "classes new: x, y\n" in printed
+    assert "new: roi_heads.box_head.cls_score.weight, but for the classes kept" in printed
+    report = warm_start(detector_with("c", "b"), theirs, "there", there.categories)
+    assert report.new == []  # every class is known, in another order
+    report = warm_start(detector_with("x", "y", "z"), theirs, "there", there.categories)
+    assert len(report.new) == 6  # as many classes, but others: weights and biases of three layers
+
+
+@pytest.mark.parametrize("source", ["run", "run/checkpoints/000001", "file.safetensors", "tiny"])
+def test_a_start_says_which_classes_it_keeps(tmp_path, monkeypatch, capsys, source):
+    monkeypatch.chdir(tmp_path)
+    first = small(1)
+    first.data.shapes_level = "shapes-v1-easy"  # 6 of the 12 classes
+    save_detector(fit(first, "run", runs="."), "file.safetensors")
+    model = mimdet.build_detector(presets.tiny() if source == "tiny" else small())
+    names = ShapesCOCO("shapes-v1-medium", 64, 1).categories
+    model.categories = [*names[:-1], "unicorn"]
+    initialise(model, source)
+    easy = ShapesCOCO("shapes-v1-easy", 64, 1).categories
+    kept = [name for name in names[:-1] if source == "tiny" or name in easy]
+    printed = capsys.readouterr().out
+    assert f"classes kept, by name: {', '.join(kept)}\n" in printed
+    assert "unicorn\n" in printed.partition("classes new:")[2]
+
+
+def test_a_released_file_of_80_classes_knows_those_of_coco(tmp_path, capsys):
+    export_detectron2(detector_with(*map(str, range(80))), tmp_path / "released.pth")
+    initialise(detector_with("cup", "robot"), tmp_path / "released.pth")
+    printed = capsys.readouterr().out
+    assert "classes kept, by name: cup\n" in printed and "classes new: robot\n" in printed
 
 
 def test_frozen_parts_end_as_they_began(tmp_path, capsys):
@@ -230,9 +277,9 @@ def test_frozen_parts_end_as_they_began(tmp_path, capsys):
     ],
 )
 def test_what_cannot_be_frozen_is_said(tmp_path, names, source, said):
-    fit(small(1), "first", runs=tmp_path)
-    cfg = small(1)
-    cfg.data.shapes_level = "shapes-v1-easy"  # other classes
+    first, cfg = small(1), small(1)
+    first.data.shapes_level = "shapes-v1-easy"  # half of the classes
+    fit(first, "first", runs=tmp_path)
     cfg.training.init_from, cfg.training.freeze = source and str(tmp_path / source), names
     with pytest.raises(ValueError, match=said):
         next(train(cfg, tmp_path / "second"))
