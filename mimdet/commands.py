@@ -54,21 +54,23 @@ def pretrain(run: Run, config: PretrainConfig) -> None:
     _follow(steps, f"{run}; next: mimdet train PRESET RUN --init-from {run}")
 
 
-def resume(run: Run, trust_code: bool = False) -> None:
+def resume(run: Run, steps: int = 0, trust_code: bool = False) -> None:
     """Train in a run's folder, or resume there, with the configuration it holds.
 
-    No other option is needed; a run that is complete is left as it is. Runs that were started in a
-    notebook go on in a terminal this way.
+    A run that is complete is left as it is. Runs of a notebook go on in a terminal this way.
 
     Args:
         run: Directory of the run, of a detector or of an autoencoder.
+        steps: Train a finished run's model so many steps more, in RUN+STEPS: with a warm-up and a
+            schedule of their own, because those of the run have ended.
         trust_code: Execute parts that a notebook stored in the run, or that its config.json names.
     """
-    from mimdet.training.train import resume
+    from mimdet.training.train import extend, resume
 
+    run = str(extend(run, steps)) if steps else run
     # A log is read by people: a line of progress now and then.
-    steps = resume(run, trust_code=trust_code, announce=True)
-    _follow(steps, run, 1 if sys.stdout.isatty() else 20)
+    followed = resume(run, trust_code=trust_code, announce=True)
+    _follow(followed, f"{run}; more: add --steps N", 1 if sys.stdout.isatty() else 20)
 
 
 def _follow(steps: Iterator[Any], done: str, every: float = 1) -> None:

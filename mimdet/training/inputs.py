@@ -169,7 +169,8 @@ def accepted(stored: Any, cfg: Any, path: Path) -> Any:
         raise ValueError(
             f"{path} holds a run with another configuration:\n  "
             + "\n  ".join(refused)
-            + "\nUse another run name, or the old values to resume it."
+            + "\nUse another run name, or the old values to resume it. A finished run is trained "
+            f"further by `mimdet resume {path} --steps N`."
         )
     return kept
 

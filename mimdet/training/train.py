@@ -1,5 +1,6 @@
 """Train a detector: a generator that can be stopped and resumed at any step."""
 
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -17,6 +18,7 @@ from mimdet.config import (
     Config,
     DataConfig,
     PretrainConfig,
+    change,
     difference,
 )
 from mimdet.data.coco import build_dataset
@@ -28,6 +30,7 @@ from mimdet.presets import PRESETS, STARTS_FROM_MAE
 from mimdet.training.initial import align_stem, check_frozen, initialise
 from mimdet.training.inputs import check_inputs, has_checkpoint, read_environment, stored_config
 from mimdet.training.optim import Schedule, frozen_parts
+from mimdet.training.owner import read_status
 from mimdet.training.run import MetricsFile, Run, load_detector
 from mimdet.training.slots import load_slots, name_dataset, read_slots
 from mimdet.training.trainer import RANDOM, Step, Trainer, inputs_of, set_up
@@ -135,6 +138,35 @@ def resume(
             f"{error} (where the files of this run lie elsewhere now, say so in "
             f"{path / 'config.json'}, or give their paths to the command that began it)"
         ) from error
+
+
+def extend(run: str | Path, steps: int) -> Path:
+    """Make the folder RUN+STEPS, in which `resume` trains a finished run's model `steps` more.
+
+    It is a training of its own, with the same configuration, the run's last weights and another
+    seed, so that images come in another order. It has its own warm-up and schedule: at the end of
+    the first one the rates are next to nothing, and one of more steps would have had others from
+    its first step on. So AP falls a little before it rises.
+
+    The same call again finds the same folder. ValueError for a run that is not finished.
+    """
+    path = Path(run)
+    cfg, status = stored_config(path), read_status(path)
+    if steps < 1 or status["state"] != "finished":
+        raise ValueError(
+            f"{path} is {status['state']}, at step {status['step']} of {status['total']}: --steps "
+            f"gives a finished run at least one more; `mimdet resume {path}` finishes it"
+        )
+    change(cfg.training, steps=steps, seed=cfg.training.seed + 1, init_from=str(path), align_stem=0)
+    set_up(cfg.training)
+
+    def make() -> Path:
+        more = Run(path.with_name(f"{path.name}+{steps}"), cfg).path
+        if (path / "slots").exists():
+            shutil.copytree(path / "slots", more / "slots", dirs_exist_ok=True)
+        return more
+
+    return processes.in_turn(make)
 
 
 class DetectorTrainer(Trainer):

@@ -49,7 +49,9 @@ def test_a_run_resumes_to_nothing_and_needs_its_folder_alone(run, tmp_path, caps
         assert printed.index(f"\n{name:<7} ") < printed.index("time    about 00:0")
     first, second = (json.loads((r / "eval.json").read_text()) for r in (run, tmp_path / "new"))
     assert first == second
-    with pytest.raises(SystemExit, match=r"training.steps: 2 -> 3"):  # another configuration
+    with pytest.raises(
+        SystemExit, match=r"training.steps: 2 -> 3\n[^\n]*mimdet resume .*run --steps N"
+    ):  # another configuration
         cli.main(["train", "tiny", str(run), *TINY, "--steps", "3"])
 
 

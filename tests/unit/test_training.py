@@ -20,10 +20,11 @@ from mimdet.models.official import export_detectron2, save_detector
 from mimdet.models.rcnn import pad_and_normalise
 from mimdet.models.weights import load_mae_model
 from mimdet.training.initial import align_stem, initialise, warm_start
+from mimdet.training.inputs import stored_config
 from mimdet.training.optim import Schedule, parameter_groups, rate_factor, scaled_rate
 from mimdet.training.pretrain import pretrain
 from mimdet.training.run import Checkpoint, CheckpointStore, TrainingStopped, load_detector
-from mimdet.training.train import fit, resume, train
+from mimdet.training.train import extend, fit, resume, train
 from tests.small import assert_same_end, small, small_mae, weights_of
 
 # ---------------------------------------------------------------- optimiser
@@ -324,6 +325,25 @@ def test_parts_and_data_from_a_cell_are_trained_kept_and_reloaded_only_with_cons
     slot.write_text(slot.read_text() + "# edited\n")
     with pytest.raises(ValueError, match="sha256"):
         load_detector(run, trust_code=True)
+
+
+def test_a_finished_run_is_trained_further_in_a_folder_of_its_own(tmp_path, capsys):
+    run, cfg = tmp_path / "run", small(2)
+    next(train(cfg, run, sampler=stem_response_sampler))
+    with pytest.raises(ValueError, match=r"run is stopped, at step 1 of 2: .*mimdet resume .*run`"):
+        extend(run, 3)
+    list(resume(run, trust_code=True))
+    more = extend(run, 3)
+    assert more == tmp_path / "run+3"
+    steps = resume(more, trust_code=True)
+    rates = [next(steps).rate / scaled_rate(cfg.training)]
+    assert "new         0" in capsys.readouterr().out  # every tensor is the run's
+    steps.close()
+    rates += [
+        step.rate / scaled_rate(cfg.training) for step in resume(extend(run, 3), trust_code=True)
+    ]
+    assert rates == pytest.approx([0.5, 0.75, 0.25])  # two of warm-up; cosine: 1, 3/4, 1/4
+    assert stored_config(more).training.seed == 1
 
 
 def test_a_configuration_from_a_file_runs_no_code_without_consent(tmp_path):
