@@ -25,9 +25,11 @@ from mimdet.inference import (
     device_of,
     equal_padded_size,
     generator_for,
+    warn_of_small,
+    zoom_of,
 )
 from mimdet.models.checkpoint_files import check_finite
-from mimdet.models.detector import Detector
+from mimdet.models.detector import OVERLAP, Detector, at_size
 from mimdet.models.sampling import Keep, Sampling
 from mimdet.structures import Detections, probabilities_to_rle
 
@@ -109,15 +111,21 @@ def evaluate(
     batch_size: int = DEFAULT_BATCH,
     workers: int = 0,
     progress: bool = False,
+    short_side: int = 0,
+    detections: int = 0,
+    tile: int = 0,
+    overlap: int = OVERLAP,
 ) -> Evaluation:
     """COCO box and mask metrics at one sample ratio (default: the model's `sample_ratio_eval`).
 
     The tokens of an image are drawn from (seed, its place in the data set), so the numbers do not
     depend on the batch size. Published APs use ratio 1, where nothing is drawn. Several processes
-    share the images; the first one holds all results.
+    share the images; the first one holds all results. short_side, detections, tile, overlap: as of
+    `mimdet.models.detector.at_size`.
     """
     start = time.perf_counter()
     check_finite(model.state_dict(), "the detector")
+    model = at_size(model, short_side, detections, tile, overlap)
     if sample_ratio is None:
         sample_ratio = model.sample_ratio_eval
     category_ids = ids_of_labels(model.categories, dataset)
@@ -133,15 +141,23 @@ def evaluate(
             sampling = Sampling(sample_ratio, keep, generators=generators)
             own_sizes = [sizes[i] for i in indices]
             found = detect_originals(model, images, own_sizes, sampling)
-            for i, detections in zip(indices, found, strict=True):
-                results += results_for(detections, dataset.image_id(i), category_ids, masks)
+            for i, own in zip(indices, found, strict=True):
+                results += results_for(own, dataset.image_id(i), category_ids, masks)
             bar.update(min(len(indices) * processes.world(), bar.total - bar.n))
     results = processes.gather_lists(results)
     kinds: list[IouType] = ["bbox", "segm"] if masks and dataset.has_masks else ["bbox"]
     scale = getattr(dataset, "area_scale", 1.0)
     metrics = Metrics()
     if processes.rank() == 0:
-        metrics = coco_metrics(dataset.ground_truth(), results, kinds, scale)
+        truth = dataset.ground_truth()
+        zooms = {
+            entry["id"]: zoom_of(model, (entry["height"], entry["width"]))
+            for entry in truth["images"]
+        }
+        objects = [entry for entry in truth["annotations"] if not entry["iscrowd"]]
+        areas = [max(0, entry["bbox"][2]) * max(0, entry["bbox"][3]) for entry in objects]
+        warn_of_small(areas, [zooms[entry["image_id"]] for entry in objects])
+        metrics = coco_metrics(truth, results, kinds, scale)
     metrics = processes.from_first(metrics)
     about = belonging(model, dataset, sample_ratio, keep, seed)
     return Evaluation(metrics, results, about, time.perf_counter() - start)
@@ -154,13 +170,14 @@ def belonging(
 
     step of the weights in their run; sample_ratio, keep and seed of the tokens; data: version, and
     images: how many; config: sha256 of the model's part of the configuration; weights: sha256 of
-    names and values.
+    names and values; tiles: where images are cut, their side, overlap and zoom.
     """
     weights = hashlib.sha256()
     for name, value in model.state_dict().items():
         weights.update(name.encode())
         weights.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return {
+    tiling = {"tiles": model.tiling[:3]} if model.tiling else {}
+    return tiling | {
         "step": model.step,
         "sample_ratio": ratio,
         "keep": keep or getattr(model.backbone, "keep", None),

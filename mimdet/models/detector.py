@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -30,6 +30,20 @@ from mimdet.structures import Detections, Target
 
 STRIDES = (4, 8, 16, 32, 64)
 CANVAS_GREY = 128  # what large-scale jitter fills its square with; data/augment.py has the same
+
+OVERLAP = 64
+"""Pixels that neighbouring tiles share."""
+
+
+class Tiling(NamedTuple):
+    """How images are cut into square tiles."""
+
+    side: int
+    overlap: int
+    zoom: float
+    """Pixels that the detector sees to one of a tile."""
+    whole: Resize
+    """Of the image as a whole."""
 
 
 class Detector(nn.Module):
@@ -59,6 +73,7 @@ class Detector(nn.Module):
         self.roi_heads = roi_heads
         self.resize = resize or Resize()
         self.canvas = canvas
+        self.tiling: Tiling | None = None
         self.config = Config()
         self.categories: list[str] = []
         self.category_ids: list[int] = []
@@ -138,6 +153,45 @@ class Detector(nn.Module):
         """`forward` without targets, in evaluation mode."""
         with evaluating(self):
             return self(images, sample=sample, sampling=sampling)
+
+
+def at_size(
+    model: Detector,
+    short_side: int = 0,
+    detections: int = 0,
+    tile: int = 0,
+    overlap: int = OVERLAP,
+) -> Detector:
+    """The detector, of the same weights, that looks at images in another way; 0 = as it does.
+
+    short_side: pixels of a resized image; its longest side grows alike. detections: the most in an
+    image, or in a tile; the number of proposals grows alike. tile: side of the tiles that an image
+    is cut into. They share `overlap` pixels, and are seen at full resolution or, with `short_side`,
+    at short_side / tile times that. ValueError for values that make no sense.
+    """
+    if min(short_side, detections, tile) < 0 or (tile and not 0 <= overlap < tile):
+        given = f"short_side={short_side}, detections={detections}, tile={tile}, overlap={overlap}"
+        raise ValueError(f"{given}: from 1, 0 = as it is; tiles must be larger than their overlap")
+    other = copy.copy(model)
+    other._modules = dict(model._modules)
+    other.config = copy.deepcopy(model.config)
+    data, d = other.config.data, other.config.detector
+    if tile:
+        zoom = short_side / tile if short_side else 1.0
+        other.tiling, other.resize = Tiling(tile, overlap, zoom, model.resize), Resize()
+    elif short_side:
+        data.max_side = round(data.max_side * short_side / data.test_short_side)
+        data.test_short_side = short_side
+        other.resize = Resize(short_side, data.max_side)
+    if detections:
+        more = max(1.0, detections / d.detections_per_image)
+        d.detections_per_image = detections
+        d.rpn_pre_nms = d.rpn_pre_nms[0], round(more * d.rpn_pre_nms[1])
+        d.rpn_post_nms = d.rpn_post_nms[0], round(more * d.rpn_post_nms[1])
+        other.rpn, other.roi_heads = copy.copy(model.rpn), copy.copy(model.roi_heads)
+        other.rpn.pre_nms, other.rpn.post_nms = d.rpn_pre_nms, d.rpn_post_nms
+        other.roi_heads.detections_per_image = detections
+    return other
 
 
 class Category(msgspec.Struct):

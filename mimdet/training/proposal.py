@@ -30,6 +30,7 @@ from mimdet.data.formats import convert
 from mimdet.data.splits import shared_images, split_file
 from mimdet.downloads import free_space, readable
 from mimdet.files import write_json
+from mimdet.inference import SMALL_SIDE
 from mimdet.models.detector import build_detector
 from mimdet.presets import PRESETS
 from mimdet.structures import Target
@@ -50,8 +51,6 @@ token is 16 pixels wide, and the smallest anchor of `tiny` 12."""
 SIDES = (256, 640)
 """Shortest sides between which the proposal chooses on a CPU: what a step takes grows with their
 square."""
-SMALL = 8
-"""Pixels below which an object can hardly be found."""
 MEASURED = 6
 """Steps that are trained to time one."""
 TIMED_IMAGES = 8
@@ -181,10 +180,10 @@ def propose(
     step = pace.step_seconds
     choose_length(cfg, reasons, len(dataset), minutes - start / 60, step, evaluation)
     sides = shares * cfg.data.test_short_side
-    tiny = float((sides < SMALL).mean())
+    tiny = float((sides < SMALL_SIDE).mean())
     if tiny > 0.01:
         notes.append(
-            f"{tiny:.0%} of the objects are smaller than {SMALL} pixels at this size and will "
+            f"{tiny:.0%} of the objects are smaller than {SMALL_SIDE} pixels at this size and will "
             "hardly be found: cut the pictures up, or set a larger data.test_short_side"
         )
     t = cfg.training

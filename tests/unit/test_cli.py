@@ -207,6 +207,19 @@ def test_evaluating_other_data_leaves_the_run_s_predictions(run, scenes, capsys)
     assert before == [file.read_bytes() for file in files]
 
 
+def test_other_sizes_have_a_folder_of_their_own(run, tmp_path, capsys):
+    words = ["--ratios", "1", "--short-side", "96", "--detections", "7"]
+    cli.main(["evaluate", str(run), *words])
+    cli.main(["evaluate", str(run), "--ratios", "1", "--tile", "48", "--overlap", "8"])
+    places = [run / f"evaluation-{name}/evaluation.json" for name in ("side96-most7", "tile48")]
+    sized, tiled = (json.loads(place.read_text())["ratios"][0]["about"] for place in places)
+    plain = json.loads((run / "eval.json").read_text())
+    assert sized["config"] != plain["config"] == tiled["config"]
+    assert tiled["tiles"] == [48, 8, 1.0] and "tiles" not in plain
+    with pytest.raises(SystemExit, match=r"tile=48, overlap=64: .* must be larger than"):
+        cli.main(["evaluate", str(run), "--tile", "48"])
+
+
 def test_check_data(scenes, tmp_path, capsys):
     words = ["check-data", *map(str, scenes)]
     cli.main(words)
