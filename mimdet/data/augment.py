@@ -4,15 +4,18 @@ A transform is drawn as a `Geometry` first, from the image's size alone, and app
 loader knows every output size before it reads a pixel and can batch images of similar size; and a
 recipe of several steps (resize, crop, resize) becomes one crop and one antialiased resize, which is
 faster and sharper than repeated interpolation. The sizes are exactly those of the steps; a crop's
-edges are rounded to whole pixels of the stored image, and boxes follow the rounded edges.
+edges are rounded to whole pixels of the stored image, and boxes follow the rounded edges. Colour
+and blur, which the paper leaves as they are, are changed last.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.transforms import v2
 
 from mimdet.config import DataConfig
 from mimdet.images import Resize, Size, resize_image, shortest_edge
@@ -98,6 +101,41 @@ def draw_geometry(
             f"data.augment={cfg.augment!r}: use 'paper', 'lsj', 'multiscale' or 'none'"
         )
     return Geometry(crop, size, transpose, flip_h, flip_v, canvas)
+
+
+def augmented(
+    cfg: DataConfig, record: Record, rng: np.random.Generator
+) -> tuple[Geometry, Tensor, Target]:
+    """A training's showing of an image: how it was moved, its pixels and objects, as of `apply`.
+
+    All that is drawn comes from rng.
+    """
+    height, width = record.image.shape[1:]
+    geometry = draw_geometry(cfg, height, width, rng, train=True)
+    image, target = apply(geometry, record)
+    colours = colours_of(cfg)
+    if colours is not None:
+        image = image.clone()  # it may be the record's own
+        height, width = geometry.content_size  # padding stays grey
+        with torch.random.fork_rng(devices=()):  # torchvision draws from PyTorch's own generator
+            torch.default_generator.manual_seed(int(rng.integers(1 << 63)))
+            image[:, :height, :width] = colours(image[:, :height, :width])
+    return geometry, image, target
+
+
+def colours_of(cfg: DataConfig) -> v2.Transform | None:
+    """The transform that `data.colour_jitter` and `data.blur` ask for. ValueError naming them."""
+    steps: list[v2.Transform] = []
+    try:
+        if any(cfg.colour_jitter):
+            steps.append(v2.ColorJitter(*cfg.colour_jitter))
+        if cfg.blur:
+            reach = 2 * max(1, math.ceil(3 * cfg.blur)) + 1  # pixels; beyond, the bell is nought
+            steps.append(v2.RandomApply([v2.GaussianBlur(reach, (0.1, cfg.blur))]))
+    except ValueError as error:
+        where = f"data.colour_jitter={cfg.colour_jitter}, data.blur={cfg.blur}"
+        raise ValueError(f"{where}: {error}") from error
+    return v2.Compose(steps) if steps else None
 
 
 def apply(geometry: Geometry, record: Record) -> tuple[Tensor, Target]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mimdet.config import DataConfig
-from mimdet.data.augment import apply, draw_geometry, rng_for
+from mimdet.data.augment import augmented, colours_of, draw_geometry, rng_for
 from mimdet.structures import PAD_MULTIPLE, Record, Target, generic_names, padded_size
 
 Packed = tuple[Tensor, list[int], bytes]
@@ -397,6 +397,7 @@ class TrainLoader(StepLoader):
         plan = Plan(dataset, cfg, batch_size, accumulate, seed, first_batch)
         super().__init__(plan, rank, world, workers)
         self.dataset, self.cfg, self.seed = dataset, cfg, seed
+        colours_of(cfg)  # what is wrong with it is said before the first step
 
     def load(self, key: tuple[int, list[Item]]) -> MicroBatch:
         number, items = key
@@ -404,8 +405,7 @@ class TrainLoader(StepLoader):
         for item in items:
             record = self.dataset[item.image]
             rng = rng_for("geometry", self.seed, *item)
-            height, width = record.image.shape[1:]
-            image, target = apply(draw_geometry(self.cfg, height, width, rng, train=True), record)
+            _, image, target = augmented(self.cfg, record, rng)
             batch.images.append(image)
             batch.targets.append(target)
             batch.image_ids.append(record.image_id)

@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimdet.config import DataConfig
-from mimdet.data.augment import Geometry, apply, draw_geometry, rng_for
+from mimdet.data.augment import (
+    Geometry,
+    apply,
+    augmented,
+    colours_of,
+    draw_geometry,
+    rng_for,
+)
 from mimdet.images import resize_image, shortest_edge
 from mimdet.structures import Crops, Record, Target, crops_to_bitmaps
 
@@ -152,6 +159,47 @@ def test_what_leaves_the_picture_is_dropped():
     image, target = apply(Geometry((0, 0, 20, 10), (20, 40), flip_h=True), record_of(10, 20))
     assert image.shape == (3, 20, 40) and image.dtype == torch.uint8
     assert target.boxes.shape == (0, 4) and target.masks.bitmaps.shape == (0, 112, 112)
+
+
+def test_brightness_is_one_factor_and_moves_nothing_else():
+    record = record_of(40, 60, (10, 10, 30, 30))
+    record.image[:, 10:30, 10:30] = torch.tensor([100, 60, 20]).byte()[:, None, None]
+    stored, random = record.image.clone(), torch.random.get_rng_state()
+    plain = DataConfig(augment="lsj", lsj_size=64)
+    bright = replace(plain, colour_jitter=(0.5, 0.0, 0.0, 0.0))
+    shown = [augmented(cfg, record, rng_for("geometry", 3)) for cfg in (plain, bright, bright)]
+    (geometry, image, target), (_, changed, moved), (_, again, _) = shown
+    assert changed.equal(again) and target.boxes.equal(moved.boxes)
+    height, width = geometry.content_size
+    inside = torch.zeros(64, 64, dtype=torch.bool)
+    inside[:height, :width] = True
+    assert changed[:, ~inside].equal(image[:, ~inside])  # the grey of the canvas
+    factor = float(changed[0][inside].max()) / float(image[0][inside].max())
+    assert 0.5 <= factor <= 1.5 and abs(factor - 1) > 0.02
+    assert ((image * factor).clamp(max=255) - changed)[:, inside].abs().max() <= 1  # whole numbers
+    assert record.image.equal(stored) and torch.random.get_rng_state().equal(random)
+
+
+def test_blur_takes_half_of_the_images_and_leaves_flat_ones_flat():
+    cfg = DataConfig(augment="none", test_short_side=40, blur=2.0)
+    sharp, flat = record_of(40, 40, (10, 10, 30, 30)), record_of(40, 40)
+    changed = [
+        not augmented(cfg, sharp, rng_for("geometry", i))[1].equal(sharp.image) for i in range(200)
+    ]
+    assert 70 <= sum(changed) <= 130  # 100 expected, 7 is its standard deviation
+    assert all(augmented(cfg, flat, rng_for("geometry", i))[1].equal(flat.image) for i in range(9))
+
+
+@pytest.mark.parametrize(
+    ("colour", "blur", "said"),
+    [
+        ((0, 0, 0, 0.9), 0, r"colour_jitter=\(0, 0, 0, 0.9\).*hue"),
+        ((0,) * 4, -1, r"blur=-1: sigma"),
+    ],
+)
+def test_wrong_colours_are_named(colour, blur, said):
+    with pytest.raises(ValueError, match=said):
+        colours_of(DataConfig(colour_jitter=colour, blur=blur))
 
 
 PAPER = DataConfig(short_sides=(48, 64, 90), crop_short_sides=(50, 60), crop_sides=(30, 55))

@@ -4,6 +4,7 @@ import itertools
 import pickle
 import time
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -140,11 +141,11 @@ def test_ranks_share_a_step():
 
 
 def test_workers_change_nothing():
-    dataset = Noise(30)
+    dataset, cfg = Noise(30), replace(SMALL, colour_jitter=(0.4, 0.4, 0.4, 0.1), blur=1.0)
     torch.manual_seed(0)
-    expected = list(TrainLoader(dataset, SMALL, 3, 2, seed=0).batches(2, 7))
+    expected = list(TrainLoader(dataset, cfg, 3, 2, seed=0).batches(2, 7))
     untouched = torch.random.get_rng_state()
-    loader = TrainLoader(dataset, SMALL, 3, 2, seed=0, workers=2)
+    loader = TrainLoader(dataset, cfg, 3, 2, seed=0, workers=2)
     found = list(loader.batches(2, 7))
     assert torch.equal(torch.random.get_rng_state(), untouched)
     assert [len(step) for step in found] == [2] * 5

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from mimdet.config import DataConfig
-from mimdet.data.augment import Geometry, apply, draw_geometry, rng_for
+from mimdet.data.augment import Geometry, augmented, rng_for
 from mimdet.models.sampling import token_grid
 from mimdet.structures import Target
 from mimdet.viz import draw
@@ -64,8 +64,8 @@ class SampleBrowser(Panel):
         height, width = draw.image_size(record.image)
         cfg = dataclasses.replace(self.data, augment=self.kind.value)
         rng = rng_for("geometry", self.seed.value, 0, index)
-        self.geometry = geometry = draw_geometry(cfg, height, width, rng, train=True)
-        image, target = apply(geometry, record)
+        geometry, image, target = augmented(cfg, record, rng)
+        self.geometry = geometry
         out_height, out_width = geometry.output_size
         left = self._picture(record.image, record.target, geometry.crop)
         right = self._picture(image, target, (0, 0, out_width, out_height))
