@@ -13,8 +13,11 @@ for removal), and every mode has one way to RGB:
 """
 
 import io
+import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +137,31 @@ def stored_size(source: Source) -> tuple[int, int]:
     """(height, width) of the stored pixels, from the file's header alone."""
     with open_image(source) as image:
         return image.height, image.width
+
+
+def images_under(folder: Path) -> list[Path]:
+    """The image files in a folder and those inside it, in order."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_FILES)
+
+
+def find_images(words: Sequence[str]) -> list[Path]:
+    """Files that are named, lie under a named folder or fit a pattern, each once; `-` reads names
+    from standard input, one a line. FileNotFoundError for a word that names no image."""
+    found: list[Path] = []
+    for word in words:
+        path = Path(word)
+        if word == "-":
+            found += find_images(sys.stdin.read().splitlines())
+            continue
+        fitting = sorted(map(Path, glob(word, recursive=True)))
+        own = [path] if path.is_file() else images_under(path) if path.is_dir() else fitting
+        if not own:
+            holds = (
+                "holds no image file" if path.is_dir() else "is no file, folder or pattern of any"
+            )
+            raise FileNotFoundError(f"{word} {holds}: images end with {', '.join(IMAGE_FILES)}")
+        found += own
+    return list(dict.fromkeys(found))
 
 
 def pil_to_rgb(image: Image.Image) -> Tensor:

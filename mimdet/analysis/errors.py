@@ -377,6 +377,60 @@ class ErrorReport:
         said, true = np.array(self.categories, dtype=object)[pairs[:, order]]
         return DataFrame({"said": said, "true": true, "errors": counts[order]})
 
+    def thresholds(self) -> "DataFrame":
+        """The best score to cut at: of each class that is found, the score from which on its F1 is
+        highest, and precision, recall and F1 there."""
+        from pandas import DataFrame
+
+        verdicts, rows = self.verdicts(), {}
+        for rank, name in enumerate(self.categories):
+            own = verdicts[verdicts.said == rank]  # the best score first
+            found, objects = np.cumsum(are(own.verdict, "correct")), self._overlaps.objects[rank]
+            if found.any():
+                f1 = 2 * found / (np.arange(1, len(own) + 1) + objects)
+                f1[:-1][own.score[1:] == own.score[:-1]] = 0  # equal scores pass together
+                best = int(f1.argmax())
+                precision, recall = found[best] / (best + 1), found[best] / objects
+                rows[name] = own.score[best], precision, recall, f1[best]
+        columns = ["score", "precision", "recall", "f1"]
+        return DataFrame.from_dict(rows, orient="index", columns=columns)
+
+    def worst_images(self, count: int = 10) -> "DataFrame":
+        """The images with most mistakes when detections are cut at `thresholds`: a row for each
+        with image_id, objects, missed (objects not found) and wrong (detections)."""
+        from pandas import DataFrame
+
+        least, images = self._least(), len(self.image_ids)
+        claims = self.verdicts()
+        claims = claims[np.nan_to_num(claims.score, nan=-1) >= least[claims.said]]
+        right = are(claims.verdict, "correct")
+        objects = np.bincount(self._overlaps.truths.image, minlength=images)
+        missed = objects - np.bincount(claims.image[right], minlength=images)
+        wrong = np.bincount(claims.image[~right], minlength=images)
+        table = DataFrame(
+            {"image_id": self.image_ids, "objects": objects, "missed": missed, "wrong": wrong}
+        )
+        order = np.argsort(-(missed + wrong), kind="stable")[:count]
+        return table.iloc[order[(missed + wrong)[order] > 0]]
+
+    def label_faults(self, count: int = 10) -> dict[str, list[DetectionError]]:
+        """What may be wrong with the truth, up to `count` of each kind: sure detections without any
+        object or of another class than theirs, and objects that nothing points to."""
+        least = dict(zip(self.categories, self._least(), strict=True))
+        sure = {
+            kind: [error for error in self.errors(kind) if error.score >= least[error.said]]
+            for kind in ("background", "classification")
+        }
+        return {
+            "not annotated?": sure["background"][:count],
+            "another class?": sure["classification"][:count],
+            "no object?": self.errors("missed")[:count],
+        }
+
+    def _least(self) -> Floats:
+        """(K,) score of `thresholds` of each class; of one that is never found infinity."""
+        return self.thresholds()["score"].reindex(self.categories, fill_value=np.inf).to_numpy()
+
     def curves(self, iou_thresholds: Sequence[float] = (0.5, 0.75, 0.9)) -> list[Curve]:
         """Precision over recall at each threshold: the mean over the classes, then each class.
 

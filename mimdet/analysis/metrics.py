@@ -80,6 +80,17 @@ class Metrics:
                 lines.append(f"{name:<5}" + "".join(f"{percent(cell):>7}" for cell in cells))
         return "\n".join(lines)
 
+    def summary(self, classes: int = 20) -> str:
+        """`table()`, then box / mask AP of each class that has objects, the lowest first, at most
+        so many."""
+        aps = {name: ap for name, ap in self.box_per_class.items() if percent(ap) != "-"}
+        lines = [self.table()]
+        for name in sorted(aps, key=lambda name: aps[name])[:classes]:
+            both = [aps[name], *([self.mask_per_class[name]] if self.mask_per_class else [])]
+            lines.append(f"{name:<20} {' / '.join(map(percent, both))}")
+        more = len(aps) - classes
+        return "\n".join([*lines, f"and {more} classes with a higher AP"] if more > 0 else lines)
+
 
 def coco_metrics(
     ground_truth: dict[str, Any],

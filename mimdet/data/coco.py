@@ -199,7 +199,8 @@ def _checksum(path: Path) -> int:
 class CocoDataset(AnnotatedImages):
     """A COCO instances json and its image folder.
 
-    json_path: annotations, read once and cached (see `Table`).
+    json_path: annotations, read once and cached (see `Table`). image_folder: None where no image is
+    to be read.
     limit: use only the first N images of the file; 0 = all.
     skip_empty: leave out images (of those) without a trainable annotation.
     masks: False reads boxes only.
@@ -213,13 +214,13 @@ class CocoDataset(AnnotatedImages):
     def __init__(
         self,
         json_path: str | Path,
-        image_folder: str | Path,
+        image_folder: str | Path | None,
         limit: int = 0,
         skip_empty: bool = False,
         masks: bool = True,
     ) -> None:
         self.json_path = Path(json_path)
-        self.image_folder = Path(image_folder)
+        self.image_folder = Path(image_folder or "")
         self._table = open_table(self.json_path)
         head = self._table.head
         self._report(dict(head["found"]), masks)
@@ -243,6 +244,8 @@ class CocoDataset(AnnotatedImages):
             f"{usable[self._rows].sum():,} objects; left out: {left_out or 'nothing'}"
         )
         self._link_told = False
+        if image_folder is None:
+            return
         if not self.image_folder.is_dir():
             found = f"{self.image_folder} is not a folder"
             raise FileNotFoundError(str(Problem("folder-missing", found, str(json_path))))
@@ -282,6 +285,9 @@ class CocoDataset(AnnotatedImages):
             raise ValueError(str(self._problem(index, "image-size-wrong", words)))
         return image
 
+    def file_name(self, index: int) -> str:
+        return str(self._cell(index, "file_name"))
+
     def image_size(self, index: int) -> tuple[int, int]:
         height, width = self._sizes[self._rows[index]]
         return int(height), int(width)
@@ -297,32 +303,34 @@ class CocoDataset(AnnotatedImages):
 
     def _path(self, index: int) -> Path:
         """The image file. FileNotFoundError if there is none."""
-        path = self.image_folder / self._cell(index, "file_name")
+        path = self.image_folder / self.file_name(index)
         if not os.path.isfile(path):  # also False for names no file can have
             found = self._problem(index, "image-missing", f"there is no {path}")
             raise FileNotFoundError(str(found))
         return path
 
     def _problem(self, index: int, kind: str, message: str) -> Problem:
-        name, number = self._cell(index, "file_name"), self.image_id(index)
+        name, number = self.file_name(index), self.image_id(index)
         return Problem(kind, message, str(self.json_path), image_id=number, file_name=name)
 
 
-def ids_of_files(cfg: DataConfig, files: Iterable[Path]) -> dict[Path, int | str]:
-    """Image ids of the files that belong to the data of `cfg`, as its annotation files have them;
-    files of elsewhere are left out."""
-    found: dict[Path, int | str] = {}
-    for split in ("train", "val"):
-        folder = Path(getattr(cfg, f"{split}_images")).resolve()
-        annotations = Path(getattr(cfg, f"{split}_json"))
-        inside = [file for file in files if file.resolve().is_relative_to(folder)]
-        if cfg.source == "coco" and inside and annotations.is_file():
-            rows = open_table(annotations).rows
-            columns = (rows.column(name).to_pylist() for name in ("file_name", "image_id"))
-            known = dict(zip(*columns, strict=True))
-            names = {file: file.resolve().relative_to(folder).as_posix() for file in inside}
-            found |= {f: json.loads(known[name]) for f, name in names.items() if name in known}
-    return found
+def named_images(dataset: CocoDataset, files: Iterable[Path]) -> dict[Path, int]:
+    """The files that are images of `dataset`, each with its index there: by the longest end of
+    their paths that is a file name in it. ValueError where two are one image, or none is any."""
+    known = {dataset.file_name(index): index for index in range(len(dataset))}
+    found: dict[str, Path] = {}
+    for file in files:
+        parts = file.absolute().parts
+        ends = ("/".join(parts[start:]) for start in range(1, len(parts)))
+        name = next((end for end in ends if end in known), "")
+        if name in found:
+            raise ValueError(
+                f"{found[name]} and {file} are both {name!r} of {dataset.json_path}: give one"
+            )
+        found |= {name: file} if name else {}
+    if not found:
+        raise ValueError(f"{dataset.json_path} names none of these images; it has {[*known][:3]}")
+    return {file: known[name] for name, file in found.items()}
 
 
 def build_dataset(

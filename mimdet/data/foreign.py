@@ -22,7 +22,7 @@ from msgspec import Meta, Struct
 
 from mimdet.data.annotations import Mask, brief, mask_extent
 from mimdet.data.coco_file import in_words
-from mimdet.images import IMAGE_FILES, SIDEWAYS, open_image, orientation
+from mimdet.images import IMAGE_FILES, SIDEWAYS, images_under, open_image, orientation
 
 NAMES_OF: dict[str, str] = {
     "voc": "VOC xml",
@@ -232,7 +232,7 @@ def _yolo_pictures(
     roots: list[Path], source: Path, names: dict[int, str], lost: Counter[str]
 ) -> Iterator[Picture]:
     for root in roots:
-        images = sorted(f for f in root.rglob("*") if f.suffix.lower() in IMAGE_FILES)
+        images = images_under(root)
         if not images:
             raise FileNotFoundError(f"{root} holds no images; give their folder (--images)")
         for image in images:

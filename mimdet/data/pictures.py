@@ -13,7 +13,7 @@ from mimdet.config import PicturesConfig
 from mimdet.data.augment import Geometry, Window, rng_for, transform_image
 from mimdet.data.loader import Images, Item, MicroBatch, Order, StepLoader
 from mimdet.data.shapes import ShapesCOCO
-from mimdet.images import IMAGE_FILES, resize_image, to_rgb
+from mimdet.images import IMAGE_FILES, images_under, resize_image, to_rgb
 
 TRIES = 10
 """Draws of a crop before the whole image is taken."""
@@ -43,7 +43,7 @@ def build_images(cfg: PicturesConfig, seed: int) -> tuple[Images, Images]:
         return scenes, ShapesCOCO(level, size, cfg.held_out, "val")
     if cfg.source == "folder":
         folder = Path(cfg.folder)
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_FILES)
+        files = images_under(folder)
         if not files:
             raise ValueError(
                 f"data.folder={cfg.folder!r} is no folder with image files {sorted(IMAGE_FILES)}"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mimdet import processes
 from mimdet.analysis.evaluate import belonging, evaluate, ids_of_labels, ratio_row, save_results
-from mimdet.analysis.metrics import percent
+from mimdet.analysis.metrics import Metrics, percent
 from mimdet.config import (
     Config,
     DataConfig,
@@ -328,6 +328,8 @@ def show_progress(steps: Iterable[Step], every: float = 1) -> Iterator[Step]:
             bar.set_postfix_str(f"loss {step.loss:.3g}, {speed}", refresh=False)
             if step.evaluation:
                 bar.write(f"step {step.number}: {summary(step.evaluation)}")
+            if step.evaluation and step.number == step.total and "box" in step.evaluation:
+                bar.write(Metrics(**step.evaluation).summary())
             yield step
 
 

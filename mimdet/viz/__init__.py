@@ -20,7 +20,8 @@ _NAMES_OF = {
         "compare_pyramids largest_difference pyramid_of show_channels show_planes show_pyramid"
     ),
     "figures": (
-        "padding_factor show_batches show_bitmaps show_data show_detections show_sample show_stages"
+        "contact_sheet padding_factor show_batches show_bitmaps show_data show_detections "
+        "show_sample show_stages small_picture"
     ),
     "reconstruction": ("draw_sample fit_to_mae paint show_pictures show_reconstruction to_uint8"),
     "record": "attention_names rollout",

@@ -61,6 +61,21 @@ def show_detections(
     return draw.show_rows("Images with boxes, masks and names", pictures, columns, group, widest)
 
 
+def small_picture(
+    image: Tensor, found: Detections, categories: Sequence[str], title: str, width: int
+) -> draw.Pixels:
+    """A picture of a contact sheet: the image with all its detections, under its title."""
+    marks, text = draw.marks_of(found, categories), max(9, min(18, width // 40))
+    pixels = draw.with_marks(draw.to_pixels(image, width), marks, found.image_size, text)
+    return draw.captioned(pixels, title)
+
+
+def contact_sheet(pictures: Sequence[draw.Pixels], columns: int) -> draw.Pixels:
+    """Small pictures in rows, uint8 (H, W, 3). ValueError where there are none."""
+    rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
+    return draw.below([draw.beside(row) for row in rows])
+
+
 def show_stages(model: Detector, record: Record, score_threshold: float = 0.5) -> NotebookFigure:
     """How a detector comes to its boxes: anchors, proposals, detections, and the truth.
 

@@ -21,7 +21,7 @@ from mimdet.training.optim import Schedule
 from mimdet.training.run import Run, TrainingStopped
 from mimdet.training.train import outlook
 from mimdet.training.trainer import Step
-from tests.small import WORDS
+from tests.small import WORDS, small_detector
 
 SCENES = "--shapes-size 64 --shapes-train 8 --shapes-val 2 --steps 2 --batch-size 2 --accumulate 2"
 TINY = [*WORDS, *SCENES.split()]
@@ -129,6 +129,7 @@ def test_epochs_that_are_given_decide(tmp_path, capsys):
     words = [*WORDS, *SCENES.replace("--steps 2", "").split()]
     cli.main(["train", "tiny", str(tmp_path / "run"), *words, "--epochs", "3"])
     assert "6 of 6 steps of 4 images" in (said := capsys.readouterr().out)
+    assert "AP50   AP75    APs    APm    APl" in said  # and the classes, at the end
     assert "3 epochs of 8 images" in said
     cfg = load_config(tmp_path / "run" / "config.json")
     assert (cfg.training.epochs, cfg.training.steps) == (3, 0)
@@ -172,25 +173,6 @@ def test_evaluate_and_what_training_measured(run, tmp_path, monkeypatch, capsys)
     (later / "checkpoints/last").write_text("000003\n")
     cli.main(["evaluate", str(later), *words, "--reuse"])  # weights that were not evaluated
     assert measured == [0.5, 1.0]
-
-
-def test_predictions_are_never_written_over(run, scenes, tmp_path, capsys):
-    images = sorted(scenes[1].glob("*.png"))
-    files = [tmp_path / name for name in ("x.v1.png", "x.v2.png", "a/1.png", "b/1.png")]
-    for image, file in zip(images * 2, files, strict=True):
-        file.parent.mkdir(exist_ok=True)
-        shutil.copy(image, file)
-    out = ["--out", str(tmp_path / "found")]
-    cli.main(["predict", str(run), *map(str, files[:2]), *out])
-    assert str(files[0]) in capsys.readouterr().out
-    for name in ("x.v1", "x.v2"):
-        assert (tmp_path / f"found/{name}.png").stat().st_size > 1000
-        found = json.loads((tmp_path / f"found/{name}.json").read_text())
-        assert all(entry["category"] in mimdet.ShapesCOCO().categories for entry in found)
-    with pytest.raises(SystemExit, match=r"a/1.png and .*b/1.png would both become"):
-        cli.main(["predict", str(run), *map(str, files[2:]), *out])
-    with pytest.raises(SystemExit, match=r"error: .*a folder, where a file is needed"):
-        cli.main(["predict", str(run), str(tmp_path / "a"), *out])
 
 
 def test_evaluating_other_data_leaves_the_run_s_predictions(run, scenes, capsys):
@@ -281,10 +263,42 @@ def test_demo_computes_in_bf16_where_the_cpu_can(known, expected, monkeypatch):
 def test_errors_of_a_run_and_against_another(run, tmp_path, capsys):
     other = shutil.copytree(run, tmp_path / "other")
     cli.main(["errors", str(run), "--against", str(other), "--out", str(tmp_path / "e")])
-    assert "missed" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "missed" in said and "0 gained, 0 lost" in said
+    for source in (run, other):
+        assert f"{source}\n          AP   AP50" in said
     assert set(json.loads((tmp_path / "e/errors.json").read_text())) == {"box", "mask"}
     for name in ("errors", "curves_box", "curves_mask", "comparison"):
         assert (tmp_path / f"e/{name}.png").stat().st_size > 1000
+
+
+def test_errors_of_a_file_of_results_and_of_weights(scenes, tmp_path, capsys):
+    """The results are the truth, but for one object called wrong, one left out and one that is not
+    there; the weights are evaluated first."""
+    annotations, images = scenes
+    truth = json.loads(annotations.read_text())
+    results = [entry | {"score": 0.9} for entry in truth["annotations"][1:]]
+    results[0] = results[0] | {"category_id": results[0]["category_id"] % 12 + 1}
+    corner = {"counts": [0, 9, 64 * 64 - 9], "size": [64, 64]}
+    results.append(results[1] | {"bbox": [0, 0, 1, 9], "segmentation": corner})
+    file = tmp_path / "theirs.json"
+    file.write_text(json.dumps(results))
+    with pytest.raises(SystemExit, match="name what they are about, --annotations FILE"):
+        cli.main(["errors", str(file)])
+    about = ["--annotations", str(annotations)]
+    cli.main(["errors", str(file), *about])
+    said = capsys.readouterr().out
+    for words in ("the most frequent confusions", "to cut a class at", "images with most mistakes"):
+        assert words in said
+    rows = (tmp_path / "theirs/review.csv").read_text().splitlines()
+    assert rows[0] == "doubt,image,said,true,score,x,y,width,height"
+    assert [row.split(",")[0] for row in rows[1:]].count("no object?") == 1
+    best = json.loads((tmp_path / "theirs/thresholds.json").read_text())
+    assert all(row["score"] == 0.9 and 0 < row["f1"] <= 1 for row in best.values())
+    weights = tmp_path / "small.safetensors"
+    mimdet.save_detector(small_detector(), weights)
+    cli.main(["errors", str(weights), "--against", str(file), *about, "--images", str(images)])
+    assert (tmp_path / "small/comparison.png").exists()
 
 
 def test_pretrain_ablate_and_cost(tmp_path, capsys):

@@ -261,6 +261,53 @@ def test_by_class_by_size_and_by_pair_of_classes() -> None:
     assert table.values.tolist() == [["kind 2", "kind 1", 2], ["kind 1", "kind 2", 1]]
 
 
+def test_the_best_score_to_cut_at() -> None:
+    """Four objects of kind 1; right .9 .8, wrong .7, right .6, wrong .5. F1 = 2 found / (claimed +
+    objects): 2/5, 4/6, 4/7, 6/8, 6/9. Kind 2 is never found."""
+    four = [A, B, C, rectangle(100, 100, 40, 40)]
+    truth = truth_of(*four, of(2, rectangle(60, 60, 20, 20)), categories=2)
+    wrong = rectangle(160, 160, 30, 30)
+    results = [found(0.9, A), found(0.8, B), found(0.7, NOTHING), found(0.6, C), found(0.5, wrong)]
+    best = find_errors(truth, results).thresholds()
+    assert best.to_dict("index") == {
+        "kind 1": {"score": 0.6, "precision": 0.75, "recall": 0.75, "f1": 0.75}
+    }
+    results[4]["score"] = 0.6  # passes together with the right one: 6/9 at both, as 4/6 before
+    best = find_errors(truth, results).thresholds()
+    assert best.loc["kind 1"].tolist() == pytest.approx([0.8, 1, 0.5, 2 / 3])
+    assert len(find_errors(truth, []).thresholds()) == 0
+
+
+def test_worst_images_and_what_may_be_wrong_with_the_truth() -> None:
+    """Image 1: two objects, one found, one nothing points to; image 2: an object that is found, a
+    sure false alarm, and one below the threshold; image 3: an object called kind 2."""
+    third = {"image_id": 3}
+    truth = truth_of(A, B, A | {"image_id": 2}, A | third, of(2, C), images=4, categories=2)
+    results = [
+        found(0.9, A),
+        found(0.7, A, image_id=2),
+        found(0.8, NOTHING, image_id=2),
+        found(0.2, C, image_id=2),
+        found(0.6, of(2, C)),
+        found(0.9, of(2, A), image_id=3),
+    ]
+    report = find_errors(truth, results)
+    assert report.thresholds()["score"].tolist() == [0.7, 0.6]
+    worst = report.worst_images().to_dict("list")
+    assert worst["image_id"] == [3, 1, 2]
+    assert (worst["missed"], worst["wrong"]) == ([1, 1, 0], [1, 0, 1])
+    assert worst["objects"] == [1, 3, 1]
+    assert len(report.worst_images(1)) == 1
+    faults = report.label_faults()
+    assert {doubt: [error.image_id for error in errors] for doubt, errors in faults.items()} == {
+        "not annotated?": [2],
+        "another class?": [3],
+        "no object?": [1],
+    }
+    assert faults["not annotated?"][0].score == 0.8 and faults["another class?"][0].said == "kind 2"
+    assert report.label_faults(0)["no object?"] == []
+
+
 def test_size_of_an_error_is_its_objects_where_the_fix_needs_one() -> None:
     """PART of A, 640 px, is a small detection of a medium object, as IoU .4 needs; NOTHING and a
     thin mask in a large box are what they are. Of one object of each size the medium one is found:

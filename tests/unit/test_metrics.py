@@ -77,6 +77,23 @@ def test_published_numbers_of_the_coco_api(iou_type: Any, row: str) -> None:
     assert [f"{numbers[column]:.3f}" for column in COLUMNS] == published()[iou_type]
 
 
+def test_summary_names_the_worst_classes_first() -> None:
+    numbers = dict.fromkeys(COLUMNS, 0.5)
+    aps = {"dog": 0.3, "cat": 0.1, "cow": None, "owl": 0.2}
+    metrics = Metrics(numbers, {}, aps, {})
+    assert metrics.summary().splitlines() == [
+        *metrics.table().splitlines(),
+        "cat                  10.0",
+        "owl                  20.0",
+        "dog                  30.0",
+    ]
+    metrics = Metrics(numbers, numbers, aps, aps | {"cat": 0.4})
+    assert metrics.summary(1).splitlines()[3:] == [
+        "cat                  10.0 / 40.0",
+        "and 2 classes with a higher AP",
+    ]
+
+
 # --- pycocotools ------------------------------------------------------------------------------
 
 

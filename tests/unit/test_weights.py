@@ -339,7 +339,7 @@ def test_commands_take_released_files(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     main(["predict", "m.pth", "a.png", "--out", "p"])
     main(["evaluate", "m.pth", "--limit", "2"])
-    assert (tmp_path / "p/a.json").exists() and (tmp_path / "m/evaluation.json").exists()
+    assert (tmp_path / "p/annotations.json").exists() and (tmp_path / "m/evaluation.json").exists()
     said = capsys.readouterr().out
     assert "m.pth as mimdet_base" in said and "box AP" in said
 

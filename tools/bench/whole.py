@@ -170,7 +170,7 @@ def start(repeats: int) -> list[dict[str, Any]]:
         for _ in range(repeats):
             spent["import torch"].append(children(["-c", "import torch"]))
             spent["mimdet predict"].append(children(words))
-        found = len(read_json(Path(folder, "photo.json")))
+        found = len(read_json(Path(folder, "annotations.json"))["annotations"])
     seconds = {name: min(times) for name, times in spent.items()}
     ratio = seconds["mimdet predict"] / seconds["import torch"]
     equal = f"{found} detections in its json"
