@@ -4,14 +4,14 @@
 # **The silent mistakes are in the data, and a second way to compute the same thing finds them**: a
 # box format mixed up, a mask that is not flipped with its image, an image listed twice.
 # **Afterwards you can** follow one image from a COCO file, or a Hugging Face table, through the
-# paper's augmentation into a batch, check every step another way, and tell which faults of a data
-# set are noticed.
+# paper's augmentation into a batch, check every step another way, tell which faults of a data set
+# are noticed, and begin with pictures of your own.
 #
 # | | quick (`MODE = "quick"`) | full (`MODE = "full"`) |
 # |---|---|---|
 # | study | an hour, after 00 | |
 # | what you see | 24 drawn scenes, written as a COCO data set; a sample browser | the same on COCO val2017 |
-# | time | about half a minute; 12 s of one CPU core | not timed: no model runs |
+# | time | about half a minute; 15 s of one CPU core | not timed |
 # | memory | about 1 GB | as quick |
 # | needs | nothing but the kit | COCO 2017 in the folder named by `MIMDET_COCO` |
 #
@@ -147,15 +147,10 @@ polygon = [[4.5, 3.2, 23.8, 9.6, 8.1, 22.4]]  # x0, y0, x1, y1, x2, y2
 runs = coco_mask.merge(coco_mask.frPyObjects(polygon, 26, 30))
 pixels = rle_to_bitmap(runs)  # (26, 30)
 both = crops_from_segmentations([polygon, runs], 26, 30).bitmaps.bool()
-show_bitmaps({"run lengths: pixels": pixels, "their crop": both[1], "crop of the polygon": both[0]})
-
-# %%
 overlap = (both[0] & both[1]).sum() / (both[0] | both[1]).sum()
 print(f"{len(runs['counts'])} bytes of run lengths; overlap of the two crops {overlap:.2f}")
 check("the same object", overlap > 0.85, "they differ by steps of one pixel")
-ring = torch.ones(112, 112, dtype=torch.bool)
-ring[1:-1, 1:-1] = False
-check("the outermost ring of cells is empty", not both[:, ring].any(), "borders read background")
+show_bitmaps({"run lengths: pixels": pixels, "their crop": both[1], "crop of the polygon": both[0]})
 
 # %% [markdown]
 # Why not a bitmap of the whole image per object, as most code does? Because nearly all of it is
@@ -180,15 +175,12 @@ cells, everything = record.target.masks.bitmaps.numel(), exact[0].numel() * len(
 print(f"{len(own)} masks: {cells:,} cells; as bitmaps of the whole image {everything:,}")
 
 # %% [markdown]
-# Try: `show_bitmaps({"crop": record.target.masks.bitmaps[0]})`. A wide object is stretched to a
-# square: the 112 cells lie over its box, whatever the box's shape.
-#
 # ## 3 · A Hugging Face table
 #
 # Many data sets come as a table with an `image` column and an `objects` column (bounding boxes and
 # categories of each image). Their boxes have any of three layouts, and no field says which one. So
 # `bbox_format` must be given (`mimdet/data/hub.py`); what contradicts it is an error. Here the same
-# images become such a table, with xyxy boxes.
+# images become such a table, with xyxy boxes (`data.source = "hub"` in a configuration).
 
 # %%
 import datasets
@@ -219,22 +211,8 @@ for bbox_format in ("", "cxcywh_normalised", "xywh", "xyxy"):
         print(f"{bbox_format!r}:\n    {error}")
 print("can be read as", readable)
 check("corners are not taken for sizes", readable == ["xyxy"], "some box would leave its image")
-
-# %% [markdown]
-# In a configuration a table is `data.source = "hub"` with `hub_name`, an id on the hub or, as here,
-# a folder written by `save_to_disk`. `build_dataset` opens whatever a configuration names, and from
-# there on nothing knows where a record came from.
-
-# %%
-from mimdet.config import DataConfig
-
-table.save_to_disk("runs/06-data/table")
-cfg = DataConfig(source="hub", hub_name="runs/06-data/table", bbox_format="xyxy")
-from_table = mimdet.build_dataset(cfg, "val")[most]
-same = torch.equal(from_table.target.boxes, record.target.boxes)
-same = same and torch.equal(from_table.image, record.image)
-check("table and file give the same record", same, "PNG keeps every pixel")
-print("masks:", from_table.target.masks, "- without segmentations no mask head is trained")
+boxes = HubDataset(table, bbox_format="xyxy")[most].target.boxes
+check("table and file give the same boxes", torch.equal(boxes, record.target.boxes))
 
 # %% [markdown]
 # ## 4 · Augmentation: the paper's recipe
@@ -247,24 +225,29 @@ print("masks:", from_table.target.masks, "- without segmentations no mask head i
 # In the library a transform is drawn as a `Geometry` first, from the image's size alone, and
 # applied later (`mimdet/data/augment.py`). Resize, crop, resize again become **one** crop and one
 # resize, which is faster and sharper, and sizes are known before a pixel is read: section 6 needs
-# that. Four of eight draws for one image:
+# that. Three of eight draws for one image, the third also in other colours, which the paper leaves
+# alone (`data.colour_jitter`; there is `data.blur` too):
 
 # %%
-from mimdet.data.augment import apply, draw_geometry, rng_for
+import dataclasses
+
+from mimdet.config import DataConfig
+from mimdet.data.augment import apply, augmented, draw_geometry, rng_for
 
 recipe = DataConfig()  # the paper's numbers
 chances = [rng_for("geometry", SEED, epoch, most) for epoch in range(8)]
 geometries = [draw_geometry(recipe, height, width, rng, train=True) for rng in chances]
 print(geometries[0])
-show_data([apply(geometry, record) for geometry in geometries[1:5]], dataset.categories)
+bright = dataclasses.replace(recipe, colour_jitter=(0.6, 0.6, 0.6, 0.3))
+_, *coloured = augmented(bright, record, rng_for("geometry", SEED, 4, most))
+plain = [apply(geometry, record) for geometry in geometries[2:5]]
+show_data([*plain, coloured], dataset.categories)
 
 # %% [markdown]
 # Now the baselines' recipe, *large-scale jitter*: resize by a factor from 0.1 to 2 of the canvas,
 # then cut or pad to a square of 1024 pixels. Every image costs the same 4096 tokens, grey ones too.
 
 # %%
-import dataclasses
-
 jitter = dataclasses.replace(recipe, augment="lsj")
 chances = [rng_for("geometry", SEED, epoch, most) for epoch in range(4)]
 drawn = [draw_geometry(jitter, height, width, rng, train=True) for rng in chances]
@@ -309,9 +292,9 @@ browser
 # %% [markdown]
 # ## 5 · Order without a state
 #
-# Which images form step 4711, and how is each of them augmented? In most loaders that depends on
-# everything drawn before. Here it is a function of (seed, step) (`mimdet/data/loader.py`), so a run
-# resumes at any step, on another number of processes or workers, and sees the same batches.
+# Which images form step 4711, and how is each of them augmented? Here that is a function of (seed,
+# step) (`mimdet/data/loader.py`), so a run resumes at any step, on another number of processes or
+# workers, and sees the same batches.
 
 # %%
 from mimdet.data.loader import TrainLoader
@@ -416,9 +399,36 @@ check("a file full of corners is recognised", "boxes-look-xyxy" in kinds)
 print(ERRORS["boxes-look-xyxy"])
 
 # %% [markdown]
-# Some bring others with them: a box moved away no longer fits its mask. Each finding says where and
-# what to do.
+# Some bring others with them: a box moved away no longer fits its mask.
 #
+# ## 8 · Your own pictures
+#
+# `mimdet start FOLDER RUN` reads COCO, VOC, YOLO, LabelMe or masks, checks and splits them, chooses
+# every field with a reason and measures how long it takes. Guess first: is a token, 16 pixels, larger
+# than most objects?
+
+# %% tags=["timing"]
+own = annotations if len(dataset) < 1000 else "runs/06-data/other_ids.json"  # of COCO 24 images
+proposal = mimdet.propose(own, "runs/06-data/own", images=images)
+print(proposal.table())
+
+# %%
+from mimdet.viz import show_sizes
+
+size = proposal.cfg.data.test_short_side
+for name in ("data.test_short_side", "detector.anchor_sizes", "training.init_from"):
+    print(f"{name}: {proposal.reasons[name]}")
+split = json.loads(Path(proposal.cfg.data.train_json).read_text())
+short = {image["id"]: min(image["width"], image["height"]) for image in split["images"]}
+sides = [
+    (a["bbox"][2] * a["bbox"][3]) ** 0.5 * size / short[a["image_id"]]
+    for a in split["annotations"]
+    if not a.get("iscrowd")
+]
+check("sizes are those of the file", abs(np.median(sides) - np.median(proposal.sides)) < 1)
+show_sizes(proposal.sides, proposal.cfg.detector.anchor_sizes)
+
+# %% [markdown]
 # ## Summary
 #
 # - Inside: xyxy pixels, labels 0..N-1, masks of 112 × 112 cells over their own box. xywh, category
@@ -428,7 +438,7 @@ print(ERRORS["boxes-look-xyxy"])
 #   compares them with a moved picture.
 # - What a step sees is a function of (seed, step).
 # - Sorting showings by size saves about half of the tokens of a large batch.
-# - Run `mimdet check-data` before the first training on new data.
+# - Begin with `mimdet start`, or run `mimdet check-data` before the first training on new data.
 #
 # ## Exercises
 #
