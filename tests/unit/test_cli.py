@@ -21,7 +21,7 @@ from mimdet.training.optim import Schedule
 from mimdet.training.run import Run, TrainingStopped
 from mimdet.training.train import outlook
 from mimdet.training.trainer import Step
-from tests.small import WORDS, small_detector
+from tests.small import WORDS, small_detector, write_coco
 
 SCENES = "--shapes-size 64 --shapes-train 8 --shapes-val 2 --steps 2 --batch-size 2 --accumulate 2"
 TINY = [*WORDS, *SCENES.split()]
@@ -138,6 +138,23 @@ def test_epochs_that_are_given_decide(tmp_path, capsys):
         ValueError, match=r"epochs=3 is 6 steps .8 images, 4 a step., but tiny sets"
     ):
         next(mimdet.train(cfg, tmp_path / "other"))
+    with pytest.raises(
+        SystemExit, match="--epochs and --steps say the same in two units: give one"
+    ):
+        cli.main(["train", "tiny", str(tmp_path / "both"), "--epochs", "3", "--steps", "6"])
+
+
+def test_empty_images_are_left_out_with_a_word_or_kept(tmp_path, capsys):
+    file = write_coco(tmp_path, [[[4, 4, 20, 20]], [], [[8, 8, 30, 30]]])
+    place = [str(file), str(tmp_path / "images")]
+    words = [*WORDS, "--source", "coco", "--steps", "1", "--train-json", place[0], "--train-images"]
+    words += [place[1], "--val-json", place[0], "--val-images", place[1]]
+    cli.main(["train", "tiny", str(tmp_path / "without"), *words])
+    said = capsys.readouterr().out
+    assert "1 images without objects (--no-skip-empty" in said and "epochs of 2 images" in said
+    cli.main(["train", "tiny", str(tmp_path / "with"), *words, "--no-skip-empty"])
+    said = capsys.readouterr().out
+    assert "images without objects" not in said and "epochs of 3 images" in said
 
 
 def test_evaluate_and_what_training_measured(run, tmp_path, monkeypatch, capsys):

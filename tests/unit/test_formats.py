@@ -243,6 +243,9 @@ def test_training_names_the_command(write, tmp_path):
         if path:
             with pytest.raises(ValueError, match=r"mimdet convert .*set"):
                 CocoDataset(path, tmp_path)
+            words = ["train", "tiny", str(tmp_path / "run"), "--source", "coco", "--train-json"]
+            with pytest.raises(SystemExit, match=r"mimdet convert .*set"):
+                cli.main([*words, str(path), "--train-images", str(tmp_path)])
 
 
 def frames(folder: Path, videos: int = 10, each: int = 3) -> Path:
