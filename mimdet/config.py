@@ -116,6 +116,9 @@ class DetectorConfig:
     detections_per_image: int = 100
     loss: str = "mask_rcnn"
     """`mask_rcnn` (cross-entropy and L1, as the paper), or `module:class`."""
+    c4_loss: float = 0.0
+    """Weight of one more loss in training: a linear layer tells the classes of true boxes from c4.
+    The paper has none."""
 
 
 @dataclass(slots=True)
@@ -240,6 +243,9 @@ class TrainingConfig:
     align_stem: int = 0
     """Batches from which a new stem first learns, without labels, to give the tokens that the
     autoencoder's patch embedding gives; 0 = it starts at random, as in the paper."""
+    c4_first: int = 0
+    """Batches on which the backbone is trained by `detector.c4_loss` alone, before all else; 0 =
+    none, as in the paper."""
     threads: int = 0
     """CPU threads of a process; 0 = PyTorch's choice. More than one pays on idle cores only."""
     compile: bool = False

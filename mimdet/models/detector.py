@@ -22,7 +22,7 @@ from mimdet.models.rcnn import (
     make_norm,
     pad_and_normalise,
 )
-from mimdet.models.roi_heads import BoxHead, MaskHead, RoIHeads
+from mimdet.models.roi_heads import BoxHead, C4Classes, MaskHead, RoIHeads
 from mimdet.models.rpn import RPN, init_rpn
 from mimdet.models.sampling import DEFAULT, Sample, Sampler, Sampling
 from mimdet.models.vit import Fill
@@ -63,6 +63,7 @@ class Detector(nn.Module):
         *,
         resize: Resize | None = None,
         canvas: int = 0,
+        c4_classes: C4Classes | None = None,
     ) -> None:
         """resize: for `prepare` and `mimdet.predict`; None leaves images at their own size.
         canvas: side of the grey square that every image is placed on; 0 = none."""
@@ -71,6 +72,7 @@ class Detector(nn.Module):
         self.neck = neck
         self.rpn = rpn
         self.roi_heads = roi_heads
+        self.c4_classes = c4_classes
         self.resize = resize or Resize()
         self.canvas = canvas
         self.tiling: Tiling | None = None
@@ -104,6 +106,8 @@ class Detector(nn.Module):
         proposals, losses = self.rpn(batch, levels, targets)
         boxes = [p.boxes for p in proposals]
         if targets is not None:
+            if self.c4_classes is not None:
+                losses["loss_c4"] = self.c4_classes.loss(maps["c4"], targets)
             return losses | self.roi_heads.losses(levels[:4], boxes, targets)
         return self.roi_heads.detect(batch, levels[:4], boxes)
 
@@ -318,7 +322,10 @@ def build_detector(
     losses = resolve(d.loss, LOSSES, "loss")() if loss is None else loss
     resize = Resize(cfg.data.test_short_side, cfg.data.max_side)
     rpn, roi_heads = build_rpn(d, losses), build_roi_heads(d, losses)
-    detector = Detector(backbone, neck, rpn, roi_heads, resize=resize, canvas=d.canvas)
+    told = C4Classes(backbone.channels["c4"], d.num_classes, d.c4_loss) if d.c4_loss else None
+    detector = Detector(
+        backbone, neck, rpn, roi_heads, resize=resize, canvas=d.canvas, c4_classes=told
+    )
     detector.config = copy.deepcopy(cfg)  # a later change of cfg must not change the model's
     detector.slots = {name: part for name, part in passed.items() if part is not None}
     return detector

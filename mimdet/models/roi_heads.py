@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
@@ -256,3 +257,26 @@ def mask_targets(masks: Crops, index: Tensor, boxes: Tensor, side: int = MASK_SI
     local = (boxes - origin) * (cells / extent).repeat(1, 2)
     rois = torch.cat([index[:, None].to(local.dtype), local], dim=1)
     return (roi_align(bitmaps, rois, side, 1.0, 0, aligned=True)[:, 0] >= 0.5).float()
+
+
+class C4Classes(nn.Module):
+    """In training alone, one more loss: c4 by itself must tell the classes (deep supervision).
+
+    Without it a small detector reads classes from c2 and c3, and its c4 says little more than that
+    something is there. The paper has no such loss.
+    """
+
+    def __init__(self, channels: int, num_classes: int, weight: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.linear = nn.Linear(channels, num_classes)
+        self.weight = weight
+
+    def loss(self, c4: Tensor, targets: Sequence[Target]) -> Tensor:
+        """c4: (B, C, H / 16, W / 16) -> scalar: `weight` times the mean cross-entropy of one linear
+        layer on the mean of c4 in every true box."""
+        boxes = [target.boxes for target in targets]
+        labels = torch.cat([target.labels for target in targets])
+        inside = roi_align(at_least_float32(c4), boxes, 1, 1 / 16, 2, True).flatten(1)
+        logits = self.linear(self.norm(inside))
+        return self.weight * (F.cross_entropy(logits, labels) if len(labels) else logits.sum())

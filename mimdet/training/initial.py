@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mimdet.config import TrainingConfig
 from mimdet.data.loader import MicroBatch
@@ -23,9 +23,12 @@ CLASS_ROWS = {
     SCORES: 1,
     "roi_heads.box_head.bbox_pred": 4,
     "roi_heads.mask_head.predictor.mask_fcn_logits": 1,
+    "c4_classes.linear": 1,
 }
 """Layers of a detector with so many rows for each class, label after label. SCORES has one more at
 its end, for the background."""
+C4_WARMUP = 50
+"""Steps in which `teach_c4`'s rate rises."""
 
 
 def initialise(
@@ -164,3 +167,35 @@ def align_stem(
         errors.append(float(loss.detach()))
     print(f"the stem's tokens are those of {source} to {100 * errors[-1]:.0f} %")
     return errors
+
+
+def teach_c4(model: Detector, batches: Sequence[MicroBatch], rate: float = 1e-3) -> list[float]:
+    """Train the backbone by the loss on c4 alone (`detector.c4_loss`), a step for every batch.
+
+    What is far away is learnt in a few hundred such steps, and hardly ever beside the losses of
+    boxes and masks, which leave c4 few directions to vary in. -> the loss of every step. ValueError
+    for a detector without that loss.
+    """
+    if not batches:
+        return []
+    if model.c4_classes is None:
+        raise ValueError(
+            f"training.c4_first={len(batches)} trains with the loss on c4: give detector.c4_loss "
+            "a weight above 0"
+        )
+    learning = nn.ModuleList([model.backbone, model.c4_classes]).train()
+    optimizer = torch.optim.AdamW(learning.parameters(), rate, (0.9, 0.98), weight_decay=0.05)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / C4_WARMUP, total_iters=C4_WARMUP)
+    losses = []
+    for batch in batches:
+        images = model.batch(batch.images)
+        targets = [target.to(images.tensors.device) for target in batch.targets]
+        loss = model.c4_classes.loss(model.features(images)["c4"], targets)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(learning.parameters(), 1.0)
+        optimizer.step()
+        warmup.step()
+        losses.append(float(loss.detach()))
+    print(f"c4 alone: a loss of {losses[0]:.2f} before, {losses[-1]:.2f} after {len(losses)} steps")
+    return losses

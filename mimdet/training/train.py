@@ -27,7 +27,7 @@ from mimdet.downloads import readable
 from mimdet.files import write_json
 from mimdet.models.detector import Detector, build_detector, category_entries
 from mimdet.presets import PRESETS, STARTS_FROM_MAE
-from mimdet.training.initial import align_stem, check_frozen, initialise
+from mimdet.training.initial import align_stem, check_frozen, initialise, teach_c4
 from mimdet.training.inputs import check_inputs, has_checkpoint, read_environment, stored_config
 from mimdet.training.optim import Schedule, frozen_parts
 from mimdet.training.owner import read_status
@@ -157,7 +157,14 @@ def extend(run: str | Path, steps: int) -> Path:
             f"{path} is {status['state']}, at step {status['step']} of {status['total']}: --steps "
             f"gives a finished run at least one more; `mimdet resume {path}` finishes it"
         )
-    change(cfg.training, steps=steps, seed=cfg.training.seed + 1, init_from=str(path), align_stem=0)
+    change(
+        cfg.training,
+        steps=steps,
+        seed=cfg.training.seed + 1,
+        init_from=str(path),
+        align_stem=0,
+        c4_first=0,
+    )
     set_up(cfg.training)
 
     def make() -> Path:
@@ -199,9 +206,13 @@ class DetectorTrainer(Trainer):
         if t.init_from not in ("", RANDOM):
             report = initialise(self.model, t.init_from, t.init_decoder)
             check_frozen(self.model, t, report)
-            batches = (batch for step in self.loader.batches(0, t.align_stem) for batch in step)
-            align_stem(self.model, t.init_from, list(islice(batches, t.align_stem)))
+            align_stem(self.model, t.init_from, self.first_batches(t.align_stem))
+        teach_c4(self.model, self.first_batches(t.c4_first))
         write_json(self.run.path / "categories.json", category_entries(self.model))
+
+    def first_batches(self, count: int) -> list[MicroBatch]:
+        batches = (batch for step in self.loader.batches(0, count) for batch in step)
+        return list(islice(batches, count))
 
     def losses(self, batch: MicroBatch) -> dict[str, Tensor]:
         return self.replica(batch.images, batch.targets)

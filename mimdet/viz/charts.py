@@ -162,6 +162,7 @@ LOSSES = {
     "loss_cls": ("class", style.VERMILLION),
     "loss_box_reg": ("box", style.ORANGE),
     "loss_mask": ("mask", style.GREEN),
+    "loss_c4": ("class, from c4", style.PURPLE),
 }
 
 

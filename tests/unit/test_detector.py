@@ -1,5 +1,6 @@
 """The whole detector at toy size: what goes in, what comes out, and what must not change."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from mimdet import presets
 from mimdet.config import Config
 from mimdet.inference import predict
 from mimdet.models.detector import Detector, build_detector
+from mimdet.models.roi_heads import C4Classes
 from mimdet.models.sampling import Sample, Sampling
 from mimdet.models.stem import STEMS, ConvStem
 from mimdet.structures import Crops, Target
@@ -76,6 +78,34 @@ def test_boxes_only() -> None:
     assert len(found) == 10 and found.mask_probabilities is None
     with pytest.raises(ValueError, match=r"detector\.masks=False"):
         build_detector(small_config())([picture(64, 64)], [truth])
+
+
+def test_c4_tells_classes_by_hand() -> None:
+    """c4 of two channels; LayerNorm makes (2, 0) and (5, 1) of it (1, -1), whatever the scale."""
+    part = C4Classes(2, 2, weight=3.0)
+    with torch.no_grad():
+        part.linear.weight.copy_(torch.eye(2))
+        part.linear.bias.zero_()
+    c4 = torch.zeros(2, 2, 4, 4)
+    c4[0, 0, :, 2:], c4[1, 0], c4[1, 1] = 2.0, 5.0, 1.0  # of image 0 the right half alone
+    box = torch.tensor([[32.0, 0, 64, 64]])
+    targets = [Target(box, torch.tensor([0])), Target(box, torch.tensor([1]))]
+    right, wrong = math.log(1 + math.exp(-2)), math.log(1 + math.exp(2))
+    assert float(part.loss(c4, targets)) == pytest.approx(3 * (right + wrong) / 2, abs=1e-3)
+    assert float(part.loss(c4, [no_objects(), no_objects()])) == 0
+
+
+def test_a_loss_on_c4_is_one_more_in_training_and_nothing_later() -> None:
+    torch.manual_seed(0)
+    plain, told = (build_detector(small_config(c4_loss=weight)).eval() for weight in (0.0, 2.0))
+    extra = told.load_state_dict(plain.state_dict(), strict=False)
+    assert {name.partition(".")[0] for name in extra.missing_keys} == {"c4_classes"}
+    image = picture(64, 64)
+    same = torch.equal(plain.detect([image])[0].boxes, told.detect([image])[0].boxes)
+    losses = told.train()([image], [two_objects()])
+    assert same and list(losses)[2] == "loss_c4" and len(losses) == len(LOSSES) + 1
+    losses["loss_c4"].backward()
+    assert next(told.backbone.parameters()).grad is not None
 
 
 def test_wrong_targets_are_explained() -> None:

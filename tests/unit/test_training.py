@@ -19,7 +19,7 @@ from mimdet.files import read_json, remove_leftovers
 from mimdet.models.official import export_detectron2, save_detector
 from mimdet.models.rcnn import pad_and_normalise
 from mimdet.models.weights import load_mae_model
-from mimdet.training.initial import align_stem, initialise, warm_start
+from mimdet.training.initial import align_stem, initialise, teach_c4, warm_start
 from mimdet.training.inputs import stored_config
 from mimdet.training.optim import Schedule, parameter_groups, rate_factor, scaled_rate
 from mimdet.training.pretrain import pretrain
@@ -470,3 +470,22 @@ def test_only_a_stem_can_be_aligned(tmp_path):
     with pytest.raises(ValueError, match=r"training.init_from names none"):
         next(train(cfg, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- c4 before all else
+
+
+def test_c4_learns_before_all_else(tmp_path):
+    cfg = small(steps=1)
+    cfg.training.c4_first = 30
+    with pytest.raises(ValueError, match=r"c4_first=30 .* give detector.c4_loss a weight"):
+        next(train(cfg, tmp_path / "none"))
+    cfg.detector.c4_loss = 1.0
+    model = mimdet.build_detector(cfg)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    loader = TrainLoader(build_dataset(cfg.data, "train"), cfg.data, 2, 1, 0)
+    losses = teach_c4(model, [batch for step in loader.batches(0, 30) for batch in step])
+    assert sum(losses[-5:]) < 0.97 * sum(losses[:5])
+    moved = {k.partition(".")[0] for k, v in model.state_dict().items() if not v.equal(before[k])}
+    assert moved == {"backbone", "c4_classes"}
+    assert "loss_c4" in next(train(cfg, tmp_path / "run")).losses
