@@ -63,7 +63,6 @@ class Detector(nn.Module):
         *,
         resize: Resize | None = None,
         canvas: int = 0,
-        c4_classes: C4Classes | None = None,
     ) -> None:
         """resize: for `prepare` and `mimdet.predict`; None leaves images at their own size.
         canvas: side of the grey square that every image is placed on; 0 = none."""
@@ -72,7 +71,7 @@ class Detector(nn.Module):
         self.neck = neck
         self.rpn = rpn
         self.roi_heads = roi_heads
-        self.c4_classes = c4_classes
+        self.c4_classes: C4Classes | None = None  # an own loss on c4, of training alone
         self.resize = resize or Resize()
         self.canvas = canvas
         self.tiling: Tiling | None = None
@@ -322,10 +321,9 @@ def build_detector(
     losses = resolve(d.loss, LOSSES, "loss")() if loss is None else loss
     resize = Resize(cfg.data.test_short_side, cfg.data.max_side)
     rpn, roi_heads = build_rpn(d, losses), build_roi_heads(d, losses)
-    told = C4Classes(backbone.channels["c4"], d.num_classes, d.c4_loss) if d.c4_loss else None
-    detector = Detector(
-        backbone, neck, rpn, roi_heads, resize=resize, canvas=d.canvas, c4_classes=told
-    )
+    detector = Detector(backbone, neck, rpn, roi_heads, resize=resize, canvas=d.canvas)
+    widths: Any = backbone.channels
+    detector.c4_classes = C4Classes(widths["c4"], d.num_classes, d.c4_loss) if d.c4_loss else None
     detector.config = copy.deepcopy(cfg)  # a later change of cfg must not change the model's
     detector.slots = {name: part for name, part in passed.items() if part is not None}
     return detector
