@@ -63,6 +63,9 @@ def test_a_cut_one_gives_way_to_the_whole_one():
     assert merged(cut, whole) == [pytest.approx([86, 10, 104, 30, 0.6, 0])]
     doubtful = boxes([6, 10, 24, 30, 0.3, 0])  # less than half as sure as the cut one
     assert merged(cut, doubtful) == [pytest.approx([86, 10, 100, 30, 0.8, 0])]
+    cut = boxes([90, 10, 100, 30, 0.8, 0])  # IoU .5 with 90..110: covered, but not by these
+    for other in ([10, 10, 30, 30, 0.3, 0], [10, 10, 30, 30, 0.6, 1]):
+        assert len(merged(cut, boxes(other))) == 2
 
 
 def test_borders_of_the_image_cut_nothing_and_halves_stay_when_nothing_is_whole():
@@ -86,7 +89,8 @@ def test_masks_go_with_their_boxes():
 
 
 def test_tiles_are_seen_at_full_resolution_or_zoomed(model, monkeypatch):
-    """A detector that finds the bright spot of a tile, and nothing in the image as a whole."""
+    """A detector that finds the bright spot of a tile, and in the image as a whole two objects, of
+    which the one that is larger than the overlap counts."""
     seen = []
 
     def found(images, **_):
@@ -95,16 +99,19 @@ def test_tiles_are_seen_at_full_resolution_or_zoomed(model, monkeypatch):
 
     def spot(image):
         y, x = (image[0].float() == image[0].max()).nonzero().float().mean(0).tolist()
-        there = image.max() > 200 and image.shape[2] != 98
-        row = [x - 9, y - 9, x + 10, y + 10, 0.9, 0]
-        return boxes(*[row] * there, size=tuple(image.shape[1:]))
+        rows = [[x - 9, y - 9, x + 10, y + 10, 0.9, 0]] * bool(image.max() > 200)
+        if image.shape[2] == 98:
+            rows = [[0, 0, 16, 8, 0.8, 1], [50, 0, 65, 8, 0.8, 1]]
+        return boxes(*rows, size=tuple(image.shape[1:]))
 
     monkeypatch.setattr(model, "detect", found)
     image = torch.zeros(3, 130, 200, dtype=torch.uint8)
     image[:, 70:74, 95:99] = 255
     detections = mimdet.predict(model, image, tile=96, overlap=32)
     assert sorted(set(seen)) == [(64, 98), (96, 96)]  # the whole at its short side of 64
-    assert detections.boxes.tolist() == [pytest.approx([87.5, 62.5, 106.5, 81.5])]
+    large = [0, 0, 16 * 200 / 98, 8 * 130 / 64]  # 32.7 pixels wide; the other 30.6
+    for box, expected in zip(detections.boxes, ([87.5, 62.5, 106.5, 81.5], large), strict=True):
+        assert box.tolist() == pytest.approx(expected)
     seen.clear()
     mimdet.predict(model, [image, image], tile=96, overlap=32, short_side=192)
     assert set(seen) == {(64, 98), (192, 192)} and len(seen) == 2 * (2 * 3 + 1)
