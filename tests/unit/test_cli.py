@@ -81,7 +81,7 @@ def test_what_a_long_training_says_first(monkeypatch, gpus, used, said):
         assert default_processes(cfg) == used
     schedule = Schedule(cfg.training, 117_266)
     tensor = SimpleNamespace(nbytes=4 * 127_954_768, device=torch.device("cuda"))
-    model = SimpleNamespace(state_dict=lambda: {"weight": tensor})
+    model = SimpleNamespace(state_dict=lambda: {"weight": tensor}, parameters=list)
     words = briefing(cfg, Path("runs/base"), schedule, 100, model)
     assert said in words and len(words.splitlines()) == 7
     assert "65,862 of 65,962 steps of 64 images = 8 x 8 micro-batches, by 1 process(es)" in words
