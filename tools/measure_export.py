@@ -2,13 +2,15 @@
 
 onnxruntime against `mimdet.predict` on drawn scenes: the same detections in the same order, and
 the largest differences of boxes, scores and masks; mimdet_base with random weights at two sizes;
-the autoencoder's pictures. Writes notebooks/results/export.json.
+the autoencoder's pictures; with `--run RUN` a detector of one's own, on 20 held-out pictures of its
+own data. Writes notebooks/results/export.json.
 """
 
 import argparse
 import math
 import tempfile
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import onnxruntime
 import torch
 
 import mimdet
+from mimdet.data.coco import build_dataset
 from mimdet.data.shapes import ShapesCOCO
 from mimdet.files import read_json, write_json
 from mimdet.images import Resize, resize_image
@@ -135,6 +138,15 @@ def measure_tiny(scenes: int) -> Iterator[dict[str, Any]]:
             yield {"model": name, "ratio": ratio} | compare(model, images, ratio, exported)
 
 
+def measure_run(run: str) -> Iterator[dict[str, Any]]:
+    model = mimdet.load_detector(run)
+    dataset = build_dataset(model.config.data, "val", masks=model.config.detector.masks)
+    images, exported = [dataset[i].image for i in range(20)], session(model)
+    for ratio in RATIOS:
+        row = {"model": Path(run).name, "ratio": ratio}
+        yield row | compare(model, images, ratio, exported)
+
+
 def measure_autoencoder(scenes: int) -> Iterator[dict[str, Any]]:
     mae = mimdet.load_mae_model("tiny_mae")
     painter = session(mae)
@@ -174,13 +186,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scenes", type=int, default=50)
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--run", help="a detector of one's own, instead of the parts")
     parser.add_argument("--out", type=Path, default=RESULT, help="rows of other models stay in it")
     arguments = parser.parse_args()
     rows = []
-    for part in arguments.parts:
-        for row in PARTS[part](arguments.scenes):
-            print(row, flush=True)
-            rows.append(row)
+    parts = [PARTS[part](arguments.scenes) for part in arguments.parts]
+    for row in chain.from_iterable([measure_run(arguments.run)] if arguments.run else parts):
+        print(row, flush=True)
+        rows.append(row)
     new = {row["model"] for row in rows}
     known = read_json(arguments.out)["rows"] if arguments.out.exists() else []
     rows = [row for row in known if row["model"] not in new] + rows
