@@ -77,8 +77,7 @@ show_stages(finished, shown[0])
 # Always look at data before training on it. `cfg` is a plain object with every number of the run
 # (`mimdet/config.py`); a misspelled field is an error. In quick mode the data are *ShapesCOCO*
 # (`mimdet/data/shapes.py`): scene *i* is drawn from the seed, so nothing is stored and every box
-# and mask is exact. Colours do not give the class away: fragments without a class wear the same
-# ones.
+# and mask is exact.
 
 # %%
 from mimdet import build_dataset, check, judge, notebook_setup

@@ -302,8 +302,6 @@ if MODE == "full" and LONG:
     long.start()
 if MODE == "full":  # else a Start button would stand here that begins days on a laptop
     display(long)
-
-# %%
 print(long.look())
 accumulate = base.training.accumulate
 shares = [n for n in range(1, 17) if accumulate % n == 0]
