@@ -163,7 +163,7 @@ class ExportedDetector(nn.Module):
         if not isinstance(model.backbone, MIMDetBackbone):
             name = model.config.backbone.kind
             raise ValueError(f"a {name} backbone samples no tokens: only MIMDet's are exported")
-        self.model: Any = without_batchnorm(model)
+        self.model: Any = with_open_norms(model)
         self.inside = inside
         if model.roi_heads.mask_head is None:
             self.outputs = self.outputs[:3]
@@ -325,13 +325,32 @@ class Affine(nn.Module):
         return x * self.get_buffer("scale") + self.get_buffer("shift")
 
 
-def without_batchnorm(model: Detector) -> Detector:
-    """A copy in which each BatchNorm is an `Affine`."""
+class Groups(nn.Module):
+    """What GroupNorm is; it takes any number of maps, none too."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = x.unflatten(1, (self.norm.num_groups, -1))  # (N, G, C / G, h, w)
+        variance, mean = torch.var_mean(groups, (2, 3, 4), correction=0, keepdim=True)
+        even = ((groups - mean) * (variance + self.norm.eps).rsqrt()).flatten(1, 2)
+        return even * self.norm.weight[:, None, None] + self.norm.bias[:, None, None]
+
+
+def with_open_norms(model: Detector) -> Detector:
+    """A copy with an `Affine` for each BatchNorm, and in its heads `Groups` for each GroupNorm."""
     model = copy.deepcopy(model).eval()
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm2d):
-                setattr(module, name, Affine(child))
+    swaps: list[tuple[nn.Module, Any, Any]] = [
+        (model, nn.BatchNorm2d, Affine),
+        (model.roi_heads, nn.GroupNorm, Groups),
+    ]
+    for part, kind, other in swaps:
+        for module in list(part.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, kind):
+                    setattr(module, name, other(child))
     return model
 
 

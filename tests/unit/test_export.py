@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -123,6 +123,25 @@ def test_half_is_half_and_close(detector: Detector, file: Path, half: Path) -> N
     ours = mimdet.predict(detector, image)
     assert found[1].tolist() == ours.labels.tolist()
     np.testing.assert_allclose(found[2], ours.scores, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["GN", "LN"])
+def test_other_norms_are_exported_too(norm: Literal["GN", "LN"], tmp_path: Path) -> None:
+    """`mimdet start` proposes GN. The heads see any number of boxes, and none."""
+    torch.manual_seed(0)
+    cfg = small()
+    cfg.detector.norm = norm
+    model = build_detector(cfg).eval()
+    torch.nn.init.normal_(model.roi_heads.box_head.cls_score.weight, std=0.3)
+    export_model(model, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    image = picture(64, 96)
+    feeds = {"image": model.prepare(image).tensors.numpy(), "keep": np.arange(24)}
+    found = session.run(None, feeds | {"size": np.array([64, 96])})
+    ours = mimdet.predict(model, image)
+    assert len(ours) >= 5 and found[1].tolist() == ours.labels.tolist()
+    np.testing.assert_allclose(found[2], ours.scores, atol=1e-4)
+    np.testing.assert_allclose(found[3], ours.mask_probabilities, atol=1e-3)
 
 
 @pytest.mark.parametrize("normalised", [False, True])
