@@ -169,7 +169,7 @@ def align_stem(
     return errors
 
 
-def teach_c4(model: Detector, batches: Sequence[MicroBatch], rate: float = 1e-3) -> list[float]:
+def teach_c4(model: Detector, batches: Sequence[MicroBatch], rate: float = 3e-4) -> list[float]:
     """Train the backbone by the loss on c4 alone (`detector.c4_loss`), a step for every batch.
 
     What is far away is learnt in a few hundred such steps, and hardly ever beside the losses of
