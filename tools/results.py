@@ -321,7 +321,8 @@ learns it at once from random weights, and slowly from those that the detector `
 **So c4 is taught first.** 250 batches on which the backbone is trained by nothing but a loss in
 which c4 alone tells the classes, at a low rate that keeps its directions, and then that loss beside
 the others (`training.c4_first`, `detector.c4_loss`; the paper has neither). Box AP on
-`shapes-v2-context` after 9,600 scenes, one seed ([the grid](../notebooks/ablations/context.py)):
+`shapes-v2-context` after 9,600 scenes, and 1,000 more where c4 was first; one seed
+([the grid](../notebooks/ablations/context.py)):
 
 | | box AP | mask AP |
 |---|---|---|
