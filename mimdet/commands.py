@@ -15,7 +15,7 @@ from mimdet.demo import demo
 from mimdet.playground import playground
 from mimdet.prepare import File, Run, check_data, convert, split, start
 from mimdet.presets import PRESETS
-from mimdet.results import errors, evaluate, load_run, predict
+from mimdet.findings import errors, evaluate, load_run, predict
 
 Names = Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="[NAME...]")]
 
