@@ -12,10 +12,10 @@ from tyro.conf import Positional
 from mimdet.config import Config, PretrainConfig
 from mimdet.console import FIRST
 from mimdet.demo import demo
+from mimdet.findings import errors, evaluate, load_run, predict
 from mimdet.playground import playground
 from mimdet.prepare import File, Run, check_data, convert, split, start
 from mimdet.presets import PRESETS
-from mimdet.findings import errors, evaluate, load_run, predict
 
 Names = Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="[NAME...]")]
 

@@ -30,7 +30,7 @@ ORDER = (
     ("experiments",),
     ("viz",),
     ("demo", "playground", "prepare"),
-    ("results",),
+    ("findings",),
     ("commands",),
     ("cli", "notebook"),
     ("__main__",),
