@@ -255,7 +255,8 @@ def choices(machine: str) -> str:
     with torch.device("meta"):
         model = mimdet.build_detector(cfg)
     size = sum(value.nbytes for value in model.state_dict().values())
-    run: Any = SimpleNamespace(state_dict=lambda: {"": SimpleNamespace(nbytes=size, device=device)})
+    weights = {"": SimpleNamespace(nbytes=size, device=device)}
+    run: Any = SimpleNamespace(state_dict=lambda: weights, parameters=model.parameters)
     with patch.dict(os.environ, {"LOCAL_WORLD_SIZE": str(shared)}):
         said = briefing(cfg, Path("runs/base"), Schedule(cfg.training, 117_266), 0, run)
     cfg.backbone.checkpointing = "on" if again else "off"

@@ -293,7 +293,7 @@ expected = forecast(base if MODE == "full" else eight, gpus=max(1, PROCESSES), s
 print(expected)
 show_forecast(expected)
 
-# %% tags=["timing"]
+# %%
 from IPython.display import display
 
 torch.cuda.empty_cache()  # the GPU belongs to the long run
