@@ -20,10 +20,10 @@ from mimdet.analysis.evaluate import results_for
 from mimdet.analysis.metrics import coco_metrics
 from mimdet.data.annotations import AnnotatedImages, Annotation, RunLengths
 from mimdet.data.shapes import ShapesCOCO
+from mimdet.experiments.results import hardware_text
 from mimdet.files import write_json
 from mimdet.models.detector import Detector
 from mimdet.structures import as_rle, bitmap_to_rle, rle_to_bitmap
-from tools.results import hardware_text
 
 WAYS: dict[str, dict[str, int]] = {
     "whole, as it was trained": {},

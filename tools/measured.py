@@ -1,0 +1,437 @@
+"""The tables of README, docs/measurements.md and docs/guides/recipes.md: every number from a json
+file of notebooks/results. tools/results.py puts them into the pages."""
+
+from pathlib import Path
+from typing import Any
+
+from mimdet.experiments.results import Experiment, difference_text, mean_interval, mean_text
+from mimdet.files import read_json
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "notebooks/results"
+
+
+def read(name: str) -> dict[str, Any]:
+    return read_json(RESULTS / f"{name}.json")
+
+
+def percent(value: float, spread: float = 0.0) -> str:
+    return f"{100 * value:.1f}" + (f" ± {100 * spread:.1f}" if spread else "")
+
+
+def demo_scores(ratio: dict[str, Any]) -> str:
+    box = percent(ratio["box_ap"], ratio["box_ap_sd"])
+    return f"{box} / {percent(ratio['mask_ap'], ratio['mask_ap_sd'])}"
+
+
+def demo_row(result: dict[str, Any]) -> str:
+    cells = [demo_scores(ratio) for ratio in result["ratios"]]
+    minutes, scenes = f"{result['minutes_in_all']:g}", f"{result['images']:,}"
+    label = f"`{result['command']}`" + (f", {result['note']}" if result["note"] else "")
+    return f"| {label} | {minutes} min | {scenes} | {' | '.join(cells)} |"
+
+
+def ap(result: dict[str, Any], kind: str) -> str:
+    return percent(result["curve"][-1][f"{kind}_ap"])
+
+
+def run_scores(result: dict[str, Any]) -> str:
+    return f"{ap(result, 'box')} / {ap(result, 'mask')}"
+
+
+def canvas_sentence(pairs: list[dict[str, Any]]) -> str:
+    parts = []
+    for pair in pairs:
+        image, canvas = ("x".join(map(str, pair[key])) for key in ("image", "canvas"))
+        moved = f"{100 * pair['c4_relative_change']:.0f} %"
+        found = f"{pair['found_again']} of {pair['detections']}"
+        parts.append(
+            f"{image} beside {canvas}: c4 moves by {moved}, {found} detections are found again"
+        )
+    return "; ".join(parts)
+
+
+def reliance_row(name: str, *tables: dict[str, Any]) -> str:
+    values = (value for table in tables for value in table["box_ap"][name].values())
+    return f"| {name} | {' | '.join(f'{value:.1f}' for value in values)} |"
+
+
+def ratios_row(result: dict[str, Any]) -> str:
+    return " | ".join(percent(ratio["box_ap"]) for ratio in result["ratios"])
+
+
+def rank_row(name: str, tables: dict[str, Any]) -> str:
+    ranks = tables["token_rank"]
+    cells = [f"{ranks[place][weights]:.1f}" for place in ranks for weights in ranks[place]]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def rate_row(row: dict[str, Any]) -> str:
+    rates = f"{row['learning_rate']:g}, {row['rate_multiplier']:g}"
+    ranks = " | ".join(f"{rank['these weights']:.1f}" for rank in row["token_rank"].values())
+    return f"| {rates} | {ranks} | {row['box_ap']['AP']:.1f} |"
+
+
+def transport_rows() -> str:
+    runs = [read("transport_random"), read("transport_tiny")]
+    lines = []
+    for one, other in zip(*(run["rows"] for run in runs), strict=True):
+        cells = [f"{100 * row['accuracy']:.0f} % | {row['rank_c4']:.1f}" for row in (one, other)]
+        if one["scenes"] in (0, 200, 400, 800, 1600):
+            lines.append(f"| {one['scenes']:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def boxes_and_masks(name: str) -> str:
+    return f"{ap(read(name), 'box')} | {ap(read(name), 'mask')}"
+
+
+def probe_words(accuracy: dict[str, float]) -> str:
+    trained, random = accuracy["these weights"], accuracy["random weights"]
+    return f"{trained:.1f} % of the cases ({random:.1f} % with random weights)"
+
+
+def kernels_row(images: str, counted: dict[str, Any]) -> str:
+    cells = [
+        f"{sum(part[what] for part in counted[when][images].values()):,}"
+        for when in ("before", "steps")
+        for what in ("kernels", "waits")
+    ]
+    return f"| {images} | {' | '.join(cells)} |"
+
+
+def tile_row(row: dict[str, Any]) -> str:
+    words = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in row["options"].items())
+    aps = (row[part] for part in ("box_AP", "box_AP50", "box_AP_small", "mask_AP"))
+    cells = [row["what"], f"`{words}`" if words else "", *(f"{ap:.1f}" for ap in aps)]
+    return f"| {' | '.join(cells)} | {row['cpu_seconds']:.1f} |"
+
+
+def speed_rows() -> str:
+    """Every row of every case of `python -m tools.bench`."""
+    lines = []
+    for name, case in read("speed")["cases"].items():
+        for own in case["rows"]:
+            sides = ", ".join(f"{side} {value:.3g}" for side, value in own["seconds"].items())
+            sides = "-" if len(own["seconds"]) > 4 else sides or "-"
+            low, high = sorted(case["load"])
+            cells = [own["what"], sides, f"{own['ratio']:.3g}", f"{own['goal']:g}"]
+            cells += ["yes" if own["reached"] else "no", own["equal"], f"`{name}`"]
+            lines.append(f"| {' | '.join(cells)} | {low:g}-{high:g} |")
+    return "\n".join(lines)
+
+
+def profile_rows() -> str:
+    """Where a step of `tiny` goes, largest first."""
+    own = read("speed")["cases"]["tiny_step"]["rows"][0]["seconds"]
+    parts = sorted(own.items(), key=lambda part: -part[1])
+    return ", ".join(f"{name} {1000 * seconds:.0f}" for name, seconds in parts[:9])
+
+
+def short_table() -> str:
+    """The README's results, every number from a json file."""
+    rows = []
+    for name in ("demo/demo-6min", "demo/demo-15min"):
+        demo = read(name)
+        minutes, scores = f"{demo['minutes_in_all']:g} min", demo_scores(demo["ratios"][-1])
+        rows.append(f"| `{demo['command']}` | drawn scenes | {minutes} | {scores} |")
+    nuclei, overfit = read("nuclei"), read("overfit_8_coco_images")
+    minutes, scores = f"{nuclei['training_minutes']:.0f} min", run_scores(nuclei)
+    rows.append(f"| `mimdet train nuclei` | microscopy (DSB2018) | {minutes} | {scores} |")
+    rows.append(f"| eight photographs, memorised | COCO | - | {run_scores(overfit)} |")
+    return "\n".join(
+        [
+            "| what | data | two CPU cores | box / mask AP x 100 |",
+            "|---|---|---|---|",
+            *rows,
+        ]
+    )
+
+
+def context_row(arm: str) -> str:
+    row = next(row for row in read("claims/context")["rows"] if row["arm"] == f"kind={arm}")
+    return two_ap(row)
+
+
+def two_ap(row: dict[str, Any]) -> str:
+    return f"{row['box_ap']:.1f} | {row['mask_ap']:.1f}"
+
+
+def export_row(row: dict[str, Any]) -> str:
+    height, width = row.get("size", (0, 0))
+    pictures = f"{height} x {width}" if height else str(row["images"])
+    apart = " | ".join(f"{row[name]:.0e}" for name in ("boxes", "scores", "mask_probabilities"))
+    moved = f"{row['other'] + row.get('swapped', 0)}"
+    ratio = row.get("ratio", 0.25)
+    return f"| {row['model']} | {pictures} | {ratio} | {row['detections']} | {moved} | {apart} |"
+
+
+def long_tables() -> str:
+    """The results of docs/measurements.md, every number from a json file."""
+    short, long = read("demo/demo-6min"), read("demo/demo-15min")
+    seeds, floor, nuclei = read("demo/seeds"), read("floor"), read("nuclei")
+    collapsed = read("demo/encoder_collapse")["runs"][0]
+    level = floor["levels"]["shapes-v1-medium@128/r1"]
+    overfit, baselines = read("overfit_8_coco_images"), read("baselines")
+    from_mae = read("reliance_tiny_from_mae")
+    relies, first, rates = read("reliance_tiny"), read("reliance_first_tiny"), read("rates")
+    probes = {name: read(f"reliance_{name}")["probe"] for name in ("tiny", "tiny_mae")}
+    conditions = [name for name in relies["box_ap"] if name.endswith(("token", "tokens"))]
+    conditions += ["c4: another", "c4: mean", "encoder: mean", "fill: zero"]
+    cards = read_json(ROOT / "mimdet/pretrained/cards.json")
+    masked, filled = read("fill_mask_token"), read("fill_stem")
+    kernels, speed, tiles = read("kernels"), read("speed"), read("tiles")
+    exported, start = read("export"), read("own_start")
+    tried = read("c4_first_tried")["rows"]
+    exponents = ", ".join(
+        f"{name} {value:.2f} ({read('growth')['expected'][name]})"
+        for name, value in read("growth")["exponents"].items()
+    )
+    order = sorted(baselines["rows"], key=lambda row: row["box_ap"], reverse=True)
+    backbones = [
+        f"| `{r['preset']}` | {r['box_ap']} / {r['mask_ap']} | {r['cpu_minutes']} |" for r in order
+    ]
+    spread = ", ".join(f"{percent(r['box'])} / {percent(r['mask'])}" for r in seeds["runs"])
+    rows = [
+        demo_row(short),
+        demo_row(long),
+        f"| colour threshold + connected components | - | - | | | - / {level['mask_ap']:.1f} |",
+    ]
+    return f"""## Drawn scenes
+
+ShapesCOCO `{short["environment"]["data"]}`: 12 classes, 3-10 objects a scene, \
+{100 * level["small"]:.0f} % of them small, {100 * level["occluded"]:.0f} % partly occluded;
+200 held-out scenes, from scratch, trained at ratio 0.5, still with version 2's fill and two decoder
+blocks. AP x 100, box / mask, mean ± standard deviation of 2 draws of the tokens;
+{short["hardware"]}:
+
+| command | time | scenes seen | ratio 0.25 | ratio 0.5 | ratio 1 |
+|---|---|---|---|---|---|
+{chr(10).join(rows)}
+
+![AP against the share of tokens kept](../notebooks/results/demo/ratios.png)
+
+AP still rises steeply after six minutes, so a faster machine reaches more. Runs this short differ:
+{len(seeds["runs"])} seeds of the first row's training gave {spread} at ratio 1
+(`demo/seeds.json`).
+
+## Does the detector use its encoder?
+
+Box AP of the detector that comes with the package when its encoder sees fewer tokens, and when a
+part of what it computes is exchanged (`another`: that of another image; `mean`: its mean over the
+places; fill: at ratio 0.25). Beside it the one that came before it, which had the fill of the
+paper's version 2, the stem's own tokens at places that were left out, and two decoder blocks.
+200 held-out scenes (`python tools/measure_reliance.py tiny`, `reliance_tiny.json`,
+`reliance_first_tiny.json`):
+
+| condition | `tiny` | small | medium | large | version 2's fill | small | medium | large |
+|---|---|---|---|---|---|---|---|---|
+{chr(10).join(reliance_row(name, relies, first) for name in conditions)}
+
+The two differ in recipe, start and decoder too. The fill alone, `tiny` from random weights after
+{masked["images"]:,} scenes, one seed (`fill_mask_token.json`, `fill_stem.json`; box AP):
+
+| fill | one token | 10 % | 25 % | half | all |
+|---|---|---|---|---|---|
+| one learned vector (version 1) | {ratios_row(masked)} |
+| the stem's tokens (version 2) | {ratios_row(filled)} |
+
+So version 1's fill makes the encoder work: AP rises with the tokens that it sees, and large objects
+depend on it. With version 2's the decoder has every token already, and the encoder is passed by.
+The paper's models start from 1,600 epochs on ImageNet; whether theirs is used in version 2 can be
+measured with the released weights (`python tools/measure_reliance.py FILE`). Small objects hardly
+notice c4 with either, as long as it is one that the detector knows: with zeros in its place `tiny`
+falls to {relies["box_ap"]["c4: zero"]["AP_small"]:.1f} there.
+
+**What its tokens hold is little all the same.** They vary in few directions (effective rank, of
+128; c4: of 96), and a linear classifier tells the class of an object from the mean token inside its
+mask in {probe_words(probes["tiny_mae"]["encoder"])} after the encoder of
+`tiny_mae`, in {probe_words(probes["tiny"]["encoder"])} after that of `tiny`, in
+{probe_words(probes["tiny"]["c4"])} from c4:
+
+| | stem | with random weights | encoder | with random weights | c4 | with random weights |
+|---|---|---|---|---|---|---|
+{rank_row("effective rank, `tiny`", relies)}
+
+So c4 seems to say that something is there and how far it reaches, and the heads to read from c2 and
+c3 what it is. Lower learning rates keep more directions, at lower AP after as many steps
+(`rates.json`, {rates["rows"][0]["steps"]} steps without a decoder block, one seed):
+
+| learning rate, multiplier | rank: stem | encoder | c4 | box AP |
+|---|---|---|---|---|
+{chr(10).join(rate_row(row) for row in rates["rows"])}
+
+Few directions are an obstacle. In the scenes of `shapes-v2-context` the colour of a far lamp names
+the objects. Asked for that colour alone, by one linear layer on c4 in an object's box, the backbone
+learns it at once from random weights, and slowly from those that the detector `tiny` ended with
+(`python tools/measure_transport.py [--start tiny]`, one seed; a guess is right in a third):
+
+| scenes seen | random weights: right | rank of c4 | `tiny`: right | rank of c4 |
+|---|---|---|---|---|
+{transport_rows()}
+
+**So c4 is taught first.** 250 batches on which the backbone is trained by nothing but a loss in
+which c4 alone tells the classes, at a low rate that keeps its directions, and then that loss beside
+the others (`training.c4_first`, `detector.c4_loss`; the paper has neither). Box AP on
+`shapes-v2-context` after 9,600 scenes, and 1,000 more where c4 was first; one seed
+([the grid](../notebooks/ablations/context.py)):
+
+| | box AP | mask AP |
+|---|---|---|
+| only the stem is heard: c4 and c5 are silenced in training and evaluation | \
+{context_row("without_transformer,c4_loss=0,c4_first=0")} |
+| as the paper trains | {context_row("mimdet,c4_loss=0,c4_first=0")} |
+| c4 taught first | {context_row("mimdet,c4_loss=2,c4_first=250")} |
+| tried: the loss alone, with weight {tried[0]["c4_loss"]:g} | {two_ap(tried[0])} |
+| tried: c4 first at a rate of {tried[1]["rate_of_c4_first"]:g}, which leaves it few directions | \
+{two_ap(tried[1])} |
+
+Whether it also helps where nothing far away is asked for has not been measured.
+
+**And the autoencoder does not help here**: after {cards["tiny"]["images_seen"]:,} scenes `tiny`,
+from random weights, has {cards["tiny"]["box_ap"]:.1f} box AP, `tiny_from_mae`
+{cards["tiny_from_mae"]["box_ap"]:.1f}, one seed each. It uses its encoder less, too:
+
+| condition | `tiny_from_mae` | small | medium | large |
+|---|---|---|---|---|
+{chr(10).join(reliance_row(name, from_mae) for name in conditions)}
+
+From random weights the encoder learns late. In an earlier recipe, with one learning rate for all
+parts, it once gave every token the same output: the detector lived on the stem's tokens at places
+that were *not* sampled, and at ratio 1, where there are none, it fell to
+{collapsed["box_ap_ratio_1"]} box AP from {collapsed["box_ap_ratio_0.25"]} at 0.25
+(`demo/encoder_collapse.json`).
+
+## The tiny presets side by side
+
+After {baselines["rows"][0]["images"]:,} scenes from random weights, one seed each
+(`baselines.json`); `tiny`, `tiny_no_decoder` and `tiny_patch_stem` still with version 2's fill, and
+`tiny` with two decoder blocks. Nothing about large models follows from it:
+
+| preset | box / mask AP x 100 | minutes of one core |
+|---|---|---|
+{chr(10).join(backbones)}
+
+## Microscopy
+
+DSB2018, 270 training images, 60 held out: from scratch on two cores (`nuclei.json`), and as
+`mimdet start` proposed, from the detector of drawn scenes, which had said 10.0 minutes
+(`own_start.json`); one seed each:
+
+| command | time | box AP | mask AP | floor: Otsu threshold + components |
+|---|---|---|---|---|
+| `torchrun --nproc-per-node 2 -m mimdet train nuclei runs/nuclei --train-json ... ` | \
+{nuclei["training_minutes"]:.0f} min | {ap(nuclei, "box")} | {ap(nuclei, "mask")} | 33.5 |
+| `{start["command"]}`, one core | {start["minutes_in_all"]:.0f} min | {ap(start, "box")} | \
+{ap(start, "mask")} | 33.5 |
+
+What `mimdet start` begins with, tried on the same pictures: `tiny` after
+{read("own_random")["steps"]} steps at 256 pixels, on the first 30 held-out ones, one seed
+(`own_random.json`, `own_batch.json`, `own_group.json`):
+
+| begun from | norm | box AP | mask AP |
+|---|---|---|---|
+| random weights | batch | {boxes_and_masks("own_random")} |
+| the detector of drawn scenes | batch | {boxes_and_masks("own_batch")} |
+| the same | group | {boxes_and_masks("own_group")} |
+
+## Large pictures
+
+{tiles["rows"][1]["images"]} mosaics of 8 x 8 drawn scenes, {tiles["pixels"]:,} pixels wide, with \
+{tiles["objects"]:,} objects; `tiny`, which saw such scenes one
+by one at twice their size (`{tiles["command"]}`,
+{tiles["hardware"]}, one of them). AP x 100; seconds are the CPU's, a picture:
+
+| the picture | options of `predict` | box AP | AP50 | small | mask AP | seconds |
+|---|---|---|---|---|---|---|
+{chr(10).join(map(tile_row, tiles["rows"]))}
+
+At its own size the detector sees objects of a few pixels. In tiles, at the size at which it was
+trained, it finds nearly what it finds in the scenes alone, in less than half of the time of the
+whole picture at that size, whose attention reaches over 16,384 tokens at a time.
+
+## What a larger canvas changes
+
+A larger canvas changes an image's result, because GroupNorm, position tables and decoder see the
+padding, as in the paper. Measured on three pairs with an earlier six-minute run
+(`canvas_effect.json`):
+{canvas_sentence(read("canvas_effect")["pairs"])}.
+So `predict` and `evaluate` never mix padded sizes.
+
+## An exported model
+
+onnxruntime beside `mimdet.predict` (`{exported["command"]}`, `export.json`): the same labels in the
+same order, and the largest difference of any detection. Sampled tokens are the same on both sides;
+of `mimdet_base` neighbours may change places whose scores are closer than 1e-4:
+
+| model | pictures | ratio | detections | in another order | boxes, px | scores | masks |
+|---|---|---|---|---|---|---|---|
+{chr(10).join(export_row(row) for row in exported["rows"] if "boxes" in row)}
+
+What the autoencoder paints differs by at most \
+{max(row.get("painted", 0) for row in exported["rows"]):.0e}.
+
+## A step as a GPU sees it
+
+Operations that become kernels, and those for which the host waits, forward and backward, counted on
+a CPU (`{kernels["command"]}`, `kernels.json` with the parts of a step). Before: matching, drawing
+and proposals went image by image.
+
+| images | kernels before | waits before | kernels | waits |
+|---|---|---|---|---|
+{chr(10).join(kernels_row(images, kernels) for images in kernels["steps"])}
+
+## Speed against its goals
+
+CPU seconds of one thread, both sides in turns in one process, and whether they give equal results
+(`python -m tools.bench`, `speed.json`; the load of the machine before and after each case is in the
+last column, {next(iter(speed["cases"].values()))["hardware"]}). A ratio is the other side's time
+over the kit's and should reach the goal; of the encoder it is the share of the ideal. A step, a
+plan's error and a start should stay below theirs. `--list` names all cases; those without a row
+were not run on this version:
+
+| what | CPU seconds | ratio | goal | reached | equal | case | load |
+|---|---|---|---|---|---|---|---|
+{speed_rows()}
+
+A step of `tiny`, in ms (`mimdet profile tiny`): {profile_rows()}.
+
+How the time of a step of `tiny` grows (`python -m tools.bench.growth`, `growth.json`): {exponents}.
+
+![Time of a step against what it is given](../notebooks/results/growth.png)
+
+## Is the whole chain right?
+
+Eight real COCO photographs, memorised (`--limit-train 8 --limit-val 8 --augment none`, the exact
+command in `overfit_8_coco_images.json`), reach {run_scores(overfit)} box / mask AP."""
+
+
+def fine_tuning_table() -> str:
+    """What the starts of notebooks/ablations/fine_tuning.py are worth; three arms a row."""
+    result = Experiment.from_json(RESULTS / "fine_tuning.json")
+    base, lines = result.base, []
+    for start in range(0, len(result.arms), 3):
+        arms, seeds = result.arms[start : start + 3], []
+        cells = [str(arms[0].values["data.limit_train"])]
+        for arm in arms:
+            kinds = ("box_ap", "mask_ap")
+            found = [mean_interval([*result.scores(arm.label, 1.0, k).values()]) for k in kinds]
+            cells.append(" / ".join(mean_text(interval._asdict()) for interval in found))
+            seeds.append(str(found[0].n))
+        for arm in arms[1:]:
+            own = result.difference((arm.label, 1.0), (arms[0].label, 1.0))
+            ends = {"difference_low": own.low, "difference_high": own.high}
+            cells.append(difference_text({"difference": own.mean} | ends))
+        lines.append(f"| {' | '.join(cells)} | {', '.join(seeds)} |")
+    cpu = result.table.groupby("arm")["cpu_seconds"].mean() / 60
+    return f"""Nuclei (DSB2018), {base.training.steps} steps of `tiny` at
+{base.data.test_short_side} pixels as `mimdet start` proposes it, judged on {base.data.limit_val}
+held-out pictures ([the grid](../../notebooks/ablations/fine_tuning.py), `fine_tuning.json`;
+{result.about["hardware"]}, {cpu.min():.1f} to {cpu.max():.1f} CPU minutes
+a training). Box AP / mask AP x 100, mean ± standard deviation; then the difference in box AP to
+random weights, paired by seed, with its 95 % t-interval where there are two seeds; last the seeds
+of the three starts:
+
+| pictures | random weights | `tiny` | `tiny`, stem and encoder frozen | `tiny` | frozen | seeds |
+|---|---|---|---|---|---|---|
+{chr(10).join(lines)}"""
