@@ -244,8 +244,8 @@ class TrainingConfig:
     """Batches from which a new stem first learns, without labels, to give the tokens that the
     autoencoder's patch embedding gives; 0 = it starts at random, as in the paper."""
     c4_first: int = 0
-    """Batches on which the backbone is trained by `detector.c4_loss` alone, before all else; 0 =
-    none, as in the paper."""
+    """Batches on which the backbone is trained by `detector.c4_loss` alone, before all else, in the
+    first of several processes; 0 = none, as in the paper."""
     threads: int = 0
     """CPU threads of a process; 0 = PyTorch's choice. More than one pays on idle cores only."""
     compile: bool = False

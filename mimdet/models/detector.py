@@ -91,10 +91,10 @@ class Detector(nn.Module):
     ) -> Any:
         """images: uint8 (3, h, w) RGB, any sizes.
 
-        With targets -> dict of loss_rpn_cls, loss_rpn_loc, loss_cls, loss_box_reg, loss_mask
-        (float32 scalars); without -> list of Detections in the pixels of these images, or of the
-        canvas where there is one. `sampling` says which tokens the encoder sees; a ready `sample`
-        is short for `Sampling(sample=sample)`.
+        With targets -> dict of loss_rpn_cls, loss_rpn_loc, loss_cls, loss_box_reg, loss_mask and,
+        where `detector.c4_loss` asks for it, loss_c4 (float32 scalars); without -> list of
+        Detections in the pixels of these images, or of the canvas where there is one. `sampling`
+        says which tokens the encoder sees; a ready `sample` is short for `Sampling(sample=sample)`.
         """
         batch = self.batch(images)
         maps = self.features(batch, sampling if sample is None else Sampling(sample=sample))

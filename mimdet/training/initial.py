@@ -1,6 +1,7 @@
 """The weights a training begins with, of an autoencoder or a detector: what is kept or new."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -129,6 +130,8 @@ def check_frozen(model: Detector, cfg: TrainingConfig, report: LoadReport) -> No
         )
     if cfg.align_stem and {"backbone", "backbone.stem"} & parts.keys():
         raise ValueError("training.align_stem teaches the stem that training.freeze keeps")
+    if cfg.c4_first and any(part.partition(".")[0] == "backbone" for part in parts):
+        raise ValueError("training.c4_first teaches the backbone that training.freeze keeps")
 
 
 def align_stem(
@@ -169,25 +172,24 @@ def align_stem(
     return errors
 
 
-def teach_c4(model: Detector, batches: Sequence[MicroBatch], rate: float = 3e-4) -> list[float]:
-    """Train the backbone by the loss on c4 alone (`detector.c4_loss`), a step for every batch.
+def teach_c4(
+    model: Detector, batches: Iterable[MicroBatch], count: int, rate: float = 3e-4
+) -> list[float]:
+    """Train the backbone by the loss on c4 alone (`detector.c4_loss`), a step for each of `count`
+    batches, in this process alone.
 
-    What is far away is learnt in a few hundred such steps, and hardly ever beside the losses of
-    boxes and masks, which leave c4 few directions to vary in. -> the loss of every step. ValueError
-    for a detector without that loss.
+    What is far away is learnt in a few hundred such steps, and hardly beside the losses of boxes
+    and masks. The rate is low, so that c4 keeps directions to vary in (docs/measurements.md).
+    -> the loss of every step.
     """
-    if not batches:
-        return []
-    if model.c4_classes is None:
-        raise ValueError(
-            f"training.c4_first={len(batches)} trains with the loss on c4: give detector.c4_loss "
-            "a weight above 0"
-        )
-    learning = nn.ModuleList([model.backbone, model.c4_classes]).train()
+    from tqdm import tqdm
+
+    assert model.c4_classes is not None  # check_start
+    learning = nn.ModuleList([model.backbone, model.c4_classes])
     optimizer = torch.optim.AdamW(learning.parameters(), rate, (0.9, 0.98), weight_decay=0.05)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / C4_WARMUP, total_iters=C4_WARMUP)
     losses = []
-    for batch in batches:
+    for batch in tqdm(batches, "c4 alone", count, unit="step", file=sys.stdout, mininterval=1):
         images = model.batch(batch.images)
         targets = [target.to(images.tensors.device) for target in batch.targets]
         loss = model.c4_classes.loss(model.features(images)["c4"], targets)
@@ -197,5 +199,5 @@ def teach_c4(model: Detector, batches: Sequence[MicroBatch], rate: float = 3e-4)
         optimizer.step()
         warmup.step()
         losses.append(float(loss.detach()))
-    print(f"c4 alone: a loss of {losses[0]:.2f} before, {losses[-1]:.2f} after {len(losses)} steps")
+    print(f"c4 alone: a loss of {losses[0]:.2f} before, {losses[-1]:.2f} after {count} steps")
     return losses

@@ -206,13 +206,14 @@ class DetectorTrainer(Trainer):
         if t.init_from not in ("", RANDOM):
             report = initialise(self.model, t.init_from, t.init_decoder)
             check_frozen(self.model, t, report)
-            align_stem(self.model, t.init_from, self.first_batches(t.align_stem))
-        teach_c4(self.model, self.first_batches(t.c4_first))
+            align_stem(self.model, t.init_from, list(self.first_batches(t.align_stem)))
+        if t.c4_first:
+            teach_c4(self.model, self.first_batches(t.c4_first), t.c4_first)
         write_json(self.run.path / "categories.json", category_entries(self.model))
 
-    def first_batches(self, count: int) -> list[MicroBatch]:
+    def first_batches(self, count: int) -> Iterator[MicroBatch]:
         batches = (batch for step in self.loader.batches(0, count) for batch in step)
-        return list(islice(batches, count))
+        return islice(batches, count)
 
     def losses(self, batch: MicroBatch) -> dict[str, Tensor]:
         return self.replica(batch.images, batch.targets)
@@ -252,12 +253,18 @@ def rows_from_training(run: str | Path, model: Detector, dataset: Dataset) -> li
 
 
 def check_start(cfg: Config) -> str:
-    """ValueError for a recipe that starts from a masked autoencoder, and is given none; and for a
-    stem that is to be aligned with none. -> what is to be said where random weights are meant."""
+    """ValueError for a recipe that starts from a masked autoencoder, and is given none; for a stem
+    that is to be aligned with none; and for a c4 to be taught first without a loss. -> what is to
+    be said where random weights are meant."""
     if cfg.training.align_stem and cfg.training.init_from in ("", RANDOM):
         raise ValueError(
             "training.align_stem fits the stem to an autoencoder's patch embedding, and "
             "training.init_from names none: give it (--init-from FILE), or set align_stem=0"
+        )
+    if cfg.training.c4_first and not cfg.detector.c4_loss:
+        raise ValueError(
+            f"training.c4_first={cfg.training.c4_first} trains the backbone with the loss on c4: "
+            "give detector.c4_loss a weight above 0"
         )
     assumed = cfg.preset.startswith(STARTS_FROM_MAE)
     if assumed and not cfg.training.init_from:

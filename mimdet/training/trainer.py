@@ -39,7 +39,7 @@ class Step:
     """Steps done so far."""
     total: int
     losses: dict[str, float]
-    """The five losses, averaged over the step's micro-batches."""
+    """The losses of `Detector.forward`, averaged over the step's micro-batches."""
     loss: float
     grad_norm: float
     rate: float

@@ -274,14 +274,16 @@ def test_frozen_parts_end_as_they_began(tmp_path, capsys):
         (("encodr",), "first", "no part 'encodr'; there are .*stem, encoder, decoder"),
         (("backbone", "neck", "rpn", "roi_heads"), "first", "nothing left to train"),
         (("encoder",), "", r"training.init_from names no weights .*\(--init-from\)"),
+        (("encoder",), "c4", "training.c4_first teaches the backbone that training.freeze keeps"),
         (("stem", "roi_heads"), "first", "holds nothing for .* first roi_heads.box_head.cls_score"),
     ],
 )
 def test_what_cannot_be_frozen_is_said(tmp_path, names, source, said):
     first, cfg = small(1), small(1)
     first.data.shapes_level = "shapes-v1-easy"  # half of the classes
-    fit(first, "first", runs=tmp_path)
+    fit(first, source or "first", runs=tmp_path)
     cfg.training.init_from, cfg.training.freeze = source and str(tmp_path / source), names
+    cfg.detector.c4_loss = cfg.training.c4_first = int(source == "c4")
     with pytest.raises(ValueError, match=said):
         next(train(cfg, tmp_path / "second"))
 
@@ -479,12 +481,13 @@ def test_c4_learns_before_all_else(tmp_path):
     cfg = small(steps=1)
     cfg.training.c4_first = 30
     with pytest.raises(ValueError, match=r"c4_first=30 .* give detector.c4_loss a weight"):
-        next(train(cfg, tmp_path / "none"))
+        next(train(cfg, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
     cfg.detector.c4_loss = 1.0
     model = mimdet.build_detector(cfg)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     loader = TrainLoader(build_dataset(cfg.data, "train"), cfg.data, 2, 1, 0)
-    losses = teach_c4(model, [batch for step in loader.batches(0, 30) for batch in step])
+    losses = teach_c4(model, (batch for step in loader.batches(0, 30) for batch in step), 30)
     assert sum(losses[-5:]) < 0.97 * sum(losses[:5])
     moved = {k.partition(".")[0] for k, v in model.state_dict().items() if not v.equal(before[k])}
     assert moved == {"backbone", "c4_classes"}
