@@ -77,7 +77,6 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=400, help=f"of {BATCH} scenes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rate", type=float, default=RATE)
     parser.add_argument(
         "--start", default="", help="a detector's run whose backbone it begins with"
     )
@@ -97,7 +96,7 @@ def main() -> None:
             rows.append({"step": step, "scenes": step * BATCH, **measured(model, held_out)})
             print(*(f"{name} {value:.3g}" for name, value in rows[-1].items()), flush=True)
         for group in optimizer.param_groups:
-            group["lr"] = options.rate * min(1.0, (step + 1) / WARMUP)
+            group["lr"] = RATE * min(1.0, (step + 1) / WARMUP)
         images, boxes, colours = lit_objects(train, range(step * BATCH, (step + 1) * BATCH))
         loss = cross_entropy(model(images, boxes)[0], colours)
         optimizer.zero_grad()
@@ -108,9 +107,8 @@ def main() -> None:
         command = "python tools/measure_transport.py" + f" --start {options.start}" * bool(
             options.start
         )
-        command += f" --rate {options.rate:g}" * (options.rate != RATE)
         about = {"command": command, "steps": options.steps, "data": train.version}
-        about |= {"hardware": hardware_text([]), "seed": options.seed, "rate": options.rate}
+        about |= {"hardware": hardware_text([]), "seed": options.seed, "rate": RATE}
         about["start"] = options.start or "random weights"
         write_json(options.out, about | {"rows": rows})
 

@@ -179,8 +179,7 @@ def teach_c4(
     batches, in this process alone.
 
     What is far away is learnt in a few hundred such steps, and hardly beside the losses of boxes
-    and masks. The rate is low, so that c4 keeps directions to vary in (docs/measurements.md).
-    -> the loss of every step.
+    and masks (docs/measurements.md). -> the loss of every step.
     """
     from tqdm import tqdm
 
