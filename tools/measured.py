@@ -273,7 +273,8 @@ learns it at once from random weights, and slowly from those that the detector `
 **So c4 is taught first.** 250 batches on which the backbone is trained by nothing but a loss in
 which c4 alone tells the classes, at a low rate, and then that loss beside the others
 (`training.c4_first`, `detector.c4_loss`; the paper has neither). On `shapes-v2-context` after 9,600
-scenes, and 1,000 more where c4 was first; one seed, on which the numbers were chosen ([the grid](../notebooks/ablations/context.py)):
+scenes, and 1,000 more where c4 was first; one seed, on which the numbers were chosen
+([the grid](../notebooks/ablations/context.py)):
 
 | | box AP | mask AP |
 |---|---|---|
@@ -282,8 +283,8 @@ scenes, and 1,000 more where c4 was first; one seed, on which the numbers were c
 | as the paper trains | {context_row("mimdet,c4_loss=0,c4_first=0")} |
 | c4 taught first | {context_row("mimdet,c4_loss=2,c4_first=250")} |
 | tried: the loss alone, with weight {tried[0]["c4_loss"]:g} | {two_ap(tried[0])} |
-| tried: c4 first at a rate of {tried[1]["rate_of_c4_first"]:g}, then weight {tried[1]["c4_loss"]:g} | \
-{two_ap(tried[1])} |
+| tried: c4 first at a rate of {tried[1]["rate_of_c4_first"]:g}, then weight \
+{tried[1]["c4_loss"]:g} | {two_ap(tried[1])} |
 
 The tries differ from the chosen one in more than one number, so which of them matters is not known;
 nor whether this helps where nothing far away is asked for.

@@ -10,7 +10,7 @@ from mimdet import cli
 from mimdet.config import load_config
 from mimdet.data.coco import CocoDataset
 from mimdet.training import proposal as module
-from mimdet.training.proposal import Proposal, choose_length, choose_size, find_files
+from mimdet.training.proposal import Proposal, choose_length, choose_size, find_files, sizes_of
 from mimdet.viz import show_sizes
 from tests.unit.test_formats import coco, frames, voc
 
@@ -47,6 +47,21 @@ def test_size_by_hand(tmp_path):
     assert cfg.data.test_short_side == 512 and cfg.data.short_sides == (448, 512, 576)
     assert cfg.detector.anchor_sizes == (24, 48, 96, 192, 384)  # objects of 20.48
     assert "(stored: 16, in pictures of 400)" in reasons["data.test_short_side"]
+
+
+def test_sizes_of_objects_by_hand(tmp_path):
+    """Boxes of 4 x 4 in images of 8 x 8, of 2 x 8 in one of 8 x 32, and a crowd that counts for
+    nothing: all are half of the short side."""
+    path = frames(tmp_path, 1, 3)
+    content = json.loads(path.read_text())
+    content["images"][1]["width"], content["annotations"][1]["bbox"] = 32, [0, 0, 8, 2]
+    crowd = {"id": 9, "bbox": [0, 0, 8, 8], "area": 64, "iscrowd": 1}
+    content["annotations"].append(content["annotations"][0] | crowd)
+    for image in content["images"]:
+        (tmp_path / image["file_name"]).touch()
+    path.write_text(json.dumps(content))
+    shares, most = sizes_of(CocoDataset(path, tmp_path))
+    assert shares.tolist() == [0.5, 0.5, 0.5] and most == 1
 
 
 def test_from_a_folder_to_a_run(tmp_path, monkeypatch, capsys):
