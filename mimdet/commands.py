@@ -1,5 +1,6 @@
 """The subcommands of `mimdet`, a function each: arguments are options, docstrings the help."""
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -167,23 +168,33 @@ def ablate(
         table: Train nothing; the table is of what is complete.
         out: The json with everything; default RUNS/NAME/result.json.
     """
-    from mimdet.experiments.experiment import ablate
+    from mimdet.experiments.experiment import experiment, join_known, read_grid
+    from mimdet.experiments.runs import plan
     from mimdet.viz.experiments import save_figures
 
-    result = ablate(
-        file,
-        runs=runs,
-        seeds=seeds,
-        processes=processes,
-        part=part,
-        known=known,
-        dry_run=dry_run,
-        table=table,
-        out=out,
-    )
-    if result is not None:
-        for path in save_figures(result, result.folder):
-            print(f"figure: {path}")
+    numbers = re.fullmatch(r"(\d+)/(\d+)", part)
+    if not numbers:
+        raise ValueError(f"--part {part}: write which part of how many, such as 3/8")
+    arguments = {"name": Path(file).stem, **read_grid(file), "runs": runs}
+    if seeds:
+        arguments["seeds"] = seeds
+    if dry_run:
+        planned = plan(**arguments)
+        _, done = join_known(known, arguments["base"], planned)
+        for run in planned:
+            state = "known" if (run.arm.label, run.seed) in done else "to do"
+            state = "complete" if run.complete() else state
+            print(f"{run.path}  {run.steps} steps, evaluated at {list(run.ratios)}: {state}")
+        return
+    which = (int(numbers[1]), int(numbers[2]))
+    options = {"processes": processes, "part": which, "known": known, "train": not table}
+    result = experiment(**arguments, **options)
+    result.command = f"mimdet ablate {file}" + (f" --seeds {seeds}" if seeds else "")
+    written = Path(out) if out else result.folder / "result.json"
+    result.to_json(written)
+    print(f"{result.markdown()}\n\nresult: {written}")
+    for path in save_figures(result, result.folder):
+        print(f"figure: {path}")
 
 
 def cost(
@@ -283,18 +294,10 @@ def download(
         print(table())
 
 
-_FUNCTIONS = (demo, start, plan, profile, train, resume, pretrain, evaluate, predict, errors)
 COMMANDS: dict[str, Callable[..., object]] = {
     command.__name__.replace("_", "-"): command
     for command in (
-        *_FUNCTIONS,
-        ablate,
-        cost,
-        export,
-        playground,
-        check_data,
-        convert,
-        split,
-        download,
+        *(demo, start, plan, profile, train, resume, pretrain, evaluate, predict, errors),
+        *(ablate, cost, export, playground, check_data, convert, split, download),
     )
 }

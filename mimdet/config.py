@@ -6,10 +6,9 @@ AttributeError because the classes have slots. The command line, the notebooks a
 `config.json` of a run are all made from these fields.
 """
 
-import dataclasses
 import json
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -184,6 +183,10 @@ class DataConfig:
     """Loader processes per training process; 0 loads in the training process."""
 
 
+RANDOM = "random"
+"""As `training.init_from`: deliberately no weights."""
+
+
 @dataclass(slots=True)
 class TrainingConfig:
     """The recipe: how long, how fast, how large a batch."""
@@ -255,6 +258,11 @@ class TrainingConfig:
     """`auto` = cuda, then cpu; or any torch device."""
     answer_minutes: float = 10.0
     """One of several processes may keep the others waiting so long; then all of them end."""
+
+    @property
+    def step_images(self) -> int:
+        """Images of one optimiser step."""
+        return self.batch_size * self.accumulate
 
 
 @dataclass(slots=True)
@@ -344,7 +352,7 @@ SLOTS = {
 
 def to_dict(cfg: Any) -> dict[str, Any]:
     """A configuration (this one, or another dataclass of sections) as nested dictionaries."""
-    return dataclasses.asdict(cfg)
+    return asdict(cfg)
 
 
 def from_dict(values: Any, kind: type = Config) -> Any:
@@ -416,11 +424,8 @@ MODEL_PART = "model_part"
 
 def model_part(cfg: Any) -> str:
     """What a model's numbers depend on besides its weights, as json that is stored with them."""
-    own = {
-        name: value
-        for name, value in flat(cfg).items()
-        if name.startswith(("backbone.", "detector.", "mae.")) or name in AT_USE
-    }
+    parts = ("backbone.", "detector.", "mae.")
+    own = {k: v for k, v in flat(cfg).items() if k.startswith(parts) or k in AT_USE}
     return json.dumps({name: own[name] for name in own if name not in WHILE_TRAINING})
 
 

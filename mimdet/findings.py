@@ -124,12 +124,15 @@ def evaluate(
 
 def load_run(run: str, checkpoint: str, device: str, trust_code: bool) -> "Detector":
     """The detector of a run or a file, on a device, with the threads of its training."""
+    import torch
+
+    from mimdet.processes import pick_device
     from mimdet.training.run import load_detector
-    from mimdet.training.trainer import pick_device, use_threads
 
     device = str(pick_device(device))
     model = load_detector(run, checkpoint=checkpoint, trust_code=trust_code, device=device)
-    use_threads(model.config.training.threads)
+    if model.config.training.threads:
+        torch.set_num_threads(model.config.training.threads)
     return model
 
 
@@ -374,7 +377,7 @@ def _results_of(
     from mimdet.analysis.metrics import read_results
     from mimdet.data.coco import build_dataset
     from mimdet.models.checkpoint_files import shipped
-    from mimdet.training.inputs import stored_config
+    from mimdet.training.run import stored_config
     from mimdet.training.slots import load_slots
 
     file = Path(source)

@@ -27,9 +27,9 @@ from mimdet.data.scenes import LEVELS
 from mimdet.downloads import files_named
 from mimdet.images import read_image
 from mimdet.presets import mimdet_base, tiny
-from mimdet.processes import usable_cores
+from mimdet.processes import pick_device, seed_all, usable_cores
 from mimdet.structures import Record, Target
-from mimdet.training.trainer import Step, pick_device, seed_all
+from mimdet.training.trainer import Step
 
 if TYPE_CHECKING:
     from mimdet.models.detector import Detector

@@ -7,6 +7,7 @@ processes all of them must call the same functions in the same order.
 """
 
 import atexit
+import multiprocessing
 import os
 import platform
 import time
@@ -20,6 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from mimdet.config import TrainingConfig
+from mimdet.console import Failed
 
 T = TypeVar("T")
 
@@ -56,6 +60,49 @@ def join(answer_minutes: float = ANSWER_MINUTES) -> None:
     _waiting.seconds = 60 * answer_minutes
     _store().set(f"process {rank()}", f"process {rank()} ({os.getpid()} on {platform.node()})")
     atexit.register(dist.destroy_process_group)
+
+
+def set_up(cfg: TrainingConfig) -> None:
+    """What every training begins with: the other processes, the seed, the CPU threads.
+
+    Failed in a process that imports the user's script again, as those do that are not forked.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise Failed(
+            "this script starts a training when another process only imports it: put the training "
+            'under `if __name__ == "__main__":`'
+        )
+    join(cfg.answer_minutes)
+    pick_device(cfg.device)
+    seed_all(cfg.seed)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+
+
+def seed_all(*numbers: int) -> None:
+    """Seed PyTorch's generators from a tuple of numbers, on every device."""
+    mixed = 0
+    for number in numbers:
+        mixed = (mixed * 1_000_003 + number + 1) % (1 << 63)
+    torch.manual_seed(mixed)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this name. ValueError, with those that there are, where it cannot be used."""
+    if name == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    if name == "auto":
+        return torch.device("cuda", torch.cuda.current_device())
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        there = ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        there += ["mps"] if torch.backends.mps.is_available() else []
+        raise ValueError(
+            f"device={name!r} (--device) is not on this machine; there are {', '.join(there)}"
+        ) from error
+    return device
 
 
 def rank() -> int:

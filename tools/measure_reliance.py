@@ -35,7 +35,8 @@ from mimdet.files import write_json
 from mimdet.models.backbones import MIMDetBackbone
 from mimdet.models.detector import Detector
 from mimdet.models.mae import MAE
-from mimdet.training.run import MAE_FILE, load_detector
+from mimdet.training.checkpoints import MAE_FILE
+from mimdet.training.run import load_detector
 
 LOOKED_AT = 20
 """Images whose tokens' deviation is measured."""

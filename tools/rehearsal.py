@@ -32,10 +32,10 @@ from mimdet.files import write_json
 from mimdet.models.mae import MAE
 from mimdet.models.official import coco_classes, export_detectron2
 from mimdet.models.vit import recompute
+from mimdet.processes import pick_device
 from mimdet.structures import bitmap_to_rle
-from mimdet.training.inputs import briefing, default_processes
+from mimdet.training.briefing import briefing, default_processes
 from mimdet.training.optim import Schedule
-from mimdet.training.trainer import pick_device
 from tools import notebooks, stand_in_gpu
 
 GREY = 114

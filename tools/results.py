@@ -23,7 +23,7 @@ KEPT = ("mimdet", "git", "torch", "torchvision", "timm", "python", "seed", "data
 
 def collect(run: Path, command: str, hardware: str, note: str, minutes: float) -> dict[str, Any]:
     """What a run's own files say, without its weights and predictions."""
-    from mimdet.training.run import MetricsFile
+    from mimdet.training.checkpoints import MetricsFile
 
     rows = MetricsFile(run / "metrics.jsonl").read()
     steps = [row for row in rows if "loss" in row]

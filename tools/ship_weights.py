@@ -17,7 +17,8 @@ import mimdet
 from mimdet.data.shapes import ShapesCOCO
 from mimdet.experiments.results import hardware_text
 from mimdet.files import read_json, write_json
-from mimdet.training.run import MetricsFile, load_detector
+from mimdet.training.checkpoints import MetricsFile
+from mimdet.training.run import load_detector
 
 FOLDER = Path(mimdet.__file__).parent / "pretrained"
 SCENES = 200

@@ -1,6 +1,5 @@
 """`mimdet.experiment`: a grid of trainings with seeds that can be stopped and resumed."""
 
-import re
 import runpy
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,9 +7,16 @@ from typing import Any
 
 from mimdet.config import Config
 from mimdet.console import Failed
-from mimdet.experiments.grid import Grid
 from mimdet.experiments.results import Experiment, measured, read_known
-from mimdet.experiments.runs import GPU, ExperimentStopped, places_for, plan, run_all
+from mimdet.experiments.runs import (
+    GPU,
+    ExperimentStopped,
+    Grid,
+    PlannedRun,
+    places_for,
+    plan,
+    run_all,
+)
 
 
 def experiment(
@@ -60,8 +66,7 @@ def experiment(
     first, parts = part
     if not 1 <= first <= parts:
         raise ValueError(f"part={first}/{parts}: which part of how many, from 1/{parts} on")
-    found = [read_known(file, base, planned) for file in known]
-    done = {(row["arm"], row["seed"]) for other in found for row in other.table.to_dict("records")}
+    found, done = join_known(known, base, planned)
     own = planned[first - 1 :: parts] if train else []
     waiting = [run for run in own if not run.complete() and (run.arm.label, run.seed) not in done]
     errors: dict[str, str] = {}
@@ -91,49 +96,13 @@ def experiment(
     return result
 
 
-def ablate(
-    file: str | Path,
-    *,
-    runs: str | Path = "runs",
-    seeds: int = 0,
-    processes: int = 0,
-    part: str = "1/1",
-    known: Sequence[str | Path] = (),
-    dry_run: bool = False,
-    table: bool = False,
-    out: str | Path = "",
-) -> Experiment | None:
-    """Run the experiment that the Python file describes; print its table, write it as json.
-
-    The file defines `base` (a Config) and `grid`, and may define `seeds`, `name` (default: the
-    file's name), `evaluate_ratios` and `draws`, as `mimdet.experiment` takes them; it is executed.
-    seeds: another number than the file's. part: such as "3/8". known: as `mimdet.experiment` takes
-    them. table: train nothing, take what is complete. out: the json; default
-    RUNS/NAME/result.json. dry_run: only list the runs, and return None.
-    """
-    numbers = re.fullmatch(r"(\d+)/(\d+)", part)
-    if not numbers:
-        raise ValueError(f"--part {part}: write which part of how many, such as 3/8")
-    arguments = {"name": Path(file).stem, **read_grid(file), "runs": runs}
-    if seeds:
-        arguments["seeds"] = seeds
-    if dry_run:
-        for run in plan(**arguments):
-            state = "complete" if run.complete() else "to do"
-            print(f"{run.path}  {run.steps} steps, evaluated at {list(run.ratios)}: {state}")
-        return None
-    result = experiment(
-        **arguments,
-        processes=processes,
-        part=(int(numbers[1]), int(numbers[2])),
-        known=known,
-        train=not table,
-    )
-    result.command = f"mimdet ablate {file}" + (f" --seeds {seeds}" if seeds else "")
-    written = Path(out) if out else result.folder / "result.json"
-    result.to_json(written)
-    print(f"{result.markdown()}\n\nresult: {written}")
-    return result
+def join_known(
+    files: Sequence[str | Path], base: Config, planned: Sequence[PlannedRun]
+) -> tuple[list[Experiment], set[tuple[str, int]]]:
+    """The results in these json files, and (arm, seed) of each run that they hold."""
+    found = [read_known(file, base, planned) for file in files]
+    rows = [row for other in found for row in other.table.to_dict("records")]
+    return found, {(row["arm"], row["seed"]) for row in rows}
 
 
 def read_grid(file: str | Path) -> dict[str, Any]:

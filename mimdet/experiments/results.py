@@ -17,10 +17,9 @@ import pandas as pd
 from mimdet.analysis.cost import cost_of, markdown_table
 from mimdet.config import Config, flat, from_dict, to_dict
 from mimdet.console import Failed
-from mimdet.experiments.grid import Arm, short_names, value_text
-from mimdet.experiments.runs import PlannedRun, passes
+from mimdet.experiments.runs import Arm, PlannedRun, passes, short_names, value_text
 from mimdet.files import read_json, write_json
-from mimdet.training.run import MetricsFile
+from mimdet.training.checkpoints import MetricsFile
 
 NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 SCORES = {f"{kind}_{name.lower()}": (kind, name) for kind in ("box", "mask") for name in NAMES}
@@ -314,8 +313,7 @@ def result_rows(run: PlannedRun, lines: Rows, per_image: float) -> Rows:
     deviation. NaN where there are no objects of a size, or no masks. Times are of the training,
     with its own evaluations; CPU seconds leave loader processes out.
     """
-    t = run.cfg.training
-    images = run.steps * t.batch_size * t.accumulate
+    images = run.steps * run.cfg.training.step_images
     cost = {
         "steps": run.steps,
         "images": images,

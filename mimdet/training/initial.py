@@ -16,8 +16,8 @@ from mimdet.models.detector import Detector, read_categories
 from mimdet.models.official import coco_classes, detectron2_rules, from_detectron2
 from mimdet.models.rcnn import pad_and_normalise
 from mimdet.models.weights import LoadReport, load_mae, read_mae
+from mimdet.training.checkpoints import weights_of
 from mimdet.training.optim import frozen_parts
-from mimdet.training.run import weights_of
 
 SCORES = "roi_heads.box_head.cls_score"
 CLASS_ROWS = {

@@ -37,7 +37,8 @@ from mimdet.config import Config, PretrainConfig
 from mimdet.console import ERROR, Failed
 from mimdet.data.coco import build_dataset
 from mimdet.files import write_json
-from mimdet.training.inputs import default_processes, stored_config
+from mimdet.training.briefing import default_processes
+from mimdet.training.checkpoints import MetricsFile
 from mimdet.training.owner import (
     JOB,
     STATUS,
@@ -47,7 +48,7 @@ from mimdet.training.owner import (
     read_job,
     read_status,
 )
-from mimdet.training.run import LOG, MetricsFile, Run, TrainingStopped
+from mimdet.training.run import LOG, Run, TrainingStopped, stored_config
 from mimdet.training.slots import check_trust, name_dataset, read_slots
 from mimdet.training.train import adapt_to_data, check_start, summary
 

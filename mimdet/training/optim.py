@@ -19,8 +19,8 @@ def scaled_rate(cfg: TrainingConfig) -> float:
     rate = learning_rate * (batch / reference_batch) ^ exponent. The paper's two configurations
     (batch 64 at 8e-5, batch 16 at 4e-5) follow the square root.
     """
-    batch = cfg.batch_size * cfg.accumulate
-    return cfg.learning_rate * (batch / cfg.reference_batch) ** cfg.learning_rate_exponent
+    share = cfg.step_images / cfg.reference_batch
+    return cfg.learning_rate * share**cfg.learning_rate_exponent
 
 
 def parameter_groups(model: nn.Module, cfg: TrainingConfig) -> list[dict[str, Any]]:
@@ -136,7 +136,7 @@ class Schedule:
 
     def __init__(self, cfg: TrainingConfig, images: int) -> None:
         self.cfg, self.images = cfg, images
-        self.epoch = images / (cfg.batch_size * cfg.accumulate)
+        self.epoch = images / cfg.step_images
         """In steps."""
         self.total = cfg.steps or max(1, round(cfg.epochs * self.epoch))
         self.warmup = cfg.warmup_steps or round(cfg.warmup_epochs * self.epoch)

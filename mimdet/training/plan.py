@@ -23,12 +23,11 @@ from mimdet.data.loader import Dataset
 from mimdet.data.shapes import ShapesCOCO
 from mimdet.downloads import readable
 from mimdet.models.detector import build_detector
+from mimdet.processes import set_up
 from mimdet.structures import padded_size
-from mimdet.training.inputs import step_images
 from mimdet.training.optim import Schedule
 from mimdet.training.run import Run
 from mimdet.training.train import DetectorTrainer, adapt_to_data
-from mimdet.training.trainer import set_up
 
 RATIOS = (0.25, 0.5, 1.0)
 CARDS = (8, 16, 24, 48, 80, 141)
@@ -174,11 +173,12 @@ def forecast(
         measured,
         wanted,
         schedule.total,
-        step_images(cfg),
+        cfg.training.step_images,
         gpus,
         price,
         cfg.backbone.sample_ratio,
-        "; drawn scenes stand in for COCO" if stand_in else "",
+        ("; drawn scenes stand in for COCO" if stand_in else "")
+        + ("; memory is counted as if nothing were frozen" if cfg.training.freeze else ""),
         here,
     )
     as_on_gpu = copy.deepcopy(cfg)

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from mimdet import processes
-from mimdet.config import MAEConfig, PretrainConfig
+from mimdet.config import RANDOM, MAEConfig, PretrainConfig
 from mimdet.data.loader import MicroBatch
 from mimdet.data.pictures import ImageLoader, Images, build_images, held_out_images
 from mimdet.files import write_file
@@ -20,10 +20,11 @@ from mimdet.models.detector import Detector, autocast
 from mimdet.models.mae import MAE
 from mimdet.models.rcnn import pad_and_normalise, to_uint8
 from mimdet.models.weights import load_exactly, load_mae_model, save_mae
-from mimdet.training.inputs import check_inputs
+from mimdet.processes import set_up
+from mimdet.training.checkpoints import MAE_FILE, weights_of
 from mimdet.training.optim import Schedule
-from mimdet.training.run import MAE_FILE, Run, load_detector, weights_of
-from mimdet.training.trainer import RANDOM, Step, Trainer, inputs_of, set_up
+from mimdet.training.run import Run, inputs_of, load_detector
+from mimdet.training.trainer import Step, Trainer
 
 SHOWN = 6
 """Reconstructions in a picture."""
@@ -56,8 +57,7 @@ def pretrain(cfg: PretrainConfig, run: str | Path, announce: bool = False) -> It
     """
     set_up(cfg.training)
     images, held_out = build_images(cfg.data, cfg.training.seed)
-    inputs = inputs_of(cfg, images.version, images.version)
-    check_inputs(Path(run), inputs)
+    inputs = inputs_of(cfg, Path(run), data=images.version, held_out=images.version)
     record = processes.in_turn(lambda: Run(run, cfg))
     record.keep({})
     yield from PreTrainer(cfg, record, images, held_out, inputs).steps(announce)

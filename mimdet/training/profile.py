@@ -17,10 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from mimdet.analysis.cost import markdown_table
 from mimdet.config import Config
 from mimdet.models.detector import Detector, autocast, build_detector
+from mimdet.processes import set_up
 from mimdet.training.plan import training_data
 from mimdet.training.run import Run
 from mimdet.training.train import DetectorTrainer
-from mimdet.training.trainer import set_up
 
 WARM = 2
 MATRIX = 1024

@@ -33,13 +33,12 @@ from mimdet.files import write_json
 from mimdet.inference import SMALL_SIDE
 from mimdet.models.detector import build_detector
 from mimdet.presets import PRESETS
+from mimdet.processes import set_up
 from mimdet.structures import Target
 from mimdet.training.initial import initialise
-from mimdet.training.inputs import PATHS, step_images
 from mimdet.training.plan import Pace, measure
-from mimdet.training.run import Run
+from mimdet.training.run import PATHS, Run
 from mimdet.training.train import adapt_to_data
-from mimdet.training.trainer import set_up
 
 STEPS_AT_LEAST, STEPS_AT_MOST, EPOCHS = 400, 10_000, 12
 """Steps are those of EPOCHS passes over the images, within these bounds and the time there is."""
@@ -413,7 +412,7 @@ def choose_length(
 ) -> None:
     """Steps by images and time; as many evaluations as take a sixth of it."""
     t = cfg.training
-    a_step = t.batch_size * t.accumulate
+    a_step = t.step_images
     wanted = int(np.clip(EPOCHS * images / a_step, STEPS_AT_LEAST, STEPS_AT_MOST))
     budget = max(60.0, 60 * minutes)
     count = int(np.clip(budget / 6 / max(evaluation, 1e-3), 1, 5))
@@ -460,7 +459,7 @@ def time_steps(cfg: Config, held_out: CocoDataset) -> tuple[Pace, float, float, 
         evaluate(model, some, batch_size=cfg.training.batch_size)
         each = (time.perf_counter() - began) / len(some)
         tried.training.accumulate = 1
-        pace = measure(tried, data, MEASURED, step_images(cfg))
+        pace = measure(tried, data, MEASURED, cfg.training.step_images)
     size = sum(value.nbytes for value in model.state_dict().values())
     return pace, each * len(held_out), start, size
 

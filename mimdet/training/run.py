@@ -17,46 +17,49 @@
 A run of `mimdet pretrain` holds mae.safetensors and pictures of reconstructions besides.
 """
 
+import copy
+import hashlib
 import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from mimdet import processes
-from mimdet.config import MODEL_PART, Config, PretrainConfig, difference, load_config, save_config
+from mimdet.config import (
+    RANDOM,
+    Config,
+    PretrainConfig,
+    difference,
+    flat,
+    load_config,
+    save_config,
+    set_field,
+)
 from mimdet.console import Stopped
 from mimdet.files import (
     PARTIAL,
     append_text,
     finite,
-    remove_folder,
+    read_json,
     remove_leftovers,
-    write_folder,
     write_json,
     write_text,
 )
-from mimdet.models.checkpoint_files import CheckpointFile, check_finite, read_safetensors, shipped
+from mimdet.models.checkpoint_files import check_finite, find, shipped
 from mimdet.models.detector import Detector, read_categories
 from mimdet.models.official import detector_of, load_weights
-from mimdet.training.inputs import (
-    DIFFERS,
-    ENVIRONMENT,
-    MICRO,
-    accepted,
+from mimdet.training.checkpoints import (
+    WEIGHTS,
+    CheckpointStore,
+    MetricsFile,
     has_checkpoint,
-    read_environment,
-    stored_config,
+    weights_of,
 )
 from mimdet.training.owner import (
     LOCK,
@@ -69,11 +72,41 @@ from mimdet.training.owner import (
 )
 from mimdet.training.slots import SlotText, check_slots, load_slots, write_slots
 
-T = TypeVar("T")
 LOG = "log.txt"
 """In the folder of a run: what its jobs printed."""
-MAE_FILE = "mae.safetensors"
-"""What `mimdet pretrain` leaves in its run for others to read."""
+ENVIRONMENT = "environment.json"
+"""In the folder of a run: what it began with. {"folder": in which the first command ran, "run": its
+own folder then} and, from the first step on, `environment` and the inputs; "changes" since."""
+INPUTS = {
+    "data": "the data that are trained on",
+    "held_out": "the data that are evaluated on",
+    "weights": "the initial weights",
+    "classes": "the classes",
+}
+"""What a run began with, by its name in ENVIRONMENT."""
+PATHS = {f"data.{split}_{kind}" for split in ("train", "val") for kind in ("json", "images")}
+MAY_BE_NAMES = {"training.init_from", "data.hub_name"}
+PATHS |= MAY_BE_NAMES | {"data.folder"}
+"""Fields that name a file or folder."""
+FREE = (
+    "backbone.checkpointing",
+    "data.workers",
+    "training.checkpoint_every_steps",
+    "training.keep_checkpoints",
+    "training.threads",
+    "training.compile",
+    "training.device",
+    "training.answer_minutes",
+)
+"""Fields that decide no result."""
+FROM_DATA = ("detector.num_classes", "detector.masks")
+"""Fields that follow from the data, which may not have been there when the run was made."""
+MICRO = ("training.batch_size", "training.accumulate")
+DIFFERS = (
+    "each step has the images it had; its random draws, means of losses and BatchNorm's statistics "
+    "are those of other micro-batches, so its numbers differ as with another seed"
+)
+"""What another MICRO of as many images a step changes."""
 
 
 class Run:
@@ -87,7 +120,7 @@ class Run:
         self.path = Path(path)
         self.locked = locked
         self.cfg = cfg
-        self.store = CheckpointStore(self.path / "checkpoints", cfg.training.keep_checkpoints)
+        self.store = CheckpointStore(self.path / "checkpoints")
         self.rows = MetricsFile(self.path / "metrics.jsonl")
         self.began = 0.0
         """When the training of this process began, in seconds since 1970; 0 while it does not."""
@@ -223,15 +256,100 @@ class Run:
         self.store.forget_after(step)
 
 
-def best_step(rows: Iterable[dict[str, Any]]) -> int | None:
-    """The first one of the highest box AP in rows of evaluations; None where there is none."""
-    scores = {
-        row["step"]: row["evaluation"].get("box", {}).get("AP")
-        for row in rows
-        if "evaluation" in row
-    }
-    scores = {step: ap for step, ap in scores.items() if ap is not None}
-    return max(scores, key=lambda step: scores[step], default=None)
+def read_environment(path: Path) -> dict[str, Any]:
+    """The run's ENVIRONMENT; empty before it was begun."""
+    file = path / ENVIRONMENT
+    found: Any = read_json(file) if file.exists() else {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds no record of a run: remove it")
+    return found
+
+
+def inputs_of(cfg: Config | PretrainConfig, path: Path, **inputs: Any) -> dict[str, Any]:
+    """What a training begins with, as ENVIRONMENT records it: `inputs`, and a hash of its weights.
+
+    The weights are hashed in the first process only. Weights that are not there have no hash: a run
+    that has begun does not need them any more. ValueError where the run `path` has a checkpoint and
+    began with others. Where there is a hash it alone counts, so that a file may be moved.
+    """
+    source, inputs["weights"] = cfg.training.init_from, ""
+    if source not in ("", RANDOM) and processes.rank() == 0:
+        with suppress(FileNotFoundError), find(weights_of(source)).open("rb") as file:
+            inputs["weights"] = f"{source} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    known = read_environment(path) if has_checkpoint(path) else {}
+    bare = {name: str(now).rpartition("sha256:")[2] for name, now in inputs.items() if now}
+    changed = [n for n in bare if n in known and str(known[n]).rpartition("sha256:")[2] != bare[n]]
+    if changed:
+        lines = [f"{INPUTS[name]}: {known[name]} -> {inputs[name]}" for name in changed]
+        raise ValueError(
+            f"{path} began with other inputs than there are now:\n  "
+            + "\n  ".join(lines)
+            + "\nPut the old ones back to go on, or train the new ones under another run name."
+        )
+    return inputs
+
+
+def stored_config(path: Path) -> Config | PretrainConfig:
+    """The configuration of a run, of a detector or of an autoencoder.
+
+    Relative paths in it are made absolute where they would lead elsewhere from here.
+    """
+    file = path / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{path} holds no run: there is no config.json in it")
+    kind = Config if "detector" in read_json(file) else PretrainConfig
+    cfg: Config | PretrainConfig = load_config(file, kind)
+    values = flat(cfg)
+    for name in PATHS & values.keys():
+        target = path_of(values[name], path)
+        is_path = target.exists() or name not in MAY_BE_NAMES
+        if values[name] and is_path and target.resolve() != Path(values[name]).resolve():
+            set_field(cfg, name, str(target))
+    return cfg
+
+
+def path_of(name: str, path: Path) -> Path:
+    """Where a relative path in the configuration of the run `path` leads.
+
+    From the folder in which it was begun or, where both were moved together, from the one that lies
+    to the run now as that did then.
+    """
+    about = read_environment(path)
+    folders = [Path(str(about.get("folder", ".")))]
+    with suppress(KeyError, ValueError):  # on another drive of Windows
+        folders.append(path.resolve() / os.path.relpath(about["folder"], about["run"]))
+    paths = [Path(os.path.normpath(folder / name)) for folder in folders]
+    return next((target for target in paths if target.exists()), paths[0])
+
+
+def accepted(stored: Any, cfg: Any, path: Path) -> Any:
+    """What config.json of the run `path` is to hold when it goes on with `cfg`.
+
+    Free to change are what decides no result, the micro-batches that a step's images come in,
+    where the same files lie, and before the first step what follows from the data. Raises
+    ValueError with the fields that differ otherwise.
+    """
+    kept = copy.deepcopy(cfg)
+    old, new, refused = flat(stored), flat(cfg), []
+    free: tuple[str, ...] = FREE if has_checkpoint(path) else FREE + FROM_DATA
+    free += MICRO if stored.training.step_images == cfg.training.step_images else ()
+    for name in [name for name in old if old[name] != new[name] and name not in free]:
+        if name in PATHS and old[name] and Path(new[name]).exists():
+            target = path_of(old[name], path)
+            if target.resolve() == Path(new[name]).resolve():
+                set_field(kept, name, old[name])
+                continue
+            if not target.exists():
+                continue  # it was moved; `inputs_of` sees whether it is the same
+        refused.append(f"{name}: {old[name]} -> {new[name]}")
+    if refused:
+        raise ValueError(
+            f"{path} holds a run with another configuration:\n  "
+            + "\n  ".join(refused)
+            + "\nUse another run name, or the old values to resume it. A finished run is trained "
+            f"further by `mimdet resume {path} --steps N`."
+        )
+    return kept
 
 
 class TrainingStopped(Stopped):
@@ -243,208 +361,6 @@ class TrainingStopped(Stopped):
             "run the same command again to resume"
         )
         self.signal_number = signal_number
-
-
-class MetricsFile:
-    """The rows of metrics.jsonl, also while a training writes it; `read` takes the new ones."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: list[dict[str, Any]] = []
-        """Of steps and evaluations, in order."""
-        self._read: tuple[int, int] = (0, 0)
-        """Which file it was, and the bytes read."""
-
-    @property
-    def step(self) -> int:
-        """The last step in the rows read so far; 0 before the first."""
-        return int(self.rows[-1]["step"]) if self.rows else 0
-
-    def read(self) -> list[dict[str, Any]]:
-        """All rows; a line that is half written (or was, when its process was killed) is none.
-
-        A training that resumes writes the file anew, without the steps it does again.
-        """
-        try:
-            with self.path.open("rb") as file:
-                about = os.fstat(file.fileno())
-                number, offset = self._read
-                if number != about.st_ino or about.st_size < offset:
-                    self.rows, offset = [], 0
-                file.seek(offset)
-                text = file.read()
-        except FileNotFoundError:
-            self.rows, self._read = [], (0, 0)
-            return self.rows
-        whole = text[: text.rfind(b"\n") + 1]
-        rows: list[dict[str, Any]] = []
-        for line in whole.splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                where = f"line {len(self.rows) + len(rows) + 1} of {self.path}"
-                raise ValueError(f"{where} is damaged ({error}): remove it") from error
-        self.rows += rows
-        self._read = (about.st_ino, offset + len(whole))
-        return self.rows
-
-
-# ------------------------------------------------------------------------------- checkpoints
-
-WEIGHTS = "model.safetensors"
-OPTIMIZER = "optimizer.pt"
-
-
-@dataclass(slots=True)
-class Checkpoint:
-    """The state after an optimiser step."""
-
-    step: int
-    weights: dict[str, Tensor]
-    """Parameters and buffers of the detector."""
-    optimizer: dict[str, Any]
-    """State of the optimiser and of the gradient scaler."""
-    model_part: str = "{}"
-    """Of the configuration (`mimdet.config.model_part`)."""
-
-
-class CheckpointStore:
-    """The folder `checkpoints/`: one folder per step, and the pointers `last` and `best`.
-
-    Nothing depends on the pointers alone: the last checkpoint is the newest complete one, and the
-    best one that of the best evaluation in metrics.jsonl.
-    """
-
-    def __init__(self, folder: Path, keep: int = 2) -> None:
-        self.folder = folder
-        self.keep = keep
-
-    def save(self, checkpoint: Checkpoint) -> None:
-        """Write it, complete or not at all; then move `last` and drop the oldest ones."""
-
-        def write(folder: Path) -> None:
-            weights = {k: v.contiguous() for k, v in checkpoint.weights.items()}
-            save_file(weights, folder / WEIGHTS, {MODEL_PART: checkpoint.model_part})
-            torch.save(checkpoint.optimizer, folder / OPTIMIZER)
-
-        place = self.folder_of(checkpoint.step)
-        write_folder(place, write)
-        self.point("last", place.name)
-        best = self.find("best")
-        for step in self.steps()[: -self.keep]:
-            if self.folder_of(step) != best:
-                remove_folder(self.folder_of(step))
-
-    def forget_after(self, step: int) -> None:
-        """Remove later ones, which are damaged or will be made again."""
-        for later in self.steps((WEIGHTS,)):
-            if later > step:
-                remove_folder(self.folder_of(later))
-
-    def point(self, name: str, target: str) -> None:
-        """Make the pointer file `last` or `best` name a checkpoint."""
-        write_text(self.folder / name, target + "\n")
-
-    def find(self, name: str | int) -> Path | None:
-        """The checkpoint of a step, or the `last` or `best` one; None where there is none.
-
-        ValueError for a pointer or a folder that leads out of the run.
-        """
-        steps = self.steps((WEIGHTS,))
-        pointer, text = self.folder / str(name), str(name)
-        if name in ("last", "best"):
-            self._inside(pointer)
-            if pointer.is_file():
-                text = pointer.read_text(encoding="utf-8", errors="replace").strip().strip("\0")
-                self._inside(self.folder / text)
-        step: int | None = int(text) if text.isascii() and text.isdecimal() else None
-        if name == "last":
-            step = max(steps, default=None)
-        elif name == "best" and step not in steps:
-            rows = MetricsFile(self.folder.parent / "metrics.jsonl").read()
-            step = best_step(r for r in rows if "evaluation" in r and r["step"] in steps)
-        return self.folder_of(step) if step in steps else None
-
-    def steps(self, files: Sequence[str] = (WEIGHTS, OPTIMIZER)) -> list[int]:
-        """Steps whose checkpoint has these files, oldest first."""
-        if not self.folder.exists():
-            return []
-        places = [place for place in self.folder.iterdir() if place.name.isdecimal()]
-        places = [place for place in places if place == self.folder_of(int(place.name))]
-        return sorted(int(p.name) for p in places if all((p / file).exists() for file in files))
-
-    def weights(self, place: Path) -> CheckpointFile:
-        """Those of a checkpoint. ValueError where the file is damaged, or leads out of the run."""
-        self._inside(place / WEIGHTS)
-        try:
-            return CheckpointFile(str(place / WEIGHTS), *read_safetensors(place / WEIGHTS))
-        except ValueError as error:
-            reason = error.__cause__ or error
-            raise ValueError(f"{place / WEIGHTS} is cut off or damaged ({reason})") from error
-
-    def load_last(self) -> Checkpoint | None:
-        """The newest checkpoint, on the CPU, as `newest` reads it; None in a fresh run."""
-        return self.newest(self._load, self.steps((WEIGHTS,)))
-
-    def newest(self, read: Callable[[Path], T], steps: Sequence[int]) -> T | None:
-        """What `read` finds in the newest of these checkpoints; None where there is none.
-
-        In place of a damaged one the one before it is taken, and a line says so. ValueError where
-        no one is whole.
-        """
-        damaged: list[str] = []
-        for step in reversed(steps):
-            try:
-                found = read(self.folder_of(step))
-            except ValueError as error:
-                damaged.append(str(error))
-                continue
-            if damaged and processes.rank() == 0:
-                print(f"{'; '.join(damaged)}: step {step} is used instead")
-            return found
-        if damaged:
-            raise ValueError(
-                f"{damaged[0]}, and there is no whole checkpoint before it: copy one back into "
-                f"{self.folder}, or remove that folder to train from the start"
-            )
-        return None
-
-    def folder_of(self, step: int) -> Path:
-        return self.folder / f"{step:06d}"
-
-    def _load(self, place: Path) -> Checkpoint:
-        weights = self.weights(place)
-        self._inside(place / OPTIMIZER)
-        if not (place / OPTIMIZER).exists():
-            raise ValueError(f"{place / OPTIMIZER} is missing")
-        with (place / OPTIMIZER).open("rb") as file:
-            try:
-                optimizer = torch.load(file, map_location="cpu", weights_only=True)
-            except UnpicklingError as error:  # whose text advises to run what the file holds
-                raise ValueError(f"{file.name} holds something else than numbers") from error
-            except Exception as error:  # what a damaged pickle raises is not limited to a few
-                reason = str(error).partition("\n")[0] or type(error).__name__
-                raise ValueError(f"{file.name} is cut off or damaged ({reason})") from error
-        part = weights.metadata.get(MODEL_PART, "{}")
-        return Checkpoint(int(place.name), weights.tensors, optimizer, part)
-
-    def _inside(self, path: Path) -> None:
-        """ValueError where a path leads out of this folder: absolute, by `..` or through a link."""
-        if not path.resolve().is_relative_to(self.folder.resolve()):
-            raise ValueError(f"{path} leads out of the run, to {path.resolve()}: remove it")
-
-
-# ------------------------------------------------------------------------------- what it gives
-
-
-def weights_of(source: str | Path) -> str | Path:
-    """The file of weights in a checkpoint's folder or a run, of either kind; another source."""
-    folder = Path(source)
-    if (folder / MAE_FILE).exists():  # a run of `mimdet pretrain`
-        return folder / MAE_FILE
-    if folder.is_dir():
-        return (CheckpointStore(folder / "checkpoints").find("last") or folder) / WEIGHTS
-    return source
 
 
 def load_detector(

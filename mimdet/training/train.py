@@ -15,9 +15,11 @@ from mimdet import processes
 from mimdet.analysis.evaluate import belonging, evaluate, ids_of_labels, ratio_row, save_results
 from mimdet.analysis.metrics import Metrics, percent
 from mimdet.config import (
+    RANDOM,
     Config,
     DataConfig,
     PretrainConfig,
+    TrainingConfig,
     change,
     difference,
 )
@@ -25,15 +27,17 @@ from mimdet.data.coco import build_dataset
 from mimdet.data.loader import Dataset, MicroBatch, TrainLoader
 from mimdet.downloads import readable
 from mimdet.files import write_json
+from mimdet.models.batchnorm import SyncedBatchNorm
 from mimdet.models.detector import Detector, build_detector, category_entries
 from mimdet.presets import PRESETS, STARTS_FROM_MAE
+from mimdet.processes import set_up
+from mimdet.training.checkpoints import MetricsFile, has_checkpoint
 from mimdet.training.initial import align_stem, check_frozen, initialise, teach_c4
-from mimdet.training.inputs import check_inputs, has_checkpoint, read_environment, stored_config
 from mimdet.training.optim import Schedule, frozen_parts
 from mimdet.training.owner import read_status
-from mimdet.training.run import MetricsFile, Run, load_detector
+from mimdet.training.run import Run, inputs_of, load_detector, read_environment, stored_config
 from mimdet.training.slots import load_slots, name_dataset, read_slots
-from mimdet.training.trainer import RANDOM, Step, Trainer, inputs_of, set_up
+from mimdet.training.trainer import Step, Trainer
 
 MEASURED = 20
 """Steps after which `outlook` is worth saying, and seconds of at least three steps."""
@@ -71,18 +75,18 @@ def train(
     sets whose classes differ, and for a recipe that lacks its weights; and where the run began with
     other data, weights, classes or code than these.
     """
-    said = check_start(cfg)
+    said, begun = check_start(cfg), has_checkpoint(Path(run))
     set_up(cfg.training)
-    if said and processes.rank() == 0 and not has_checkpoint(Path(run)):
+    if said and processes.rank() == 0 and not begun:
         print(said)
     own = {"dataset": dataset} if dataset is not None else {}
     name_dataset(cfg, read_slots(own))
     data = train_data or build_dataset(cfg.data, "train", cfg.training.seed, cfg.detector.masks)
     held_out = val_data or build_dataset(cfg.data, "val", cfg.training.seed, cfg.detector.masks)
     ids_of_labels(data.categories, held_out)
-    inputs = inputs_of(cfg, data.version, held_out.version) | {"classes": list(data.categories)}
-    check_inputs(Path(run), inputs)
-    if not has_checkpoint(Path(run)):
+    versions = {"data": data.version, "held_out": held_out.version}
+    inputs = inputs_of(cfg, Path(run), **versions, classes=list(data.categories))
+    if not begun:
         check_length(cfg, len(data))
     for part in (data, held_out):
         if processes.rank() == 0 and getattr(part, "summary", None):
@@ -98,6 +102,8 @@ def train(
     elif slots:
         raise ValueError(f"the model is complete: give {', '.join(slots)} to build_detector")
     check_model(model, cfg, data.categories)
+    if not begun:
+        check_taught_alone(model, cfg.training)
     model.categories, model.category_ids = list(data.categories), list(data.category_ids)
     texts = read_slots(model.slots | own)
     # The first process makes the directory, the others then find it.
@@ -286,7 +292,7 @@ def check_length(cfg: Config, images: int) -> None:
     t = cfg.training
     start = PRESETS[cfg.preset]().training if cfg.preset in PRESETS else t
     if t.steps and t.epochs != start.epochs and t.steps == start.steps:
-        a_step = t.batch_size * t.accumulate
+        a_step = t.step_images
         raise ValueError(
             f"training.epochs={t.epochs:g} is {round(t.epochs * images / a_step):,} steps "
             f"({images:,} images, {a_step} a step), but {cfg.preset} sets training.steps="
@@ -314,6 +320,18 @@ def check_model(model: Detector, cfg: Config, categories: list[str]) -> None:
             f"set detector.num_classes={len(categories)}"
         )
     frozen_parts(model, cfg.training.freeze)
+
+
+def check_taught_alone(model: Detector, cfg: TrainingConfig) -> None:
+    """ValueError where the first of several processes, which teaches a stem or c4 alone, would wait
+    for the others in a norm."""
+    synced = any(isinstance(part, SyncedBatchNorm) for part in model.backbone.modules())
+    if processes.world() > 1 and synced and (cfg.align_stem or cfg.c4_first):
+        raise ValueError(
+            "training.align_stem and training.c4_first teach in the first process alone, and the "
+            "BatchNorm in this backbone waits for all: begin the run with one process (it goes on "
+            "with more from a checkpoint), or set both to 0"
+        )
 
 
 def adapt_to_data(cfg: Config, data: Dataset) -> None:

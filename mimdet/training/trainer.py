@@ -1,14 +1,12 @@
 """One training between two steps: gradients, updates, checkpoints, evaluations, stop signals."""
 
-import hashlib
 import math
-import multiprocessing
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -17,18 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from mimdet import processes
-from mimdet.config import Config, PretrainConfig, TrainingConfig, check_model_part, model_part
-from mimdet.console import Failed
+from mimdet.config import Config, PretrainConfig, check_model_part, model_part
 from mimdet.data.loader import StepLoader
 from mimdet.files import finite, write_json
-from mimdet.models.checkpoint_files import find
 from mimdet.models.detector import autocast, compile_parts
-from mimdet.training.inputs import ENVIRONMENT, briefing, environment, read_environment
+from mimdet.processes import pick_device, seed_all
+from mimdet.training.briefing import briefing, environment
+from mimdet.training.checkpoints import Checkpoint
 from mimdet.training.optim import Schedule, build_optimizer, freeze, scaled_rate
-from mimdet.training.run import Checkpoint, Run, TrainingStopped, weights_of
-
-RANDOM = "random"
-"""As `training.init_from`: deliberately no weights."""
+from mimdet.training.run import ENVIRONMENT, Run, TrainingStopped, read_environment
 
 
 @dataclass(slots=True)
@@ -341,7 +336,8 @@ class Trainer:
             self.write_row()
         state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         part = model_part(self.cfg)
-        self.run.store.save(Checkpoint(self.done, self.model.state_dict(), state, part))
+        checkpoint = Checkpoint(self.done, self.model.state_dict(), state, part)
+        self.run.store.save(checkpoint, self.cfg.training.keep_checkpoints)
         self.saved = self.done
 
     def resume(self) -> None:
@@ -369,67 +365,6 @@ class Trainer:
             self.evaluated = max((row["step"] for row in self.run.evaluations()), default=-1)
         self.evaluated = processes.from_first(self.evaluated)
         self.replica = processes.replicate(self.model)
-
-
-def inputs_of(cfg: Config | PretrainConfig, data: str, held_out: str) -> dict[str, Any]:
-    """What a training begins with, for `check_inputs`: versions of its data, hash of its weights.
-
-    In the first process; the weights are hashed there only. Weights that are not there have none:
-    a run that has begun does not need them any more.
-    """
-    source, weights = cfg.training.init_from, ""
-    if source not in ("", RANDOM) and processes.rank() == 0:
-        with suppress(FileNotFoundError), find(weights_of(source)).open("rb") as file:
-            weights = f"{source} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
-    return {"data": data, "held_out": held_out, "weights": weights}
-
-
-def set_up(cfg: TrainingConfig) -> None:
-    """What every training begins with: the other processes, the seed, the CPU threads.
-
-    Failed in a process that imports the user's script again, as those do that are not forked.
-    """
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise Failed(
-            "this script starts a training when another process only imports it: put the training "
-            'under `if __name__ == "__main__":`'
-        )
-    processes.join(cfg.answer_minutes)
-    pick_device(cfg.device)
-    seed_all(cfg.seed)
-    use_threads(cfg.threads)
-
-
-def seed_all(*numbers: int) -> None:
-    """Seed PyTorch's generators from a tuple of numbers, on every device."""
-    mixed = 0
-    for number in numbers:
-        mixed = (mixed * 1_000_003 + number + 1) % (1 << 63)
-    torch.manual_seed(mixed)
-
-
-def use_threads(count: int) -> None:
-    """Set PyTorch's CPU threads; 0 leaves them as they are."""
-    if count:
-        torch.set_num_threads(count)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of this name. ValueError, with those that there are, where it cannot be used."""
-    if name == "auto" and not torch.cuda.is_available():
-        return torch.device("cpu")
-    if name == "auto":
-        return torch.device("cuda", torch.cuda.current_device())
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        there = ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        there += ["mps"] if torch.backends.mps.is_available() else []
-        raise ValueError(
-            f"device={name!r} (--device) is not on this machine; there are {', '.join(there)}"
-        ) from error
-    return device
 
 
 # ------------------------------------------------------------------------------- stop signals

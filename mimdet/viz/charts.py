@@ -398,7 +398,7 @@ def _draw_rule(ax: Axes, cfg: TrainingConfig) -> None:
     paper = "the paper's configurations"
     ax.plot(list(PAPER), list(PAPER.values()), "o", color=style.BLACK, label=paper)
     ring: dict[str, Any] = {"ms": 11, "mfc": "none", "mew": 1.8, "color": style.ORANGE}
-    ax.plot([cfg.batch_size * cfg.accumulate], [scaled_rate(cfg)], "o", label="this one", **ring)
+    ax.plot([cfg.step_images], [scaled_rate(cfg)], "o", label="this one", **ring)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_xticks([4, 16, 64, 256], ["4", "16", "64", "256"])

@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import MaxNLocator
 
-from mimdet.experiments.grid import short_names, value_text
 from mimdet.experiments.results import Experiment, title_of
+from mimdet.experiments.runs import short_names, value_text
 from mimdet.viz import style
 from mimdet.viz.style import NotebookFigure, plural
 

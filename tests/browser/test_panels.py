@@ -37,7 +37,7 @@ import torch
 from PIL import Image
 
 import mimdet
-from mimdet.training.run import CheckpointStore
+from mimdet.training.checkpoints import CheckpointStore
 from tests.browser.chromium import PICTURES, Page, skip_without_browser
 from tests.browser.lab import Notebook, Server
 from tools import notebooks

@@ -11,7 +11,8 @@ import psutil
 import pytest
 
 from mimdet import cli
-from mimdet.training.run import CheckpointStore, load_detector
+from mimdet.training.checkpoints import CheckpointStore
+from mimdet.training.run import load_detector
 from tests.small import WORDS, assert_same_end, ended, rows_of, start, still_running, wait_until
 
 SCENES = "--shapes-size 64 --shapes-train 16 --shapes-val 2 --batch-size 1 --evaluate-every 0"

@@ -20,17 +20,10 @@ import mimdet
 from mimdet import presets
 from mimdet.config import load_config
 from mimdet.files import append_text, read_json
+from mimdet.training.checkpoints import Checkpoint, CheckpointStore, MetricsFile, best_step
 from mimdet.training.job import Job
 from mimdet.training.owner import STATUS, RunInUse, alone_in, in_use, read_status
-from mimdet.training.run import (
-    Checkpoint,
-    CheckpointStore,
-    MetricsFile,
-    Run,
-    TrainingStopped,
-    best_step,
-    load_detector,
-)
+from mimdet.training.run import Run, TrainingStopped, load_detector
 from mimdet.training.slots import load_slots, read_slots
 from mimdet.training.train import DetectorTrainer, resume, train
 from tests.small import assert_same_end, rows_of, small, wait_until, write_coco
@@ -79,12 +72,12 @@ def test_the_newest_checkpoint_is_found_whatever_the_pointers_say(run, pointer) 
 
 
 def test_the_best_checkpoint_stays_although_nothing_points_to_it(tmp_path) -> None:
-    store = CheckpointStore(tmp_path / "checkpoints", keep=1)
+    store = CheckpointStore(tmp_path / "checkpoints")
     rows = [{"step": s, "evaluation": {"box": {"AP": ap}}} for s, ap in ((1, None), (2, 0.5))]
     lines = [json.dumps(row) + "\n" for row in [*rows, {"step": 3, "loss": 1.0}]]
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
     for step in (1, 2, 3, 4):
-        store.save(Checkpoint(step, {"w": torch.zeros(2)}, {}))
+        store.save(Checkpoint(step, {"w": torch.zeros(2)}, {}), keep=1)
     assert store.steps() == [2, 4] and store.find("best").name == "000002"
     # The best step is the first of the highest AP.
     found = [(1, 0.1), (2, 0.3), (3, None), (4, 0.3), (5, 0.2)]
@@ -572,7 +565,7 @@ def test_an_unexpected_error_says_where_the_last_checkpoint_is(tmp_path, monkeyp
     next(steps)
     monkeypatch.setattr("mimdet.training.run.append_text", full)
     monkeypatch.setattr("mimdet.training.run.write_json", full)
-    monkeypatch.setattr("mimdet.training.run.write_folder", lambda *_: 1 / 0)
+    monkeypatch.setattr("mimdet.training.checkpoints.write_folder", lambda *_: 1 / 0)
     with pytest.raises(OSError, match=r"No space left on device: 'metrics.jsonl'") as error:
         next(steps)
     assert "Nor could step 3 be saved" in error.value.__notes__[0]  # the first failure is told

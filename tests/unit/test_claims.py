@@ -13,8 +13,8 @@ import pytest
 from mimdet import presets
 from mimdet.data.shapes import ShapesCOCO
 from mimdet.experiments.experiment import read_grid
-from mimdet.experiments.grid import Arm, arms_of
 from mimdet.experiments.results import Experiment, Interval
+from mimdet.experiments.runs import Arm, arms_of
 from mimdet.models.detector import build_detector
 from mimdet.training.slots import load_slots, write_slots
 from tools import claims

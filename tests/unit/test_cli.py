@@ -16,7 +16,7 @@ from mimdet import cli, demo
 from mimdet.analysis.evaluate import evaluate
 from mimdet.config import Config, flat, load_config
 from mimdet.data.shapes import export
-from mimdet.training.inputs import briefing, default_processes
+from mimdet.training.briefing import briefing, default_processes
 from mimdet.training.optim import Schedule
 from mimdet.training.run import Run, TrainingStopped
 from mimdet.training.train import outlook

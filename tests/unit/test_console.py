@@ -23,7 +23,7 @@ from mimdet import cli
 from mimdet.console import Ended, Failed, Stopped, told
 from mimdet.data.loader import stream
 from mimdet.files import write_file, write_text
-from mimdet.training.run import CheckpointStore
+from mimdet.training.checkpoints import CheckpointStore
 from mimdet.training.train import fit, train
 from tests.small import small
 

@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 from mimdet.analysis.cost import cost_of
+from mimdet.commands import ablate
 from mimdet.config import Config, flat, save_config
 from mimdet.console import Failed
 from mimdet.data.scenes import LEVELS
 from mimdet.experiments import runs
-from mimdet.experiments.experiment import ablate, experiment, read_grid
-from mimdet.experiments.grid import arms_of
+from mimdet.experiments.experiment import experiment, read_grid
 from mimdet.experiments.results import (
     Experiment,
     mean_interval,
@@ -30,10 +30,11 @@ from mimdet.experiments.results import (
     t_quantile,
     training_flops,
 )
-from mimdet.experiments.runs import RATIOS, ExperimentStopped, PlannedRun, places_for, plan
+from mimdet.experiments.runs import RATIOS, ExperimentStopped, PlannedRun, arms_of, places_for, plan
 from mimdet.presets import PRESETS
+from mimdet.training.checkpoints import Checkpoint, CheckpointStore, MetricsFile
 from mimdet.training.owner import in_use
-from mimdet.training.run import Checkpoint, CheckpointStore, MetricsFile, Run, load_detector
+from mimdet.training.run import Run, load_detector
 from mimdet.training.slots import write_slots
 from mimdet.training.train import resume
 from mimdet.viz import save_figures, show_arms, show_learning_curves, show_matrix
@@ -397,17 +398,21 @@ def test_ablate_lists_the_runs_or_prints_and_writes_the_result(tmp_path, capsys)
         with pytest.raises(ValueError, match=r"must define `base`, a Config .*, and `grid`"):
             read_grid(file)
     file.write_text(GRID.replace("evaluate_ratios", 'grid["backbone.sampler"] = [own]\n# '))
-    assert ablate(file, runs=tmp_path, seeds=1, dry_run=True) is None
+    ablate(file, runs=tmp_path, seeds=1, dry_run=True)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and not (tmp_path / "sample_ratio").exists()
     assert "sample_ratio=1,sampler=own-s0  2 steps, evaluated at [1.0]: to do" in lines[1]
 
     file.write_text(GRID)
     written(tmp_path)  # so that nothing needs training
-    result = ablate(file, runs=tmp_path)
-    assert result is not None and result.markdown() in capsys.readouterr().out
-    content = json.loads((tmp_path / "sample_ratio" / "result.json").read_text())
+    ablate(file, runs=tmp_path)
+    known = tmp_path / "sample_ratio" / "result.json"
+    assert Experiment.from_json(known).markdown() in capsys.readouterr().out
+    content = json.loads(known.read_text())
     assert content["command"] == f"mimdet ablate {file}" and len(content["rows"]) == 12
+    ablate(file, runs=tmp_path / "other", seeds=4, known=(known,), dry_run=True)
+    said = [line.rpartition(": ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert said == ["known"] * 6 + ["to do"] * 2
 
 
 def test_parts_are_shared_out_and_joined(tmp_path, monkeypatch) -> None:

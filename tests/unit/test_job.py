@@ -13,7 +13,7 @@ import pytest
 from mimdet.config import Config, load_config
 from mimdet.files import write_json
 from mimdet.training import job as jobs
-from mimdet.training.inputs import stored_config
+from mimdet.training.checkpoints import CheckpointStore, MetricsFile
 from mimdet.training.job import JOB, Child, Job, JobFailed, job_state, last_lines
 from mimdet.training.owner import (
     STATUS,
@@ -24,7 +24,7 @@ from mimdet.training.owner import (
     process_record,
     read_status,
 )
-from mimdet.training.run import CheckpointStore, MetricsFile, Run, TrainingStopped
+from mimdet.training.run import Run, TrainingStopped, stored_config
 from mimdet.training.train import resume, train
 from tests.small import assert_same_end, gated, small, wait_until
 

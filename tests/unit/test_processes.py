@@ -18,7 +18,8 @@ from mimdet.analysis.evaluate import evaluate
 from mimdet.config import load_config
 from mimdet.models.detector import build_roi_heads
 from mimdet.structures import Crops, Target
-from mimdet.training.run import CheckpointStore, load_detector
+from mimdet.training.checkpoints import CheckpointStore
+from mimdet.training.run import load_detector
 from mimdet.training.train import train
 from tests.small import (
     WORDS,

@@ -19,11 +19,11 @@ from mimdet.files import read_json, remove_leftovers
 from mimdet.models.official import export_detectron2, save_detector
 from mimdet.models.rcnn import pad_and_normalise
 from mimdet.models.weights import load_mae_model
+from mimdet.training.checkpoints import Checkpoint, CheckpointStore
 from mimdet.training.initial import align_stem, initialise, teach_c4, warm_start
-from mimdet.training.inputs import stored_config
 from mimdet.training.optim import Schedule, parameter_groups, rate_factor, scaled_rate
 from mimdet.training.pretrain import pretrain
-from mimdet.training.run import Checkpoint, CheckpointStore, TrainingStopped, load_detector
+from mimdet.training.run import TrainingStopped, load_detector, stored_config
 from mimdet.training.train import extend, fit, resume, train
 from tests.small import assert_same_end, small, small_mae, weights_of
 
@@ -76,7 +76,7 @@ def test_schedules_by_hand():
 
 
 def test_checkpoints_are_complete_or_absent(tmp_path, monkeypatch):
-    store = CheckpointStore(tmp_path, keep=2)
+    store = CheckpointStore(tmp_path)
     for step in (1, 2, 3):
         store.save(Checkpoint(step, {"w": torch.full((2,), step)}, {"best": 0.0}))
     assert store.steps() == [2, 3]
@@ -85,7 +85,7 @@ def test_checkpoints_are_complete_or_absent(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("mimdet.training.run.torch.save", full_disk)
+    monkeypatch.setattr("mimdet.training.checkpoints.torch.save", full_disk)
     with pytest.raises(OSError, match="No space"):
         store.save(Checkpoint(4, {"w": torch.zeros(2)}, {}))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["000002", "000003", "best", "last"]
@@ -98,7 +98,7 @@ def test_checkpoints_are_complete_or_absent(tmp_path, monkeypatch):
 
 def test_half_of_a_checkpoint_does_not_count(tmp_path):
     """A process that is killed while it deletes or writes leaves the others usable."""
-    store = CheckpointStore(tmp_path, keep=2)
+    store = CheckpointStore(tmp_path)
     for step in (1, 2):
         store.save(Checkpoint(step, {"w": torch.full((2,), step)}, {}))
     (tmp_path / "000002" / "model.safetensors").unlink()

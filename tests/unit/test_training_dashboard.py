@@ -10,9 +10,10 @@ from PIL import Image
 
 from mimdet.files import write_json
 from mimdet.presets import tiny_mae
+from mimdet.training.checkpoints import OPTIMIZER, WEIGHTS
 from mimdet.training.job import Job, JobState
 from mimdet.training.owner import STATUS
-from mimdet.training.run import OPTIMIZER, WEIGHTS, Run
+from mimdet.training.run import Run
 from mimdet.training.train import resume
 from mimdet.viz import TrainingDashboard
 from mimdet.viz.widgets import training_dashboard

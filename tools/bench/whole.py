@@ -24,8 +24,8 @@ from mimdet.models.detector import Detector, build_detector, compile_parts
 from mimdet.models.sampling import Sampling
 from mimdet.presets import mimdet_base, tiny
 from mimdet.structures import Record
+from mimdet.training.checkpoints import MetricsFile
 from mimdet.training.profile import profile
-from mimdet.training.run import MetricsFile
 from tools.bench.cases import interleaved, row
 
 FAST = ("--evaluate-every", "0", "--shapes-val", "4", "--checkpoint-every-steps", "1000000")

@@ -15,9 +15,9 @@ from PIL import Image
 from mimdet.config import Config
 from mimdet.data.coco import build_dataset
 from mimdet.inference import predict
-from mimdet.training.inputs import stored_config
+from mimdet.training.checkpoints import CheckpointStore
 from mimdet.training.job import Job, JobState
-from mimdet.training.run import CheckpointStore, load_detector
+from mimdet.training.run import load_detector, stored_config
 from mimdet.viz import draw
 from mimdet.viz.charts import show_training
 from mimdet.viz.widgets.canvas import PatchCanvas
