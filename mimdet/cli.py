@@ -15,14 +15,11 @@ from tyro.conf import Suppress, subcommand
 from mimdet import __version__
 from mimdet.commands import COMMANDS
 from mimdet.console import open_console, told
-from mimdet.presets import PRESETS, PRETRAIN_PRESETS
+from mimdet.presets import PRESETS, PRETRAIN_PRESETS, STEPS_FOR
 
 PRESETS_OF: dict[str, dict[str, Any]] = dict.fromkeys(("plan", "profile", "train"), PRESETS)
 PRESETS_OF["pretrain"] = PRETRAIN_PRESETS
 TRACEBACK = "--traceback"
-OVERRIDES = {"epochs": "steps", "warmup_epochs": "warmup_steps"}
-OVERRIDES["evaluate_every"] = "evaluate_every_steps"
-"""Fields in epochs, each with the one in steps that decides where both are set."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -67,7 +64,7 @@ def from_presets(command: Any, presets: dict[str, Callable[[], Any]], words: lis
     choices = []
     for name, make in named.items():
         config = make()
-        for epochs, steps in OVERRIDES.items():
+        for epochs, steps in STEPS_FOR.items():
             if {epochs, steps} <= given:
                 a, b = (f"--{field.replace('_', '-')}" for field in (epochs, steps))
                 raise ValueError(f"{a} and {b} say the same in two units: give one of them")

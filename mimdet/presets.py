@@ -23,6 +23,12 @@ PRESETS: dict[str, Callable[[], Config]] = {}
 PRETRAIN_PRESETS: dict[str, Callable[[], PretrainConfig]] = {}
 STARTS_FROM_MAE = ("mimdet_", "benchmarking_vit_", "vitdet_")
 """Beginnings of the names of recipes that mean `training.init_from` to be given."""
+STEPS_FOR = {
+    "epochs": "steps",
+    "warmup_epochs": "warmup_steps",
+    "evaluate_every": "evaluate_every_steps",
+}
+"""Fields of a training in epochs -> the ones in steps, which decide where they are not 0."""
 
 
 def recipe(

@@ -24,7 +24,7 @@ from mimdet.data.coco import build_dataset
 from mimdet.data.loader import Dataset
 from mimdet.files import read_json, write_json
 from mimdet.models.backbones import BASELINES
-from mimdet.presets import PRESETS
+from mimdet.presets import PRESETS, STEPS_FOR
 from mimdet.processes import usable_cores
 from mimdet.training.checkpoints import MetricsFile, has_checkpoint
 from mimdet.training.job import Child, end_with_parent
@@ -42,12 +42,6 @@ NOT_IN_A_GRID = {
     "backbone.sample_ratio_eval": "it does not change a training: give evaluate_ratios=(...), and "
     "one training is evaluated at all of them",
 }
-OVERRIDDEN = {
-    "training.epochs": "training.steps",
-    "training.warmup_epochs": "training.warmup_steps",
-    "training.evaluate_every": "training.evaluate_every_steps",
-}
-"""Field -> the one that counts instead of it where that is not 0."""
 LONGEST_LABEL = 80
 """Characters; the file systems' limit for a name is 255 bytes."""
 RATIOS = "ratios.json"
@@ -153,7 +147,8 @@ def _arm(base: Config, combination: Mapping[str, Any], fields: Sequence[str]) ->
         set_field(cfg, name, value)
     cfg = from_dict(to_dict(cfg))  # its error names a field of another type
     values = flat(cfg)
-    for name, other in OVERRIDDEN.items():
+    for names_of in STEPS_FOR.items():
+        name, other = (f"training.{field}" for field in names_of)
         if name in fields and values[other]:
             raise ValueError(
                 f"{name} has no effect while {other}={values[other]}: put {other} in the grid, or "

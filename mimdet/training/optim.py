@@ -40,19 +40,10 @@ def parameter_groups(model: nn.Module, cfg: TrainingConfig) -> list[dict[str, An
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        part = part_of(name)
-        decay = is_decayed(model, name, cfg.decay_biases)
-        group = groups.setdefault(
-            (part, decay),
-            {
-                "part": part,
-                "params": [],
-                "names": [],
-                "lr": rates[part],
-                "base_lr": rates[part],
-                "weight_decay": cfg.weight_decay if decay else 0.0,
-            },
-        )
+        part, decay = part_of(name), is_decayed(model, name, cfg.decay_biases)
+        new = {"part": part, "params": [], "names": [], "lr": rates[part], "base_lr": rates[part]}
+        new["weight_decay"] = cfg.weight_decay if decay else 0.0
+        group = groups.setdefault((part, decay), new)
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())

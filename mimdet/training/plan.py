@@ -6,11 +6,8 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import mean
-from typing import Any
 
 import numpy as np
 import psutil
@@ -162,14 +159,17 @@ def forecast(
     cfg, data, stand_in = training_data(cfg)
     wanted = cfg.training.batch_size
     schedule = Schedule(cfg.training, COCO_IMAGES if stand_in else len(data))
-    memory, precision = _device_memory(), cfg.training.precision
-    if torch.cuda.is_available() and precision == "auto":
-        cfg.training.precision = "bf16"
+    precision, memory = cfg.training.precision, psutil.virtual_memory().available
+    device = f"a CPU, {torch.get_num_threads()} thread(s)"
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+        memory, device = gpu.total_memory, gpu.name
+        cfg.training.precision = "bf16" if precision == "auto" else precision
     here = fitting(cfg, memory / 1e9)
     measured = max(1, min(wanted, here.kept or here.recomputed))
     found = Forecast(
         cfg.preset or cfg.backbone.kind,
-        torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
+        device,
         measured,
         wanted,
         schedule.total,
@@ -211,7 +211,7 @@ def training_data(cfg: Config) -> tuple[Config, Dataset, bool]:
 
 def measure(cfg: Config, data: Dataset, steps: int, images: int) -> Pace:
     """The pace of steps of so many images, from some of one micro-batch, updates included."""
-    with tempfile.TemporaryDirectory() as folder, peak_memory() as memory:
+    with tempfile.TemporaryDirectory() as folder, PeakMemory() as memory:
         before, model = memory.now(), build_detector(cfg)
         run = Run(os.path.join(folder, "run"), cfg)
         trainer = DetectorTrainer(cfg, run, model, data, data, {})
@@ -259,45 +259,34 @@ def fitting(cfg: Config, gigabytes: float) -> Card:
     return Card(round(gigabytes), *most)
 
 
-def _device_memory() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return int(psutil.virtual_memory().available)
+class PeakMemory:
+    """Bytes in use: of tensors where there is a GPU, else of the process, looked at in between.
 
+    `with PeakMemory() as memory:`, then `memory.now()` and `memory.peak()`; the peak of a process
+    is sampled every so many seconds.
+    """
 
-def _cpu() -> str:
-    return f"a CPU, {torch.get_num_threads()} thread(s)"
-
-
-class _Memory:
-    """Bytes in use: of tensors where there is a GPU, else of the process, looked at in between."""
-
-    def __init__(self) -> None:
+    def __init__(self, every: float = 0.01) -> None:
         self.cuda, self.process = torch.cuda.is_available(), psutil.Process()
-        self.highest = 0
+        self.every, self.highest = every, 0
+        self.over, self.watcher = threading.Event(), threading.Thread(target=self.watch)
+
+    def __enter__(self) -> "PeakMemory":
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
+        self.watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.watcher.join()
+
+    def watch(self) -> None:
+        while not self.over.wait(self.every):
+            self.highest = max(self.highest, self.now())
 
     def now(self) -> int:
         return int(torch.cuda.memory_allocated() if self.cuda else self.process.memory_info().rss)
 
     def peak(self) -> int:
         return int(torch.cuda.max_memory_allocated() if self.cuda else self.highest)
-
-
-@contextmanager
-def peak_memory(every: float = 0.01) -> Iterator[Any]:
-    """`.now()` and `.peak()` in bytes; the peak of a process is sampled every so many seconds."""
-    memory, over = _Memory(), threading.Event()
-
-    def watch() -> None:
-        while not over.wait(every):
-            memory.highest = max(memory.highest, memory.now())
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield memory
-    finally:
-        over.set()
-        watcher.join()

@@ -33,7 +33,7 @@ from mimdet.files import write_json
 from mimdet.inference import SMALL_SIDE
 from mimdet.models.detector import build_detector
 from mimdet.presets import PRESETS
-from mimdet.processes import set_up
+from mimdet.processes import set_up, usable_cores
 from mimdet.structures import Target
 from mimdet.training.initial import initialise
 from mimdet.training.plan import Pace, measure
@@ -108,21 +108,19 @@ class Proposal:
 
     def table(self) -> str:
         """Notes, then field, value and reason of each choice, then what it costs."""
-        values = flat(self.cfg)
-        lines = [*self.notes, ""]
+        values, own, t = flat(self.cfg), flat(PRESETS[self.cfg.preset]()), self.cfg.training
+        choices = []
         for name, reason in self.reasons.items():
             value = values[name]
             shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            words = f"{name} = {shown}: {reason}"
-            lines.append(textwrap.fill(words, 100, initial_indent="- ", subsequent_indent="  "))
-        t = self.cfg.training
-        own = flat(PRESETS[self.cfg.preset]())
-        left = own.keys() - self.reasons.keys() - {"data.source", "detector.num_classes"} - PATHS
-        also = [f"{name} = {values[name]}" for name in own if values[name] != own[name]]
-        also = [line for line in also if line.partition(" ")[0] in left]
-        words = f"with them: {', '.join(also)}"
-        lines.append(textwrap.fill(words, 100, initial_indent="- ", subsequent_indent="  "))
-        lines += [
+            choices.append(f"{name} = {shown}: {reason}")
+        told = {*self.reasons, *PATHS, "data.source", "detector.num_classes"}
+        also = [n for n in own if values[n] != own[n] and n not in told]
+        choices.append(f"with them: {', '.join(f'{n} = {values[n]}' for n in also)}")
+        lines = [
+            *self.notes,
+            "",
+            *(textwrap.fill(f"- {words}", 100, subsequent_indent="  ") for words in choices),
             "",
             f"time    about {self.seconds / 60:.1f} minutes: {t.steps:,} steps of "
             f"{self.step_seconds:.2f} s and {self.evaluations} x evaluation of "
@@ -393,9 +391,9 @@ def choose_rest(
     reasons["training.batch_size"] = (
         "of which two make a step: pictures of this size need memory" if large else "images a step"
     )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    cfg.training.threads = int(np.clip((cores or 1) - busy, 1, 4))
+    cfg.training.threads = int(np.clip(cores - busy, 1, 4))
     reasons["training.threads"] = (
         f"of {cores} cores {busy:.1f} are busy, and threads that wait for one another are slower "
         "than one alone"

@@ -44,7 +44,6 @@ MEASURED = 20
 MEASURED_SECONDS = 60.0
 WEEKS = 14 * 86_400
 """Seconds that are worth a warning."""
-DatasetFunction = Callable[[DataConfig, Literal["train", "val"]], Dataset]
 
 
 def train(
@@ -54,7 +53,7 @@ def train(
     model: Detector | None = None,
     train_data: Dataset | None = None,
     val_data: Dataset | None = None,
-    dataset: DatasetFunction | None = None,
+    dataset: Callable[[DataConfig, Literal["train", "val"]], Dataset] | None = None,
     locked: bool = False,
     announce: bool = False,
     **slots: Any,

@@ -108,7 +108,7 @@ def test_no_checkpoint_lies_outside_of_the_run(run, lead) -> None:
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt"])
-@pytest.mark.parametrize("left", [0, 7, 5000])
+@pytest.mark.parametrize("left", [0, 5000])
 def test_of_a_damaged_checkpoint_the_one_before_is_used(run, whole, capsys, file, left) -> None:
     path = run / "checkpoints/000004" / file
     path.write_bytes(path.read_bytes()[:left])
@@ -304,13 +304,15 @@ def test_what_decides_no_result_may_change_on_the_way(tmp_path) -> None:
     for step, same in zip(train(cfg, tmp_path / "cut"), whole[2:], strict=True):
         assert step.number == same.number
         assert step.losses == pytest.approx(same.losses, rel=1e-9)
-    (change,) = read_json(tmp_path / "cut" / "environment.json")["changes"]
+    about = read_json(tmp_path / "cut" / "environment.json")
+    assert (about["folder"], about["run"]) == (str(Path.cwd()), str((tmp_path / "cut").resolve()))
+    (change,) = about["changes"]
+    assert change["after"] == 2
     assert len(change["changed"]) == 3  # and nothing about what differs
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
 def test_other_micro_batches_leave_each_step_its_images_and_are_noted(
-    tmp_path, monkeypatch, capsys, batch_size
+    tmp_path, monkeypatch, capsys
 ) -> None:
     run, cfg, seen = tmp_path / "run", exact(), images_of(monkeypatch)
     cfg.training.batch_size, cfg.training.accumulate = 2, 2
@@ -321,18 +323,16 @@ def test_other_micro_batches_leave_each_step_its_images_and_are_noted(
     cut = train(cfg, run)
     next(cut), next(cut)
     cut.close()
-    cfg.training.batch_size, cfg.training.accumulate = batch_size, 4 // batch_size
+    cfg.training.batch_size, cfg.training.accumulate = 1, 4
     assert [step.number for step in train(cfg, run)] == [3, 4]
     assert seen == undisturbed
     printed = capsys.readouterr().out
-    assert (
-        f"training.batch_size: 2 -> {batch_size}" in printed and "as with another seed" in printed
-    )
+    assert "training.batch_size: 2 -> 1" in printed and "as with another seed" in printed
     assert load_config(run / "config.json") == cfg
     (change,) = read_json(run / "environment.json")["changes"]
     assert change["after"] == 2 and change["changed"][-1] in printed
     cfg.training.batch_size = 8  # another number of images a step
-    with pytest.raises(ValueError, match=rf"training.batch_size: {batch_size} -> 8\nUse another"):
+    with pytest.raises(ValueError, match=r"training.batch_size: 1 -> 8\nUse another"):
         next(train(cfg, run))
 
 
@@ -474,27 +474,6 @@ def test_a_run_is_in_use_with_a_lock_or_without(tmp_path) -> None:
     assert not in_use(run.path)
 
 
-def test_what_changes_on_the_way_is_noted(tmp_path, capsys) -> None:
-    cfg = quick()
-    Run(tmp_path / "run", cfg).keep({})
-    about = read_json(tmp_path / "run" / "environment.json")
-    assert about == {"folder": str(Path.cwd()), "run": str((tmp_path / "run").resolve())}
-    assert capsys.readouterr().out == ""
-    cfg.data.workers = 1
-    run = Run(tmp_path / "run", cfg)
-    run.keep({})
-    run.store.save(Checkpoint(7, {"w": torch.zeros(2)}, {}))
-    cfg.data.workers = 2
-    Run(tmp_path / "run", cfg).keep({})
-    assert "goes on with data.workers: 0 -> 1" in capsys.readouterr().out
-    noted = read_json(tmp_path / "run" / "environment.json")
-    assert noted.pop("changes") == [
-        {"after": 0, "changed": ["data.workers: 0 -> 1"]},
-        {"after": 7, "changed": ["data.workers: 1 -> 2"]},
-    ]
-    assert noted == about and load_config(tmp_path / "run/config.json").data.workers == 2
-
-
 def test_steps_that_will_be_done_again_are_forgotten(tmp_path) -> None:
     run = Run(tmp_path / "run", quick())
     for step in (1, 2, 3):
@@ -556,19 +535,6 @@ def test_an_unexpected_error_says_where_the_last_checkpoint_is(tmp_path, monkeyp
         next(steps)
     (note,) = error.value.__notes__
     assert str(tmp_path / "run/checkpoints/000001") in note
-    monkeypatch.undo()
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
-
-    steps = train(quick(), tmp_path / "run")
-    next(steps)
-    monkeypatch.setattr("mimdet.training.run.append_text", full)
-    monkeypatch.setattr("mimdet.training.run.write_json", full)
-    monkeypatch.setattr("mimdet.training.checkpoints.write_folder", lambda *_: 1 / 0)
-    with pytest.raises(OSError, match=r"No space left on device: 'metrics.jsonl'") as error:
-        next(steps)
-    assert "Nor could step 3 be saved" in error.value.__notes__[0]  # the first failure is told
 
 
 def test_a_row_that_the_disk_refused_once_is_there_after_all(tmp_path, monkeypatch) -> None:
@@ -592,12 +558,6 @@ def test_a_row_that_the_disk_refused_once_is_there_after_all(tmp_path, monkeypat
     monkeypatch.undo()
     list(train(quick(), tmp_path / "run"))
     assert_same_end(tmp_path / "run", undisturbed)
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
-def test_a_full_disk_is_told_with_the_file_s_name() -> None:
-    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
-        append_text(Path("/dev/full"), "a row\n")
 
 
 def test_steps_that_fp16_skipped_are_counted_and_rows_stay_strict_json(tmp_path, monkeypatch):

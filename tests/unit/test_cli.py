@@ -230,29 +230,6 @@ def test_check_data(scenes, tmp_path, capsys):
     assert json.loads((tmp_path / "r.json").read_text())["problems"]
 
 
-@pytest.mark.parametrize(
-    ("wrong", "kind", "remedy"),
-    [
-        (lambda x, y, w, h: [x, y, x + w, y + h], "boxes-look-xyxy", "subtract x1, y1 from x2, y2"),
-        (lambda *box: [side / 64 for side in box], "boxes-look-normalised", "boxes are in pixels"),
-    ],
-)
-def test_wrong_boxes_are_named_with_the_remedy(wrong, kind, remedy, scenes, tmp_path, capsys):
-    annotations, images = scenes
-    content = json.loads(annotations.read_text())
-    for entry in content["annotations"]:
-        entry["bbox"] = wrong(*entry["bbox"])
-    annotations.write_text(json.dumps(content))
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["check-data", str(annotations), str(images)])
-    said = capsys.readouterr().out
-    assert ended.value.code == 1 and f"error {kind} (1)" in said and remedy in said
-    words = ["--train-json", str(annotations), "--train-images", str(images), "--source", "coco"]
-    with pytest.raises(SystemExit, match=rf"{kind}.*{remedy}") as ended:
-        cli.main(["train", "tiny", str(tmp_path / "run"), *words])
-    assert ended.value.code == 2 and not (tmp_path / "run").exists()
-
-
 def test_demo_to_its_pictures_or_stopped_while_it_times_the_machine(tmp_path, capfd, monkeypatch):
     cli.main(["demo", "--steps", "3", "--scenes", "4", "--run", str(tmp_path / "demo")])
     printed = capfd.readouterr().out

@@ -10,7 +10,7 @@ from mimdet.config import Config
 from mimdet.models.detector import build_detector, compile_parts
 from mimdet.presets import mimdet_base
 from mimdet.training import plan
-from mimdet.training.plan import Card, Forecast, Pace, fitting, forecast, peak_memory
+from mimdet.training.plan import Card, Forecast, Pace, PeakMemory, fitting, forecast
 from mimdet.training.profile import profile
 from mimdet.viz import show_forecast, show_profile
 from tests.small import small
@@ -56,7 +56,7 @@ def test_a_forecast_measures_steps_here_and_leaves_the_configuration_alone() -> 
 
 
 def test_a_peak_that_is_over_is_seen() -> None:
-    with peak_memory() as memory:
+    with PeakMemory() as memory:
         before = memory.now()
         held = torch.ones(64 << 20)  # 256 MiB
         time.sleep(0.1)

@@ -71,7 +71,7 @@ def test_the_detector_starts_from_it(undisturbed, tmp_path, capsys) -> None:
     assert "mae.safetensors" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3])
+@pytest.mark.parametrize("stop", [1, 3])
 def test_resumed_run_is_bit_identical(undisturbed, tmp_path, stop: int) -> None:
     for step in pretrain(small_mae(), tmp_path / "run"):
         if step.number == stop:
