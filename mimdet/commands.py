@@ -187,8 +187,8 @@ def ablate(
             print(f"{run.path}  {run.steps} steps, evaluated at {list(run.ratios)}: {state}")
         return
     which = (int(numbers[1]), int(numbers[2]))
-    options = {"processes": processes, "part": which, "known": known, "train": not table}
-    result = experiment(**arguments, **options)
+    arguments |= {"processes": processes, "part": which, "known": known, "train": not table}
+    result = experiment(**arguments)
     result.command = f"mimdet ablate {file}" + (f" --seeds {seeds}" if seeds else "")
     written = Path(out) if out else result.folder / "result.json"
     result.to_json(written)
