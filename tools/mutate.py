@@ -58,7 +58,7 @@ PARTS = {
         ["unit/test_coco", "unit/test_hub", "unit/test_checks"],
     ),
     "run directory": (
-        ["training/run.py", "training/owner.py"],
+        ["training/run.py", "training/checkpoints.py", "training/owner.py"],
         ["unit/test_job", "unit/test_training", "faults/test_runs"],
     ),
 }

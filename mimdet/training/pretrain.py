@@ -22,7 +22,6 @@ from mimdet.models.rcnn import pad_and_normalise, to_uint8
 from mimdet.models.weights import load_exactly, load_mae_model, save_mae
 from mimdet.processes import set_up
 from mimdet.training.checkpoints import MAE_FILE, weights_of
-from mimdet.training.optim import Schedule
 from mimdet.training.run import Run, inputs_of, load_detector
 from mimdet.training.trainer import Step, Trainer
 
@@ -82,8 +81,7 @@ class PreTrainer(Trainer):
         loader = ImageLoader(
             images, cfg.data, side, t.batch_size, t.accumulate, t.seed, rank, world
         )
-        schedule = Schedule(t, len(images))
-        super().__init__(cfg, run, build_mae(cfg.mae), loader, schedule, inputs)
+        super().__init__(cfg, run, build_mae(cfg.mae), loader, len(images), inputs)
         self.held_out_images = held_out_images(held_out, side)
 
     def losses(self, batch: MicroBatch) -> dict[str, Tensor]:

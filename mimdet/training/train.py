@@ -33,7 +33,7 @@ from mimdet.presets import PRESETS, STARTS_FROM_MAE
 from mimdet.processes import set_up
 from mimdet.training.checkpoints import MetricsFile, has_checkpoint
 from mimdet.training.initial import align_stem, check_frozen, initialise, teach_c4
-from mimdet.training.optim import Schedule, frozen_parts
+from mimdet.training.optim import frozen_parts
 from mimdet.training.owner import read_status
 from mimdet.training.run import Run, inputs_of, load_detector, read_environment, stored_config
 from mimdet.training.slots import load_slots, name_dataset, read_slots
@@ -202,8 +202,7 @@ class DetectorTrainer(Trainer):
         loader = TrainLoader(
             data, cfg.data, *sizes, t.seed, rank, world, cfg.data.workers, first_batch
         )
-        schedule = Schedule(t, len(data))
-        super().__init__(cfg, run, model, loader, schedule, inputs)
+        super().__init__(cfg, run, model, loader, len(data), inputs)
         self.val_data = val_data
 
     def start(self) -> None:

@@ -62,13 +62,13 @@ class Trainer:
         run: Run,
         model: nn.Module,
         loader: StepLoader,
-        schedule: Schedule,
+        images: int,
         inputs: dict[str, Any],
     ) -> None:
-        """inputs: what the run begins with, as `inputs_of` says it."""
+        """images: of an epoch; inputs: what the run begins with, as `inputs_of` says it."""
         t = cfg.training
-        self.cfg, self.run, self.loader, self.schedule = cfg, run, loader, schedule
-        self.inputs = inputs
+        self.cfg, self.run, self.loader, self.inputs = cfg, run, loader, inputs
+        self.schedule = Schedule(t, images)
         self.device = pick_device(t.device)
         dtype = torch.float64 if t.precision == "fp64" else torch.float32
         self.model = self.replica = model.to(self.device, dtype).train()

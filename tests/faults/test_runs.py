@@ -13,16 +13,24 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 import mimdet
 from mimdet import presets
 from mimdet.config import load_config
-from mimdet.files import append_text, read_json
+from mimdet.files import append_text, read_json, write_json
 from mimdet.training.checkpoints import Checkpoint, CheckpointStore, MetricsFile, best_step
 from mimdet.training.job import Job
-from mimdet.training.owner import STATUS, RunInUse, alone_in, in_use, read_status
+from mimdet.training.owner import (
+    STATUS,
+    RunInUse,
+    alone_in,
+    in_use,
+    process_record,
+    read_status,
+)
 from mimdet.training.run import Run, TrainingStopped, load_detector
 from mimdet.training.slots import load_slots, read_slots
 from mimdet.training.train import DetectorTrainer, resume, train
@@ -408,26 +416,13 @@ def test_where_nothing_guards_a_run_it_is_said_and_rows_do_not_double(tmp_path, 
     assert [row["step"] for row in rows_of(tmp_path / "run") if "loss" in row] == [1, 2, 3, 4]
 
 
-def start(run: Path, steps: int, **options) -> subprocess.Popen:
-    words = "--shapes-size 64 --short-sides 64 --test-short-side 64 --shapes-val 2 --batch-size 1"
-    words += f" --threads 1 --evaluate-every 0 --steps {steps} --checkpoint-every-steps {steps}"
-    command = [sys.executable, "-m", "mimdet", "train", "tiny", str(run), *words.split()]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, **options)
-
-
-def test_a_training_whose_lock_was_removed_is_still_alone(tmp_path) -> None:
-    run = tmp_path / "run"
-    child = start(run, 4000)
-    wait_until(lambda: len(rows_of(run)) >= 2, "two steps")
+def test_a_training_whose_lock_was_removed_is_still_alone(run, tmp_path) -> None:
+    other = process_record(psutil.Process(os.getppid()))
+    write_json(run / STATUS, {"state": "training", "run": str(run.resolve())} | other)
     (run / "lock").unlink()
-    assert in_use(run)
-    with pytest.raises(RunInUse, match=f"process {child.pid} on .* already trains in"):
-        list(resume(run))
-    copy = shutil.copytree(run, tmp_path / "copy")
-    assert not in_use(copy)
-    child.terminate()
-    child.wait(60)
-    assert not in_use(run) and read_status(run)["state"] == "stopped"
+    assert in_use(run) and not in_use(shutil.copytree(run, tmp_path / "copy"))
+    with pytest.raises(RunInUse, match=f"process {os.getppid()} on .* already trains in"):
+        next(resume(run))
 
 
 def test_a_damaged_status_says_as_much_as_none(run) -> None:
@@ -462,15 +457,16 @@ def test_a_run_says_how_its_training_ended(tmp_path, raised, done, state, error)
     assert after["began"] == during["began"] > 0 and not in_use(run.path)
 
 
-def test_a_run_is_in_use_with_a_lock_or_without(tmp_path) -> None:
+def test_who_holds_the_lock_may_train(tmp_path) -> None:
     cfg = quick()
     run = Run(tmp_path / "run", cfg, locked=True)
-    with alone_in(run.path), run.in_training(3, lambda: 0):  # who holds the lock may train
-        with pytest.raises(RunInUse), Run(run.path, cfg).in_training(3, lambda: 0):
-            pass
-        (run.path / "lock").unlink()
-        assert in_use(run.path)
-        assert not in_use(shutil.copytree(run.path, tmp_path / "copy"))
+    with (
+        alone_in(run.path),
+        run.in_training(3, lambda: 0),
+        pytest.raises(RunInUse),
+        Run(run.path, cfg).in_training(3, lambda: 0),
+    ):
+        pass
     assert not in_use(run.path)
 
 
@@ -499,7 +495,11 @@ def test_a_closed_terminal_saves(tmp_path) -> None:
     """The terminal goes with all that was to be printed to it."""
     ours, theirs = os.openpty()
     run = tmp_path / "run"
-    child = start(run, 4000, stderr=theirs, start_new_session=True)
+    words = "--shapes-size 64 --short-sides 64 --test-short-side 64 --shapes-val 2 --batch-size 1"
+    words += " --threads 1 --evaluate-every 0 --steps 4000 --checkpoint-every-steps 4000"
+    command = [sys.executable, "-m", "mimdet", "train", "tiny", str(run), *words.split()]
+    options = {"stdout": subprocess.DEVNULL, "stderr": theirs, "start_new_session": True}
+    child = subprocess.Popen(command, **options)
     os.close(theirs)
     wait_until(lambda: len(rows_of(run)) >= 3, "three steps")
     os.close(ours)

@@ -40,6 +40,7 @@ def test_what_fits_follows_from_the_count() -> None:
 
 def test_a_forecast_measures_steps_here_and_leaves_the_configuration_alone() -> None:
     cfg = small(600)
+    cfg.training.freeze = ("neck",)
     before = repr(cfg)
     found = forecast(cfg, gpus=2, steps=2)
     assert repr(cfg) == before
@@ -49,7 +50,7 @@ def test_a_forecast_measures_steps_here_and_leaves_the_configuration_alone() -> 
         assert min(pace.peak, pace.before, pace.counted) > 0
         assert found.hours(pace) == pytest.approx(pace.step_seconds * 600 / 3600 / 2)
     assert [card.gigabytes for card in found.cards] == list(plan.CARDS)
-    assert "hours, 2 device(s)" in str(found)
+    assert "hours, 2 device(s)" in str(found) and "as if nothing were frozen" in str(found)
     assert "600 steps" in show_forecast(found).axes[0].get_title(loc="left")
     with pytest.raises(ValueError, match="gpus=0"):
         forecast(cfg, gpus=0)
