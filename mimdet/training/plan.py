@@ -165,7 +165,7 @@ def forecast(
         gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
         memory, device = gpu.total_memory, gpu.name
         cfg.training.precision = "bf16" if precision == "auto" else precision
-    here = fitting(cfg, memory / 1e9)
+    (here,) = fitting(cfg, memory / 1e9)
     measured = max(1, min(wanted, here.kept or here.recomputed))
     found = Forecast(
         cfg.preset or cfg.backbone.kind,
@@ -183,7 +183,7 @@ def forecast(
     )
     as_on_gpu = copy.deepcopy(cfg)
     as_on_gpu.training.precision = "bf16" if precision == "auto" else precision
-    found.cards = [fitting(as_on_gpu, gigabytes) for gigabytes in CARDS]
+    found.cards = fitting(as_on_gpu, *CARDS)
     cfg.training.batch_size, cfg.training.accumulate = measured, 1
     for ratio in ratios if cfg.backbone.kind == "mimdet" else (1.0,):
         cfg.backbone.sample_ratio = ratio
@@ -244,10 +244,9 @@ def measure(cfg: Config, data: Dataset, steps: int, images: int) -> Pace:
     )
 
 
-def fitting(cfg: Config, gigabytes: float) -> Card:
-    """What fits in so much memory, by count, of the largest images the recipe makes."""
-    cfg, most = copy.deepcopy(cfg), []
-    data = cfg.data
+def fitting(cfg: Config, *memories: float) -> list[Card]:
+    """What fits in so many GB of memory, by count, of the largest images the recipe makes."""
+    cfg, data, most = copy.deepcopy(cfg), cfg.data, []
     long = data.max_side if data.augment != "lsj" else data.lsj_size
     size = padded_size(min(long, max(data.short_sides)), long)
     if data.source == "shapes":  # square ones
@@ -255,8 +254,9 @@ def fitting(cfg: Config, gigabytes: float) -> Card:
     for mode in ("off", "on"):
         cfg.backbone.checkpointing = mode  # type: ignore[assignment]
         once, image = training_bytes(cfg, size)
-        most.append(max(0, math.floor((WORKSPACE * gigabytes * 1e9 - once) / image)))
-    return Card(round(gigabytes), *most)
+        room = [WORKSPACE * gigabytes * 1e9 - once for gigabytes in memories]
+        most.append([max(0, math.floor(left / image)) for left in room])
+    return [Card(round(gigabytes), *two) for gigabytes, *two in zip(memories, *most, strict=True)]
 
 
 class PeakMemory:

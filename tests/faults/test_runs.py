@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -34,7 +32,8 @@ from mimdet.training.owner import (
 from mimdet.training.run import Run, TrainingStopped, load_detector
 from mimdet.training.slots import load_slots, read_slots
 from mimdet.training.train import DetectorTrainer, resume, train
-from tests.small import assert_same_end, rows_of, small, wait_until, write_coco
+from tests.faults.test_kill import command
+from tests.small import assert_same_end, rows_of, small, start, wait_until, write_coco
 
 
 def own_sampler(tokens, grid, generator):
@@ -495,11 +494,7 @@ def test_a_closed_terminal_saves(tmp_path) -> None:
     """The terminal goes with all that was to be printed to it."""
     ours, theirs = os.openpty()
     run = tmp_path / "run"
-    words = "--shapes-size 64 --short-sides 64 --test-short-side 64 --shapes-val 2 --batch-size 1"
-    words += " --threads 1 --evaluate-every 0 --steps 4000 --checkpoint-every-steps 4000"
-    command = [sys.executable, "-m", "mimdet", "train", "tiny", str(run), *words.split()]
-    options = {"stdout": subprocess.DEVNULL, "stderr": theirs, "start_new_session": True}
-    child = subprocess.Popen(command, **options)
+    child = start(["mimdet", *command(run, steps=4000, every=4000)], stderr=theirs)
     os.close(theirs)
     wait_until(lambda: len(rows_of(run)) >= 3, "three steps")
     os.close(ours)

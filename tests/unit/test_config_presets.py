@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimdet.config import (
@@ -38,6 +38,7 @@ def test_a_preset_is_fresh_each_time_and_survives_a_file(name: str, tmp_path: Pa
     assert again == cfg and isinstance(again.training.betas, tuple)  # json knows lists only
 
 
+@settings(max_examples=15)
 @given(st.floats(0, 1, exclude_min=True), st.integers(0, 10**9), st.text(max_size=20))
 def test_round_trip_of_any_value(ratio: float, steps: int, path: str) -> None:
     cfg = Config()

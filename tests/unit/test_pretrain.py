@@ -95,16 +95,6 @@ def test_it_goes_on_from_another_run(undisturbed, tmp_path) -> None:
         list(pretrain(cfg, tmp_path / "depth"))
 
 
-def test_float64(undisturbed, tmp_path) -> None:
-    cfg = small_mae(4)
-    cfg.training.precision = "fp64"
-    list(pretrain(cfg, tmp_path / "run"))
-    runs = (tmp_path / "run", undisturbed)
-    ends = [json.loads((run / "eval.json").read_text()) for run in runs]
-    double, single = (end["held_out"]["loss"] for end in ends)
-    assert double == pytest.approx(single, rel=0.05)  # other patches are drawn
-
-
 def test_held_out_loss_depends_on_the_weights_alone() -> None:
     cfg = small_mae()
     _, held_out = build_images(cfg.data, 0)
