@@ -39,11 +39,11 @@ def show_attention(
     panels = []
     for name in chosen:
         rows = seen.row(name, place)  # (heads, N)
-        title = block_title(seen, name)
         drawn = {f", head {i}": row for i, row in enumerate(rows)} if heads else {"": rows.mean(0)}
         for head, row in drawn.items():
             high = float(row.max())
-            panels.append((f"{title}{head}: ≤ {share(high)}", seen.on_grid(name, row), high))
+            title = f"{block_title(seen, name)}{head}: ≤ {share(high)}"
+            panels.append((title, seen.on_grid(name, row), high))
     what = f"Attention, {'per head' if heads else 'mean of the heads'},"
     return _over_picture(what, image, seen, chosen[0], place, panels)
 
@@ -59,12 +59,10 @@ def show_rollout(
     place = place_on(seen, query)
     chosen = _chosen(seen, names)
     panels = []
-    for count, name in enumerate(chosen, start=1):
+    for count in range(1, len(chosen) + 1):
         values, own = rolled_out(seen, chosen[:count], place)
-        title = block_title(seen, chosen[0])
-        if count > 1:
-            title = f"{title.replace('block ', 'blocks ')}-{_number(name)}"
-        panels.append((f"{title}: itself {share(own)}", values, largest_other(values, place)))
+        title = f"{block_title(seen, *chosen[:count])}: itself {share(own)}"
+        panels.append((title, values, largest_other(values, place)))
     return _over_picture("Attention, rolled out,", image, seen, chosen[0], place, panels)
 
 
@@ -99,10 +97,13 @@ def nearest_sampled(sample: Sample, place: int) -> int:
     return int(kept[(rows**2 + columns**2).argmin()])
 
 
-def block_title(seen: Recording, name: str) -> str:
-    """backbone.encoder.blocks.3.attn -> `encoder block 3`."""
-    number = _number(name)
-    return f"{_part(seen, name)} block {number}" if number else name
+def block_title(seen: Recording, *names: str) -> str:
+    """backbone.encoder.blocks.3.attn -> `encoder block 3`, of several `encoder blocks 3-5`."""
+    numbers = re.findall(r"blocks\.(\d+)", " ".join(names))
+    if not numbers:
+        return names[0]
+    which = f"block {numbers[0]}" if len(names) == 1 else f"blocks {numbers[0]}-{numbers[-1]}"
+    return f"{_part(seen, names[0])} {which}"
 
 
 def share(value: float) -> str:
@@ -136,11 +137,6 @@ def _part(seen: Recording, name: str) -> str:
     return "decoder" if name in seen.full_grid else "encoder"
 
 
-def _number(name: str) -> str | None:
-    found = re.search(r"blocks\.(\d+)", name)
-    return found[1] if found else None
-
-
 def largest_other(values: Tensor, place: int) -> float:
     """The largest share of a token other than the one at `place`."""
     flat = values.flatten().nan_to_num(0).clone()
@@ -168,28 +164,25 @@ def _over_picture(
     panels: title, (h, w) shares with NaN where no token was sampled, the share drawn brightest.
     """
     h, w = seen.grid
-    visible = torch.ones(h, w)
-    if name not in seen.full_grid and seen.sample is not None:
-        visible = seen.on_grid(name, torch.ones(len(seen.sample.keep[0])))
-    hidden = np.zeros((h, w, 4), np.uint8)
-    hidden[visible.isnan().numpy()] = (*UNSAMPLED, round(255 * UNKNOWN))
-    title = f"{_part(seen, name)}: {int(visible.nansum())} of {h * w} tokens"
-    pictures = [(title, laid_over(on_tokens(image, seen.grid, seen.patch), hidden))]
-    grey = on_tokens(greyed(image), seen.grid, seen.patch)
-    pictures += [(title, laid_over(grey, overlay(values, high))) for title, values, high in panels]
     row, column = divmod(place, w)
+    unsampled = panels[0][1].isnan().numpy()
+    hidden = np.zeros((h, w, 4), np.uint8)
+    hidden[unsampled] = (*UNSAMPLED, round(255 * UNKNOWN))
+    title = f"{_part(seen, name)}: {(~unsampled).sum()} of {h * w} tokens"
+    pictures = [Picture(title, laid_over(on_tokens(image, seen.grid, seen.patch), hidden))]
+    grey = on_tokens(greyed(image), seen.grid, seen.patch)
+    for title, values, high in panels:
+        pictures.append(Picture(title, laid_over(grey, overlay(values, high))))
     what = f"{what} of the token in row {row}, column {column}, over the picture"
-    framed = [
-        Picture(title, _framed(pixels, row, column, len(pixels) // h)) for title, pixels in pictures
-    ]
-    return show_rows(what, framed)
+    return show_rows(what, [_framed(picture, row, column, h) for picture in pictures])
 
 
-def _framed(pixels: Pixels, row: int, column: int, side: int) -> Pixels:
-    """A picture of tokens of `side` pixels, a frame around one of them."""
+def _framed(picture: Picture, row: int, column: int, rows: int) -> Picture:
+    """A picture of `rows` rows of tokens, a frame around one token."""
+    pixels, side = picture.pixels, len(picture.pixels) // rows
     framed, y, x = pixels.copy(), row * side, column * side
     for edge, colour in ((max(pixels.shape) // 50, "white"), (max(pixels.shape) // 75, VERMILLION)):
         top, left = max(0, y - edge), max(0, x - edge)
         framed[top : y + side + edge, left : x + side + edge] = ImageColor.getrgb(colour)
     framed[y : y + side, x : x + side] = pixels[y : y + side, x : x + side]
-    return framed
+    return picture._replace(pixels=framed)

@@ -302,39 +302,33 @@ def show_positions(
     table: (1, 1 + side * side, D), as encoders and decoders store it (row 0 is the class token's).
     at: the place that is compared with all others, as shares of the height and width. The curves
     have distance as a share of the image's width: resizing keeps what is where in the picture, so
-    both agree; a table made anew for the grid counts tokens instead. Raises ValueError for a table
-    of another shape and a place outside.
+    both agree; a table made anew for the grid counts tokens instead. Raises ValueError for a place
+    outside.
     """
-    side = round((table.shape[1] - 1) ** 0.5) if table.dim() == 3 else 0
-    if not side or len(table) != 1 or side * side + 1 != table.shape[1]:
-        raise ValueError(
-            f"a position table of shape {tuple(table.shape)}: give (1, 1 + side * side, D)"
-        )
     if not (0 <= at[0] < 1 and 0 <= at[1] < 1):
         raise ValueError(f"at={at}: give shares of the height and width, from 0 to below 1")
     table = table.detach().cpu()
+    side = round((table.shape[1] - 1) ** 0.5)
+    first_row = sincos_table(table.shape[2], grid[1])[:, 1 : 1 + grid[1]]
+    tables = {
+        "stored": (table[:, 1:], (side, side), style.FAINT, "o-"),
+        "resized": (resize_table(table, grid), grid, style.VERMILLION, "-"),
+        "made anew": (first_row, (1, grid[1]), style.BLUE, "--"),
+    }
     fig = style.new_figure(style.WIDTH, 3.2)
     along = style.axes_of(fig, 3, 3, "along the row", "distance, share of the width", "cosine")
-
-    def draw_line(name: str, values: Tensor, colour: str, line: str) -> None:
-        distance = (np.arange(len(values)) - int(at[1] * len(values))) / len(values)
-        label = f"{name}, {len(values)} wide"
-        along.plot(distance, values.numpy(), line, color=colour, markersize=4, label=label)
-
-    stored, resized = ("stored", style.FAINT, "o-"), ("resized", style.VERMILLION, "-")
-    tables = {stored: (table[:, 1:], (side, side)), resized: (resize_table(table, grid), grid)}
-    for number, ((name, colour, line), (places, (h, w))) in enumerate(tables.items(), start=1):
+    for number, (name, (places, (h, w), colour, line)) in enumerate(tables.items(), start=1):
         row, column = int(at[0] * h), int(at[1] * w)
         values = similarity(places, (h, w), row * w + column)
+        distance, label = (np.arange(w) - column) / w, f"{name}, {w} wide"
+        along.plot(distance, values[row].numpy(), line, color=colour, markersize=4, label=label)
+        if name == "made anew":
+            continue  # one row
         ax = fig.add_subplot(1, 3, number)
         ax.imshow(heat(values, high=1.0), interpolation="nearest")
         ax.plot(column, row, "s", markersize=8, color=style.VERMILLION, fillstyle="none")
         ax.set_axis_off()
         style.write_title(ax, f"{name}: {h} × {w}")
-        draw_line(name, values[row], colour, line)
-    first_row = sincos_table(table.shape[2], grid[1])[:, 1 : 1 + grid[1]]
-    fresh = similarity(first_row, (1, grid[1]), int(at[1] * grid[1]))
-    draw_line("made anew", fresh[0], style.BLUE, "--")
     style.add_legend(along, loc="lower center")
     low = along.dataLim.y0
     along.set_ylim(low - 0.45 * (1 - low), 1.03)  # room for the legend

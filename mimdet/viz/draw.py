@@ -84,17 +84,12 @@ def _scaled(pixels: Pixels, scale: float, smooth: bool = True) -> Pixels:
 def heat(values: Tensor, low: float | None = None, high: float | None = None) -> Pixels:
     """(h, w) numbers as colours; NaN (unsampled places) is light grey. low, high: ends of the
     scale, by default the smallest and largest value."""
-    plane = values.float().cpu().numpy()
-    known = np.isfinite(plane)
-    if low is None:
-        low = float(plane[known].min()) if known.any() else 0.0
-    if high is None:
-        high = float(plane[known].max()) if known.any() else 1.0
-    scaled = np.where(known, (plane - low) / max(high - low, 1e-12), 0).clip(0, 1)
-    table = np.rint(255 * mpl.colormaps["viridis"](np.arange(256))[:, :3]).astype(np.uint8)
-    picture = table[(256 * scaled).clip(0, 255).astype(np.uint8)]
-    picture[~known] = UNSAMPLED
-    return picture
+    plane = np.ma.masked_invalid(values.float().cpu().numpy())
+    low, high = plane.min() if low is None else low, plane.max() if high is None else high
+    scaled = ((plane - low) / max(high - low, 1e-12)).clip(0, 1)
+    grey = str(UNSAMPLED[0] / 255)  # as matplotlib writes it
+    colours = mpl.colormaps["viridis"].with_extremes(bad=grey)(scaled)
+    return np.rint(255 * colours[..., :3]).astype(np.uint8)
 
 
 def beside(pictures: Sequence[Pixels], gap: int = 8) -> Pixels:

@@ -28,15 +28,7 @@ TAIL = 0.02
 
 def norm_map(features: Tensor) -> Tensor:
     """(C, h, w) -> (h, w): the length of every place's feature vector."""
-    return _checked(features).norm(dim=0)
-
-
-def channel_map(features: Tensor, channel: int) -> Tensor:
-    """(C, h, w) -> (h, w) of one channel. Raises ValueError for a channel that is not there."""
-    channels = len(_checked(features))
-    if not 0 <= channel < channels:
-        raise ValueError(f"channel {channel}: this map has channels 0 to {channels - 1}")
-    return features[channel].float()
+    return features.float().norm(dim=0)
 
 
 def strongest_channels(features: Tensor, count: int) -> list[int]:
@@ -94,7 +86,7 @@ def pca_picture(features: Tensor, basis: Basis | None = None) -> Pixels:
     `basis.explained` says how much they really carry. basis: None = fitted to this map alone.
     """
     basis = basis or fit_basis(features)
-    if len(_checked(features)) != len(basis.mean):
+    if len(features) != len(basis.mean):
         raise ValueError(f"the basis has {len(basis.mean)} channels, the map {len(features)}")
     places = features.cpu().double().permute(1, 2, 0)  # (h, w, C)
     span = basis.high - basis.low
@@ -117,15 +109,11 @@ def largest_difference(now: Tensor, reference: Tensor) -> float:
     return float((now - reference).abs().max()) / max(scale, 1e-12)
 
 
-def _checked(features: Tensor) -> Tensor:
-    if features.ndim != 3:
-        raise ValueError(f"a map of shape {tuple(features.shape)}: give (C, h, w) of one image")
-    return features.float()
-
-
 def _places(features: Tensor) -> Tensor:
     """(C, h, w) -> (N, C) float64: the feature vectors of the places that are finite."""
-    places = _checked(features).detach().cpu().double().flatten(1).T
+    if features.ndim != 3:
+        raise ValueError(f"a map of shape {tuple(features.shape)}: give (C, h, w) of one image")
+    places = features.detach().cpu().double().flatten(1).T
     places = places[places.isfinite().all(dim=1)]
     if not len(places):
         raise ValueError("no place of this map has finite numbers in all channels")
@@ -157,7 +145,7 @@ def show_pyramid(image: Tensor, maps: Mapping[str, Tensor]) -> NotebookFigure:
 def show_channels(features: Tensor, count: int = 12) -> NotebookFigure:
     """The `count` channels of a map (C, h, w) that vary most, each on its own scale."""
     numbers = strongest_channels(features, count)
-    pictures = [plane_of(f"channel {n}:", channel_map(features, n)) for n in numbers]
+    pictures = [plane_of(f"channel {n}:", features[n]) for n in numbers]
     what = f"The {len(numbers)} of {len(features)} channels that vary most"
     return show_rows(what, pictures, columns=6, sharp=True)
 
@@ -238,10 +226,7 @@ class Pyramid:
     """Which tokens the encoder saw; None for a backbone that sees all."""
 
     def only(self, *levels: str) -> dict[str, Tensor]:
-        """The maps of these levels. Raises ValueError for one that is not there."""
-        missing = [level for level in levels if level not in self.maps]
-        if missing:
-            raise ValueError(f"this detector has no {missing}; its levels are {list(self.maps)}")
+        """The maps of these levels."""
         return {level: self.maps[level] for level in levels}
 
 

@@ -1,37 +1,19 @@
 """What a masked autoencoder paints from the patches it sees: as pictures, and as a figure."""
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimdet.analysis.cost import transformer_cost
-from mimdet.images import Resize, resize_image, shortest_edge, to_rgb
-from mimdet.inference import generator_for, run_detector
+from mimdet.images import resize_image, shortest_edge, to_rgb
+from mimdet.inference import generator_for
 from mimdet.models.mae import MAE, Reconstruction
 from mimdet.models.rcnn import pad_and_normalise, to_uint8
-from mimdet.models.sampling import (
-    PATCH,
-    SAMPLERS,
-    Grid,
-    Sample,
-    Sampler,
-    Sampling,
-    draw,
-    padded_places,
-    token_grid,
-)
-from mimdet.structures import Detections
+from mimdet.models.sampling import SAMPLERS, Grid, Sample, Sampler, draw
 from mimdet.viz.draw import UNSAMPLED, Picture, image_size, show_rows, to_pixels
 from mimdet.viz.style import NotebookFigure
-
-if TYPE_CHECKING:
-    from mimdet.models.detector import Detector
-
 
 LONGEST = 2.0
 """A photo's long side is at most so many times the side the autoencoder was trained on."""
@@ -164,114 +146,3 @@ def show_reconstruction(
 def show_pictures(pictures: Mapping[str, Tensor]) -> NotebookFigure:
     """Pictures, uint8 (3, H, W), in rows under their titles. Raises ValueError without any."""
     return show_rows("Pictures", [Picture(title, to_pixels(p)) for title, p in pictures.items()])
-
-
-# ------------------------------------------------------------------------- two models, one grid
-
-Result = TypeVar("Result")
-
-
-class View(NamedTuple):
-    """An image as both models are given it."""
-
-    resized: Tensor
-    """uint8 (3, H, W): the detector's input, before padding."""
-    grid: Grid
-    """(h, w): the tokens of 16 pixels that it touches."""
-    patches: Tensor | None
-    """uint8 (3, h * patch, w * patch): the same tokens as patches of the autoencoder."""
-    whole: Tensor
-    """uint8 (3, 16 h, 16 w): the image extended to whole tokens."""
-    padded: Grid
-    """The grid of the detector's batch, of which this one is the upper left part."""
-
-
-class Answer(NamedTuple):
-    """What the models made of a set of tokens."""
-
-    painted: Painted | None
-    found: Detections | None
-    """In the pixels of `View.resized`."""
-    milliseconds: dict[str, float]
-    """By model."""
-
-
-class SameTokens:
-    """A detector and an autoencoder on one grid of tokens.
-
-    A detector's token is 16 x 16 pixels of its resized image. The same image, extended at the right
-    and the bottom to whole tokens, is resized until a token is one patch of the autoencoder. So a
-    token covers the same part of the picture in both, and both resize their position tables to the
-    grid, as always. Padding is never kept.
-    """
-
-    def __init__(self, detector: "Detector | None" = None, mae: MAE | None = None) -> None:
-        """An image has the side that the detector is tested at, without one that the autoencoder
-        was trained at. Raises ValueError without a model, and for a detector that cannot leave
-        tokens out."""
-        if detector is None and mae is None:
-            raise ValueError("neither a detector nor an autoencoder: give at least one")
-        if detector is not None and not detector.samples:
-            raise ValueError(
-                f"a {detector.config.backbone.kind} detector sees every token: give one whose "
-                'backbone samples (backbone.kind="mimdet"), or an autoencoder alone'
-            )
-        self.detector = detector
-        self.mae = mae
-        if detector is not None:
-            self.resize = detector.resize
-        elif mae is not None:
-            # In the detector's measure, where a token is 16 pixels.
-            side = native_side(mae) // mae.patch_size * PATCH
-            self.resize = Resize(side, LONGEST * side)
-
-    def view(self, image: Tensor) -> View:
-        """Resize an image, uint8 (3, H, W), for both models."""
-        resized = self.resize(image)
-        grid = padded = token_grid(*image_size(resized))
-        if self.detector is not None:
-            height, width = self.detector.batch([resized]).tensors.shape[2:]
-            padded = token_grid(height, width)
-        patches = None
-        if self.mae is not None:
-            patches = whole_patches(resized, grid, self.mae.patch_size, PATCH)
-        return View(resized, grid, patches, whole_patches(resized, grid, PATCH), padded)
-
-    def tokens(self, view: View) -> Tensor:
-        """What a sampler may look at, (L, D): the detector's stem, or patch embeddings."""
-        if self.detector is None:
-            assert self.mae is not None and view.patches is not None
-            return patch_tokens(view.patches, self.mae)
-        stem: Any = self.detector.backbone.stem
-        tokens = stem(self.detector.batch([view.resized]).tensors).tokens  # (1, D, h, w)
-        return tokens[0].flatten(1).T[padded_places(view.grid, view.padded, tokens.device)]
-
-    def ask(self, view: View, sample: Sample) -> Answer:
-        """Run the models on exactly these tokens. sample: of one image, on `view.grid`."""
-        took: dict[str, float] = {}
-        painted = found = None
-        mae, patches, detector = self.mae, view.patches, self.detector
-        if mae is not None and patches is not None:
-            painted, took["autoencoder"] = timed(lambda: paint(patches, mae, sample))
-        if detector is not None:
-            places = padded_places(view.grid, view.padded, torch.device("cpu"))[sample.keep[0]]
-            padded = Sampling(sample=Sample([places], view.padded))
-            found, took["detector"] = timed(
-                lambda: run_detector(detector, [view.resized], padded)[0].to("cpu")
-            )
-        return Answer(painted, found, took)
-
-    def encoder_cost(self, kept: int) -> int:
-        """Multiply-adds of the encoder's blocks: the detector's, or the autoencoder's."""
-        if self.detector is not None:
-            cfg = self.detector.config.backbone
-            return transformer_cost(kept, cfg.embed_dim, cfg.depth)
-        assert self.mae is not None  # one token more: it has a class token
-        return transformer_cost(kept + 1, self.mae.pos_embed.shape[2], len(self.mae.blocks))
-
-
-def timed(run: Callable[[], Result]) -> tuple[Result, float]:
-    """What it returns, and the milliseconds it took."""
-    start = time.perf_counter()
-    result = run()
-    return result, 1000 * (time.perf_counter() - start)

@@ -165,10 +165,5 @@ def test_positions_stored_and_resized():
     assert again.get_ydata()[6] < stored.get_ydata()[3] - 0.05
     assert "8 x 8" in fig.alt_text
 
-
-@pytest.mark.parametrize("shape", [(1, 16, 32), (2, 17, 32), (17, 32), (1, 1, 32)])
-def test_no_table_is_refused(shape):
-    with pytest.raises(ValueError, match="position table of shape"):
-        show_positions(torch.zeros(shape), (4, 4))
     with pytest.raises(ValueError, match="at="):
         show_positions(sincos_table(32, 4), (4, 4), at=(1.0, 0.5))

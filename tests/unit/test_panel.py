@@ -56,7 +56,6 @@ def test_a_control_is_answered_once(lamp: Lamp) -> None:
     assert torch.is_grad_enabled() and not any(enabled for _, enabled, _ in lamp.drawn)
     assert [level for level, _, _ in lamp.drawn] == [100, 7]  # not again for what draw moved
     assert lamp.status.value == "level 7" and [c.seq for c in lamp.canvases] == [2, 2]
-    assert len(lamp.milliseconds) == 2 and min(lamp.milliseconds) > 0
 
 
 def test_an_error_is_written_below_and_does_not_end_it(lamp: Lamp) -> None:
@@ -97,7 +96,7 @@ def test_a_change_from_another_thread_waits_for_its_turn(lamp: Lamp) -> None:
     assert Lamp()._lock is lamp._lock  # two panels may look into one model
 
 
-def test_rows_of_the_panel_and_what_a_saved_notebook_shows(lamp: Lamp) -> None:
+def test_what_a_saved_notebook_shows(lamp: Lamp) -> None:
     data, metadata = lamp._repr_mimebundle_()
     picture = np.asarray(Image.open(io.BytesIO(data["image/png"])))
     assert picture.shape == (20, 20 + 8 + 30, 3)
@@ -106,10 +105,6 @@ def test_rows_of_the_panel_and_what_a_saved_notebook_shows(lamp: Lamp) -> None:
     assert data["text/plain"] == "a lamp"
     assert metadata["image/png"]["alt"] == "a lamp"
     assert WIDGET in data
-    controls, pictures, status = lamp.box.children
-    assert list(controls.children) == [lamp.level, lamp.other]
-    assert list(pictures.children) == lamp.canvases
-    assert status is lamp.status
     assert "mimdet-lamp-level" in lamp.level._dom_classes
 
 
@@ -150,7 +145,7 @@ def test_choosing_a_picture(panel: Chosen) -> None:
     assert panel.chosen[0, 0, 0] == 0
     panel.image.value = 2
     assert panel.chosen[0, 0, 0] == 2
-    assert len(panel.milliseconds) == 2
+    assert panel.canvases[0].seq == 2
     values = [value for _, value in panel.ratio.options]
     assert values == pytest.approx([ONE_TOKEN, *(0.05 * i for i in range(1, 21))])
     assert panel.ratio.continuous_update is False  # an answer may take longer than a step
@@ -169,7 +164,7 @@ def test_an_uploaded_picture_is_chosen_with_a_single_change(panel: Chosen) -> No
     assert panel.chosen.shape == (3, 8, 7)
     assert panel.chosen[:, 0, 0].tolist() == [1, 2, 3]
     assert panel.status.value == "8 rows"
-    assert len(panel.milliseconds) == 3  # one answer each
+    assert panel.canvases[0].seq == 3  # one answer each
     panel.image.value = 2
     assert panel.chosen[0, 0, 0] == 2  # the others are where they were
 

@@ -23,7 +23,6 @@ from mimdet.data.shapes import ShapesCOCO
 from mimdet.images import to_rgb
 from mimdet.models.detector import Detector
 from mimdet.models.mae import MAE
-from mimdet.structures import Record, Target
 from mimdet.viz.features import fit_basis, pca_picture
 
 pytest.importorskip("anywidget", reason='panels need pip install "mimdet[notebooks]"')
@@ -92,20 +91,16 @@ def pictures(panel: Panel) -> list[np.ndarray]:
         ("token", {}, "ratio", 0.5, "111"),
         ("token", {}, "seed", 1, "111"),
         ("token", {}, "sampler", "grid", "111"),
-        ("token", {}, "image", 1, "111"),
         ("token", {}, "reconstruction", "painted", "010"),
         ("attention", {}, "block", 0, "01"),
         ("attention", {}, "head", 1, "01"),
         ("attention", {}, "rollout", True, "01"),
         ("attention", {}, "part", "decoder", "01"),
         ("attention", {}, "ratio", 0.75, "11"),
-        ("attention", {}, "seed", 3, "11"),
-        ("attention", {}, "image", 1, "11"),
         ("pyramid", {}, "level", "p4", "011"),
         ("pyramid", {}, "view", "norm", "011"),
         ("pyramid", {}, "scale", False, "011"),
         ("pyramid", {"level": "c4"}, "ratio", 0.25, "111"),
-        ("pyramid", {}, "image", 1, "111"),
         ("pyramid", {"view": "channel"}, "channel", 3, "011"),
         ("pyramid", {}, "channel", 0, ""),  # only where a channel is shown
         ("pyramid", {}, "seed", 4, "000"),  # at ratio 1 nothing is drawn at random
@@ -114,7 +109,6 @@ def pictures(panel: Panel) -> list[np.ndarray]:
         ("ratio", {"ratio": 0.5}, "pale", False, "01"),
         ("ratio", {"ratio": 0.5}, "seed", 3, "01"),
         ("ratio", {}, "image", 1, "11"),
-        ("results", {}, "position", 2, "111"),
         ("results", {}, "score", 1.0, "011"),
         ("results", {}, "verdict", "missed", "011"),
         ("data", {}, "seed", 7, "11"),
@@ -127,32 +121,14 @@ def test_a_control_is_answered_once(name, first, control, value, changed) -> Non
     panel = PANELS[name]()
     for other, start in first.items():
         getattr(panel, other).value = start
-    before, count = pictures(panel), len(panel.milliseconds)
+    before = pictures(panel)
     seqs = [canvas.seq for canvas in panel.canvases]
     getattr(panel, control).value = value
     assert "Error" not in panel.status.value
-    assert len(panel.milliseconds) == count + bool(changed)
     assert [canvas.seq for canvas in panel.canvases] == [seq + bool(changed) for seq in seqs]
     after = pictures(panel)
     differs = ["01"[not np.array_equal(a, b)] for a, b in zip(before, after, strict=True)]
     assert "".join(differs) == (changed or "0" * len(differs))
-
-
-@pytest.mark.parametrize(
-    ("name", "size", "said"),
-    [
-        ("token", (3 * 300 + 2 * 8, 320), "beside it what the models make of these"),
-        ("attention", (2 * 352 + 8, 352), "Encoder block 3, mean of the heads"),
-        ("pyramid", (3 * 320 + 2 * 8, 340), "An image and its map c2 in a, b: PCA"),
-        ("ratio", (2 * 400 + 8, 420), "An image, detections at ratio 1.00"),
-        ("data", (2 * 400 + 8, 459), "objects are left"),
-    ],
-)
-def test_a_saved_notebook_shows_the_canvases_and_says_them(name, size, said) -> None:
-    panel = PANELS[name]()
-    _, metadata = panel._repr_mimebundle_()
-    assert said in metadata["image/png"]["alt"]
-    assert panel.snapshot().size == size
 
 
 @pytest.mark.parametrize(
@@ -172,15 +148,12 @@ def test_it_answers_in_time(name, control, limit) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: RatioDial(tiny(), IMAGES, TARGETS[:1]), "1 targets for 3 images"),
         (lambda: RatioDial(scratch("tiny_resnet"), IMAGES), "sees every token"),
         (lambda: TokenLab(scratch("tiny_resnet"), None, IMAGES), "sees every token"),
-        (lambda: TokenLab(tiny(), None, []), "give at least one"),
         (lambda: AttentionExplorer(scratch("tiny_vitdet")), "ViTDet has no encoder of sampled"),
         (lambda: PyramidViewer({}, IMAGES), "no model"),
         (lambda: SampleBrowser([], DataConfig()), "the data set is empty"),
         (lambda: ResultBrowser(SCENES, {}), "results of 0 runs: give one or two"),
-        (lambda: ResultBrowser(SCENES, {n: [] for n in "abc"}), "results of 3 runs: give one or"),
         (lambda: ResultBrowser(SCENES, [{"image_id": 1}]), r"results\[0\] has no"),
         (lambda: ResultBrowser(SCENES, [], iou_threshold=0), "iou_threshold=0"),
         (lambda: ResultBrowser(SCENES, {"a": None}), "these are no results"),
@@ -211,24 +184,18 @@ OPEN: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (height, width, channels), np.uint8)
+def noise(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
 
 
 def any_pictures(folder: Path) -> list[Any]:
-    """Of every kind that predict takes, and of sizes nobody thought of."""
-    photo, deep = Image.fromarray(noise(60, 90)), folder / "deep.png"
-    Image.fromarray(noise(40, 50, 2).view(np.uint16)[..., 0]).save(deep)
-    turned = Image.Exif()
-    turned[0x0112] = 6  # as a phone that was held upright writes it
-    photo.save(folder / "phone.jpg", exif=turned)
+    """A file, a grey one, and sizes nobody thought of."""
+    photo = Image.fromarray(noise(60, 90))
+    photo.save(folder / "photo.png")
     return [
-        *(photo, photo.convert("CMYK"), photo.convert("P"), photo.convert("LA")),
-        *(deep, str(folder / "phone.jpg"), noise(40, 50), noise(40, 50)[..., 0], noise(40, 50, 4)),
+        *(photo.convert("LA"), str(folder / "photo.png"), noise(40, 50)[..., 0]),
         torch.zeros(3, 5000, 1, dtype=torch.uint8),  # a scan line
-        noise(1, 5000),
         noise(90, 6000),  # a panorama
-        noise(3000, 4000),  # 12 megapixels
         noise(1, 1),
     ]
 
@@ -246,8 +213,7 @@ def test_a_picture_of_any_kind_and_size_is_shown(name, tmp_path) -> None:
     assert "Error" not in OPEN[name](pictures[0]).status.value  # one, as for predict
 
 
-@pytest.mark.parametrize("name", OPEN)
-def test_what_is_no_picture_is_said_in_the_panel_which_goes_on(name, tmp_path) -> None:
+def test_what_is_no_picture_is_said_in_the_panel_which_goes_on(tmp_path) -> None:
     (tmp_path / "notes.txt").write_text("words")
     Image.fromarray(noise(90, 90)).save(tmp_path / "cut.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:900])
@@ -257,7 +223,7 @@ def test_what_is_no_picture_is_said_in_the_panel_which_goes_on(name, tmp_path) -
         str(tmp_path / "none.png"): "FileNotFoundError.*none.png",
         None: "ValueError.*NoneType",
     }
-    panel = OPEN[name]([*wrong, IMAGES[0]])
+    panel = OPEN["token"]([*wrong, IMAGES[0]])
     for index, message in enumerate(wrong.values()):
         panel.image.value = index
         assert re.search(message, panel.status.value)
@@ -283,20 +249,6 @@ def test_an_image_of_a_data_set_that_cannot_be_read_is_said_and_the_others_are_s
         control.value = value
         assert "Error" not in panel.status.value
         assert all(canvas.picture for canvas in panel.canvases)
-
-
-@pytest.mark.parametrize("height, width", [(5000, 1), (1, 5000)])
-def test_a_thin_image_with_objects_is_shown(height, width) -> None:
-    """Objects stand where they are along the long side."""
-    box = [0, 0.25 * height, width, 0.5 * height] if width == 1 else [1250, 0, 2500, 1]
-    target = Target(torch.tensor([box]), torch.tensor([0]))
-    record = Record(torch.zeros(3, height, width, dtype=torch.uint8), target, 1)
-    panel = SampleBrowser([record], DataConfig())
-    assert "Error" not in panel.status.value
-    panel.kind.value = "none"
-    long = np.asarray(panel.stored.snapshot())[20:].max(axis=(1 if width == 1 else 0, 2))
-    marked = np.flatnonzero(long > 60) / len(long)
-    assert 0.2 < marked.min() < 0.3 and 0.45 < marked.max() < 0.55
 
 
 # ------------------------------------------------------------------------------- what goes wrong
@@ -328,13 +280,6 @@ def test_results_are_read_from_files_and_folders_of_runs(tmp_path) -> None:
         assert ResultBrowser(SCENES, given).status.value == expected
     file.write_text("[]")
     assert "3 of 3 images match" in ResultBrowser(SCENES, file).status.value
-
-
-@pytest.mark.parametrize("text", ["words", "{}", '[{"image_id": 1}]', "[1]", '"words"', "[[]]", ""])
-def test_a_file_that_holds_no_results_is_refused(text, tmp_path) -> None:
-    (tmp_path / "results.json").write_text(text)
-    with pytest.raises(ValueError, match=r"results\.json"):
-        ResultBrowser(SCENES, tmp_path / "results.json")
 
 
 # ------------------------------------------------------------------------------- the viewer

@@ -108,16 +108,6 @@ def test_a_mask_fills_its_part_of_the_box() -> None:
     assert (picture[45, 80] == 255).all()
     plain = painted(Target(target().boxes, target().labels))
     assert (plain[45, 42] == 255).all() and plain[30, 30].tolist() == rgb(2)
-    # A figure draws the same marks at twice the resolution of the screen.
-    marks = draw.marks_of(target(), ["a", "b", "c"])
-    fig = draw.show_rows("what", [draw.Picture("title", white(20, 40), marks)])
-    (ax,) = fig.axes
-    picture = np.asarray(ax.images[0].get_array())
-    assert picture.shape[1] == pytest.approx(2 * ax.bbox.width, abs=1)
-    scale = picture.shape[1] / 40
-    assert picture[round(10 * scale), round(10 * scale)].tolist() == rgb(2)
-    assert (picture[0, 0] == 255).all()
-    assert fig.alt_text == "what: title."
 
 
 @pytest.mark.parametrize("size", [(40, 100), (1, 1), (3, 900)])

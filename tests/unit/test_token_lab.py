@@ -9,7 +9,6 @@ import mimdet
 from mimdet.analysis.cost import multiply_adds, transformer_cost
 from mimdet.models.sampling import Sample
 from mimdet.models.vit import Encoder
-from mimdet.viz.reconstruction import SameTokens
 from tests.small import little_mae, noise, small
 
 pytest.importorskip("anywidget", reason='panels need pip install "mimdet[notebooks]"')
@@ -40,58 +39,36 @@ def kept(lab: TokenLab) -> list[int]:
 # ------------------------------------------------------------------ one grid for both models
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(64, 64), (64, 96), (70, 100)])
+@pytest.mark.parametrize(("rows", "columns"), [(64, 96), (70, 100)])
 def test_a_token_covers_the_same_part_of_the_picture_in_both_models(models, rows, columns):
     """A token of one grey level each: the patch of 8 pixels has that level too."""
-    both = SameTokens(*models)
-    view = both.view(noise(rows, columns))
-    h, w = view.grid
-    assert view.whole.shape == (3, 16 * h, 16 * w)
-    assert view.patches.shape == (3, 8 * h, 8 * w)
-    coarse = torch.nn.functional.avg_pool2d(view.whole.float(), 16)
-    fine = torch.nn.functional.avg_pool2d(view.patches.float(), 8)
+    lab = TokenLab(*models, images=[noise(rows, columns)])
+    h, w = lab.canvas.rows, lab.canvas.columns
+    assert lab.whole.shape == (3, 16 * h, 16 * w)
+    assert lab.patches.shape == (3, 8 * h, 8 * w)
+    coarse = torch.nn.functional.avg_pool2d(lab.whole.float(), 16)
+    fine = torch.nn.functional.avg_pool2d(lab.patches.float(), 8)
     assert (coarse - fine).abs().max() < 4  # resizing blurs across the edges of tokens
-    assert both.tokens(view).shape == (h * w, 32)
 
 
 def test_the_detector_gets_the_chosen_tokens_and_no_padding(models, monkeypatch):
     """64 x 100 pixels: 4 x 7 tokens of its own, on a batch padded to 4 x 8."""
     seen = []
-    both = SameTokens(*models)
-    view = both.view(noise(64, 100))
-    assert view.grid == (4, 7)
-    encode = both.detector.backbone.encoder.forward
+    lab = TokenLab(*models, images=[noise(64, 100)])
+    encode = lab.detector.backbone.encoder.forward
     noted = lambda tokens, sample: seen.append(sample) or encode(tokens, sample)  # noqa: E731
-    monkeypatch.setattr(both.detector.backbone.encoder, "forward", noted)
-    both.ask(view, Sample([torch.tensor([0, 6, 7, 27])], (4, 7)))
+    monkeypatch.setattr(lab.detector.backbone.encoder, "forward", noted)
+    lab.canvas.dropped = sorted({*range(28)} - {0, 6, 7, 27})
     assert seen[0].grid == (4, 8)
     assert seen[0].keep[0].tolist() == [0, 6, 8, 30]
 
 
-def test_answer_is_that_of_the_models_themselves(models):
-    both = SameTokens(*models)
-    image = noise(64, 64)
-    sample = Sample([torch.tensor([1, 2, 11])], (4, 4))
-    answer = both.ask(both.view(image), sample)
-    expected = mimdet.predict(models[0], image, sample=sample)
-    assert torch.equal(answer.found.boxes, expected.boxes)
-    assert torch.equal(answer.found.scores, expected.scores)
-    assert answer.painted.sample.keep[0].tolist() == [1, 2, 11]
-    assert set(answer.milliseconds) == {"autoencoder", "detector"}
-
-
-def test_one_model_is_enough_and_none_is_an_error(models):
-    alone = SameTokens(mae=models[1])
-    view = alone.view(noise(50, 100))  # trained on 4 x 4 patches
-    assert view.grid == (4, 8)
-    assert alone.tokens(view).shape == (32, 32)
-    answer = alone.ask(view, Sample([torch.tensor([0])], (4, 8)))
-    assert answer.found is None and answer.painted is not None
-    alone = SameTokens(models[0])
-    answer = alone.ask(alone.view(noise(64, 64)), Sample([torch.arange(4)], (4, 4)))
-    assert answer.painted is None and answer.found is not None
-    with pytest.raises(ValueError, match="at least one"):
-        SameTokens()
+def test_one_model_is_enough(models):
+    lab = TokenLab(None, models[1], [noise(50, 100)])  # trained on 4 x 4 patches
+    assert (lab.canvas.rows, lab.canvas.columns) == (4, 8)
+    assert lab.found is None and lab.painted is not None and list(lab.milliseconds)
+    lab = TokenLab(models[0], None, [noise(64, 64)])
+    assert lab.painted is None and lab.found is not None
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 16])
@@ -160,10 +137,10 @@ def test_brush_takes_tokens_away_from_both_models_and_reset_brings_them_back(lab
 
 
 def test_nothing_kept_is_said_and_the_models_are_not_asked(lab):
-    before = len(lab.milliseconds)
+    before = lab.canvas.seq
     lab.canvas.dropped = list(range(16))
     assert "Nothing is kept" in lab.status.value
-    assert len(lab.milliseconds) == before + 1
+    assert lab.canvas.seq == before + 1
     lab.canvas.dropped = list(range(15))
     assert "1 of 16" in lab.status.value
 
@@ -171,7 +148,7 @@ def test_nothing_kept_is_said_and_the_models_are_not_asked(lab):
 def test_select_says_what_happened_to_a_token_without_asking_the_models(lab, monkeypatch):
     lab.tool.value = "select"
     assert lab.canvas.tool == "select"
-    monkeypatch.setattr(lab.models, "ask", lambda *_: pytest.fail("the tokens are the same"))
+    monkeypatch.setattr(lab, "_ask", lambda: pytest.fail("the tokens are the same"))
     lab.canvas.selected = 6
     fate = "kept" if 6 in kept(lab) else "left out"
     off = float(lab.painted.errors[1, 2])

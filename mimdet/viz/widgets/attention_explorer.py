@@ -1,7 +1,7 @@
 """AttentionExplorer: click a patch of a picture and see what it attends to."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import ipywidgets
 import torch
@@ -12,11 +12,9 @@ from torch import Tensor
 from mimdet.inference import device_of, generator_for
 from mimdet.models.backbones import MIMDetBackbone
 from mimdet.models.detector import Detector, autocast, evaluating
-from mimdet.models.rcnn import Batch
-from mimdet.models.sampling import Sample, Sampling
+from mimdet.models.sampling import Sampling
 from mimdet.viz import attention, draw
 from mimdet.viz import record as recording
-from mimdet.viz.draw import Pixels
 from mimdet.viz.record import Recording, attention_names, record
 from mimdet.viz.widgets.canvas import PatchCanvas
 from mimdet.viz.widgets.panel import ImagePanel, dropdown
@@ -68,27 +66,27 @@ class AttentionExplorer(ImagePanel):
     def draw(self) -> str:
         self.once("blocks", self.part.value, self._offer_blocks)
         key = (self.image.value, self.ratio.value, self.seed.value)
-        inputs: Inputs = self.once("inputs", key, self._prepare)
-        h, w = inputs.sample.grid
+        self.once("inputs", key, self._prepare)
+        h, w = self.sample.grid
         for canvas in self.canvases:
             canvas.rows, canvas.columns = h, w
         if not 0 <= self.picture.selected < h * w:  # there is something to see at once
-            self.picture.selected = attention.nearest_sampled(inputs.sample, h // 2 * w + w // 2)
+            self.picture.selected = attention.nearest_sampled(self.sample, h // 2 * w + w // 2)
         place = self.picture.selected
-        kept = inputs.sample.keep[0].tolist()
+        kept = self.sample.keep[0].tolist()
         self.picture.dropped = sorted({*range(h * w)} - {*kept})
         self.picture.label = f"The picture; the encoder sees {len(kept)} tokens, the rest is grey."
         where = f"row {place // w}, column {place % w}"
         if self.part.value == "encoder" and place not in kept:
-            self._show_map(inputs, torch.full((h, w), torch.nan), 1.0)
+            self._show_map(torch.full((h, w), torch.nan), 1.0)
             self.map.label = self.label = f"No attention: the encoder never saw {where}."
             return (
                 f"The token in {where} was <b>not sampled</b>: the encoder never saw it, so it "
                 "attends to nothing there. Click a token in colour, change the seed or the ratio, "
                 "or look at the decoder, which sees every place."
             )
-        values, high, text = self._attention(inputs, key, place)
-        self._show_map(inputs, values, high)
+        values, high, text = self._attention(key, place)
+        self._show_map(values, high)
         shares = values.flatten().nan_to_num(-1)
         if self.rollout.value:
             shares[place] = -1  # its own share is in the text
@@ -101,17 +99,15 @@ class AttentionExplorer(ImagePanel):
             f"{text}. Query {where}; most, {largest}, goes to {most}; equal shares would be {even}."
         )
 
-    def _attention(self, inputs: "Inputs", key: Any, place: int) -> tuple[Tensor, float, str]:
+    def _attention(self, key: Any, place: int) -> tuple[Tensor, float, str]:
         """(h, w) shares, the end of the colour scale, and what they are. key: of the inputs."""
         part = self.part.value
         names = self.names[part]
         name = names[self.block.value]
-        tokens = len(inputs.sample.keep[0]) if part == "encoder" else math.prod(inputs.sample.grid)
+        tokens = len(self.sample.keep[0]) if part == "encoder" else math.prod(self.sample.grid)
         gib = len(names) * self._heads() * tokens**2 * 4 / 2**30
         query = None if gib <= recording.LIMIT_GIB else place  # every map, or its rows alone
-        seen: Recording = self.once(
-            ("seen", part), (key, query), lambda: self._look(inputs, names, query)
-        )
+        seen: Recording = self.once(("seen", part), (key, query), lambda: self._look(names, query))
         title = attention.block_title(seen, name)
         if self.rollout.value:
             if query is not None:
@@ -128,13 +124,14 @@ class AttentionExplorer(ImagePanel):
         text = f"{title}, {'mean of the heads' if mean else f'head {self.head.value}'}"
         return seen.on_grid(name, row), float(row.max()), text.capitalize()
 
-    def _show_map(self, inputs: "Inputs", values: Tensor, high: float) -> None:
-        self.map.show(attention.laid_over(inputs.grey, attention.overlay(values, high)))
+    def _show_map(self, values: Tensor, high: float) -> None:
+        self.map.show(attention.laid_over(self.grey, attention.overlay(values, high)))
 
-    def _prepare(self) -> "Inputs":
+    def _prepare(self) -> None:
         """Image and sample of these controls: the same for every query, block and head."""
         backbone: Any = self.model.backbone
-        batch, device = self.model.prepare(self.chosen), device_of(self.model)
+        self.batch = batch = self.model.prepare(self.chosen)
+        device = device_of(self.model)
         with autocast(device, "auto"):
             tokens = backbone.stem(batch.tensors).tokens  # (1, D, h, w)
         grid = (tokens.shape[2], tokens.shape[3])
@@ -145,18 +142,19 @@ class AttentionExplorer(ImagePanel):
         padding = (0, width - image.shape[2], 0, height - image.shape[1])
         padded = F.pad(image, padding, value=255)
         self.picture.show(draw.to_pixels(padded, WIDTH))
-        grey = draw.to_pixels(attention.greyed(padded), WIDTH)
-        return Inputs(batch, grey, sample.to(torch.device("cpu")))
+        self.grey = draw.to_pixels(attention.greyed(padded), WIDTH)
+        self.sample = sample.to(torch.device("cpu"))
 
-    def _look(self, inputs: "Inputs", names: list[str], query: int | None) -> Recording:
+    def _look(self, names: list[str], query: int | None) -> Recording:
         """The attention of these blocks: every map, or every row of one place."""
-        backbone, batch = self.model.backbone, inputs.batch
+        backbone = self.model.backbone
         with (
             evaluating(backbone),
             record(self.model, *names, query=query) as seen,
             autocast(device_of(self.model), "auto"),
         ):
-            backbone(batch.tensors, batch.image_sizes, Sampling(sample=inputs.sample))
+            sampling = Sampling(sample=self.sample)
+            backbone(self.batch.tensors, self.batch.image_sizes, sampling)
         return seen
 
     def _heads(self) -> int:
@@ -169,12 +167,3 @@ class AttentionExplorer(ImagePanel):
         self.block.value = self.block.options[-1]
         self.head.options = [MEAN, *range(self._heads())]
         self.head.value = MEAN
-
-
-class Inputs(NamedTuple):
-    """One picture under one sample."""
-
-    batch: Batch
-    grey: Pixels
-    """The picture without its colours."""
-    sample: Sample

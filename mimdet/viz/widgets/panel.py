@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import ipywidgets
 import numpy as np
@@ -24,6 +24,7 @@ from mimdet.viz import draw
 from mimdet.viz.style import VERMILLION, plural
 from mimdet.viz.widgets.canvas import PatchCanvas, with_picture
 
+Result = TypeVar("Result")
 EXPECTED = (ValueError, OSError)
 """What goes wrong with inputs; anything else is a mistake in code, and its place is shown."""
 MANY_PROPOSALS, FEW_PROPOSALS = 300, 100
@@ -57,8 +58,6 @@ class Panel:
         self.status.add_class("mimdet-status")
         self.complaints = self.status
         """What could not be done is written here."""
-        self.milliseconds: list[float] = []
-        """How long each `draw` took."""
         self.canvases: list[PatchCanvas] = []
         self.box = ipywidgets.VBox()
         self._made: dict[Any, tuple[Any, Any]] = {}
@@ -117,11 +116,10 @@ class Panel:
     def redraw(self) -> None:
         """Answer the controls as they stand now."""
         with self._lock, torch.inference_mode():
-            self._drawing_thread, start = threading.get_ident(), time.perf_counter()
+            self._drawing_thread = threading.get_ident()
             vars(self).pop("label", None)
             try:
                 self.status.value = self.draw()
-                self.milliseconds.append(1000 * (time.perf_counter() - start))
             except Exception as error:
                 self._made.clear()
                 self.label = f"{type(error).__name__}: {error}"
@@ -226,6 +224,13 @@ def in_words(error: Exception) -> str:
         return line
     place = html.escape("".join(traceback.format_exception(error)))
     return f"{line}<details><summary>where</summary><pre>{place}</pre></details>"
+
+
+def timed(run: Callable[[], Result]) -> tuple[Result, float]:
+    """What it returns, and the milliseconds it took."""
+    start = time.perf_counter()
+    result = run()
+    return result, 1000 * (time.perf_counter() - start)
 
 
 def dropdown(description: str, options: Any) -> Any:

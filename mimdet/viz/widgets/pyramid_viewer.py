@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import ipywidgets
@@ -117,5 +117,5 @@ class PyramidViewer(ImagePanel):
         if self.view.value == "channel":
             channel = features.strongest_channels(own, self.channel.value + 1)[-1]
             title, among = f"channel {channel}", [own]
-            plane = partial(features.channel_map, channel=channel)
+            plane = itemgetter(channel)
         return features.plane_of(title, plane(values), *features.scale_of(map(plane, among)))

@@ -14,10 +14,9 @@ from mimdet.models.sampling import Sample, token_grid
 from mimdet.structures import Detections, Target
 from mimdet.viz import draw
 from mimdet.viz.features import pale_dropped
-from mimdet.viz.reconstruction import timed
 from mimdet.viz.record import record
 from mimdet.viz.widgets.canvas import PatchCanvas
-from mimdet.viz.widgets.panel import ImagePanel, few_proposals
+from mimdet.viz.widgets.panel import ImagePanel, few_proposals, timed
 
 SIDE = 400  # pixels of a canvas on the screen
 

@@ -2,26 +2,27 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import ipywidgets
 import torch
 from torch import Tensor
 
-from mimdet.inference import generator_for
+from mimdet.analysis.cost import transformer_cost
+from mimdet.images import Resize
+from mimdet.inference import generator_for, run_detector
+from mimdet.models import sampling
 from mimdet.models.detector import Detector
 from mimdet.models.mae import MAE
-from mimdet.models.sampling import SAMPLERS, Sample, Sampler
-from mimdet.models.sampling import draw as draw_sample
+from mimdet.models.sampling import PATCH, Sample, Sampler, Sampling, padded_places
 from mimdet.models.weights import load_mae_model
 from mimdet.structures import Detections, Target
 from mimdet.training.run import load_detector
-from mimdet.viz import draw
-from mimdet.viz.reconstruction import Answer, Painted, SameTokens, View
+from mimdet.viz import draw, reconstruction
+from mimdet.viz.reconstruction import Painted, whole_patches
 from mimdet.viz.style import plural
 from mimdet.viz.widgets.canvas import PatchCanvas
-from mimdet.viz.widgets.panel import ImagePanel, dropdown, few_proposals, toggles
+from mimdet.viz.widgets.panel import ImagePanel, dropdown, few_proposals, timed, toggles
 
 WIDTH = 300
 """Pixels of a canvas on the screen."""
@@ -34,8 +35,11 @@ PARTS = {"seen pasted over painted": "pasted", "painted everywhere": "painted"}
 class TokenLab(ImagePanel):
     """Which tokens are kept, what a masked autoencoder paints from them, what a detector finds.
 
-    Both are given the same tokens: one covers the same part of the picture in either model
-    (`mimdet.viz.reconstruction.SameTokens`).
+    Both are given the same tokens. A detector's token is 16 x 16 pixels of its resized image. The
+    same image, extended at the right and the bottom to whole tokens, is resized until a token is
+    one patch of the autoencoder. So a token covers the same part of the picture in both, and both
+    resize their position tables to the grid, as always. Padding is never kept. Without a detector
+    an image has the side that the autoencoder was trained at.
 
     Controls: image and upload (the list grows by your own); ratio (down to one token), sampler and
     seed (each draws anew); tool: "brush" drops tokens from the first picture, or brings them back
@@ -68,11 +72,17 @@ class TokenLab(ImagePanel):
         super().__init__(images, ratio, targets)
         if detector is None and mae is None:
             detector, mae = load_detector("tiny"), load_mae_model("tiny_mae")
-        self.models = SameTokens(detector, mae)
-        self.detector = detector
-        self.samplers = {**SAMPLERS, **(samplers or {})}
+        if detector is not None and not detector.samples:
+            raise ValueError(
+                f"a {detector.config.backbone.kind} detector sees every token: give one whose "
+                'backbone samples (backbone.kind="mimdet"), or an autoencoder alone'
+            )
+        self.detector, self.mae = detector, mae
+        self.samplers = {**sampling.SAMPLERS, **(samplers or {})}
         self.painted: Painted | None = None
         self.found: Detections | None = None
+        self.milliseconds: dict[str, float] = {}
+        """Of each model, at its last answer."""
         self.sampler = dropdown("sampler", list(self.samplers))
         self.tool = toggles("tool", ["brush", "select"])
         self.reconstruction = dropdown("reconstruction", PARTS)
@@ -99,41 +109,89 @@ class TokenLab(ImagePanel):
 
     def draw(self) -> str:
         chosen = self.image.value
-        view = self.once("view", chosen, lambda: self.models.view(self.chosen))
+        self.once("image", chosen, self._look)
         wanted = (chosen, self.ratio.value, self.sampler.value, self.seed.value)
-        self._drawn = self.once("drawn", wanted, lambda: self._draw_sample(view))
+        self._drawn = self.once("drawn", wanted, self._draw_sample)
         if not len(self.sample.keep[0]):
             return "<b>Nothing is kept: bring at least one token back, or press reset.</b>"
-        key = (chosen, tuple(self.canvas.dropped))
-        answer, remark = self.once("answer", key, lambda: self._ask(view))
-        self.painted, self.found = answer.painted, answer.found
-        return self._show(view, answer, remark)
+        self._remark = self.once("answer", (chosen, tuple(self.canvas.dropped)), self._ask)
+        return self._show()
 
-    def _draw_sample(self, view: View) -> list[int]:
+    def _look(self) -> None:
+        """The chosen image as both models are given it."""
+        detector, mae = self.detector, self.mae
+        if detector is not None:
+            resize = detector.resize
+        elif mae is not None:
+            # In the detector's measure, where a token is 16 pixels.
+            side = reconstruction.native_side(mae) // mae.patch_size * PATCH
+            resize = Resize(side, reconstruction.LONGEST * side)
+        self.resized = resize(self.chosen)
+        """uint8 (3, H, W): the detector's input, before padding."""
+        self.grid = self.padded = sampling.token_grid(*draw.image_size(self.resized))
+        """(h, w): the tokens it touches; of a detector's batch, `padded`, the upper left part."""
+        if detector is not None:
+            height, width = detector.batch([self.resized]).tensors.shape[2:]
+            self.padded = sampling.token_grid(height, width)
+        self.whole = whole_patches(self.resized, self.grid, PATCH)
+        """uint8 (3, 16 h, 16 w): the image extended to whole tokens."""
+        if mae is not None:
+            self.patches = whole_patches(self.resized, self.grid, mae.patch_size, PATCH)
+            """uint8 (3, h * patch, w * patch): the same tokens as patches of the autoencoder."""
+
+    def _tokens(self) -> Tensor:
+        """What a sampler may look at, (L, D): the detector's stem, or patch embeddings."""
+        if self.detector is None:
+            mae: Any = self.mae
+            return reconstruction.patch_tokens(self.patches, mae)
+        stem: Any = self.detector.backbone.stem
+        tokens = stem(self.detector.batch([self.resized]).tensors).tokens  # (1, D, h, w)
+        return tokens[0].flatten(1).T[padded_places(self.grid, self.padded, tokens.device)]
+
+    def _draw_sample(self) -> list[int]:
         """Let the sampler choose, put what it leaves out on the canvas and return it."""
-        tokens = self.models.tokens(view)
+        tokens = self._tokens()
         sampler, ratio = self.samplers[self.sampler.value], self.ratio.value
         generators = [generator_for(self.seed.value, tokens.device)]
-        sample = draw_sample(
-            sampler, tokens[None], [view.grid], view.grid, ratio, generators=generators
+        sample = sampling.draw(
+            sampler, tokens[None], [self.grid], self.grid, ratio, generators=generators
         )
         with self.canvas.hold_sync():
-            self.canvas.rows, self.canvas.columns = view.grid
+            self.canvas.rows, self.canvas.columns = self.grid
             if self.canvas.selected >= len(tokens):
                 self.canvas.selected = -1
             self.canvas.dropped = (~sample.mask()[0].flatten()).nonzero()[:, 0].tolist()
         return self.canvas.dropped
 
-    def _ask(self, view: View) -> tuple[Answer, str]:
-        """What the models make of the kept tokens, and what has to be said about that."""
-        with few_proposals(self.detector) if self.detector else nullcontext("") as remark:
-            return self.models.ask(view, self.sample), remark
+    def _ask(self) -> str:
+        """Run the models on exactly the kept tokens; what has to be said about that."""
+        sample, mae, detector, remark = self.sample, self.mae, self.detector, ""
+        if mae is not None:
+            self.painted, self.milliseconds["autoencoder"] = timed(
+                lambda: reconstruction.paint(self.patches, mae, sample)
+            )
+        if detector is not None:
+            places = padded_places(self.grid, self.padded, torch.device("cpu"))[sample.keep[0]]
+            same = Sampling(sample=Sample([places], self.padded))
+            with few_proposals(detector) as remark:
+                self.found, self.milliseconds["detector"] = timed(
+                    lambda: run_detector(detector, [self.resized], same)[0].to("cpu")
+                )
+        return remark
 
-    def _show(self, view: View, answer: Answer, remark: str) -> str:
+    def _encoder_cost(self, kept: int) -> int:
+        """Multiply-adds of the encoder's blocks: the detector's, or the autoencoder's."""
+        if self.detector is not None:
+            cfg = self.detector.config.backbone
+            return transformer_cost(kept, cfg.embed_dim, cfg.depth)
+        mae: Any = self.mae  # one token more: it has a class token
+        return transformer_cost(kept + 1, mae.pos_embed.shape[2], len(mae.blocks))
+
+    def _show(self) -> str:
         """Fill the canvases; the status line."""
-        kept, total, place = len(self.sample.keep[0]), math.prod(view.grid), self.canvas.selected
-        whole, some = draw.to_pixels(view.whole, WIDTH), f"{kept} of {total} tokens"
-        now, most = (self.models.encoder_cost(number) for number in (kept, total))
+        kept, total, place = len(self.sample.keep[0]), math.prod(self.grid), self.canvas.selected
+        whole, some = draw.to_pixels(self.whole, WIDTH), f"{kept} of {total} tokens"
+        now, most = self._encoder_cost(kept), self._encoder_cost(total)
         gone, drawn = {*self.canvas.dropped}, {*self._drawn}
         less, more = len(gone - drawn), len(drawn - gone)
         hand = f"; by hand {less} dropped, {more} brought back" if less or more else ""
@@ -142,25 +200,25 @@ class TokenLab(ImagePanel):
             f"encoder {now / 1e9:.3g} of {most / 1e9:.3g} G multiply-adds ({now / most:.2f})",
         ]
         fate = "left out" if place in self.canvas.dropped else "kept"
-        row, column = divmod(place, view.grid[1])
+        row, column = divmod(place, self.grid[1])
         about = f"<br>token in row {row}, column {column}: {fate}"
         self.canvas.show(whole, title=f"a picture: {some} kept")
         self.label = f"{self.canvas.label}; beside it what the models make of these"
-        if answer.painted is not None:
-            part: Tensor = getattr(answer.painted, self.reconstruction.value)
+        if self.painted is not None:
+            part: Tensor = getattr(self.painted, self.reconstruction.value)
             self.painting.show(draw.to_pixels(part, WIDTH), title=f"painted from {some}")
-            parts.append(f"painting error {answer.painted.loss:.3f}")
-            off = float(answer.painted.errors.flatten()[place])
+            parts.append(f"painting error {self.painted.loss:.3f}")
+            off = float(self.painted.errors.flatten()[place])
             about += f"; painted {off:.0f} of 255 grey levels off, on average"
-        if answer.found is not None and self.detector is not None:
-            marks = draw.marks_of(answer.found, self.detector.categories, SCORE)
-            pixels = draw.with_marks(whole, marks, draw.image_size(view.whole))
+        if self.found is not None and self.detector is not None:
+            marks = draw.marks_of(self.found, self.detector.categories, SCORE)
+            pixels = draw.with_marks(whole, marks, draw.image_size(self.whole))
             self.detections.show(pixels, title=f"detected from {some}")
             parts.append(f"{plural(len(marks), 'object')} of score ≥ {SCORE:g}")
             if self.targets:
                 self.show_truth(self.truth, self.detector.categories, WIDTH)
         for other in self.canvases[1:]:
-            other.rows, other.columns = view.grid
+            other.rows, other.columns = self.grid
             other.selected = place
-        parts += [f"{name} {took:.0f} ms" for name, took in answer.milliseconds.items()]
-        return " · ".join(parts) + remark + (about if place >= 0 else "")
+        parts += [f"{name} {took:.0f} ms" for name, took in self.milliseconds.items()]
+        return " · ".join(parts) + self._remark + (about if place >= 0 else "")
