@@ -362,7 +362,10 @@ def show_schedule(cfg: TrainingConfig, images: int) -> NotebookFigure:
     steps = np.unique(np.r_[0:warmup, np.linspace(0, total - 1, 800).astype(int)])
     factors = np.array([schedule.factor(int(step) + 1) for step in steps])
     fig = style.new_figure(style.WIDTH, 3.4)
-    left = style.axes_of(fig, 1, 2, f"{total:,} steps", "epoch", "learning rate (log scale)")
+    rate_axis = "learning rate (log scale)"
+    left = style.axes_of(fig, 1, 2, f"{total:,} steps", "epoch", rate_axis)
+    right = style.axes_of(fig, 2, 2, "the stem's rate", "images a step", rate_axis)
+    _draw_rule(right, cfg)
     rates = group_rates(cfg)
     named = {name: f"{name} {rate:.3g}" for name, rate in rates.items()}
     for name, rate in rates.items():
@@ -371,10 +374,6 @@ def show_schedule(cfg: TrainingConfig, images: int) -> NotebookFigure:
         style.write_beside(left, named[name], top, (0, 3), color=RATES[name])
     left.set_yscale("log")
     left.set_ylim(min(rates.values()) / 400, max(rates.values()) * 3)
-    right = style.axes_of(
-        fig, 2, 2, "the stem's rate", "images a step", "learning rate (log scale)"
-    )
-    _draw_rule(right, cfg)
     return fig.finish(
         f"Rates of {total:,} steps, {cfg.schedule} after a warm-up of {warmup:,} steps; at their "
         f"highest {', '.join(named.values())}. Beside it the stem's rate against the images a step."

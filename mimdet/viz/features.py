@@ -157,9 +157,8 @@ def show_planes(planes: Mapping[str, Tensor], shared: bool = False) -> NotebookF
     """
     ends = scale_of(planes.values()) if shared else ()
     pictures = [plane_of(f"{name}\n", plane, *ends) for name, plane in planes.items()]
-    return show_rows(
-        "Planes of numbers as colours", pictures, len(pictures), widest=2.2, sharp=True
-    )
+    what = "Planes of numbers as colours"
+    return show_rows(what, pictures, len(pictures), widest=2.2, sharp=True)
 
 
 def compare_pyramids(

@@ -35,9 +35,6 @@ def random_map(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-# ------------------------------------------------------------------------------- numbers
-
-
 def test_pca_and_its_colours_by_hand() -> None:
     """Covariance of the cross: diag(8/4, 2/4), so the axes are those of the channels."""
     basis = fit_basis(CROSS)
@@ -50,15 +47,6 @@ def test_pca_and_its_colours_by_hand() -> None:
     picture = pca_picture(CROSS)
     assert picture[0, 0].tolist() == [255, 128, 128]  # middle of green; blue has no direction
     assert picture[1, 1].tolist() == [128, 0, 128]
-
-
-def test_a_basis_is_reused() -> None:
-    """The same feature vector has the same colour, whatever else is in the map."""
-    features = random_map(6, 4, 8)
-    basis = fit_basis(features)
-    part = pca_picture(features[:, :2], basis)
-    assert np.array_equal(part, pca_picture(features, basis)[:2])
-    assert not np.array_equal(part, pca_picture(features[:, :2]))
 
 
 def test_a_basis_is_the_same_whatever_the_order_or_size_of_the_places() -> None:
@@ -123,9 +111,6 @@ def test_wrong_inputs_say_what_to_do(call: object, said: str) -> None:
         call()  # type: ignore[operator]
 
 
-# ------------------------------------------------------------------------------- a detector
-
-
 @pytest.fixture(scope="module")
 def tiny() -> Detector:
     return mimdet.load_detector("tiny")
@@ -167,9 +152,6 @@ def test_dropped_tokens_turn_pale() -> None:
     assert (pale[:32, :32] == 0).all() and (pale[32:, 32:] == 0).all()
     assert (pale[:32, 32:] == light).all() and (pale[32:, :32] == light).all()
     assert (black == 0).all()
-
-
-# ------------------------------------------------------------------------------- figures
 
 
 def test_figures_of_pyramids() -> None:

@@ -1,6 +1,7 @@
 """Every panel in Python: what its controls change, what a saved notebook shows, what is refused."""
 
 import copy
+import dataclasses
 import json
 import re
 import statistics
@@ -19,6 +20,8 @@ from PIL import Image
 import mimdet
 from mimdet import presets
 from mimdet.config import DataConfig
+from mimdet.data.augment import apply, draw_geometry, rng_for
+from mimdet.data.loader import TrainLoader
 from mimdet.data.shapes import ShapesCOCO
 from mimdet.images import to_rgb
 from mimdet.models.detector import Detector
@@ -36,6 +39,7 @@ from mimdet.viz import (
     TokenLab,
     pyramid_of,
 )
+from mimdet.viz.widgets.sample_browser import KINDS
 
 SCENES = ShapesCOCO("shapes-v1-medium", length=3, split="val")
 IMAGES = [SCENES[i].image for i in range(3)]
@@ -88,31 +92,21 @@ def pictures(panel: Panel) -> list[np.ndarray]:
 @pytest.mark.parametrize(
     ("name", "first", "control", "value", "changed"),
     [
-        ("token", {}, "ratio", 0.5, "111"),
         ("token", {}, "seed", 1, "111"),
-        ("token", {}, "sampler", "grid", "111"),
         ("token", {}, "reconstruction", "painted", "010"),
-        ("attention", {}, "block", 0, "01"),
         ("attention", {}, "head", 1, "01"),
-        ("attention", {}, "rollout", True, "01"),
-        ("attention", {}, "part", "decoder", "01"),
         ("attention", {}, "ratio", 0.75, "11"),
-        ("pyramid", {}, "level", "p4", "011"),
         ("pyramid", {}, "view", "norm", "011"),
         ("pyramid", {}, "scale", False, "011"),
         ("pyramid", {"level": "c4"}, "ratio", 0.25, "111"),
         ("pyramid", {"view": "channel"}, "channel", 3, "011"),
         ("pyramid", {}, "channel", 0, ""),  # only where a channel is shown
         ("pyramid", {}, "seed", 4, "000"),  # at ratio 1 nothing is drawn at random
-        ("ratio", {"ratio": 0.5}, "ratio", 0.25, "01"),
-        ("ratio", {"ratio": 0.5}, "score", 0.9, "01"),
         ("ratio", {"ratio": 0.5}, "pale", False, "01"),
         ("ratio", {"ratio": 0.5}, "seed", 3, "01"),
         ("ratio", {}, "image", 1, "11"),
-        ("results", {}, "score", 1.0, "011"),
         ("results", {}, "verdict", "missed", "011"),
         ("data", {}, "seed", 7, "11"),
-        ("data", {}, "index", 2, "11"),
         ("data", {}, "kind", "lsj", "11"),
         ("data", {"kind": "none"}, "seed", 5, "00"),  # the test transform draws nothing
     ],
@@ -358,3 +352,58 @@ def test_dial_beside_the_truth_and_its_median_of_all_runs_at_a_ratio() -> None:
     panel.add(IMAGES[0], "photo.png")
     assert panel.truth.label == "no truth is known"
     assert RatioDial(tiny(), IMAGES).snapshot().width == 400
+
+
+# ------------------------------------------------------------------------------- a data set
+
+DRAWN = ShapesCOCO("shapes-v1-easy", 64, length=5, split="val")
+DATA = DataConfig(short_sides=(96, 128), crop_short_sides=(80,), crop_sides=(48, 64))
+DATA.crop_probability, DATA.test_short_side, DATA.lsj_size = 1.0, 112, 160
+
+
+@pytest.fixture
+def browser() -> SampleBrowser:
+    return SampleBrowser(DRAWN, DATA)
+
+
+def test_it_shows_the_image_a_training_with_that_seed_sees(browser):
+    browser.kind.value, browser.seed.value = "multiscale", 3
+    loader = TrainLoader(DRAWN, dataclasses.replace(DATA, augment="multiscale"), 1, 5, seed=3)
+    (batches,) = loader.batches(0, 1)  # five images: the first epoch
+    seen = {batch.image_ids[0]: batch for batch in batches}
+    for index in range(len(DRAWN)):
+        browser.index.value = index
+        image, target = apply(browser.geometry, DRAWN[index])
+        assert torch.equal(image, seen[index].images[0])
+        torch.testing.assert_close(target.boxes, seen[index].targets[0].boxes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_status_says_sizes_objects_and_tokens(browser, kind):
+    browser.kind.value, browser.seed.value = kind, 1
+    cfg = dataclasses.replace(DATA, augment=kind)
+    expected = draw_geometry(cfg, 64, 64, rng_for("geometry", 1, 0, 0), train=True)
+    assert browser.geometry == expected
+    height, width = expected.output_size
+    _, target = apply(expected, DRAWN[0])
+    left = f"{len(target)} of {len(DRAWN[0].target)} objects are left"
+    assert left in browser.status.value
+    rows, columns = -(-height // 16), -(-width // 16)
+    assert f"{rows} × {columns} = {rows * columns} tokens" in browser.status.value
+    assert ("mirrored left-right" in browser.status.value) == expected.flip_h
+    assert ("cut out" in browser.status.value) == (expected.crop != (0, 0, 64, 64))
+
+
+def test_an_image_is_read_once(monkeypatch):
+    reads = []
+
+    class Counted(list):
+        def __getitem__(self, index):
+            reads.append(index)
+            return super().__getitem__(index)
+
+    browser = SampleBrowser(Counted(DRAWN[i] for i in range(2)), DATA)
+    browser.seed.value, browser.kind.value = 1, "none"
+    assert reads == [0]
+    browser.index.value = 1
+    assert reads == [0, 1]

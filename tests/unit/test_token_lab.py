@@ -9,7 +9,7 @@ import mimdet
 from mimdet.analysis.cost import multiply_adds, transformer_cost
 from mimdet.models.sampling import Sample
 from mimdet.models.vit import Encoder
-from tests.small import little_mae, noise, small
+from tests.small import little_mae, noise, small_detector
 
 pytest.importorskip("anywidget", reason='panels need pip install "mimdet[notebooks]"')
 from mimdet.structures import Target
@@ -17,14 +17,9 @@ from mimdet.viz import TokenLab
 from mimdet.viz.widgets.panel import ONE_TOKEN
 
 
-def detector():
-    torch.manual_seed(0)
-    return mimdet.build_detector(small()).eval()  # short side 64 pixels: 4 tokens
-
-
 @pytest.fixture(scope="module")
 def models():
-    return detector(), little_mae(32, 8, norm_pix_loss=False)
+    return small_detector(), little_mae(32, 8, norm_pix_loss=False)
 
 
 @pytest.fixture
@@ -34,9 +29,6 @@ def lab(models):
 
 def kept(lab: TokenLab) -> list[int]:
     return lab.sample.keep[0].tolist()
-
-
-# ------------------------------------------------------------------ one grid for both models
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(64, 96), (70, 100)])
@@ -81,9 +73,6 @@ def test_cost_by_hand_is_what_is_counted(tokens):
     # METHOD of the paper, ViT-B at 800 x 1280 pixels: 635, 244 and 103 G.
     giga = [round(transformer_cost(n, 768, 12) / 1e9) for n in (4000, 2000, 1000)]
     assert giga == [635, 244, 103]
-
-
-# ------------------------------------------------------------------ the controls
 
 
 def test_the_same_controls_draw_the_same_tokens_for_both_models(lab):
