@@ -239,7 +239,7 @@ def measured(
         new = {(run.arm.label, run.seed) for run in runs} - {(r["arm"], r["seed"]) for r in rows}
         for table, of_other in ((curves, other.curves), (rows, other.table)):
             table += [r for r in of_other.to_dict("records") if (r["arm"], r["seed"]) in new]
-        hardware.append(other.about["hardware"])
+        hardware += other.about["hardware"].split(" and ")
         environments.append(other.about["environment"])
         data |= set(other.about["data"])
     if not rows:

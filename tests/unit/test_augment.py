@@ -71,6 +71,16 @@ def test_test_transform_draws_nothing_and_random_streams_do_not_collide():
     assert draws[1] != draws[2] and draws[0] != draws[3]
 
 
+def test_training_on_tiles_is_a_crop_of_stored_pixels():
+    """As docs/guides/own_data.md says it: windows of 256 pixels everywhere, shown at 512."""
+    sides = {"crop_short_sides": (1920,), "crop_sides": (256, 256), "short_sides": (512,)}
+    cfg = DataConfig(augment="paper", crop_probability=1.0, max_side=1024, **sides)
+    drawn = [draw_geometry(cfg, 1920, 2560, rng_for("geometry", 0, i), True) for i in range(300)]
+    assert {(g.crop[2] - g.crop[0], g.crop[3] - g.crop[1]) for g in drawn} == {(256, 256)}
+    assert {g.size for g in drawn} == {(512, 512)}
+    assert min(g.crop[0] for g in drawn) < 100 and max(g.crop[2] for g in drawn) > 2460
+
+
 def test_paper_recipe_has_the_stated_distribution():
     cfg = DataConfig()
     drawn = [draw_geometry(cfg, 480, 640, rng_for("geometry", 0, i), True) for i in range(2000)]
