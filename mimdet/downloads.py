@@ -58,13 +58,9 @@ class PublicFile:
         return name.replace("mimdet_", "mimdet_v1_", 1) if self.page == MIMDET_V1 else name
 
 
-def read_catalogue() -> tuple[PublicFile, ...]:
-    """What there is, from catalogue.toml beside this file."""
-    text = (Path(__file__).parent / "catalogue.toml").read_text(encoding="utf-8")
-    return tuple(PublicFile(name, **fields) for name, fields in tomllib.loads(text).items())
-
-
-CATALOGUE = read_catalogue()
+_TEXT = Path(__file__).with_name("catalogue.toml").read_text(encoding="utf-8")
+CATALOGUE = tuple(PublicFile(name, **fields) for name, fields in tomllib.loads(_TEXT).items())
+"""What there is."""
 GROUPS = {"coco": ("coco-train2017", "coco-val2017", "coco-annotations2017")}
 """One word for several files."""
 
@@ -89,8 +85,6 @@ def download(
     is no terminal to ask on; ConnectionError when the server refuses or breaks off.
     """
     files = files_named(*names)
-    if unpack and not any(file.file_name.endswith(".zip") for file in files):
-        raise ValueError("--unpack is for COCO's zip files, and none of them is named")
     absent = [file for file in files if not is_there(file, folder)]
     if absent and not yes and not agreed(absent, folder):
         print("nothing was downloaded")
@@ -343,7 +337,8 @@ def unzip(archive: Path, folder: Path) -> str:
             check_space(folder, sum(entry.file_size for entry in lacking))
             written = 0
             for entry in tqdm(entries, desc=f"unpack {archive.name}", unit="file", disable=None):
-                if not is_unpacked(entry, folder / entry.filename):
+                path = folder / entry.filename
+                if size_of(path) != entry.file_size or zlib.crc32(path.read_bytes()) != entry.CRC:
                     content.extract(entry, folder)
                     written += 1
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
@@ -364,7 +359,3 @@ def check_entry(archive: Path, entry: zipfile.ZipInfo, folder: Path) -> None:
         reason = f"would be written into something that is no file: {path}"
     if reason:
         raise ValueError(f"{archive}: {entry.filename!r} {reason}; nothing was unpacked")
-
-
-def is_unpacked(entry: zipfile.ZipInfo, path: Path) -> bool:
-    return size_of(path) == entry.file_size and zlib.crc32(path.read_bytes()) == entry.CRC

@@ -93,29 +93,21 @@ def partial_name(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial-{os.getpid()}-{get_ident()}")
 
 
-def leftovers(folder: Path) -> list[Path]:
-    """What killed processes left half made or half removed in a folder and those inside it.
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left half made or half removed in a folder and those inside it.
 
-    What may belong to another living process of this machine, or to another thread, is none.
+    What may belong to another living process of this machine, or to another thread, stays.
     """
     import psutil  # here, because `mimdet --help` needs none of it
 
     others = {f"-{thread.ident}" for thread in living_threads() if thread.ident != get_ident()}
-    found = []
-    for path in folder.rglob("*.partial-*"):
+    for path in [*folder.rglob("*.partial-*")]:
         made_by = PARTIAL.search(path.name)
-        if made_by and int(made_by[1]) == os.getpid():
-            dead = made_by[2] not in others
-        else:
-            dead = made_by is not None and not psutil.pid_exists(int(made_by[1]))
-        if dead:
-            found.append(path)
-    return found
-
-
-def remove_leftovers(folder: Path) -> None:
-    for path in leftovers(folder):
-        _remove(path)
+        if made_by is None:
+            continue
+        process, thread = int(made_by[1]), made_by[2]
+        if not (thread in others if process == os.getpid() else psutil.pid_exists(process)):
+            _remove(path)
 
 
 def _remove(path: Path) -> None:

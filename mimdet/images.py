@@ -79,11 +79,14 @@ def read_image(source: Source, name: str = "", size: Size | None = None) -> Tens
     try:
         with open_image(data) as image:
             return pil_to_rgb(_turned(image, size))
-    except UnidentifiedImageError:
-        raise ValueError(_unreadable(name, f"it is none of {', '.join(FORMATS)}")) from None
     except Exception as error:  # what a decoder raises for a broken file is not limited to a few
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(_unreadable(name, reason)) from error
+        if isinstance(error, UnidentifiedImageError):
+            reason = f"it is none of {', '.join(FORMATS)}"
+        raise ValueError(
+            f"{name} cannot be read as an image ({reason}); replace the file or remove it from the "
+            "data set, `mimdet check-data` lists every such file"
+        ) from error
 
 
 def open_image(source: Source) -> Image.Image:
@@ -99,13 +102,6 @@ def open_image(source: Source) -> Image.Image:
             "raise PIL.Image.MAX_IMAGE_PIXELS"
         )
     return image
-
-
-def _unreadable(name: str, reason: str) -> str:
-    return (
-        f"{name} cannot be read as an image ({reason}); replace the file or remove it from the "
-        "data set, `mimdet check-data` lists every such file"
-    )
 
 
 def _turned(image: Image.Image, size: Size | None) -> Image.Image:

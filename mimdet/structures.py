@@ -122,24 +122,21 @@ class Detections:
 #
 # Geometry (detectron2's `paste_masks_in_image`): cell (i, j) is a sample at its own centre, pixels
 # are read at theirs by bilinear interpolation relative to the float box, everything outside the
-# 28 x 28 cells counts as 0, and a pixel belongs to the mask at >= threshold. torchvision's function
+# 28 x 28 cells counts as 0, and a pixel belongs to the mask at >= 0.5. torchvision's function
 # of the same name rounds the box to whole pixels first, which moves edges by up to a pixel.
 
 
 def probabilities_to_rle(
-    probabilities: Tensor, boxes: Tensor, height: int, width: int, threshold: float = 0.5
+    probabilities: Tensor, boxes: Tensor, height: int, width: int
 ) -> list[dict[str, Any]]:
     """COCO run lengths of N pasted masks, equal to encoding `paste`.
 
     probabilities: (N, M, M') float in 0..1; boxes: (N, 4) xyxy pixels, may reach outside the image;
     a box without width or height has an empty mask. Returns N dictionaries
     {"size": [height, width], "counts": compressed str}, ready for json and pycocotools.
-
-    Raises ValueError when threshold is not in (0, 1]: at 0 the whole image would belong to a mask.
     """
     from pycocotools import mask as coco_mask
 
-    _check_threshold(threshold)
     if len(boxes) == 0:
         return []  # pycocotools fails on an empty list
     maps = probabilities.detach().float().cpu().numpy()
@@ -148,21 +145,18 @@ def probabilities_to_rle(
     for cells, (x0, y0, x1, y1) in zip(maps, boxes.tolist(), strict=True):
         left, across = _bilinear_weights(x0, x1, columns, width)  # (w, M')
         top, down = _bilinear_weights(y0, y1, rows, height)  # (h, M)
-        inside = across @ cells.T @ down.T >= threshold  # (w, h): column by column, as RLE runs
+        inside = across @ cells.T @ down.T >= 0.5  # (w, h): column by column, as RLE runs
         counts = _run_lengths(inside, left, top, height, width)
         runs.append({"size": [height, width], "counts": counts})
     compressed = coco_mask.frPyObjects(runs, height, width)
     return [{"size": [height, width], "counts": rle["counts"].decode()} for rle in compressed]
 
 
-def paste(
-    probabilities: Tensor, boxes: Tensor, height: int, width: int, threshold: float = 0.5
-) -> Tensor:
+def paste(probabilities: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
     """(N, height, width) bool bitmaps of N masks, on the device of `probabilities`.
 
-    Same arguments and errors as `probabilities_to_rle`; takes N x height x width bytes.
+    Same arguments as `probabilities_to_rle`; takes N x height x width bytes.
     """
-    _check_threshold(threshold)
     bitmaps = probabilities.new_zeros((len(boxes), height, width), dtype=torch.bool)
     x = torch.arange(width, device=probabilities.device) + 0.5
     y = torch.arange(height, device=probabilities.device) + 0.5
@@ -173,7 +167,7 @@ def paste(
         down = (y - y0) / (y1 - y0) * 2 - 1
         grid = torch.stack(torch.meshgrid(across, down, indexing="xy"), dim=-1)  # (H, W, 2)
         pixels = F.grid_sample(cells[None, None].float(), grid[None], align_corners=False)
-        bitmap.copy_(pixels[0, 0] >= threshold)
+        bitmap.copy_(pixels[0, 0] >= 0.5)
     return bitmaps
 
 
@@ -235,11 +229,6 @@ def _run_lengths(
     edges = np.flatnonzero(band[1:] != band[:-1]) + left * height
     counts = np.diff(edges, prepend=0, append=height * width)
     return counts[:-1] if counts[-1] == 0 else counts  # as pycocotools: no empty run at the end
-
-
-def _check_threshold(threshold: float) -> None:
-    if not 0 < threshold <= 1:
-        raise ValueError(f"threshold={threshold}: a mask probability to reach; use one in (0, 1]")
 
 
 def crops_to_bitmaps(crops: Crops, height: int, width: int) -> Tensor:

@@ -116,7 +116,7 @@ def checked(
         note("iscrowd-missing", "iscrowd is not there")
     if entry.area is None:
         note("area-missing", "area is not there")
-        annotation.area = mask_area(annotation, height, width)
+        annotation.area = mask_area(annotation.mask, annotation.bbox, height, width)
     elif entry.area <= 0:
         note("bad-area", f"area is {entry.area:g}")
     elif thorough:
@@ -130,6 +130,7 @@ def _why_left_out(
     """Compare box, mask and image -> `Annotation.left_out`."""
     x, y, w, h = annotation.bbox
     left, top, right, bottom = box = x, y, x + w, y + h
+    over = max(-left, -top, right - width, bottom - height)
     reason = "crowd" if annotation.iscrowd else ""
     if w <= 0 or h <= 0:
         reason = reason or "empty-box"
@@ -137,8 +138,7 @@ def _why_left_out(
     elif left >= width or top >= height or right <= 0 or bottom <= 0:
         reason = reason or "box-outside"
         note("box-outside", f"bbox {brief(annotation.bbox)} in an image of {width} x {height}")
-    elif max(-left, -top, right - width, bottom - height) > TOLERANCE:
-        over = max(-left, -top, right - width, bottom - height)
+    elif over > TOLERANCE:
         found = f"by {over:.1f} pixels: {brief(annotation.bbox)} in {width} x {height}"
         note("box-exceeds-image", found)
     if extent is None:
@@ -176,16 +176,15 @@ def compressed(mask: RunLengths, height: int, width: int) -> RunLengths:
     return RunLengths(size=size, counts=as_rle(mask, height, width)["counts"].decode("ascii"))
 
 
-def mask_area(annotation: Annotation, height: int, width: int) -> float:
+def mask_area(mask: Mask, bbox: Box, height: int, width: int) -> float:
     """Pixels of the mask, or of the box where there is no mask."""
     from pycocotools import mask as coco_mask
 
-    mask = annotation.mask
     if isinstance(mask, list):
         mask = [flat for flat in mask if len(flat) >= 6]
     if mask:
         return float(coco_mask.area(as_rle(mask, height, width)))
-    _, _, w, h = annotation.bbox
+    _, _, w, h = bbox
     return max(w, 0.0) * max(h, 0.0)
 
 
@@ -239,7 +238,7 @@ def _check_area(
     outline = extent[2] - extent[0] + extent[3] - extent[1]
     if isinstance(mask, list) and len(mask) == 1 and _agree(area, ring_area(mask[0]), outline):
         return  # most masks: counting pixels takes ten times as long
-    own = mask_area(annotation, height, width)
+    own = mask_area(mask, annotation.bbox, height, width)
     if not _agree(area, own, outline):
         note("area-mismatch", f"area is {area:g}, its mask covers {own:g}")
 

@@ -15,7 +15,7 @@ import tempfile
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -116,7 +116,7 @@ def _is_whole(cached: Path) -> bool:
 def _make(cached: Path, json_path: Path, digest: str) -> Table:
     if cached.exists():
         warnings.warn(f"{cached} is damaged: it is made again from {json_path}", stacklevel=5)
-    build = partial(_without_collector, partial(_build, json_path, digest))
+    build = partial(_build, json_path, digest)
     try:
         remove_leftovers(cached.parent)
         write_file(cached, build)
@@ -147,29 +147,23 @@ def _build(json_path: Path, digest: str, path: Path) -> None:
             refuse(problem)
         found.setdefault(problem.kind, [0, asdict(problem)])[0] += 1
 
-    survey = Survey(CocoReader(json_path, report))
-    rows = survey.rows()
-    with pa.ipc.new_stream(str(path), schema) as writer:
-        while some := [_row(image.entry, pairs) for image, pairs in islice(rows, ROWS_AT_A_TIME)]:
-            writer.write_batch(pa.RecordBatch.from_pylist(some, schema))
-        head: dict[str, Any] = {"sha256": digest, "masks": survey.masked[False] > 0, "found": found}
-        head["categories"] = sorted(survey.reader.categories.items())
-        end = pa.RecordBatch.from_pylist([], schema)
-        writer.write_batch(end, custom_metadata={"mimdet": json.dumps(head)})
-    with path.open("ab") as file:
-        file.write(_checksum(path).to_bytes(4, "little"))
-
-
-def _without_collector(build: Callable[[Path], None], path: Path) -> None:
-    """Millions of objects are made and dropped, none of them in a cycle: searching for some would
-    take a twentieth of the time."""
     enabled = gc.isenabled()
-    gc.disable()
+    gc.disable()  # millions of objects, none of them in a cycle: searching takes a twentieth
     try:
-        build(path)
+        survey = Survey(CocoReader(json_path, report))
+        rows = survey.rows()
+        with pa.ipc.new_stream(str(path), schema) as writer:
+            while some := [_row(image.entry, own) for image, own in islice(rows, ROWS_AT_A_TIME)]:
+                writer.write_batch(pa.RecordBatch.from_pylist(some, schema))
+            head: dict[str, Any] = {"sha256": digest, "masks": survey.masked[False] > 0}
+            head |= {"found": found, "categories": sorted(survey.reader.categories.items())}
+            end = pa.RecordBatch.from_pylist([], schema)
+            writer.write_batch(end, custom_metadata={"mimdet": json.dumps(head)})
     finally:
         if enabled:
             gc.enable()
+    with path.open("ab") as file:
+        file.write(_checksum(path).to_bytes(4, "little"))
 
 
 def _row(image: ImageEntry, pairs: list[tuple[Read, Annotation]]) -> dict[str, Any]:
@@ -189,11 +183,9 @@ def _row(image: ImageEntry, pairs: list[tuple[Read, Annotation]]) -> dict[str, A
 
 def _checksum(path: Path) -> int:
     """CRC-32 of a file."""
-    crc = 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            crc = zlib.crc32(chunk, crc)
-    return crc
+    import pyarrow as pa
+
+    return zlib.crc32(pa.memory_map(str(path)).read_buffer())
 
 
 class CocoDataset(AnnotatedImages):

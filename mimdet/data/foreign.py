@@ -10,7 +10,7 @@ import io
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +23,7 @@ from msgspec import Meta, Struct
 from mimdet.data.annotations import Mask, brief, mask_extent
 from mimdet.data.coco_file import in_words
 from mimdet.images import IMAGE_FILES, SIDEWAYS, images_under, open_image, orientation
+from mimdet.structures import bitmap_to_rle
 
 NAMES_OF: dict[str, str] = {
     "voc": "VOC xml",
@@ -72,17 +73,14 @@ def recognise(path: Path) -> str:
     return "masks" if next(_mask_folders(path), None) else ""
 
 
-def _image_of(stem: Path, places: Iterable[Path], name: str = "") -> Path:
+def _image_of(stem: Path, places: Sequence[Path], name: str = "") -> Path:
     """The image that belongs to an annotation file: `name`, or its stem with any known ending."""
-    tried = list(places)
-    for place in tried:
-        if name and (place / name).is_file():
-            return place / name
-        for suffix in IMAGE_FILES:
-            for file in (place / f"{stem.stem}{suffix}", place / f"{stem.stem}{suffix.upper()}"):
-                if file.is_file():
-                    return file
-    where = ", ".join(dict.fromkeys(map(str, tried)))
+    endings = [*IMAGE_FILES, *map(str.upper, IMAGE_FILES)]
+    names = [*filter(None, [name]), *(stem.stem + ending for ending in endings)]
+    for file in (place / name for place in places for name in names):
+        if file.is_file():
+            return file
+    where = ", ".join(dict.fromkeys(map(str, places)))
     raise FileNotFoundError(
         f"{stem}: there is no image {name or stem.stem + '.*'} in {where}; give its folder "
         "(--images)"
@@ -105,10 +103,10 @@ def _size(image: Path, where: Path, said: tuple[int, ...] | None = None) -> tupl
     )
 
 
-def _box_of(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float, float, float]:
-    """Corners or points -> x, y, width, height."""
-    left, top = min(xs), min(ys)
-    return left, top, max(xs) - left, max(ys) - top
+def _masked(name: str, mask: Any) -> Thing:
+    """An object whose box is the extent of its mask."""
+    x0, y0, x1, y1 = mask_extent(mask)
+    return Thing(name, (x0, y0, x1 - x0, y1 - y0), mask)
 
 
 def _files(source: Path, suffix: str) -> list[Path]:
@@ -156,8 +154,6 @@ def voc(source: Path, folder: Path | None, lost: Counter[str]) -> Iterator[Pictu
             box = (x0 - first, y0 - first, x1 - x0 + first, y1 - y0 + first)
             things.append(Thing(name, box, None, hard))
         yield Picture(image, size, things)
-    for what in [what for what, count in lost.items() if not count]:
-        del lost[what]
 
 
 def _siblings(place: Path, *names: str) -> list[Path]:
@@ -209,9 +205,7 @@ def yolo(
         parts = getattr(about, split, "") if split in ("train", "val", "test") else ""
         if not parts:
             raise ValueError(f"{file} has no split {split!r}; give --split train, val or test")
-        classes = about.names
-        names = list(classes.values()) if isinstance(classes, dict) else classes
-        numbers = list(classes) if isinstance(classes, dict) else list(range(len(classes)))
+        known = about.names if isinstance(about.names, dict) else dict(enumerate(about.names))
         base = file.parent / about.path if (file.parent / about.path).exists() else file.parent
         roots = [base / part for part in ([parts] if isinstance(parts, str) else parts)]
     else:
@@ -223,9 +217,8 @@ def yolo(
                 f"{source}: YOLO files hold numbers of classes; name them, in order (--names cell "
                 "...), or give the data.yaml"
             )
-        numbers, roots = list(range(len(names))), [folder or source]
-    known = dict(zip(numbers, names, strict=True))
-    return _yolo_pictures(roots, source, known, lost), list(names)
+        known, roots = dict(enumerate(names)), [folder or source]
+    return _yolo_pictures(roots, source, known, lost), list(known.values())
 
 
 def _yolo_pictures(
@@ -276,7 +269,7 @@ def _yolo_things(file: Path, size: tuple[int, int], names: dict[int, str]) -> li
             things.append(Thing(name, box))
         else:
             flat = [n * (height if i % 2 else width) for i, n in enumerate(numbers)]
-            things.append(Thing(name, _box_of(flat[::2], flat[1::2]), [flat]))
+            things.append(_masked(name, [flat]))
     return things
 
 
@@ -332,15 +325,15 @@ def labelme(source: Path, folder: Path | None, lost: Counter[str]) -> Iterator[P
 def _shape(shape: _Shape, size: tuple[int, int], where: str) -> Thing | None:
     xs, ys = [x for x, _ in shape.points], [y for _, y in shape.points]
     if shape.shape_type == "polygon" and len(xs) >= 3:
-        return Thing(shape.label, _box_of(xs, ys), [[v for point in shape.points for v in point]])
+        return _masked(shape.label, [[v for point in shape.points for v in point]])
     if shape.shape_type == "rectangle" and len(xs) >= 2:
-        return Thing(shape.label, _box_of(xs, ys))
+        left, top = min(xs), min(ys)
+        return Thing(shape.label, (left, top, max(xs) - left, max(ys) - top))
     if shape.shape_type == "circle" and len(xs) == 2:
         radius = math.dist(*shape.points)
         angles = [2 * math.pi * step / 64 for step in range(64)]
-        flat = [v for a in angles for v in (math.cos(a), math.sin(a))]
-        flat = [(ys if i % 2 else xs)[0] + radius * v for i, v in enumerate(flat)]
-        return Thing(shape.label, _box_of(flat[::2], flat[1::2]), [flat])
+        places = [(xs[0] + radius * math.cos(a), ys[0] + radius * math.sin(a)) for a in angles]
+        return _masked(shape.label, [[v for place in places for v in place]])
     if shape.shape_type == "mask" and shape.mask:
         try:
             small = _pixels(io.BytesIO(base64.b64decode(shape.mask, validate=True))) > 0
@@ -350,16 +343,14 @@ def _shape(shape: _Shape, size: tuple[int, int], where: str) -> Thing | None:
             place[:] = small[: place.shape[0], : place.shape[1]]
         except (OSError, binascii.Error, ValueError) as error:
             raise ValueError(f"{where}: its mask cannot be read ({error})") from error
-        return _of_bitmap(shape.label, whole)
+        return _masked(shape.label, bitmap_to_rle(whole))
     return None
 
 
 def _joined(a: Thing, b: Thing, where: str) -> Thing:
     if not isinstance(a.mask, list) or not isinstance(b.mask, list):
         raise ValueError(f"{where}: only polygons can be parts of one object (group_id)")
-    xs = [x for t in (a, b) for x in (t.bbox[0], t.bbox[0] + t.bbox[2])]
-    ys = [y for t in (a, b) for y in (t.bbox[1], t.bbox[1] + t.bbox[3])]
-    return Thing(a.name, _box_of(xs, ys), [*a.mask, *b.mask])
+    return _masked(a.name, [*a.mask, *b.mask])
 
 
 # ------------------------------------------------------------------------------- masks
@@ -405,14 +396,4 @@ def _pixels(source: Any) -> np.ndarray:
 def _placed(name: str, bitmap: np.ndarray, size: tuple[int, int], file: Path) -> Thing:
     if bitmap.shape != size:
         raise ValueError(f"{file} has {bitmap.shape[::-1]} pixels, its image {size[::-1]}")
-    return _of_bitmap(name, bitmap)
-
-
-def _of_bitmap(name: str, bitmap: np.ndarray) -> Thing:
-    """Exact run lengths of a bitmap (H, W)."""
-    from pycocotools import mask as coco_mask
-
-    rle = coco_mask.encode(np.asfortranarray(bitmap, dtype=np.uint8))
-    mask: Any = {"size": list(bitmap.shape), "counts": rle["counts"].decode("ascii")}
-    x0, y0, x1, y1 = mask_extent(mask)
-    return Thing(name, (x0, y0, x1 - x0, y1 - y0), mask)
+    return _masked(name, bitmap_to_rle(bitmap))

@@ -6,6 +6,7 @@ COCO has no room for is counted and said. (`supervision`, which reads most of th
 polygons to whole pixels, holds masks as bitmaps of the image and numbers images anew.)
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mimdet.data.annotations import Annotation, mask_area
+from mimdet.data.annotations import mask_area
 from mimdet.data.foreign import NAMES_OF, Picture, Thing, labelme, masks, recognise, voc, yolo
 from mimdet.files import write_file, write_json
 from mimdet.images import open_image
@@ -88,18 +89,17 @@ def convert(
     found = list(pictures)
     if not found:
         raise ValueError(f"{source}: no image with annotations ({NAMES_OF[kind]}) in it")
-    folder = folder or _common(found)
-    classes = Counter(thing.name for picture in found for thing in picture.things)
-    order = order or sorted(classes)
-    write_json(out, _coco(found, folder, order))
+    folder = folder or Path(os.path.commonpath([picture.file.parent for picture in found]))
     things = [thing for picture in found for thing in picture.things]
+    classes = Counter(thing.name for thing in things)
+    write_json(out, _coco(found, folder, order or sorted(classes)))
     masked = sum(thing.mask is not None for thing in things)
     if 0 < masked < len(things):
         lost[f"only {masked:,} objects have a mask (train with --no-masks); without"] = (
             len(things) - masked
         )
     empty = sum(not picture.things for picture in found)
-    return Converted(kind, folder, len(found), classes, masked, empty, lost)
+    return Converted(kind, folder, len(found), classes, masked, empty, +lost)
 
 
 def _coco(pictures: list[Picture], folder: Path, order: list[str]) -> dict[str, Any]:
@@ -113,27 +113,17 @@ def _coco(pictures: list[Picture], folder: Path, order: list[str]) -> dict[str, 
         entry = {"id": len(images) + 1, "file_name": name, "width": width, "height": height}
         images.append(entry)
         for thing in picture.things:
-            of = Annotation("", number[thing.name], thing.bbox, 0.0, thing.crowd, thing.mask)
             item = {
                 "id": len(annotations) + 1,
                 "image_id": entry["id"],
-                "category_id": of.category_id,
+                "category_id": number[thing.name],
                 "bbox": [round(value, 4) for value in thing.bbox],
-                "area": thing.area or mask_area(of, height, width),
+                "area": thing.area or mask_area(thing.mask, thing.bbox, height, width),
                 "iscrowd": int(thing.crowd),
             }
             annotations.append(item | ({"segmentation": thing.mask} if thing.mask else {}))
     categories = [{"id": rank, "name": name} for name, rank in number.items()]
     return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def _common(pictures: list[Picture]) -> Path:
-    """The deepest folder that holds all images."""
-    parents = [picture.file.parent for picture in pictures]
-    common = parents[0]
-    while not all(parent.is_relative_to(common) for parent in parents):
-        common = common.parent
-    return common
 
 
 # ------------------------------------------------------------------------------- tables
@@ -155,7 +145,7 @@ def _table(
             data = source if isinstance(source, bytes) else Path(source).read_bytes()
             with open_image(data) as opened:
                 file = folder / f"{index:06d}.{str(opened.format).lower()}"
-            write_file(file, partial(_write, data))
+            write_file(file, partial(Path.write_bytes, data=data))
             things = [
                 Thing(names[a.category_id], a.bbox, a.mask, a.iscrowd, a.area)
                 for a in table.annotations(index)
@@ -163,7 +153,3 @@ def _table(
             yield Picture(file, table.image_size(index), things)
 
     return folder, pictures(), list(table.categories)
-
-
-def _write(data: bytes, path: Path) -> None:
-    path.write_bytes(data)

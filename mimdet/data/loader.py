@@ -339,7 +339,7 @@ class MicroBatch:
     images: list[Tensor]
     """(3, h, w) uint8, of similar size."""
     targets: list[Target]
-    """None for pre-training."""
+    """None each for pre-training."""
     image_ids: list[int | str]
     number: int
     """Position within the global step: 0..accumulate-1, counted over all processes."""
@@ -353,19 +353,26 @@ class StepLoader:
     loads in this one.
     """
 
-    def __init__(self, plan: Any, rank: int, world: int, workers: int) -> None:
+    def __init__(self, plan: Any, seed: int, rank: int, world: int, workers: int) -> None:
         if plan.accumulate % world:
             raise ValueError(
                 f"accumulate={plan.accumulate} micro-batches cannot be shared by {world} "
                 f"processes; make training.accumulate a multiple of {world} (and batch_size "
                 "smaller in turn)"
             )
-        self.plan = plan
+        self.plan, self.seed = plan, seed
         self.rank, self.world, self.workers = rank, world, workers
 
-    def load(self, key: tuple[int, list[Item]]) -> MicroBatch:
-        """Read one micro-batch of the plan: its number within the step, and its items."""
+    def show(self, index: int, rng: np.random.Generator) -> tuple[Tensor, Target | None, int | str]:
+        """An image as it is shown: its pixels, objects and id; all that is drawn comes from rng."""
         raise NotImplementedError
+
+    def load(self, key: tuple[int, list[Item]]) -> MicroBatch:
+        """One micro-batch of the plan: its number within the step, and its items."""
+        number, items = key
+        shown = [self.show(item.image, rng_for("geometry", self.seed, *item)) for item in items]
+        images, targets, ids = (list(column) for column in zip(*shown, strict=True))
+        return MicroBatch(images, targets, ids, number)
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[list[MicroBatch]]:
         """For each step in [start_step, stop_step): this process's micro-batches, in order."""
@@ -395,18 +402,11 @@ class TrainLoader(StepLoader):
         first_batch: int = 0,
     ) -> None:
         plan = Plan(dataset, cfg, batch_size, accumulate, seed, first_batch)
-        super().__init__(plan, rank, world, workers)
-        self.dataset, self.cfg, self.seed = dataset, cfg, seed
+        super().__init__(plan, seed, rank, world, workers)
+        self.dataset, self.cfg = dataset, cfg
         colours_of(cfg)  # what is wrong with it is said before the first step
 
-    def load(self, key: tuple[int, list[Item]]) -> MicroBatch:
-        number, items = key
-        batch = MicroBatch([], [], [], number)
-        for item in items:
-            record = self.dataset[item.image]
-            rng = rng_for("geometry", self.seed, *item)
-            _, image, target = augmented(self.cfg, record, rng)
-            batch.images.append(image)
-            batch.targets.append(target)
-            batch.image_ids.append(record.image_id)
-        return batch
+    def show(self, index: int, rng: np.random.Generator) -> tuple[Tensor, Target, int | str]:
+        record = self.dataset[index]
+        _, image, target = augmented(self.cfg, record, rng)
+        return image, target, record.image_id

@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from mimdet.config import PicturesConfig
-from mimdet.data.augment import Geometry, Window, rng_for, transform_image
-from mimdet.data.loader import Images, Item, MicroBatch, Order, StepLoader
+from mimdet.data.augment import Geometry, Window, transform_image
+from mimdet.data.loader import Images, Item, Order, StepLoader
 from mimdet.data.shapes import ShapesCOCO
 from mimdet.images import IMAGE_FILES, images_under, resize_image, to_rgb
 
@@ -105,20 +105,14 @@ class ImageLoader(StepLoader):
         world: int = 1,
     ) -> None:
         plan = ImagePlan(len(images), batch_size, accumulate, seed)
-        super().__init__(plan, rank, world, cfg.workers)
-        self.images, self.cfg, self.side, self.seed = images, cfg, side, seed
+        super().__init__(plan, seed, rank, world, cfg.workers)
+        self.images, self.cfg, self.side = images, cfg, side
 
-    def load(self, key: tuple[int, list[Item]]) -> MicroBatch:
-        number, items = key
-        batch = MicroBatch([], [], [], number)
-        for item in items:
-            image = self.images.image(item.image)
-            rng = rng_for("geometry", self.seed, *item)
-            crop = draw_crop(self.cfg, image.shape[1], image.shape[2], rng)
-            geometry = Geometry(crop, (self.side, self.side), flip_h=bool(rng.random() < 0.5))
-            batch.images.append(transform_image(geometry, image))
-            batch.image_ids.append(self.images.image_id(item.image))
-        return batch
+    def show(self, index: int, rng: np.random.Generator) -> tuple[Tensor, None, int | str]:
+        image = self.images.image(index)
+        crop = draw_crop(self.cfg, image.shape[1], image.shape[2], rng)
+        geometry = Geometry(crop, (self.side, self.side), flip_h=bool(rng.random() < 0.5))
+        return transform_image(geometry, image), None, self.images.image_id(index)
 
 
 def draw_crop(cfg: PicturesConfig, height: int, width: int, rng: np.random.Generator) -> Window:

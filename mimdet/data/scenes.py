@@ -35,29 +35,32 @@ TYPICAL_TEXTURES = {
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """How hard the scenes are. Lengths are pixels of a 128-pixel scene; they grow with its size."""
+    """How hard the scenes are; as it stands here, shapes-v1-medium.
 
-    classes: tuple[str, ...]
-    instances: tuple[int, int]
+    Lengths are pixels of a 128-pixel scene; they grow with its size.
+    """
+
+    classes: tuple[str, ...] = tuple(OUTLINES)
+    instances: tuple[int, int] = (3, 10)
     """Fewest and most objects of a scene."""
-    small_share: float
+    small_share: float = 0.44
     """Chance that an object's side is drawn from `small_sides`, else from `sides`."""
-    small_sides: tuple[float, float]
-    sides: tuple[float, float]
+    small_sides: tuple[float, float] = (5.6, 6.35)
+    sides: tuple[float, float] = (10.0, 42.0)
     """Square root of the area of a whole object; uniform in its logarithm."""
-    overlap: float
+    overlap: float = 0.34
     """Chance that an object is put over the rim of an earlier one."""
-    hue_spread: float
+    hue_spread: float = 15.0
     """Deviation of an object's hue from that of its class, degrees."""
-    typical_texture: float
+    typical_texture: float = 0.8
     """Chance of the texture of the class; else any."""
-    rims: float
+    rims: float = 0.9
     """Chance that an object has a dark or light rim."""
-    behind: tuple[int, int]
+    behind: tuple[int, int] = (2, 5)
     """Fewest and most fragments between background and objects."""
-    in_front: tuple[int, int]
+    in_front: tuple[int, int] = (0, 2)
     """Fewest and most fragments that lie over the objects."""
-    grain: float
+    grain: float = 0.03
     """Range of the noise of a pixel, in 0..1 of full brightness."""
     size: int = 128
     """Side of its scenes in pixels, where nothing else is said."""
@@ -83,7 +86,6 @@ LEVELS: dict[str, Level] = {
         classes=("disc", "star", "leaf", "triangle", "square", "heart"),
         instances=(2, 5),
         small_share=0.0,
-        small_sides=(5.0, 6.3),
         sides=(12.0, 42.0),
         overlap=0.25,
         hue_spread=12.0,
@@ -93,22 +95,8 @@ LEVELS: dict[str, Level] = {
         in_front=(0, 0),
         grain=0.02,
     ),
-    "shapes-v1-medium": Level(
-        classes=tuple(OUTLINES),
-        instances=(3, 10),
-        small_share=0.44,
-        small_sides=(5.6, 6.35),
-        sides=(10.0, 42.0),
-        overlap=0.34,
-        hue_spread=15.0,
-        typical_texture=0.8,
-        rims=0.9,
-        behind=(2, 5),
-        in_front=(0, 2),
-        grain=0.03,
-    ),
+    "shapes-v1-medium": Level(),
     "shapes-v1-hard": Level(
-        classes=tuple(OUTLINES),
         instances=(5, 16),
         small_share=0.5,
         small_sides=(4.5, 6.3),
@@ -122,18 +110,13 @@ LEVELS: dict[str, Level] = {
         grain=0.06,
     ),
     "shapes-v2-medium": Level(
-        classes=tuple(OUTLINES),
         instances=(2, 8),
         small_share=0.22,
         small_sides=(6.0, 16.0),
         sides=(17.0, 88.0),
-        overlap=0.34,
-        hue_spread=15.0,
-        typical_texture=0.8,
         rims=0.8,
         behind=(2, 6),
         in_front=(0, 3),
-        grain=0.03,
         size=256,
         coco_size=256,
     ),
@@ -144,16 +127,9 @@ LEVELS: dict[str, Level] = {
             *("lamp", "arrow", "leaf"),
         ),
         instances=(2, 16),
-        small_share=0.0,
-        small_sides=(12.0, 12.0),
         sides=(12.0, 36.0),
-        overlap=0.0,
-        hue_spread=180.0,
-        typical_texture=0.0,
         rims=0.8,
-        behind=(2, 5),
         in_front=(0, 0),
-        grain=0.03,
         size=256,
         coco_size=256,
         least_visible=0.75,

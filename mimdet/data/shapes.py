@@ -40,7 +40,7 @@ class ShapesCOCO(AnnotatedImages):
         seed: int = 0,
     ) -> None:
         """level: a key of LEVELS; size: side of the square scenes in pixels, 0 = that of the level
-        (v1: 128, v2: 256); seed: not negative.
+        (v1: 128, v2: 256).
 
         Scenes do not depend on `length`, and no scene of one split occurs in the other.
         Raises ValueError naming the argument that cannot be used.
@@ -52,8 +52,6 @@ class ShapesCOCO(AnnotatedImages):
             raise ValueError(f"split={split!r} is not one of {list(SPLITS)}")
         if size < SMALLEST:
             raise ValueError(f"size={size}: scenes have at least {SMALLEST} pixels a side")
-        if length < 0 or seed < 0:
-            raise ValueError(f"length={length}, seed={seed}: neither may be negative")
         self.level = level
         self.size = size
         self.length = length

@@ -36,6 +36,8 @@ def split_file(
     in a file name is the image's group; by_field: field of the image's entry that is. Groups stay
     whole. ValueError where a name or entry has no group, or where one set would be empty.
     """
+    from pandas import DataFrame
+
     json_path, out = Path(json_path), Path(out)
     if not 0 < share < 1:
         raise ValueError(
@@ -51,7 +53,6 @@ def split_file(
     for image in content["images"]:
         groups[_group(image, by_name, by_field, json_path)].append(image["id"])
     held_out = chosen(groups, classes, share, seed)
-    lines = [f"{'':<20}{'train':>8}{'val':>8}"]
     counts: dict[str, dict[str, int]] = {}
     for part in ("train", "val"):
         images = [i for i in content["images"] if (i["id"] in held_out) == (part == "val")]
@@ -64,14 +65,10 @@ def split_file(
         write_json(out / f"{part}.json", content | {"images": images, "annotations": kept})
         found: Counter[str] = sum((classes[number] for number in ids), Counter())
         own = sum(bool(ids & set(members)) for members in groups.values())
-        counts[part] = {
-            "images": len(images),
-            "groups": own,
-            **{n: found[n] for n in names.values()},
-        }
-    for name, count in counts["train"].items():
-        lines.append(f"{name[:19]:<20}{count:>8,}{counts['val'][name]:>8,}")
-    return "\n".join([*lines, f"in {out}: train.json, val.json; the images stay where they are"])
+        counts[part] = {"images": len(images), "groups": own}
+        counts[part] |= {name: found[name] for name in names.values()}
+    table = DataFrame(counts).map("{:,}".format).to_string()
+    return f"{table}\nin {out}: train.json, val.json; the images stay where they are"
 
 
 def _group(image: dict[str, Any], by_name: str, by_field: str, file: Path) -> str:

@@ -127,29 +127,25 @@ extent = st.floats(0, 50, width=32)
 @given(
     st.lists(st.tuples(side, side, extent, extent), min_size=1, max_size=6),
     st.integers(0, 1000),
-    st.sampled_from([0.3, 0.5, 0.9]),
 )
-def test_run_lengths_equal_the_pasted_bitmaps(corners, seed, threshold):
+def test_run_lengths_equal_the_pasted_bitmaps(corners, seed):
     """Boxes partly or wholly outside, thin, empty: the same pixels either way."""
     height, width = 31, 43
     boxes = torch.tensor([(x, y, x + w, y + h) for x, y, w, h in corners])
     generator = torch.Generator().manual_seed(seed)
     cells = torch.rand(len(boxes), 7, 7, generator=generator)
-    pasted = paste(cells, boxes, height, width, threshold).numpy()
-    rles = probabilities_to_rle(cells, boxes, height, width, threshold)
+    pasted = paste(cells, boxes, height, width).numpy()
+    rles = probabilities_to_rle(cells, boxes, height, width)
     for bitmap, rle in zip(pasted, rles, strict=True):
         assert rle["size"] == [height, width]
         # Rounding may decide a pixel that lies on the threshold to 1e-6.
         assert np.count_nonzero(rle_to_bitmap(rle) != bitmap) <= 1
 
 
-def test_run_lengths_by_hand_of_no_masks_and_thresholds_that_would_fill_the_image():
+def test_run_lengths_by_hand_and_of_no_masks():
     assert probabilities_to_rle(torch.zeros(0, 28, 28), torch.zeros(0, 4), 5, 5) == []
     bitmap = torch.zeros(5, 4, dtype=torch.bool)
     bitmap[1:3, 2] = True
     rle = bitmap_to_rle(bitmap.numpy())
     assert isinstance(rle["counts"], str) and coco_mask.area(rle) == 2
     assert np.array_equal(rle_to_bitmap(rle), bitmap.numpy())
-    for threshold in (0.0, 1.1):
-        with pytest.raises(ValueError, match="threshold"):
-            probabilities_to_rle(torch.ones(1, 2, 2), torch.zeros(1, 4), 5, 5, threshold)
