@@ -184,13 +184,14 @@ def predict(
         seed: Of the tokens that are drawn below ratio 1.
         trust_code: Execute parts that a notebook stored in the run, or that its config.json names.
     """
+    from PIL import Image
     from torch import tensor
 
     from mimdet.analysis.evaluate import results_for
     from mimdet.analysis.outlines import coco_annotations
     from mimdet.data.loader import ids_of_labels
     from mimdet.models.detector import at_size, category_entries
-    from mimdet.viz import small_picture
+    from mimdet.viz import contact_sheet, small_picture
 
     if not images:
         raise ValueError("give at least one image or folder: mimdet predict RUN IMAGE...")
@@ -223,8 +224,12 @@ def predict(
             small.append(small_picture(image, sure, model.categories, title, SHEET // columns))
     if small:
         speed = len(whole["images"]) / (time.perf_counter() - began)
-        made = _write(out, whole, truth is None, small, columns)
-        print(f"{len(whole['images'])} images, {speed:.2g} a second: {objects} objects; {made}")
+        file = out / ("predictions.json" if truth else "annotations.json")
+        write_json(file, whole["annotations"] if truth else whole, indent=None)
+        sheet = Image.fromarray(contact_sheet(small, columns))
+        write_file(out / "pictures.jpg", partial(sheet.save, format="JPEG", quality=90))
+        found = f"{len(whole['images'])} images, {speed:.2g} a second: {objects} objects"
+        print(f"{found}; {file}, pictures.jpg")
     if small and not objects:
         print(f"nothing reaches the score {limits.min():g}; the surest has {surest:.2g} (--score)")
     if broken:
@@ -246,19 +251,6 @@ def _listed(
     if len(index) < len(files):
         print(f"left out: {len(files) - len(index)} images that {annotations} does not name")
     return truth, {file: (truth.image_id(i), truth.image_size(i)) for file, i in index.items()}
-
-
-def _write(out: Path, whole: dict[str, Any], complete: bool, small: list[Any], columns: int) -> str:
-    """The json, complete or its results alone, and the contact sheet; -> their names."""
-    from PIL import Image
-
-    from mimdet.viz import contact_sheet
-
-    file = out / ("annotations.json" if complete else "predictions.json")
-    write_json(file, whole if complete else whole["annotations"], indent=None)
-    sheet = Image.fromarray(contact_sheet(small, columns))
-    write_file(out / "pictures.jpg", partial(sheet.save, format="JPEG", quality=90))
-    return f"{file}, pictures.jpg"
 
 
 def _limits(classes: Sequence[str], thresholds: str, run: str, score: float) -> list[float]:

@@ -131,11 +131,9 @@ class Survey:
     sizes: list[tuple[int, int, int]] = field(default_factory=list)
     """Width, height and annotations of each image."""
     classes: Counter[int] = field(default_factory=Counter)
-    """Category id -> its objects, crowds left out."""
+    """Category id -> its objects, crowds left out: 0 where it has crowds alone."""
     areas: "array[float]" = field(default_factory=lambda: array("d"))
     """Of the objects, crowds left out."""
-    used: set[int] = field(default_factory=set)
-    """Category ids, of crowds too."""
     masked: Counter[bool] = field(default_factory=Counter)
     """By whether they are crowds: the annotations that have a mask."""
     without_mask: list[Read] = field(default_factory=list)
@@ -183,11 +181,10 @@ class Survey:
                 found = f"an annotation before it has the id {brief(number)} too"
                 self.reader.problem("duplicate-annotation-id", found, read)
             self.ids.add(number)
-        self.used.add(annotation.category_id)
+        self.classes[annotation.category_id] += not annotation.iscrowd
         masked = annotation.mask is not None
         self.masked[annotation.iscrowd] += masked
         if not annotation.iscrowd:
-            self.classes[annotation.category_id] += 1
             self.areas.append(annotation.area)
             if not masked:
                 self.without_mask.append(read)
@@ -219,7 +216,7 @@ class Survey:
             if name in names:
                 problem("duplicate-category-name", found)
             names.add(name)
-            if number not in self.used:
+            if number not in self.classes:
                 problem("category-unused", found)
         empty = sum(not count for *_, count in self.sizes)
         if empty > len(self.sizes) / 2:

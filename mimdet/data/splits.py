@@ -164,8 +164,5 @@ def _looks(json_path: str | Path, folder: str | Path) -> Iterator[tuple[str, str
             continue
         look = np.asarray(grey, dtype=np.float64).ravel()
         look -= look.mean()
-        yield (
-            str(path),
-            hashlib.sha256(data).hexdigest(),
-            look / max(float(np.linalg.norm(look)), 1e-9),
-        )
+        look /= max(float(np.linalg.norm(look)), 1e-9)
+        yield str(path), hashlib.sha256(data).hexdigest(), look
