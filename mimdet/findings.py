@@ -228,8 +228,8 @@ def predict(
         write_json(file, whole["annotations"] if truth else whole, indent=None)
         sheet = Image.fromarray(contact_sheet(small, columns))
         write_file(out / "pictures.jpg", partial(sheet.save, format="JPEG", quality=90))
-        found = f"{len(whole['images'])} images, {speed:.2g} a second: {objects} objects"
-        print(f"{found}; {file}, pictures.jpg")
+        said = f"{len(whole['images'])} images, {speed:.2g} a second: {objects} objects"
+        print(f"{said}; {file}, pictures.jpg")
     if small and not objects:
         print(f"nothing reaches the score {limits.min():g}; the surest has {surest:.2g} (--score)")
     if broken:

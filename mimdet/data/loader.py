@@ -97,7 +97,7 @@ def pack(value: Any) -> Tensor:
 
 def unpack(block: Tensor) -> Any:
     """The object again."""
-    return pickle.loads(block.numpy())
+    return pickle.loads(block.numpy().data)
 
 
 class _Pickler(pickle.Pickler):
