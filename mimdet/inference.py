@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
-from torchvision.ops import batched_nms, box_area
+from torchvision.ops import batched_nms, box_area, clip_boxes_to_image
 
 from mimdet.images import Resize, Size, to_rgb
 from mimdet.models.checkpoint_files import check_finite
 from mimdet.models.detector import OVERLAP, Detector, at_size, autocast
-from mimdet.models.rcnn import clip_boxes, non_empty
+from mimdet.models.rcnn import non_empty
 from mimdet.models.sampling import DEFAULT, Keep, Sample, Sampling
 from mimdet.structures import Detections, padded_size
 
@@ -131,7 +131,7 @@ def to_original(
     if on_canvas is not None:
         factors = (max(size) / max(on_canvas),) * 2
     scale = detections.boxes.new_tensor(factors).repeat(2)
-    boxes = clip_boxes(detections.boxes * scale, size)
+    boxes = clip_boxes_to_image(detections.boxes * scale, size)
     moved = Detections(
         boxes, detections.scores, detections.labels, size, detections.mask_probabilities
     )

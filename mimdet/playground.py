@@ -216,8 +216,8 @@ def held_out(model: "Detector", count: int) -> "list[tuple[Tensor, list[dict[str
     pictures = []
     for i in range(min(count, len(dataset))):
         record = dataset[i]
-        pixels = page_size(model.resize(record.image))
-        scale = model.resize(record.image).shape[1] / record.image.shape[1]
+        pixels = model.resize(record.image)
+        scale = pixels.shape[1] / record.image.shape[1]
         target, objects = record.target, []
         areas = (target.boxes[:, 2:] - target.boxes[:, :2]).prod(1)
         if target.masks is not None:  # shares of the boxes that their bitmaps cover
@@ -228,7 +228,7 @@ def held_out(model: "Detector", count: int) -> "list[tuple[Tensor, list[dict[str
             place = [round(float(side), 2) for side in box * scale]
             name = model.categories[label]
             objects.append({"name": name, "label": label, "box": place, "size": size})
-        pictures.append((pixels, objects))
+        pictures.append((page_size(pixels), objects))
     return pictures
 
 
@@ -295,15 +295,16 @@ def lesson_numbers(
     """
     import torch
 
+    from mimdet.analysis.reliance import ONE_TOKEN
     from mimdet.models.exported import ExportedDetector
 
     look = ExportedDetector(model, inside=True).eval()
     numbers: dict[str, str] = {"pictures": str(len(pictures))}
 
-    def shares(name: str, keep_of: Any, mean_c4: bool = False) -> None:
+    def shares(name: str, ratio: float, sampler: str = "random", mean_c4: bool = False) -> None:
         found: dict[str, list[bool]] = {"small": [], "medium": [], "large": []}
         for i, (pixels, objects) in enumerate(pictures):
-            keep = keep_of(i, pixels)
+            keep = keep_sampled(pixels, ratio, i, sampler)
             boxes, labels, scores, *_ = run_page(look, pixels, keep, mean_c4)
             hits = matched(boxes, labels, scores, objects)
             for one, hit in zip(objects, hits, strict=True):
@@ -315,15 +316,15 @@ def lesson_numbers(
 
     with torch.inference_mode():
         for share in (100, 50, 25, 10):
-            shares(str(share), partial(keep_random, share / 100))
-        shares("one", lambda i, pixels: keep_random(0, i, pixels))
-        shares("without", partial(keep_random, 1), mean_c4=True)
-        shares("block", partial(keep_sampled, "block", 0.25))
+            shares(str(share), share / 100)
+        shares("one", ONE_TOKEN)
+        shares("without", 1, mean_c4=True)
+        shares("block", 0.25, "block")
         for sampler in ("random", "block"):
             numbers[f"error_{sampler}"] = painting_error(painter, pictures, sampler)
         numbers |= attention_numbers(look, pictures)
         picture = stranger(model.resize.short_side or 256)
-        _, labels, scores, *_ = run_page(look, picture, keep_random(1, 0, picture))
+        _, labels, scores, *_ = run_page(look, picture, keep_sampled(picture, 1, 0))
         sure = labels[scores >= OBJECT].tolist()
         numbers["stranger"] = str(len(sure))
         names = sorted({model.categories[label] for label in sure})
@@ -331,12 +332,8 @@ def lesson_numbers(
     return numbers
 
 
-def keep_random(ratio: float, seed: int, pixels: "Tensor") -> "Tensor":
-    """Places of a random sample of a picture's tokens (K,); at least one."""
-    return keep_sampled("random", ratio, seed, pixels)
-
-
-def keep_sampled(sampler: str, ratio: float, seed: int, pixels: "Tensor") -> "Tensor":
+def keep_sampled(pixels: "Tensor", ratio: float, seed: int, sampler: str = "random") -> "Tensor":
+    """Places of a sample of a picture's tokens (K,); at least one."""
     import torch
 
     from mimdet.inference import generator_for
@@ -345,7 +342,7 @@ def keep_sampled(sampler: str, ratio: float, seed: int, pixels: "Tensor") -> "Te
     grid = token_grid(pixels.shape[1], pixels.shape[2])
     tokens = torch.empty(grid[0] * grid[1], 1)
     scores = SAMPLERS[sampler](tokens, grid, generator_for(seed, tokens.device))
-    return select([scores], [grid], grid, ratio or 1e-9).keep[0]
+    return select([scores], [grid], grid, ratio).keep[0]
 
 
 def run_page(model: Any, pixels: "Tensor", keep: "Tensor", mean_c4: bool = False) -> Any:
@@ -393,7 +390,7 @@ def painting_error(painter: "MAE", pictures: Sequence[Any], sampler: str) -> str
     for i, (pixels, _) in enumerate(pictures):
         images = pad_and_normalise([pixels], painter).tensors
         grid = (pixels.shape[1] // painter.patch_size, pixels.shape[2] // painter.patch_size)
-        sample = Sample([keep_sampled(sampler, 0.25, i, pixels)], grid)
+        sample = Sample([keep_sampled(pixels, 0.25, i, sampler)], grid)
         painted = painter.reconstruct(images, painter(images, sample=sample)).painted
         apart = (painted - images) * torch.tensor(IMAGENET_STD)[:, None, None]
         hidden = ~sample.mask().flatten(1)
@@ -408,7 +405,7 @@ def attention_numbers(look: Any, pictures: Sequence[Any]) -> dict[str, str]:
 
     distances: list[Tensor] = []
     for i, (pixels, objects) in enumerate(pictures):
-        keep = keep_random(0.5, i, pixels)
+        keep = keep_sampled(pixels, 0.5, i)
         attention = run_page(look, pixels, keep)[-1].mean(1)  # (blocks, K, K)
         places = torch.stack([keep // (pixels.shape[2] // 16), keep % (pixels.shape[2] // 16)], 1)
         away = torch.cdist(places.float(), places.float())  # (K, K)

@@ -12,6 +12,7 @@ is equal to 1e-9. What this module adds is what goes wrong around an evaluator:
 
 import json
 import math
+import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -27,21 +28,9 @@ from mimdet.files import read_json
 
 IouType = Literal["bbox", "segm"]
 
-COLUMNS = {
-    "AP": "AP",
-    "AP50": "AP50",
-    "AP75": "AP75",
-    "AP_small": "APs",
-    "AP_medium": "APm",
-    "AP_large": "APl",
-    "AR1": "AR1",
-    "AR10": "AR10",
-    "AR100": "AR100",
-    "AR_small": "ARs",
-    "AR_medium": "ARm",
-    "AR_large": "ARl",
-}
-"""The twelve COCO numbers in COCO's order, each with its heading in a table."""
+COLUMNS = "AP AP50 AP75 AP_small AP_medium AP_large".split()
+COLUMNS += "AR1 AR10 AR100 AR_small AR_medium AR_large".split()
+"""The twelve COCO numbers in COCO's order."""
 
 NEEDED = {
     "bbox": "x, y, width, height in pixels",
@@ -73,7 +62,8 @@ class Metrics:
 
     def table(self) -> str:
         """A text table, a row for boxes and one for masks, numbers x 100; '-' = no such object."""
-        lines = [" " * 5 + "".join(f"{heading:>7}" for heading in COLUMNS.values())]
+        headings = (re.sub("_(.).*", r"\1", column) for column in COLUMNS)  # APs for AP_small
+        lines = [" " * 5 + "".join(f"{heading:>7}" for heading in headings)]
         for name, numbers in (("box", self.box), ("mask", self.mask)):
             if numbers:
                 cells = (numbers[column] for column in COLUMNS)
@@ -238,8 +228,7 @@ def read_results(path: str | Path, ground_truth: dict[str, Any]) -> list[dict[st
     if not isinstance(entries, list):
         raise ValueError(f"{path} is no results file: it holds no list of detections")
     sizes = {image["id"]: (image["height"], image["width"]) for image in ground_truth["images"]}
-    ids = {"image_id": set(sizes)}
-    ids["category_id"] = {category["id"] for category in ground_truth["categories"]}
+    ids = known_ids(ground_truth)
     needed: list[str] = []
     wrong: list[str] = []
     for index, entry in enumerate(entries):
@@ -317,10 +306,7 @@ def check_results(
     for image in ground_truth["images"] if "segm" in iou_types else []:
         if not (image.get("height") and image.get("width")):
             raise ValueError(f"image {image['id']!r} has no height and width; masks need them")
-    ids = {
-        "image_id": {image["id"] for image in ground_truth["images"]},
-        "category_id": {category["id"] for category in ground_truth["categories"]},
-    }
+    ids = known_ids(ground_truth)
     needed = ["bbox"] * ("bbox" in iou_types) + ["segmentation"] * ("segm" in iou_types)
     for entry in ground_truth["annotations"]:
         _check_entry(entry, f"annotation {entry.get('id')}", ids, [*needed, "area"])
@@ -337,6 +323,12 @@ def check_results(
             wrong.append(str(error))
     if wrong:
         raise ValueError(_first_of(wrong, len(results)))
+
+
+def known_ids(ground_truth: dict[str, Any]) -> dict[str, set[Any]]:
+    """What an entry's fields of these names may hold."""
+    images, categories = ground_truth["images"], ground_truth["categories"]
+    return {"image_id": {i["id"] for i in images}, "category_id": {c["id"] for c in categories}}
 
 
 def _check_entry(

@@ -104,7 +104,7 @@ def _module_at(model: Detector, place: str) -> nn.Module:
 def _exchange(change: str | Change, seed: int) -> Callable[[list[Tensor]], list[Tensor]]:
     """A change by name, or of one image -> that of a batch: a list of (N_i, C)."""
     if change == "another":
-        return _Another()
+        return _another()
     generator = torch.Generator().manual_seed(seed)
     of_one: dict[str, Change] = {
         "shuffled": lambda tokens: tokens[
@@ -119,21 +119,21 @@ def _exchange(change: str | Change, seed: int) -> Callable[[list[Tensor]], list[
     return lambda images: [function(tokens) for tokens in images]
 
 
-class _Another:
+def _another() -> Callable[[list[Tensor]], list[Tensor]]:
     """Every image gets the tokens of the one before it."""
+    last: list[Tensor] = []  # of the batch before, once there is one
 
-    def __init__(self) -> None:
-        self.last: Tensor | None = None
-
-    def __call__(self, images: list[Tensor]) -> list[Tensor]:
-        if self.last is None and len(images) == 1:
+    def exchange(images: list[Tensor]) -> list[Tensor]:
+        if not last and len(images) == 1:
             raise ValueError("one image, and none before it: there is no other to take tokens from")
-        first = images[-1] if self.last is None else self.last
-        self.last = images[-1]
+        others = [*(last or images[-1:]), *images[:-1]]
+        last[:] = images[-1:]
         return [
             other[torch.arange(len(own), device=own.device) * len(other) // len(own)]
-            for own, other in zip(images, [first, *images[:-1]], strict=True)
+            for own, other in zip(images, others, strict=True)
         ]
+
+    return exchange
 
 
 def _with_c4(

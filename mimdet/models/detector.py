@@ -23,7 +23,7 @@ from mimdet.models.rcnn import (
     pad_and_normalise,
 )
 from mimdet.models.roi_heads import BoxHead, C4Classes, MaskHead, RoIHeads
-from mimdet.models.rpn import RPN, init_rpn
+from mimdet.models.rpn import RPN
 from mimdet.models.sampling import DEFAULT, Sample, Sampler, Sampling
 from mimdet.models.vit import Fill
 from mimdet.structures import Detections, Target
@@ -282,15 +282,14 @@ def check_targets(targets: Sequence[Target], images: int, num_classes: int) -> N
     """ValueError for labels outside 0..num_classes-1: the next one would train as background."""
     if len(targets) != images:
         raise ValueError(f"{len(targets)} targets for {images} images: give one per image")
-    every = torch.cat([target.labels for target in targets])
-    if len(every) == 0 or 0 <= int(every.min()) <= int(every.max()) < num_classes:
-        return
-    for i, labels in enumerate(target.labels for target in targets):
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-            raise ValueError(
-                f"targets[{i}].labels reach from {int(labels.min())} to {int(labels.max())}; the "
-                f"detector knows 0..{num_classes - 1} (detector.num_classes={num_classes})"
-            )
+    labels = torch.cat([target.labels for target in targets])
+    unknown = (labels < 0) | (labels >= num_classes)
+    if unknown.any():
+        image = torch.cat([torch.full_like(t.labels, i) for i, t in enumerate(targets)])
+        raise ValueError(
+            f"targets[{image[unknown][0]}].labels hold {labels[unknown][0]}; the detector knows "
+            f"0..{num_classes - 1} (detector.num_classes={num_classes})"
+        )
 
 
 def build_detector(
@@ -331,7 +330,7 @@ def build_detector(
 
 def build_rpn(d: DetectorConfig, losses: Losses | None = None) -> RPN:
     anchors = AnchorGrid(d.anchor_sizes, d.anchor_ratios, STRIDES)
-    rpn = RPN(
+    return RPN(
         d.channels,
         anchors,
         d.rpn_convs,
@@ -341,8 +340,6 @@ def build_rpn(d: DetectorConfig, losses: Losses | None = None) -> RPN:
         d.rpn_anchors_per_image,
         losses,
     )
-    init_rpn(rpn)
-    return rpn
 
 
 def build_roi_heads(d: DetectorConfig, losses: Losses | None = None) -> RoIHeads:

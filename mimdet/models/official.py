@@ -213,7 +213,7 @@ def from_detectron2(file: CheckpointFile, rules: list[Rule]) -> dict[str, Tensor
 def match_preset(name: str, tensors: dict[str, Tensor]) -> Config:
     """The published model with exactly these names and shapes. ValueError: ask for cfg=."""
     shapes = {key: value.shape for key, value in tensors.items()}
-    best: list[str] = []
+    others: list[tuple[int, str, str]] = []
     kind = "benchmarking_vit" if "backbone.adaptor.1.weight" in shapes else "mimdet"
     for preset in PUBLISHED:
         cfg = PRESETS[preset]()
@@ -227,14 +227,12 @@ def match_preset(name: str, tensors: dict[str, Tensor]) -> Config:
         different = [key for key in {**own, **shapes} if own.get(key) != shapes.get(key)]
         if not different:
             return cfg
-        if not best or len(different) < len(best) - 1:
-            best = [preset, *different]
-    key = best[1]
+        others.append((len(different), preset, different[0]))
+    count, closest, key = min(others, key=lambda other: other[0])
     shape = tuple(shapes[key]) if key in shapes else "absent"
     raise ValueError(
-        f"{name} is none of the published models: closest is {best[0]}, but {len(best) - 1} "
-        f"tensors differ, first {key!r} ({shape} in the file). "
-        "Describe it: load_detector(file, cfg=...)"
+        f"{name} is none of the published models: closest is {closest}, but {count} tensors "
+        f"differ, first {key!r} ({shape} in the file). Describe it: load_detector(file, cfg=...)"
     )
 
 

@@ -7,11 +7,12 @@ detectron2.
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
@@ -71,8 +72,6 @@ def make_norm(name: str) -> Callable[[int], nn.Module]:
     if name == "GN":
         return lambda channels: nn.GroupNorm(math.gcd(32, channels), channels)
     if name == "LN":
-        from timm.layers import LayerNorm2d
-
         return partial(LayerNorm2d, eps=1e-6)
     raise ValueError(f"norm={name!r}: use 'BN', 'GN' or 'LN'")
 
@@ -94,18 +93,18 @@ class AnchorGrid(nn.Module):
             )
         self.strides = tuple(strides)
         self.per_place = len(ratios)
-        for i, size in enumerate(sizes):
-            ratio = torch.tensor(ratios, dtype=torch.float64)
-            width = (size**2 / ratio).sqrt()
-            half = torch.stack([width, width * ratio], dim=1) / 2  # ratio = height / width
-            cell = torch.cat([-half, half], dim=1).float()  # (A, 4) around the origin
-            self.register_buffer(f"cell{i}", cell, persistent=False)
+        size = torch.tensor(sizes, dtype=torch.float64)[:, None]
+        ratio = torch.tensor(ratios, dtype=torch.float64)
+        width = (size**2 / ratio).sqrt()
+        half = torch.stack([width, width * ratio], dim=2) / 2  # ratio = height / width
+        cells = torch.cat([-half, half], dim=2).float()  # (levels, A, 4) around the origin
+        self.register_buffer("cells", cells, persistent=False)
 
     def forward(self, grids: Sequence[tuple[int, int]]) -> list[Tensor]:
         """(h, w) of each level -> its anchors (h * w * A, 4), ordered by row, column, A."""
         anchors = []
-        for i, ((h, w), stride) in enumerate(zip(grids, self.strides, strict=True)):
-            cell = self.get_buffer(f"cell{i}").float()  # a float64 model has converted it
+        cells = self.get_buffer("cells").float()  # a float64 model has converted them
+        for (h, w), stride, cell in zip(grids, self.strides, cells, strict=True):
             y = torch.arange(h, device=cell.device, dtype=torch.float32) * stride
             x = torch.arange(w, device=cell.device, dtype=torch.float32) * stride
             rows, columns = torch.meshgrid(y, x, indexing="ij")
@@ -211,18 +210,17 @@ def match_boxes(
         parts = (MATCHED_WHOLE if boxes.is_cuda else MATCHED_AT_ONCE) // len(truth)
     candidates = boxes.split(max(1, parts), dim=1)
 
-    def table(part: Tensor) -> Tensor:  # (G, n)
+    numbers = range(len(candidates))
+
+    @lru_cache(maxsize=1)  # the one table is kept; of several each is computed where it is used
+    def table(i: int) -> Tensor:  # (G, n)
+        part = candidates[i]
         return overlaps(truth, part[image] if len(part) > 1 else part)
 
-    whole = table(boxes) if len(candidates) == 1 else None
-    most = truth.new_zeros(len(truth), 1)
+    most = None
     if rescue_best:
-        tables = (table(part) if whole is None else whole for part in candidates)
-        most = torch.stack([own.amax(1, keepdim=True) for own in tables]).amax(0)
-    columns = []
-    for part in candidates:
-        overlap = table(part) if whole is None else whole
-        columns.append(match(overlap, counts, low, high, most if rescue_best else None))
+        most = torch.stack([table(i).amax(1, keepdim=True) for i in numbers]).amax(0)
+    columns = [match(table(i), counts, low, high, most) for i in numbers]
     index, label = (torch.cat(column, dim=1) for column in zip(*columns, strict=True))
     return index, label
 
@@ -258,8 +256,10 @@ def match(
 def draw_places(
     label: Tensor, total: int, share: float, permute: Callable[..., Tensor] = torch.randperm
 ) -> list[tuple[Tensor, Tensor]]:
-    """`subsample` of each row of `label` (B, N): (objects, background), places in label.flatten().
+    """Draw at most `total` places of each image, at most a `share` of objects, the rest background.
 
+    label: (B, N), 1 object, 0 background. Returns (objects, background) of each image, places in
+    label.flatten(). `permute(n, device=)` is a parameter so that stored draws can be reproduced.
     However many the images, the host waits three times.
     """
     kinds = [label == 1, label == 0]
@@ -268,34 +268,12 @@ def draw_places(
         kind.flatten().nonzero()[:, 0].split(count)
         for kind, count in zip(kinds, counts, strict=True)
     )
-    return [subsample(*own, total, share, permute) for own in zip(objects, background, strict=True)]
-
-
-def subsample(
-    positive: Tensor,
-    negative: Tensor,
-    total: int,
-    positive_share: float,
-    permute: Callable[..., Tensor] = torch.randperm,
-) -> tuple[Tensor, Tensor]:
-    """Draw at most `total` places, at most `positive_share` of them positive, the rest negative.
-
-    positive, negative: index tensors. `permute(n, device=)` is a parameter so that stored draws
-    can be reproduced.
-    """
-    wanted = min(int(total * positive_share), len(positive))
-    rest = min(total - wanted, len(negative))
-    chosen = permute(len(positive), device=positive.device)[:wanted]
-    others = permute(len(negative), device=negative.device)[:rest]
-    return positive[chosen], negative[others]
-
-
-def clip_boxes(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """(..., 4) boxes clipped to an image of (height, width)."""
-    height, width = image_size
-    x = boxes[..., 0::2].clamp(0, width)
-    y = boxes[..., 1::2].clamp(0, height)
-    return torch.stack([x[..., 0], y[..., 0], x[..., 1], y[..., 1]], dim=-1)
+    drawn = []
+    for positive, negative in zip(objects, background, strict=True):
+        chosen = permute(len(positive), device=label.device)[: int(total * share)]
+        others = permute(len(negative), device=label.device)[: total - len(chosen)]
+        drawn.append((positive[chosen], negative[others]))
+    return drawn
 
 
 def non_empty(boxes: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.ops import batched_nms, roi_align
+from torchvision.ops import batched_nms, clip_boxes_to_image, roi_align
 
 from mimdet.models.rcnn import (
     AlignedRoIPool,
@@ -17,7 +17,6 @@ from mimdet.models.rcnn import (
     BoxCoder,
     Losses,
     at_least_float32,
-    clip_boxes,
     draw_places,
     match_boxes,
     rois_of,
@@ -210,7 +209,7 @@ class RoIHeads(nn.Module):
     def best_boxes(self, boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> Detections:
         """Threshold, then NMS within each class, then the best ones of the image."""
         finite = boxes.isfinite().all(dim=2).all(dim=1) & scores.isfinite().all(dim=1)
-        boxes, scores = clip_boxes(boxes[finite], size), scores[finite]
+        boxes, scores = clip_boxes_to_image(boxes[finite], size), scores[finite]
         proposal, label = (scores > self.score_threshold).nonzero(as_tuple=True)
         boxes, scores = boxes[proposal, label], scores[proposal, label]
         kept = batched_nms(boxes, scores, label, self.nms_threshold)[: self.detections_per_image]
@@ -220,11 +219,8 @@ class RoIHeads(nn.Module):
         """The mask head sees the final boxes, and only those."""
         assert self.mask_head is not None
         label = torch.cat([d.labels for d in found])
-        if len(label):
-            logits = self.mask_head(self.mask_pool(features, rois_of([d.boxes for d in found])))
-            own = logits[torch.arange(len(label), device=label.device), label].sigmoid().float()
-        else:
-            own = torch.zeros(0, MASK_SIDE, MASK_SIDE, device=label.device, dtype=torch.float32)
+        logits = self.mask_head(self.mask_pool(features, rois_of([d.boxes for d in found])))
+        own = logits[torch.arange(len(label), device=label.device), label].sigmoid().float()
         for d, masks in zip(found, own.split([len(d) for d in found]), strict=True):
             d.mask_probabilities = masks
         return found

@@ -61,6 +61,9 @@ class RPN(nn.Module):
         self.nms = nms
         self.anchors_per_image = anchors_per_image
         self.permute = permute
+        for module in self.head.modules():  # drawn by torchvision, and again: seeds of old runs
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
 
     def forward(
         self, batch: Batch, features: Sequence[Tensor], targets: Sequence[Target] | None = None
@@ -91,38 +94,22 @@ class RPN(nn.Module):
         deltas: list[Tensor],
         image_sizes: Sequence[tuple[int, int]],
     ) -> list[Proposals]:
-        """The best boxes of each image after NMS within each level."""
+        """The best boxes of each image after NMS within each level.
+
+        Levels are moved apart, so that one NMS an image keeps within them, in float64, which holds
+        the moved boxes exactly. The host waits twice, and once for each NMS.
+        """
         phase = 0 if self.training else 1
-        boxes, scores, levels = [], [], []
+        each_boxes, each_scores, each_level = [], [], []
         for level, (own, logit, delta) in enumerate(zip(anchors, logits, deltas, strict=True)):
             count = min(self.pre_nms[phase], logit.shape[1])
             top, index = logit.topk(count, dim=1)  # (B, count)
             chosen = delta.gather(1, index[..., None].expand(-1, -1, 4))
             decoded = self.coder.decode(own[index].flatten(0, 1), chosen.flatten(0, 1))
-            boxes.append(decoded.unflatten(0, top.shape))
-            scores.append(top)
-            levels.append(torch.full_like(index, level))
-        return self._best(
-            torch.cat(boxes, 1),
-            torch.cat(scores, 1),
-            torch.cat(levels, 1),
-            image_sizes,
-            self.post_nms[phase],
-        )
-
-    def _best(
-        self,
-        boxes: Tensor,
-        scores: Tensor,
-        level: Tensor,
-        image_sizes: Sequence[tuple[int, int]],
-        count: int,
-    ) -> list[Proposals]:
-        """boxes (B, N, 4), scores and level (B, N) -> at most `count` of each image.
-
-        Levels are moved apart, so that one NMS an image keeps within them, in float64, which holds
-        the moved boxes exactly. The host waits twice, and once for each NMS.
-        """
+            each_boxes.append(decoded.unflatten(0, top.shape))
+            each_scores.append(top)
+            each_level.append(torch.full_like(index, level))
+        boxes, scores = torch.cat(each_boxes, 1), torch.cat(each_scores, 1)  # (B, N, 4), (B, N)
         finite = boxes.isfinite().all(dim=2) & scores.isfinite()
         limit = boxes.new_tensor([(w, h, w, h) for h, w in image_sizes])
         boxes = torch.minimum(boxes.clamp(min=0), limit[:, None])
@@ -130,10 +117,11 @@ class RPN(nn.Module):
         counts = usable.sum(1).tolist()
         chosen = usable.flatten().nonzero()[:, 0]
         boxes, scores = boxes.flatten(0, 1)[chosen], scores.flatten()[chosen]
-        apart = level.flatten()[chosen, None] * (2 * max(max(size) for size in image_sizes))
+        longest = max(max(size) for size in image_sizes)
+        apart = torch.cat(each_level, 1).flatten()[chosen, None] * 2 * longest
         moved = (boxes.double() + apart).split(counts)
         pairs = zip(moved, scores.double().split(counts), strict=True)
-        best = [nms(own, score, self.nms)[:count] for own, score in pairs]
+        best = [nms(own, score, self.nms)[: self.post_nms[phase]] for own, score in pairs]
         columns = zip(boxes.split(counts), scores.split(counts), best, strict=True)
         return [Proposals(own[kept], score[kept]) for own, score, kept in columns]
 
@@ -156,12 +144,3 @@ class RPN(nn.Module):
         loss_loc = self.loss.boxes(deltas.flatten(0, 1)[objects], wanted)
         total = self.anchors_per_image * len(targets)
         return {"loss_rpn_cls": loss_cls / total, "loss_rpn_loc": loss_loc / total}
-
-
-def init_rpn(rpn: RPN) -> None:
-    """detectron2's initialisation: normal(0.01) convolutions, zero biases."""
-    for module in rpn.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.normal_(module.weight, std=0.01)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)

@@ -144,12 +144,8 @@ def load_mae(
     file = read_mae(source)
     own = backbone.state_dict()
     learnt = {name for name, p in backbone.named_parameters() if p.requires_grad and p.ndim == 3}
-    wanted = {theirs: ours for ours in own if (theirs := _mae_name(ours, learnt)) is not None}
-    if decoder == "random":
-        of_decoder = ("decoder_", "mask_token")
-        wanted = {
-            theirs: ours for theirs, ours in wanted.items() if not theirs.startswith(of_decoder)
-        }
+    names = [name for name in own if decoder == "pretrained" or not name.startswith("decoder.")]
+    wanted = {theirs: ours for ours in names if (theirs := _mae_name(ours, learnt)) is not None}
     absent = [theirs for theirs in wanted if theirs not in file.tensors]
     has_decoder = any(name.startswith("decoder_") for name in file.tensors)
     if absent and decoder == "pretrained" and not has_decoder:

@@ -19,7 +19,6 @@ from mimdet.models.rcnn import (
     AnchorGrid,
     Batch,
     BoxCoder,
-    clip_boxes,
     draw_places,
     make_norm,
     match,
@@ -28,10 +27,9 @@ from mimdet.models.rcnn import (
     pad_and_normalise,
     padded_size,
     rois_of,
-    subsample,
 )
 from mimdet.models.roi_heads import BoxHead, MaskHead, RoIHeads, SampledBoxes, mask_targets
-from mimdet.models.rpn import RPN, Proposals, init_rpn
+from mimdet.models.rpn import RPN, Proposals
 from mimdet.structures import Crops, Detections, Target
 
 STRIDES = (4, 8, 16, 32)
@@ -210,9 +208,10 @@ def test_places_are_drawn_from_each_image() -> None:
 
 
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 40), st.sampled_from([0.25, 0.5]))
-def test_subsample_counts(positives: int, negatives: int, total: int, share: float) -> None:
-    positive, negative = torch.arange(positives), torch.arange(100, 100 + negatives)
-    objects, background = subsample(positive, negative, total, share)
+def test_counts_of_a_draw(positives: int, negatives: int, total: int, share: float) -> None:
+    positive, negative = torch.arange(positives + negatives).split([positives, negatives])
+    label = torch.cat([torch.ones(positives), torch.zeros(negatives), torch.full((9,), -1)])[None]
+    ((objects, background),) = draw_places(label, total, share)
     assert len(objects) == min(int(total * share), positives)
     assert len(background) == min(total - len(objects), negatives)
     assert len(objects.unique()) == len(objects) and torch.isin(objects, positive).all()
@@ -222,10 +221,7 @@ def test_subsample_counts(positives: int, negatives: int, total: int, share: flo
 # ------------------------------------------------------------------ small ones
 
 
-def test_clipping_and_boxes_that_are_empty() -> None:
-    boxes = torch.tensor([[[-5.0, -1.0, 50.0, 8.0], [45.0, 25.0, 60.0, 99.0]]])
-    expected = [[[0, 0, 40, 8], [40, 25, 40, 30]]]  # (height, width) = (30, 40)
-    assert clip_boxes(boxes, (30, 40)).tolist() == expected
+def test_boxes_that_are_empty() -> None:
     boxes = torch.tensor([[0.0, 0, 1, 1], [1, 0, 1, 5], [0, 5, 5, 5], [3, 0, 2, 9]])
     assert non_empty(boxes).tolist() == [True, False, False, False]
 
@@ -310,7 +306,6 @@ def test_rpn_losses_by_hand_and_its_initialisation() -> None:
     many = rpn.losses(anchors, torch.zeros(2, 4), torch.zeros(2, 4, 4), targets)
     assert many["loss_rpn_cls"].item() == pytest.approx(8 * LOG2 / 512)
     rpn = RPN(64, AnchorGrid((8,), (1.0,), (8,)))
-    init_rpn(rpn)
     for name, parameter in rpn.head.named_parameters():
         if name.endswith("bias"):
             assert parameter.abs().max() == 0
