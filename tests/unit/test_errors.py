@@ -506,7 +506,7 @@ def any_scenes(seed: int, mixed: bool) -> tuple[dict[str, Any], list[dict[str, A
 any_report = given(seeds, st.sampled_from(IOU_TYPES), st.booleans())
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @any_report
 def test_types_are_those_of_plain_loops_and_a_fix_is_an_edit(seed, iou_type, crowds) -> None:
     """Every result has the type that loops over single detections give it, and each dAP is the
@@ -527,7 +527,7 @@ def test_types_are_those_of_plain_loops_and_a_fix_is_an_edit(seed, iou_type, cro
     assert report.special["false positives"] == pytest.approx(without, abs=1e-9)
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @any_report
 def test_numbers_add_up_and_fixes_reach_100(seed: int, iou_type: IouType, mixed: bool) -> None:
     truth, results = any_scenes(seed, mixed)
@@ -569,7 +569,7 @@ def test_numbers_add_up_and_fixes_reach_100(seed: int, iou_type: IouType, mixed:
         assert classes[f"dap_{kind}"].mean() == pytest.approx(report.dap[kind], abs=1e-12)
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @any_report
 def test_ap_is_that_of_coco(seed: int, iou_type: IouType, mixed: bool) -> None:
     """At IoU .5, and through the curves at all ten thresholds, of each class and their mean."""
@@ -586,13 +586,6 @@ def test_ap_is_that_of_coco(seed: int, iou_type: IouType, mixed: bool) -> None:
 
 
 # --- tidecv -------------------------------------------------------------------------------------
-
-
-def test_the_scenes_have_errors_of_every_type() -> None:
-    counts = sum(
-        (Counter(find_errors(*random_scenes(seed)).counts) for seed in range(10)), Counter()
-    )
-    assert min(counts[kind] for kind in KINDS) >= 10
 
 
 SHORT = ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss", "FalsePos", "FalseNeg")

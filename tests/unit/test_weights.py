@@ -18,7 +18,7 @@ import mimdet
 from mimdet.cli import main
 from mimdet.config import Config
 from mimdet.data.shapes import ShapesCOCO
-from mimdet.models.checkpoint_files import SHIPPED, read_checkpoint, read_safetensors, shipped
+from mimdet.models.checkpoint_files import SHIPPED, read_checkpoint, shipped
 from mimdet.models.detector import build_detector
 from mimdet.models.mae import MAE
 from mimdet.models.official import coco_classes, export_detectron2, load_weights
@@ -214,10 +214,6 @@ def only(keeps: Callable[[str], bool]) -> Change:
     return lambda tensors: {name: value for name, value in tensors.items() if keeps(name)}
 
 
-def each(change: Callable[[Tensor], Tensor]) -> Change:
-    return lambda tensors: {name: change(value) for name, value in tensors.items()}
-
-
 BAD_MAE: dict[str, tuple[Change, str]] = {
     "encoder only": (only(lambda n: n.startswith(ENCODER)), 'full file.*decoder="random"'),
     "one tensor missing": (
@@ -243,9 +239,6 @@ BAD_MAE: dict[str, tuple[Change, str]] = {
     ),
     "no square": (lambda t: t | {"pos_embed": torch.zeros(1, 13, 32)}, r"shape \(1, 13, 32\)"),
     "a scalar": (lambda t: t | {"pos_embed": torch.ones(())}, r"pos_embed has shape \(\)"),
-    "integers": (each(Tensor.int), "int32, not floating point"),
-    "NaN": (lambda t: t | {"norm.bias": t["norm.bias"] * torch.nan}, "norm.bias holds NaN"),
-    "no tensors": (lambda t: {}, "holds no tensors"),
 }
 
 
@@ -384,15 +377,3 @@ def test_the_encoder_tells_tokens_apart(name: str) -> None:
         mimdet.predict(model, image, sample_ratio=1.0)
     outputs = seen["backbone.encoder"][0]  # (L, D)
     assert outputs.std(dim=0).mean() > 0.2
-
-
-def test_a_file_of_weights_that_names_code_is_refused(cfg, tmp_path) -> None:
-    """Its configuration is data: what it names is looked up, never imported."""
-    file = tmp_path / "named.safetensors"
-    mimdet.save_detector(build_detector(cfg), file)
-    tensors, metadata = read_safetensors(file)
-    config = json.loads(metadata["config"])
-    config["backbone"]["stem"] = "os:_exit"
-    save_file(tensors, file, metadata | {"config": json.dumps(config)})
-    with pytest.raises(ValueError, match=r"named\.safetensors names code .*stem=os:_exit"):
-        mimdet.load_detector(file)
