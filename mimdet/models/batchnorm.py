@@ -26,9 +26,6 @@ class SyncedBatchNorm(nn.BatchNorm2d):
     running_var: Tensor
     num_batches_tracked: Tensor
 
-    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
-        super().__init__(channels, eps, momentum)
-
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) with N >= 0 -> the same shape and dtype."""
         if not self.training or processes.world() == 1:

@@ -220,17 +220,13 @@ def _from_hub_names(file: CheckpointFile) -> dict[str, Tensor]:
             renamed[translate(name, HF_RULES)] = value
         except KeyError:
             raise ValueError(f"{file.name}: no ViT-MAE of the hub has a tensor {name!r}") from None
-    joined: dict[str, Tensor] = {}
-    for name, value in renamed.items():
-        if ".attn.query." in name:
-            parts = [name.replace("query", part) for part in ("query", "key", "value")]
-            lost = [part for part in parts if part not in renamed]
-            if lost:
-                raise ValueError(f"{file.name} has {name!r} but not {lost[0]!r}")
-            joined[name.replace("query", "qkv")] = torch.cat([renamed[part] for part in parts])
-        elif ".attn.key." not in name and ".attn.value." not in name:
-            joined[name] = value
-    return joined
+    for name in [name for name in renamed if ".attn.query." in name]:
+        parts = [name.replace("query", part) for part in ("query", "key", "value")]
+        lost = [part for part in parts if part not in renamed]
+        if lost:
+            raise ValueError(f"{file.name} has {name!r} but not {lost[0]!r}")
+        renamed[name.replace("query", "qkv")] = torch.cat([renamed.pop(part) for part in parts])
+    return renamed
 
 
 def _mae_name(ours: str, learnt: set[str]) -> str | None:

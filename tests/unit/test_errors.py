@@ -4,8 +4,6 @@ import copy
 import itertools
 import json
 import math
-import sys
-import types
 from collections import Counter
 from typing import Any
 
@@ -592,27 +590,9 @@ SHORT = ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss", "FalsePos", "FalseNeg")
 TIDE_NAMES = dict(zip([*KINDS, "false positives", "false negatives"], SHORT, strict=True))
 
 
-@pytest.fixture
-def tide_run(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """tidecv's own class for one evaluation. What the package loads for drawings and downloads
-    (OpenCV, seaborn, appdirs) is replaced by empty modules where it is not installed."""
-    for name in ("cv2", "seaborn", "appdirs"):
-        try:
-            __import__(name)
-        except ImportError:
-            empty = types.ModuleType(name)
-            empty.FONT_HERSHEY_SIMPLEX = empty.user_data_dir = None  # type: ignore[attr-defined]
-            monkeypatch.setitem(sys.modules, name, empty)
-    try:
-        from tidecv.quantify import TIDERun
-    except ImportError:
-        pytest.skip("needs the authors' tidecv: pip install --no-deps tidecv")
-    return TIDERun
-
-
-def tide(run_class: Any, truth: dict[str, Any], results: list[dict[str, Any]], mode: str) -> Any:
+def tide(truth: dict[str, Any], results: list[dict[str, Any]], mode: str) -> Any:
     """tidecv's evaluation of these files."""
-    from tidecv import Data
+    from tidecv.quantify import Data, TIDERun
 
     real, said = Data("truth"), Data("results")
     for image in truth["images"]:
@@ -623,7 +603,7 @@ def tide(run_class: Any, truth: dict[str, Any], results: list[dict[str, Any]], m
     for r in results:
         shape = (r["bbox"], r["segmentation"])
         said.add_detection(r["image_id"], r["category_id"], r["score"], *shape)
-    return run_class(real, said, 0.5, 0.1, {"bbox": "bbox", "segm": "mask"}[mode], 100)
+    return TIDERun(real, said, 0.5, 0.1, {"bbox": "bbox", "segm": "mask"}[mode], 100)
 
 
 def named(values: dict[Any, Any]) -> dict[str, Any]:
@@ -631,16 +611,17 @@ def named(values: dict[Any, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("iou_type", IOU_TYPES)
-def test_the_numbers_of_tidecv(tide_run, iou_type, monkeypatch) -> None:
+def test_the_numbers_of_tidecv(iou_type, monkeypatch) -> None:
     """Equal to 1e-9, counts and all dAPs, on scenes in which the departures that the module names
     do not matter, with tidecv's rounding of the recall levels. Of every type there are some."""
+    pytest.importorskip("tidecv", reason="needs the authors' code: pip install tidecv")
     total: Counter[str] = Counter()
     monkeypatch.setattr(errors, "RECALLS", np.arange(101) / 100)
     for seed in range(40):
         truth, results = random_scenes(seed, images=12)
         report = find_errors(truth, results, iou_type)
         total.update(report.counts)
-        run = tide(tide_run, truth, results, iou_type)
+        run = tide(truth, results, iou_type)
         assert 100 * report.ap == pytest.approx(run.ap, abs=1e-9)
         assert named(run.count_errors()) == {TIDE_NAMES[k]: n for k, n in report.counts.items()}
         theirs = named(run.fix_main_errors()) | named(run.fix_special_errors())
