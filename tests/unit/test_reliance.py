@@ -188,7 +188,12 @@ def test_hooks_are_gone_after_an_exception_and_unknown_words_are_refused(model):
 # ------------------------------------------------------------------------------- the table
 
 
-def test_the_table_holds_what_evaluations_give(model):
+def only_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the changes that a table holds, one: an evaluation each."""
+    monkeypatch.setattr("mimdet.analysis.reliance.CHANGES", ("another",))
+
+
+def test_the_table_holds_what_evaluations_give(model, monkeypatch):
     scenes = mimdet.ShapesCOCO(size=64, length=5, split="val")
     table = reliance(model, scenes, (ONE_TOKEN, 1.0), fill_ratio=0.5, progress=False)
     changes = [f"{place}: {change}" for place in ("c4", "encoder", "fill") for change in CHANGES]
@@ -200,13 +205,15 @@ def test_the_table_holds_what_evaluations_give(model):
     assert table.loc["fill: shuffled"].tolist() == pytest.approx(expected, abs=0, nan_ok=True)
     assert table.attrs["data"] == scenes.version and table.attrs["images"] == 5
     assert hooks_of(model) == 0
+    only_another(monkeypatch)
     again = reliance(model, scenes, (1.0,), batch_size=2, progress=False)  # 2 + 2 + 1, not 4 + 1
     expected = pytest.approx(table.loc["c4: another"].tolist(), abs=0.01, nan_ok=True)  # rounding
     assert again.loc["c4: another"].tolist() == expected
 
 
-def test_images_of_one_size_each_have_another(model):
+def test_images_of_one_size_each_have_another(model, monkeypatch):
     """The first batch holds one image: it takes the tokens of the last."""
+    only_another(monkeypatch)
 
     class Mixed(mimdet.ShapesCOCO):
         def image(self, index: int) -> Tensor:
@@ -224,7 +231,7 @@ def test_images_of_one_size_each_have_another(model):
     cfg.data.test_short_side = 64
     model = build_detector(cfg).eval()
     table = reliance(model, mimdet.ShapesCOCO(size=64, length=2, split="val"), progress=False)
-    assert list(table.index) == ["all tokens", *[f"c4: {change}" for change in CHANGES]]
+    assert list(table.index) == ["all tokens", "c4: another"]
 
 
 def test_figure_says_the_numbers_and_shares_are_words():
@@ -426,6 +433,7 @@ def measure(monkeypatch, tmp_path) -> Callable[[str], Any]:
         out = str(tmp_path / "report.json")
         words = ["measure_reliance.py", source, "--scenes", "3", "--out", out]
         monkeypatch.setattr("sys.argv", words)
+        only_another(monkeypatch)
         measure_reliance.main()
         return mimdet.files.read_json(out)
 
