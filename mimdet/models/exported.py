@@ -25,7 +25,6 @@ from mimdet.models.detector import Detector, category_entries
 from mimdet.models.mae import MAE, patch_statistics, patchify, unpatchify
 from mimdet.models.rcnn import IMAGENET_MEAN, IMAGENET_STD, AlignedRoIPool, non_empty
 from mimdet.models.sampling import PATCH
-from mimdet.models.vit import resize_table
 from mimdet.structures import PAD_MULTIPLE
 
 OPSET = 20
@@ -85,15 +84,14 @@ def describe(model: Detector | MAE) -> dict[str, str]:
         "std": json.dumps(IMAGENET_STD),
     }
     if isinstance(model, MAE):
-        patch, multiple = model.patch_size, model.patch_size
-        short_side = round((model.pos_embed.shape[1] - 1) ** 0.5) * patch
-    else:
-        patch, multiple, data = PATCH, PAD_MULTIPLE, model.config.data
-        short_side = data.test_short_side
-        about |= {"max_side": str(data.max_side), "preset": model.config.preset}
-        about |= {"classes": json.dumps(category_entries(model))}
-    sizes = {"patch": patch, "multiple": multiple, "short_side": short_side}
-    return about | {name: str(value) for name, value in sizes.items()}
+        side = round((model.pos_embed.shape[1] - 1) ** 0.5) * model.patch_size
+        sizes = {"patch": model.patch_size, "multiple": model.patch_size, "short_side": side}
+        return about | {name: str(value) for name, value in sizes.items()}
+    data = model.config.data
+    sizes = {"patch": PATCH, "multiple": PAD_MULTIPLE, "short_side": data.test_short_side}
+    about |= {name: str(value) for name, value in sizes.items()}
+    about |= {"max_side": str(data.max_side), "preset": model.config.preset}
+    return about | {"classes": json.dumps(category_entries(model))}
 
 
 def exported_program(module: Any) -> Any:
@@ -197,11 +195,11 @@ class ExportedDetector(nn.Module):
         encoder, decoder = self.model.backbone.encoder, self.model.backbone.decoder
         tokens = stem_tokens.flatten(2).transpose(1, 2)  # (1, D, h, w) -> (1, L, D)
         grid = (stem_tokens.shape[2], stem_tokens.shape[3])
-        x = (tokens + resize_table(encoder.pos_embed, grid)).index_select(1, keep)  # (1, K, D)
+        x = (tokens + positions(encoder.pos_embed, grid)).index_select(1, keep)  # (1, K, D)
         x, attention = run_blocks(encoder.blocks, x)
         kept = decoder.embed(encoder.norm(x))
         x = decoder.fill(tokens).index_copy(1, keep, kept)  # (1, L, C)
-        x, _ = run_blocks(decoder.blocks, x + resize_table(decoder.pos_embed, grid))
+        x, _ = run_blocks(decoder.blocks, x + positions(decoder.pos_embed, grid))
         return decoder.norm(x).transpose(1, 2).reshape(1, -1, *grid), attention
 
     def propose(self, levels: Sequence[Tensor], size: Tensor) -> Tensor:
@@ -258,12 +256,12 @@ class ExportedAutoencoder(nn.Module):
         mae = self.model
         tokens = mae.patch_embed(image)
         grid = (tokens.shape[2], tokens.shape[3])
-        tokens = tokens.flatten(2).transpose(1, 2) + resize_table(mae.pos_embed, grid)  # (1, L, D)
+        tokens = tokens.flatten(2).transpose(1, 2) + positions(mae.pos_embed, grid)  # (1, L, D)
         first = mae.cls_token + mae.pos_embed[:, :1]
         x, attention = run_blocks(mae.blocks, torch.cat([first, tokens.index_select(1, keep)], 1))
         x = mae.decoder_embed(mae.norm(x))
         places = mae.mask_token.expand(1, tokens.shape[1], -1)
-        full = places.index_copy(1, keep, x[:, 1:]) + resize_table(mae.decoder_pos_embed, grid)
+        full = places.index_copy(1, keep, x[:, 1:]) + positions(mae.decoder_pos_embed, grid)
         x = torch.cat([x[:, :1] + mae.decoder_pos_embed[:, :1], full], 1)
         x, _ = run_blocks(mae.decoder_blocks, x)
         x = mae.decoder_norm(x)[:, 1:]
@@ -276,6 +274,15 @@ class ExportedAutoencoder(nn.Module):
                 painted = painted * deviation + mean
         picture = unpatchify(painted, grid)
         return (picture, attention) if self.inside else (picture,)
+
+
+def positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """`resize_table` without a branch on the grid's size: of its own size the table is unchanged
+    by the interpolation too, whose weights are then 0 and 1."""
+    side = round((table.shape[1] - 1) ** 0.5)
+    square = table[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, side, side)
+    resized = F.interpolate(square, size=grid, mode="bicubic", align_corners=False)
+    return resized.flatten(2).transpose(1, 2)
 
 
 def run_blocks(blocks: Any, x: Tensor) -> tuple[Tensor, Tensor]:

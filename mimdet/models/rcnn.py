@@ -93,18 +93,18 @@ class AnchorGrid(nn.Module):
             )
         self.strides = tuple(strides)
         self.per_place = len(ratios)
-        size = torch.tensor(sizes, dtype=torch.float64)[:, None]
-        ratio = torch.tensor(ratios, dtype=torch.float64)
-        width = (size**2 / ratio).sqrt()
-        half = torch.stack([width, width * ratio], dim=2) / 2  # ratio = height / width
-        cells = torch.cat([-half, half], dim=2).float()  # (levels, A, 4) around the origin
-        self.register_buffer("cells", cells, persistent=False)
+        for i, size in enumerate(sizes):
+            ratio = torch.tensor(ratios, dtype=torch.float64)
+            width = (size**2 / ratio).sqrt()
+            half = torch.stack([width, width * ratio], dim=1) / 2  # ratio = height / width
+            cell = torch.cat([-half, half], dim=1).float()  # (A, 4) around the origin
+            self.register_buffer(f"cell{i}", cell, persistent=False)
 
     def forward(self, grids: Sequence[tuple[int, int]]) -> list[Tensor]:
         """(h, w) of each level -> its anchors (h * w * A, 4), ordered by row, column, A."""
         anchors = []
-        cells = self.get_buffer("cells").float()  # a float64 model has converted them
-        for (h, w), stride, cell in zip(grids, self.strides, cells, strict=True):
+        for i, ((h, w), stride) in enumerate(zip(grids, self.strides, strict=True)):
+            cell = self.get_buffer(f"cell{i}").float()  # a float64 model has converted it
             y = torch.arange(h, device=cell.device, dtype=torch.float32) * stride
             x = torch.arange(w, device=cell.device, dtype=torch.float32) * stride
             rows, columns = torch.meshgrid(y, x, indexing="ij")

@@ -38,11 +38,14 @@ def _sincos(positions: Tensor, dim: int) -> Tensor:
 def resize_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
     """A stored table (1, 1 + side*side, D) -> the positions of `grid` = (h, w): (1, h*w, D).
 
-    Bicubic without antialiasing, as the original does on every forward; a grid of the stored size
-    comes back unchanged, as the weights are then 0 and 1.
+    Bicubic without antialiasing, as the original does on every forward; the stored size itself is
+    returned unchanged.
     """
     side = round((table.shape[1] - 1) ** 0.5)
-    square = table[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, side, side)
+    places = table[:, 1:]
+    if grid == (side, side):
+        return places
+    square = places.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, side, side)
     resized = F.interpolate(square.float(), size=grid, mode="bicubic", align_corners=False)
     return resized.flatten(2).transpose(1, 2).to(table.dtype)  # (1, h*w, D)
 
