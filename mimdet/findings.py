@@ -158,9 +158,10 @@ def predict(
 
     OUT/annotations.json is a complete COCO file of the objects that are drawn, with outlines, which
     annotation tools import. With --annotations it is OUT/predictions.json instead: all detections,
-    in COCO results format. OUT/pictures.jpg shows the first hundred images. Images are read
-    upright, as viewers show them, or as the annotation file has their sizes. One that cannot be
-    read is named at the end, with exit code 2.
+    in COCO results format. Of a single image OUT/NAME.json holds those too, with the names of their
+    classes. OUT/pictures.jpg shows the first hundred images. Images are read upright, as viewers
+    show them, or as the annotation file has their sizes. One that cannot be read is named at the
+    end, with exit code 2.
 
     Args:
         run: Directory of the run, or a file of weights.
@@ -213,9 +214,13 @@ def predict(
         whole["images"].append(entry)
         sure = found[found.scores >= limits[found.labels]]
         objects, surest = objects + len(sure), max([surest, *found.scores.tolist()])
+        results = results_for(found, entry["id"], ids, found.mask_probabilities is not None)
+        if len(files) == 1:
+            named = dict(zip(ids, (kind["name"] for kind in classes), strict=True))
+            results = [own | {"category": named[own["category_id"]]} for own in results]
+            write_json(out / f"{Path(entry['file_name']).stem}.json", results, indent=None)
         if truth:
-            masks = found.mask_probabilities is not None
-            whole["annotations"] += results_for(found, entry["id"], ids, masks)
+            whole["annotations"] += results
         else:
             first = len(whole["annotations"]) + 1
             whole["annotations"] += coco_annotations(sure, entry["id"], ids, first)

@@ -34,6 +34,8 @@ RATIOS = (0.1, 0.25, 0.5, 1.0)
 DETECTORS = ("tiny", "tiny_from_mae")
 SCORES = 1e-4
 """How far scores may be apart."""
+LEAST = 0.05
+"""The score below which no preset's detector finds anything."""
 BASE_SIZES = ((416, 640), (300, 350))
 """Height and width; the second is padded to 320 x 352."""
 RESULT = Path(__file__).resolve().parents[1] / "notebooks/results/export.json"
@@ -72,11 +74,17 @@ def run(exported: onnxruntime.InferenceSession, model: Detector, image: Any, sam
 
 def difference(ours: Detections, theirs: Detections) -> dict[str, float]:
     """The largest difference of each part; `other`: 1 where not the same labels in the same order,
-    apart from `swapped` neighbours, whose scores lie closer together than the tolerance.
+    apart from `swapped` neighbours, whose scores lie closer together than the tolerance, and from
+    the last ones of either side whose scores lie as close to the least score (`at_least`).
 
-    Where the counts differ nothing can be compared.
+    Where the counts differ otherwise nothing can be compared.
     """
     found = {"other": 0.0, "detections": float(len(ours))}
+    both = min(len(ours), len(theirs))
+    last = torch.cat([ours.scores[both:], theirs.scores[both:]])
+    if len(last) and float(last.max()) < LEAST + SCORES:
+        found["at_least"] = float(len(last))
+        ours, theirs = ours[torch.arange(both)], theirs[torch.arange(both)]
     if len(ours) == len(theirs):
         order = list(range(len(ours)))
         for i in range(len(ours) - 1):
@@ -104,8 +112,9 @@ def summary(differences: Iterable[dict[str, float]]) -> dict[str, Any]:
     every = list(differences)
     summed = {name: int(sum(d[name] for d in every)) for name in ("other", "detections")}
     parts = ("boxes", "scores", "mask_probabilities")
-    swapped = int(sum(d.get("swapped", 0) for d in every))
-    summed |= {"swapped": swapped} if swapped else {}
+    for name in ("swapped", "at_least"):
+        count = int(sum(d.get(name, 0) for d in every))
+        summed |= {name: count} if count else {}
     return {"images": len(every)} | summed | {p: max(d.get(p, 0.0) for d in every) for p in parts}
 
 

@@ -101,6 +101,15 @@ def test_with_annotations_the_ids_are_theirs(weights, tmp_path, capsys):
         cli.main(["predict", weights, str(tmp_path / "images"), *out])
 
 
+def test_a_single_image_has_all_its_detections_by_name(weights, photos, tmp_path):
+    out = tmp_path / "found"
+    cli.main(["predict", weights, str(photos / "more/1.jpg"), "--out", str(out), "--score", "1"])
+    found = json.loads((out / "1.json").read_text())
+    assert not COCO(str(out / "annotations.json")).anns  # none is sure
+    assert {r["category_id"] for r in found if r["category"] == "cell"} == {7}
+    assert len(found) > 10 and {tuple(r["segmentation"]["size"]) for r in found} == {(64, 48)}
+
+
 def test_files_are_found_by_the_longest_name_that_is_known(tmp_path):
     file = write_coco(tmp_path, [[]] * 2)
     content = json.loads(file.read_text())
