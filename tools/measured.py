@@ -217,8 +217,8 @@ def long_tables() -> str:
 
 ShapesCOCO `{short["environment"]["data"]}`: 12 classes, 3-10 objects a scene, \
 {100 * level["small"]:.0f} % of them small, {100 * level["occluded"]:.0f} % partly occluded;
-200 held-out scenes, from scratch, trained at ratio 0.5, still with version 2's fill and two decoder
-blocks. AP x 100, box / mask, mean ± standard deviation of 2 draws of the tokens;
+200 held-out scenes, from scratch, trained at ratio 0.5. AP x 100, box / mask, mean ± standard
+deviation of 2 draws of the tokens;
 {short["hardware"]}:
 
 | command | time | scenes seen | ratio 0.25 | ratio 0.5 | ratio 1 |
@@ -228,8 +228,8 @@ blocks. AP x 100, box / mask, mean ± standard deviation of 2 draws of the token
 ![AP against the share of tokens kept](../notebooks/results/demo/ratios.png)
 
 AP still rises steeply after six minutes, so a faster machine reaches more. Runs this short differ:
-{len(seeds["runs"])} seeds of the first row's training gave {spread} at ratio 1
-(`demo/seeds.json`).
+with version 2's fill, and as many scenes as six minutes of the faster machine held (3,896),
+{len(seeds["runs"])} seeds gave {spread} at ratio 1 (`demo/seeds.json`).
 
 ## Does the detector use its encoder?
 
