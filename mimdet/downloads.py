@@ -85,6 +85,8 @@ def download(
     is no terminal to ask on; ConnectionError when the server refuses or breaks off.
     """
     files = files_named(*names)
+    if unpack and not any(file.file_name.endswith(".zip") for file in files):
+        raise ValueError("--unpack is for COCO's zip files, and none of them is named")
     absent = [file for file in files if not is_there(file, folder)]
     if absent and not yes and not agreed(absent, folder):
         print("nothing was downloaded")

@@ -20,7 +20,7 @@ from mimdet.config import Config, PretrainConfig
 from mimdet.models.detector import Detector, build_detector
 from mimdet.models.mae import MAE
 from mimdet.structures import Detections
-from mimdet.training.checkpoints import CheckpointStore, MetricsFile
+from mimdet.training.run import CheckpointStore, MetricsFile
 
 WORDS = (
     "--embed-dim 32 --depth 1 --num-heads 2 --decoder-dim 32 --decoder-depth 1 --decoder-heads 2 "

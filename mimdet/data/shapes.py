@@ -52,6 +52,8 @@ class ShapesCOCO(AnnotatedImages):
             raise ValueError(f"split={split!r} is not one of {list(SPLITS)}")
         if size < SMALLEST:
             raise ValueError(f"size={size}: scenes have at least {SMALLEST} pixels a side")
+        if length < 0 or seed < 0:
+            raise ValueError(f"length={length}, seed={seed}: neither may be negative")
         self.level = level
         self.size = size
         self.length = length

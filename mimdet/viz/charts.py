@@ -302,13 +302,17 @@ def show_positions(
     table: (1, 1 + side * side, D), as encoders and decoders store it (row 0 is the class token's).
     at: the place that is compared with all others, as shares of the height and width. The curves
     have distance as a share of the image's width: resizing keeps what is where in the picture, so
-    both agree; a table made anew for the grid counts tokens instead. Raises ValueError for a place
-    outside.
+    both agree; a table made anew for the grid counts tokens instead. Raises ValueError for a table
+    of another shape and a place outside.
     """
+    side = round((table.shape[1] - 1) ** 0.5) if table.dim() == 3 else 0
+    if not side or len(table) != 1 or side * side + 1 != table.shape[1]:
+        raise ValueError(
+            f"a position table of shape {tuple(table.shape)}: give (1, 1 + side * side, D)"
+        )
     if not (0 <= at[0] < 1 and 0 <= at[1] < 1):
         raise ValueError(f"at={at}: give shares of the height and width, from 0 to below 1")
     table = table.detach().cpu()
-    side = round((table.shape[1] - 1) ** 0.5)
     first_row = sincos_table(table.shape[2], grid[1])[:, 1 : 1 + grid[1]]
     tables = {
         "stored": (table[:, 1:], (side, side), style.FAINT, "o-"),

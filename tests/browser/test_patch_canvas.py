@@ -108,6 +108,9 @@ def set_trait(page: Any, name: str, value: Any) -> None:
     page.evaluate("([name, value]) => model.set(name, value)", [name, value])
 
 
+# ------------------------------------------------------------------------------- pointer
+
+
 BRUSH: dict[str, Any] = {"tool": "brush"}
 
 
@@ -115,7 +118,9 @@ BRUSH: dict[str, Any] = {"tool": "brush"}
     ("traits", "start", "end", "steps", "message"),
     [
         ({}, (0, 0), (0, 0), 1, {"selected": 0}),
+        ({}, (2, 3), (2, 3), 1, {"selected": 15}),
         ({}, (3, 5), (3, 5), 1, {"selected": 23}),
+        (BRUSH, (1, 0), (1, 5), 40, {"dropped": [6, 7, 8, 9, 10, 11]}),
         (BRUSH, (1, 0), (1, 5), 1, {"dropped": [6, 7, 8, 9, 10, 11]}),  # few places are reported
         (BRUSH, (0, 0), (3, 3), 1, {"dropped": [0, 7, 14, 21]}),
         (BRUSH | {"dropped": [0, 1, 2, 9]}, (0, 1), (0, 3), 10, {"dropped": [0, 9]}),  # brings back
@@ -158,6 +163,9 @@ def test_looking_changes_nothing(mount: Any) -> None:
     assert page.evaluate("keys") == ["ArrowRight", "Enter"]  # the notebook's own
 
 
+# ------------------------------------------------------------------------------- keyboard
+
+
 @pytest.mark.parametrize(
     ("traits", "key", "message"),
     [
@@ -168,6 +176,8 @@ def test_looking_changes_nothing(mount: Any) -> None:
         ({"selected": -1}, "ArrowDown", {"selected": 0}),
         ({"selected": 0, "columns": 1}, "ArrowDown", {"selected": 1}),
         ({"selected": 11}, "ArrowRight", None),  # the edges
+        ({"selected": 6}, "ArrowLeft", None),
+        ({"selected": 2}, "ArrowUp", None),
         ({"selected": 20}, "ArrowDown", None),
         ({"selected": 0, "columns": 1}, "ArrowRight", None),
         (BRUSH | {"selected": 8}, "Enter", {"dropped": [8]}),
@@ -194,6 +204,9 @@ def test_it_can_be_reached_with_tab(mount: Any) -> None:
     page = mount()
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "mimdet-canvas"
+
+
+# ------------------------------------------------------------------------------- what is shown
 
 
 def test_it_says_what_it_shows(mount: Any) -> None:

@@ -204,11 +204,11 @@ def test_attention_is_that_of_the_patch(page: Page, model: Detector, folder: Pat
     assert captions == [f"Block {i + 1}: {d:.1f} patches away" for i, d in enumerate(away)]
 
 
+@pytest.mark.slow  # alone: beside another test on the same core it takes up to two thirds longer
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads Linux's /proc")
 def test_a_stroke_is_answered_at_once(page: Page) -> None:
     """CPU seconds of the two threads one waits for, the page's and its worker's. The first strokes
-    compile. Twice the time that is promised of a core of one's own: where a neighbour computes on
-    the same core, the same work takes up to two thirds longer."""
+    compile."""
     start_anew(page)
 
     def spent() -> float:
@@ -228,7 +228,7 @@ def test_a_stroke_is_answered_at_once(page: Page) -> None:
         settle(page)
         seconds.append(spent() - before)
     print(f"CPU seconds of a stroke: {seconds}; {page.page.inner_text('#status')}")
-    assert sorted(seconds[2:])[2] <= 2 * BRUSH_SECONDS
+    assert sorted(seconds[2:])[2] <= BRUSH_SECONDS
 
 
 @pytest.mark.parametrize(

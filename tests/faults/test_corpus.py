@@ -46,8 +46,7 @@ def test_the_page_shows_every_file_of_the_corpus_and_what_was_measured() -> None
 
 
 @pytest.mark.parametrize("reader", fuzz.FUZZED)
-def test_files_damaged_at_random(reader: str, tmp_path: Path) -> None:
-    """A few; tools/fuzz.py has 20,000 of each."""
-    rows = fuzz.run(reader, 200, 0, tmp_path)
+def test_500_files_damaged_at_random(reader: str, tmp_path: Path) -> None:
+    rows = fuzz.run(reader, 500, 0, tmp_path)
     assert [row for row in rows if row["outcome"] not in readers.GOOD] == []
     assert max(row["mb"] for row in rows) <= 300

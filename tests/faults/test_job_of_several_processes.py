@@ -3,9 +3,9 @@
 import json
 import time
 
-from mimdet.training.checkpoints import CheckpointStore
 from mimdet.training.job import JOB, Job
 from mimdet.training.owner import process_of, read_status
+from mimdet.training.run import CheckpointStore
 from tests.small import small, still_running
 
 STEPS = 30

@@ -11,8 +11,7 @@ import psutil
 import pytest
 
 from mimdet import cli
-from mimdet.training.checkpoints import CheckpointStore
-from mimdet.training.run import load_detector
+from mimdet.training.run import CheckpointStore, load_detector
 from tests.small import WORDS, assert_same_end, ended, rows_of, start, still_running, wait_until
 
 SCENES = "--shapes-size 64 --shapes-train 16 --shapes-val 2 --batch-size 1 --evaluate-every 0"
@@ -44,7 +43,9 @@ def last_step(run: Path) -> int:
     return CheckpointStore(run / "checkpoints").steps()[-1]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 128 + 15), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 128 + 15), (signal.SIGINT, 128 + 2), (signal.SIGKILL, -9)]
+)
 def test_killed_run_is_whole_and_resumes(tmp_path, number, code):
     run = tmp_path / "run"
     process = start(["mimdet", *command(run, 400)])
@@ -144,14 +145,20 @@ def test_a_process_that_does_not_answer_ends_the_run_and_is_named(tmp_path, undi
 # ------------------------------------------------------------------------------- damaged files
 
 
-def test_a_pickle_in_place_of_numbers_runs_no_code(tmp_path):
+def test_damaged_files_are_named_and_a_pickle_runs_no_code(tmp_path):
     class Bomb:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "exploded"),)
 
     run = tmp_path / "run"
     cli.main(command(run, 2))
-    (run / "checkpoints" / "000002" / "optimizer.pt").write_bytes(pickle.dumps(Bomb()))
+    checkpoint = run / "checkpoints" / "000002"
+    optimizer = checkpoint / "optimizer.pt"
+    optimizer.write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(SystemExit, match=r"000002.optimizer.pt holds something else than numbers"):
         cli.main(command(run, 2))
     assert not (tmp_path / "exploded").exists()
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"000002.model\.safetensors is cut off or damaged"):
+        load_detector(run)

@@ -7,33 +7,26 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import warnings
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
 import mimdet
 from mimdet import presets
 from mimdet.config import load_config
-from mimdet.files import append_text, read_json, write_json
-from mimdet.training.checkpoints import Checkpoint, CheckpointStore, MetricsFile, best_step
+from mimdet.files import append_text, read_json
+from mimdet.training.checkpoints import Checkpoint, best_step
 from mimdet.training.job import Job
-from mimdet.training.owner import (
-    STATUS,
-    RunInUse,
-    alone_in,
-    in_use,
-    process_record,
-    read_status,
-)
-from mimdet.training.run import Run, TrainingStopped, load_detector
+from mimdet.training.owner import STATUS, RunInUse, alone_in, in_use, read_status
+from mimdet.training.run import CheckpointStore, MetricsFile, Run, TrainingStopped, load_detector
 from mimdet.training.slots import load_slots, read_slots
 from mimdet.training.train import DetectorTrainer, resume, train
-from tests.faults.test_kill import command
-from tests.small import assert_same_end, rows_of, small, start, wait_until, write_coco
+from tests.small import assert_same_end, rows_of, small, wait_until, write_coco
 
 
 def own_sampler(tokens, grid, generator):
@@ -115,7 +108,7 @@ def test_no_checkpoint_lies_outside_of_the_run(run, lead) -> None:
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt"])
-@pytest.mark.parametrize("left", [0, 5000])
+@pytest.mark.parametrize("left", [0, 7, 5000])
 def test_of_a_damaged_checkpoint_the_one_before_is_used(run, whole, capsys, file, left) -> None:
     path = run / "checkpoints/000004" / file
     path.write_bytes(path.read_bytes()[:left])
@@ -311,15 +304,13 @@ def test_what_decides_no_result_may_change_on_the_way(tmp_path) -> None:
     for step, same in zip(train(cfg, tmp_path / "cut"), whole[2:], strict=True):
         assert step.number == same.number
         assert step.losses == pytest.approx(same.losses, rel=1e-9)
-    about = read_json(tmp_path / "cut" / "environment.json")
-    assert (about["folder"], about["run"]) == (str(Path.cwd()), str((tmp_path / "cut").resolve()))
-    (change,) = about["changes"]
-    assert change["after"] == 2
+    (change,) = read_json(tmp_path / "cut" / "environment.json")["changes"]
     assert len(change["changed"]) == 3  # and nothing about what differs
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
 def test_other_micro_batches_leave_each_step_its_images_and_are_noted(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, capsys, batch_size
 ) -> None:
     run, cfg, seen = tmp_path / "run", exact(), images_of(monkeypatch)
     cfg.training.batch_size, cfg.training.accumulate = 2, 2
@@ -330,16 +321,18 @@ def test_other_micro_batches_leave_each_step_its_images_and_are_noted(
     cut = train(cfg, run)
     next(cut), next(cut)
     cut.close()
-    cfg.training.batch_size, cfg.training.accumulate = 1, 4
+    cfg.training.batch_size, cfg.training.accumulate = batch_size, 4 // batch_size
     assert [step.number for step in train(cfg, run)] == [3, 4]
     assert seen == undisturbed
     printed = capsys.readouterr().out
-    assert "training.batch_size: 2 -> 1" in printed and "as with another seed" in printed
+    assert (
+        f"training.batch_size: 2 -> {batch_size}" in printed and "as with another seed" in printed
+    )
     assert load_config(run / "config.json") == cfg
     (change,) = read_json(run / "environment.json")["changes"]
     assert change["after"] == 2 and change["changed"][-1] in printed
     cfg.training.batch_size = 8  # another number of images a step
-    with pytest.raises(ValueError, match=r"training.batch_size: 1 -> 8\nUse another"):
+    with pytest.raises(ValueError, match=rf"training.batch_size: {batch_size} -> 8\nUse another"):
         next(train(cfg, run))
 
 
@@ -415,13 +408,26 @@ def test_where_nothing_guards_a_run_it_is_said_and_rows_do_not_double(tmp_path, 
     assert [row["step"] for row in rows_of(tmp_path / "run") if "loss" in row] == [1, 2, 3, 4]
 
 
-def test_a_training_whose_lock_was_removed_is_still_alone(run, tmp_path) -> None:
-    other = process_record(psutil.Process(os.getppid()))
-    write_json(run / STATUS, {"state": "training", "run": str(run.resolve())} | other)
+def start(run: Path, steps: int, **options) -> subprocess.Popen:
+    words = "--shapes-size 64 --short-sides 64 --test-short-side 64 --shapes-val 2 --batch-size 1"
+    words += f" --threads 1 --evaluate-every 0 --steps {steps} --checkpoint-every-steps {steps}"
+    command = [sys.executable, "-m", "mimdet", "train", "tiny", str(run), *words.split()]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, **options)
+
+
+def test_a_training_whose_lock_was_removed_is_still_alone(tmp_path) -> None:
+    run = tmp_path / "run"
+    child = start(run, 4000)
+    wait_until(lambda: len(rows_of(run)) >= 2, "two steps")
     (run / "lock").unlink()
-    assert in_use(run) and not in_use(shutil.copytree(run, tmp_path / "copy"))
-    with pytest.raises(RunInUse, match=f"process {os.getppid()} on .* already trains in"):
-        next(resume(run))
+    assert in_use(run)
+    with pytest.raises(RunInUse, match=f"process {child.pid} on .* already trains in"):
+        list(resume(run))
+    copy = shutil.copytree(run, tmp_path / "copy")
+    assert not in_use(copy)
+    child.terminate()
+    child.wait(60)
+    assert not in_use(run) and read_status(run)["state"] == "stopped"
 
 
 def test_a_damaged_status_says_as_much_as_none(run) -> None:
@@ -456,23 +462,43 @@ def test_a_run_says_how_its_training_ended(tmp_path, raised, done, state, error)
     assert after["began"] == during["began"] > 0 and not in_use(run.path)
 
 
-def test_who_holds_the_lock_may_train(tmp_path) -> None:
+def test_a_run_is_in_use_with_a_lock_or_without(tmp_path) -> None:
     cfg = quick()
     run = Run(tmp_path / "run", cfg, locked=True)
-    with (
-        alone_in(run.path),
-        run.in_training(3, lambda: 0),
-        pytest.raises(RunInUse),
-        Run(run.path, cfg).in_training(3, lambda: 0),
-    ):
-        pass
+    with alone_in(run.path), run.in_training(3, lambda: 0):  # who holds the lock may train
+        with pytest.raises(RunInUse), Run(run.path, cfg).in_training(3, lambda: 0):
+            pass
+        (run.path / "lock").unlink()
+        assert in_use(run.path)
+        assert not in_use(shutil.copytree(run.path, tmp_path / "copy"))
     assert not in_use(run.path)
+
+
+def test_what_changes_on_the_way_is_noted(tmp_path, capsys) -> None:
+    cfg = quick()
+    Run(tmp_path / "run", cfg).keep({})
+    about = read_json(tmp_path / "run" / "environment.json")
+    assert about == {"folder": str(Path.cwd()), "run": str((tmp_path / "run").resolve())}
+    assert capsys.readouterr().out == ""
+    cfg.data.workers = 1
+    run = Run(tmp_path / "run", cfg)
+    run.keep({})
+    run.store.save(Checkpoint(7, {"w": torch.zeros(2)}, {}))
+    cfg.data.workers = 2
+    Run(tmp_path / "run", cfg).keep({})
+    assert "goes on with data.workers: 0 -> 1" in capsys.readouterr().out
+    noted = read_json(tmp_path / "run" / "environment.json")
+    assert noted.pop("changes") == [
+        {"after": 0, "changed": ["data.workers: 0 -> 1"]},
+        {"after": 7, "changed": ["data.workers: 1 -> 2"]},
+    ]
+    assert noted == about and load_config(tmp_path / "run/config.json").data.workers == 2
 
 
 def test_steps_that_will_be_done_again_are_forgotten(tmp_path) -> None:
     run = Run(tmp_path / "run", quick())
     for step in (1, 2, 3):
-        run.store.save(Checkpoint(step, {"w": torch.zeros(2)}, {}), keep=3)
+        run.store.save(Checkpoint(step, {"w": torch.zeros(2)}, {}))
         run.append({"step": step, "loss": float("nan")})
     run.append({"step": 3, "evaluation": {"box": {"AP": 0.1}}})
     assert run.rows.step == 0 and len(run.evaluations()) == 1 and run.rows.step == 3
@@ -494,7 +520,7 @@ def test_a_closed_terminal_saves(tmp_path) -> None:
     """The terminal goes with all that was to be printed to it."""
     ours, theirs = os.openpty()
     run = tmp_path / "run"
-    child = start(["mimdet", *command(run, steps=4000, every=4000)], stderr=theirs)
+    child = start(run, 4000, stderr=theirs, start_new_session=True)
     os.close(theirs)
     wait_until(lambda: len(rows_of(run)) >= 3, "three steps")
     os.close(ours)
@@ -530,6 +556,19 @@ def test_an_unexpected_error_says_where_the_last_checkpoint_is(tmp_path, monkeyp
         next(steps)
     (note,) = error.value.__notes__
     assert str(tmp_path / "run/checkpoints/000001") in note
+    monkeypatch.undo()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    steps = train(quick(), tmp_path / "run")
+    next(steps)
+    monkeypatch.setattr("mimdet.training.run.append_text", full)
+    monkeypatch.setattr("mimdet.training.run.write_json", full)
+    monkeypatch.setattr("mimdet.training.run.write_folder", lambda *_: 1 / 0)
+    with pytest.raises(OSError, match=r"No space left on device: 'metrics.jsonl'") as error:
+        next(steps)
+    assert "Nor could step 3 be saved" in error.value.__notes__[0]  # the first failure is told
 
 
 def test_a_row_that_the_disk_refused_once_is_there_after_all(tmp_path, monkeypatch) -> None:
@@ -553,6 +592,12 @@ def test_a_row_that_the_disk_refused_once_is_there_after_all(tmp_path, monkeypat
     monkeypatch.undo()
     list(train(quick(), tmp_path / "run"))
     assert_same_end(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+def test_a_full_disk_is_told_with_the_file_s_name() -> None:
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+        append_text(Path("/dev/full"), "a row\n")
 
 
 def test_steps_that_fp16_skipped_are_counted_and_rows_stay_strict_json(tmp_path, monkeypatch):

@@ -20,13 +20,17 @@ CAN_FAIL = {
     "a chain": "a = len(t)\ncheck('', 0 < a < 10)",
     "a list that was filled": "a = []\nfor i in (1, 2): a.append(i)\ncheck('', a == [1, 2])",
     "a flag": "try:\n    int('x')\n    a = False\nexcept ValueError:\n    a = True\ncheck('', a)",
+    "a condition in a loop": "for i in (1, 2):\n    off = t.sum() * i\n    check('', off < 10)",
+    "an attribute": "check('', not t.requires_grad)",
     "the same again": "a = t.sum()\nb = t.sum()\ncheck('', a == b)",
 }
 VACUOUS = {
     "a literal": "check('', True)",
+    "a name for a literal": "ok = True\ncheck('', ok)",
     "a flag that is never down": "ok = True\nif len(t):\n    ok = True\ncheck('', ok)",
     "a thing and itself": "same = t.sum() == t.sum()\ncheck('', same)",
     "a length is never negative": "check('', len(t) >= 0)",
+    "nor is a distance": "off = float((t - 1).abs().max())\ncheck('', off >= 0)",
     "one of two operands": "check('', len(t) == 3 and len(t) >= 0)",
     "or something true": "check('', len(t) == 3 or True)",
 }
@@ -61,6 +65,9 @@ def test_a_notebook_is_told_which_of_its_checks_are_vacuous(tmp_path: Path) -> N
     assert "'elsewhere': never ran" in elsewhere
 
 
+# ------------------------------------------------------------------------- with a broken library
+
+
 Wrong = Callable[[Any], Any]
 """Makes another function of one of the library."""
 
@@ -74,8 +81,16 @@ def keep_one_less(sample: sampling.Sample) -> sampling.Sample:
     return sample._replace(keep=[kept[:-1] for kept in sample.keep])
 
 
+def keep_the_lowest(right: Any) -> Any:
+    return lambda scores, *rest, **options: right([-s for s in scores], *rest, **options)
+
+
 def scatter_in_another_order(right: Any) -> Any:
     return lambda kept, *rest: right([rows.flip(0) for rows in kept], *rest)
+
+
+def gather_in_another_order(images: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [rows.roll(1, 0) for rows in images]
 
 
 def ratio_1_depends_on_the_seed(right: Any) -> Any:
@@ -112,17 +127,31 @@ def names_get_lost(right: Any) -> Any:
     return translate
 
 
+def a_refused_file_leaves_traces(right: Any) -> Any:
+    def load(model: Any, path: str, **options: Any) -> Any:
+        if not path.endswith("/mae.pth"):
+            with torch.no_grad():
+                model.backbone.encoder.norm.weight += 1
+        return right(model, path, **options)
+
+    return load
+
+
 SAMPLING, WALK, MAE = "02_token_sampling", "04_backbone_walkthrough", "01_mae_loading"
 SABOTAGE: list[tuple[str, Any, str, Wrong, str]] = [
     # (notebook, what of which module or table is replaced, by what, the check that notices)
     (SAMPLING, mimdet, "select", spoilt(keep_one_less), "of 256 tokens"),
+    (SAMPLING, mimdet, "select", keep_the_lowest, "the kept ones have the highest scores"),
     (SAMPLING, SAMPLERS, "block", lambda right: SAMPLERS["random"], "block keeps whole squares"),
     (SAMPLING, sampling, "scatter", scatter_in_another_order, "scatter is un-shuffle"),
+    (SAMPLING, sampling, "gather", spoilt(gather_in_another_order), "every kept token is back"),
     (SAMPLING, mimdet, "predict", ratio_1_depends_on_the_seed, "at ratio 1 nothing is drawn"),
     (WALK, detector, "pad_and_normalise", spoilt(padding_is_black), "on a canvas of"),
     (WALK, vit, "sincos_table", spoilt(columns_for_rows), "row 5, column 3"),
+    (WALK, vit, "resize_table", spoilt(lambda t: t.roll(1, 1)), "table of 16 x 16 on a grid"),
     ("05_attention", notebook, "open_detector", spoilt(another_scale), "recorded attention is the"),
     (MAE, weights, "translate", names_get_lost, "names come back unchanged"),
+    (MAE, mimdet, "load_mae", a_refused_file_leaves_traces, "the model is as it was"),
 ]
 
 

@@ -152,13 +152,16 @@ def add_cells(folder: Path, cells: str) -> None:
     ("damage", "said"),
     [
         (rewrite("a test", "one test", sync=False), "differs from its source"),
+        (rewrite('"timing"', '"solution"', sync=False), "differs from its source"),
         (rewrite("range(steps)", "range(1, steps)"), "outputs are of other code"),
+        (change(lambda notebook: notebook.metadata.pop("mimdet")), "outputs are of other code"),
         (change(lambda notebook: notebook.metadata.update(widgets={})), "stores widget state"),
         (rewrite('tags=["parameters"]', ""), "no code cell is tagged 'parameters'"),
         (
             change(lambda notebook: notebook.cells[LOOP].outputs[0].update(text="x" * 1_600_000)),
             "1.6 MB is over 1.5",
         ),
+        (change(lambda notebook: notebook.cells.pop(INSTALL)), "differs from its source"),
         (change(widget_beside_its_picture), "cell 5 stores a widget that has ended"),
         (change(widget_without_picture), "cell 5 shows a widget without a picture"),
         (
@@ -167,6 +170,7 @@ def add_cells(folder: Path, cells: str) -> None:
         ),
         (rewrite("# # 00 · Small:", "# # Small:"), "must start with `# NN · Title"),
         (rewrite("# | time", "# | hours"), "a column `quick` and a row `time`"),
+        (rewrite("# | | quick", "# | | slow"), "a column `quick` and a row `time`"),
         (lambda folder: (folder / "00_small.ipynb").unlink(), "is missing"),
         (lambda folder: (folder / "py" / "00_small.py").unlink(), "has no source"),
     ],
@@ -294,7 +298,9 @@ def test_index_command_writes_and_checks(
     ("host", "installed", "asked"),
     [
         ("", False, []),
+        ("BINDER_SERVICE_HOST", True, []),
         ("BINDER_SERVICE_HOST", False, [("pip", "install --quiet .. anywidget")]),
+        ("COLAB_RELEASE_TAG", True, ["widgets"]),
         ("COLAB_RELEASE_TAG", False, [("pip", "install --quiet .. anywidget"), "widgets"]),
     ],
 )

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 import mimdet
 from mimdet.viz import record as recording
+from mimdet.viz.attention import overlay
 from mimdet.viz.draw import from_data_url
 from mimdet.viz.record import record
-from tests.small import noise, small
+from tests.small import small
 
 AttentionExplorer = pytest.importorskip(
     "mimdet.viz.widgets.attention_explorer", reason="ipywidgets and anywidget are not installed"
@@ -42,6 +43,9 @@ def tokens_of(canvas) -> np.ndarray:
     return picture[side // 2 :: side, side // 2 :: side].astype(int)
 
 
+# ------------------------------------------------------------------------------- what is shown
+
+
 def test_it_shows_the_attention_of_the_query(model, images, panel):
     name = "backbone.encoder.blocks.1.attn"
     with record(model, name) as seen:  # the same run through the whole detector
@@ -51,14 +55,24 @@ def test_it_shows_the_attention_of_the_query(model, images, panel):
     assert place in kept  # something is to be seen at once
     assert panel.picture.dropped == [p for p in range(64) if p not in kept]
     row = seen.row(name, place).mean(0)
-    best = kept[int(row.argmax())]
-    assert f"goes to row {best // 8}, column {best % 8};" in panel.status.value
+    values = seen.on_grid(name, row)
+    assert np.abs(tokens_of(panel.map) - composed(panel, values)).max() <= 1.5
     assert "Encoder block 1, mean of the heads" in panel.status.value
     assert f"equal shares would be {100 / len(kept):.1f} %" in panel.status.value
     assert panel.map.selected == place
     colours = tokens_of(panel.map).reshape(-1, 3)
     assert (np.ptp(colours[panel.picture.dropped], axis=1) <= 2).all()  # light grey
     assert (np.ptp(colours[kept], axis=1) > 2).all()
+
+
+def composed(panel, values: Tensor) -> np.ndarray:
+    """What the map must show in the middle of its tokens: the overlay on the grey picture."""
+    layer = overlay(values, float(values.nan_to_num(0).max())).astype(float)
+    grey = np.asarray(from_data_url(panel.picture.picture).convert("RGB")).mean(2, keepdims=True)
+    side = len(grey) // panel.map.rows
+    below = grey[side // 2 :: side, side // 2 :: side]
+    opacity = layer[..., 3:] / 255
+    return opacity * layer[..., :3] + (1 - opacity) * below
 
 
 def test_a_click_in_either_picture_moves_the_query(panel):
@@ -96,10 +110,13 @@ def test_rollout_says_what_stays_and_a_picture_may_have_padding(panel):
     most = panel.status.value.split("goes to ")[1].split(";")[0]
     row, column = divmod(panel.picture.selected, 8)
     assert most != f"row {row}, column {column}"
-    panel.add(noise(40, 90), "wide.png")
+    panel.add(torch.randint(0, 255, (3, 40, 90), dtype=torch.uint8), "wide.png")
     assert (panel.picture.rows, panel.picture.columns) == (8, 18)  # 128 x 288, 32-pixel padding
     assert panel.picture.selected < 8 * 18
     assert "Error" not in panel.status.value
+
+
+# ------------------------------------------------------------------------------- how it runs
 
 
 def test_only_the_backbone_runs_once_per_picture_ratio_and_seed(model, panel):

@@ -50,6 +50,8 @@ def test_sizes_by_hand_and_resizing_keeps_flat_colours():
     assert shortest_edge(300, 900, 800, 1333) == (444, 1333)  # limited by the long side
     assert shortest_edge(100, 100, 33, 1333) == (33, 33)
     assert shortest_edge(1, 5000, 800, 1333) == (1, 1333)  # never 0
+    picture = torch.randint(0, 256, (3, 30, 40), dtype=torch.uint8)
+    assert resize_image(picture, (30, 40)) is picture
     flat = resize_image(torch.full((3, 31, 41), 77, dtype=torch.uint8), (17, 90))
     assert flat.shape == (3, 17, 90) and (flat == 77).all()
 
@@ -128,11 +130,13 @@ def test_lsj_makes_squares_between_the_scales():
 @pytest.mark.parametrize(
     ("geometry", "box"),
     [  # an image of 8 x 6 pixels (W x H), a box at (1, 2)-(3, 5)
+        (Geometry((0, 0, 8, 6), (6, 8)), [1, 2, 3, 5]),
         (Geometry((0, 0, 8, 6), (12, 16)), [2, 4, 6, 10]),
         (Geometry((0, 0, 8, 6), (6, 8), flip_h=True), [5, 2, 7, 5]),
         (Geometry((0, 0, 8, 6), (6, 8), flip_v=True), [1, 1, 3, 4]),
         (Geometry((0, 0, 8, 6), (6, 8), transpose=True), [2, 1, 5, 3]),
         (Geometry((0, 0, 8, 6), (6, 8), transpose=True, flip_h=True), [1, 1, 4, 3]),
+        (Geometry((2, 1, 6, 5), (4, 4)), [0, 1, 1, 4]),
         (Geometry((2, 1, 6, 5), (8, 4)), [0, 2, 1, 8]),
     ],
 )
@@ -216,7 +220,7 @@ RECIPES = [
 ]
 
 
-@settings(max_examples=150)
+@settings(max_examples=300)
 @given(
     recipe=st.sampled_from(RECIPES),
     height=st.integers(5, 160),

@@ -28,9 +28,14 @@ from tests.small import small, write_coco
 
 OTHER = {
     "backbone.num_heads": 4,
+    "backbone.decoder_heads": 1,
     "backbone.keep": "padded",
+    "backbone.sampler": "grid",
+    "backbone.position_grid": 51,
+    "backbone.window_size": 8,
     "detector.canvas": 96,
     "detector.anchor_sizes": [8, 16, 32, 64, 129],
+    "detector.anchor_ratios": [0.5, 1.0, 2.5],
     "detector.canonical_size": 60.0,
     "detector.norm": "GN",
 }

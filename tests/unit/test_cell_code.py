@@ -74,6 +74,10 @@ def defaulted(tokens, grid, generator, alpha=ALPHA):
     return alpha * tokens.norm(dim=1)
 
 
+def inside(tokens, grid, generator):
+    return [ALPHA * token.norm() for token in tokens]
+
+
 def enclosing():
     beta = 3.0
 
@@ -115,6 +119,7 @@ class Needy:
     ("part", "message"),
     [
         (defaulted, "uses ALPHA from outside itself"),
+        (inside, "uses ALPHA from outside itself"),
         (enclosing(), "uses beta from outside itself"),
         (Longer(), "uses Power from outside itself"),
         (Needy(3), "'dim'.*give every constructor argument a default"),

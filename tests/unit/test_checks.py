@@ -2,6 +2,7 @@
 Hostile files and values are findings too, and real data sets have none."""
 
 import json
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,28 +13,35 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from mimdet.data.annotations import AnnotationEntry, checked
+from mimdet.data.annotations import AnnotationEntry, checked, compressed
 from mimdet.data.checks import ERRORS, KINDS, Report, check_dataset
 from mimdet.data.coco import CocoDataset
 from mimdet.data.coco_file import REFUSED
-from tests.small import write_coco
 
 WIDTH, HEIGHT = 64, 48
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> dict[str, Any]:
-    """Six images of two objects each: the second object is a crowd (run lengths as a list), the
-    fourth has compressed run lengths, all others polygons."""
-    boxes = [[[4 + i, 6, 20, 16], [34, 20 + i, 24, 18]] for i in range(6)]
-    content: Any = json.loads(write_coco(tmp_path, boxes, (WIDTH, HEIGHT)).read_text())
-    things = content["annotations"]
-    for thing in things[1::2]:
-        thing["category_id"] = 3
-    things[1] |= {"iscrowd": 1, "segmentation": rle_of(things[1]["bbox"], False)}
-    things[3]["segmentation"] = rle_of(things[3]["bbox"], True)
-    content["categories"].append({"id": 3, "name": "nucleus"})
-    return content
+def write_clean_set(folder: Path, count: int = 6) -> dict[str, Any]:
+    """`count` noise images, two objects each (annotation ids from 101): image 11 has a crowd (run
+    lengths as a list), image 12 a compressed mask, all other masks are polygons.
+    """
+    rng = np.random.default_rng(0)
+    images, annotations = [], []
+    for i in range(count):
+        name = f"scene{i}.png"
+        noise = rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / name)
+        images.append({"id": 11 + i, "file_name": name, "width": WIDTH, "height": HEIGHT})
+        for x, y, w, h in ((4 + i, 6, 20, 16), (34, 20 + i, 24, 18)):
+            number = len(annotations)
+            item = {"id": 101 + number, "image_id": 11 + i, "category_id": (1, 3)[number % 2]}
+            item |= {"bbox": [x, y, w, h], "area": w * h, "iscrowd": 0}
+            item["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            annotations.append(item)
+    annotations[1] |= {"iscrowd": 1, "segmentation": rle_of(annotations[1]["bbox"], False)}
+    annotations[3]["segmentation"] = rle_of(annotations[3]["bbox"], True)
+    categories = [{"id": 1, "name": "cell"}, {"id": 3, "name": "nucleus"}]
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def rle_of(box: list[int], compressed: bool) -> dict[str, Any]:
@@ -49,7 +57,12 @@ def rle_of(box: list[int], compressed: bool) -> dict[str, Any]:
 def check(content: Any, folder: Path, **options: Any) -> Report:
     path = folder / "set.json"
     path.write_text(json.dumps(content))
-    return check_dataset(path, folder / "images", **options)
+    return check_dataset(path, folder, **options)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> dict[str, Any]:
+    return write_clean_set(tmp_path)
 
 
 # ---- planted faults ------------------------------------------------------------------------------
@@ -58,27 +71,46 @@ GONE = object()
 """As the value of a field: it is taken out."""
 AT = {"annotations": 4, "images": 2, "categories": 1}
 """The entry of each section that is spoilt."""
+SIZE = [HEIGHT, WIDTH]
 MISMATCH = "segmentation-box-mismatch"
 EMPTY = "segmentation-empty"
 Plant = Callable[[dict[str, Any], Path], Any]
 """Changes the content, which it may return as another one, or the files."""
 
 FIELDS: list[tuple[Any, ...]] = [
-    # (kind, section, fields that are set, further kinds that rightly follow); more values of the
-    # wrong kind are in tests/faults/corpus.toml
-    ("bad-field", "annotations", {"image_id": GONE}),
-    ("bad-field", "images", {"width": "64"}),
+    # (kind, section, fields that are set, further kinds that rightly follow)
+    *(
+        ("bad-field", section, {field: value})
+        for section, field, values in [
+            ("annotations", "image_id", [GONE, [13]]),
+            ("annotations", "category_id", [GONE, "1", 1.7]),
+            ("annotations", "id", [105.5]),
+            ("annotations", "iscrowd", ["false"]),
+            ("annotations", "area", ["320"]),
+            ("annotations", "bbox", [GONE, None, ["1", "2", "3", "4"], [1, 2, 3]]),
+            ("annotations", "bbox", [[1, 2, x, 4] for x in (math.nan, math.inf, 10**400)]),
+            ("images", "width", [GONE, "64"]),
+            ("images", "height", [0]),
+            ("images", "file_name", [["scene2.png"]]),
+            ("categories", "name", [7]),
+        ]
+        for value in values
+    ),
     ("bad-field", "categories", {"id": True}, "unknown-category"),
     ("annotation-id", "annotations", {"id": GONE}),
     ("annotation-id", "annotations", {"id": 0}),
-    ("duplicate-annotation-id", "annotations", {"id": 1}),
-    ("duplicate-image-id", "images", {"id": 2}, "unknown-image"),
+    ("duplicate-annotation-id", "annotations", {"id": 101}),
+    ("duplicate-image-id", "images", {"id": 12}, "unknown-image"),
     ("unknown-image", "annotations", {"image_id": 99}),
+    ("unknown-image", "annotations", {"image_id": "13"}),
     ("unknown-category", "annotations", {"category_id": 2}),
-    ("duplicate-file-name", "images", {"file_name": "2.png"}),
+    ("duplicate-file-name", "images", {"file_name": "scene1.png"}),
     ("image-missing", "images", {"file_name": "absent.png"}),
+    ("image-missing", "images", {"file_name": "a\0b.png"}),
+    ("image-missing", "images", {"file_name": "a" * 5000}),
     ("image-size-wrong", "images", {"width": WIDTH + 1}),
     ("image-size-wrong", "images", {"width": HEIGHT, "height": WIDTH}, "box-exceeds-image"),
+    ("empty-box", "annotations", {"bbox": [6, 6, 0, 16]}),
     ("empty-box", "annotations", {"bbox": [26, 6, -20, 16]}),
     ("box-outside", "annotations", {"bbox": [106, 6, 20, 16]}, MISMATCH),
     ("box-exceeds-image", "annotations", {"bbox": [-1.5, 6, 24, 16]}),
@@ -90,9 +122,27 @@ FIELDS: list[tuple[Any, ...]] = [
     ("segmentation-missing", "annotations", {"segmentation": GONE}),
     ("segmentation-missing", "annotations", {"segmentation": []}),
     ("bad-segmentation", "annotations", {"segmentation": "polygon"}),
+    ("bad-segmentation", "annotations", {"segmentation": [6, 6, 26, 6, 26, 22]}),
+    ("bad-segmentation", "annotations", {"segmentation": [[6, 6, 26, 6, 26, float("nan")]]}),
+    ("bad-segmentation", "annotations", {"segmentation": [[6, 6, 26, 6, 26, "22"]]}),
+    ("bad-segmentation", "annotations", {"segmentation": [[6, 6, 26, 6, 26, 22, 6]]}),
+    ("bad-segmentation", "annotations", {"segmentation": {"counts": [1]}}),
+    *(
+        ("bad-segmentation", "annotations", {"segmentation": {"size": size, "counts": counts}})
+        for size, counts in [
+            ([WIDTH, HEIGHT], [0, 3072]),
+            (SIZE, [100, 50, 100]),
+            (SIZE, [5, -5, 3072]),
+            (SIZE, [0.5, 3071.5]),
+            (SIZE, None),
+            (SIZE, "éé"),
+            (SIZE, "ooo"),
+            (SIZE, "o" * 100_000),
+        ]
+    ),
     ("polygon-too-short", "annotations", {"segmentation": [[6, 6, 26, 22]]}, EMPTY),
     ("segmentation-empty", "annotations", {"segmentation": [[6, 6, 26, 6, 6, 6]]}),
-    (EMPTY, "annotations", {"segmentation": {"size": [HEIGHT, WIDTH], "counts": [3072]}}),
+    ("segmentation-empty", "annotations", {"segmentation": {"size": SIZE, "counts": [3072]}}),
     (MISMATCH, "annotations", {"segmentation": [[36, 6, 56, 6, 56, 22, 36, 22]]}),
 ]
 
@@ -129,10 +179,10 @@ def normalised(annotation: dict[str, Any]) -> dict[str, Any]:
 
 
 def rotated(data: dict[str, Any], folder: Path) -> None:
-    with Image.open(folder / "3.png") as image:
+    with Image.open(folder / "scene2.png") as image:
         tags = image.getexif()
         tags[274] = 6
-        image.save(folder / "3.png", exif=tags)
+        image.save(folder / "scene2.png", exif=tags)
 
 
 def stored_as(kind: Any, file_name: str) -> Plant:
@@ -148,17 +198,21 @@ def cut_off(data: dict[str, Any], folder: Path) -> None:
     runs["counts"] = runs["counts"][:-3]
 
 
+def outside(data: dict[str, Any], folder: Path) -> None:
+    data["images"][2]["file_name"] = f"../{folder.name}/scene2.png"
+
+
 def linked(data: dict[str, Any], folder: Path) -> None:
-    (folder / "3.png").rename(folder.parent / "elsewhere.png")
-    (folder / "3.png").symlink_to(folder.parent / "elsewhere.png")
+    (folder / "scene2.png").rename(folder.with_name(f"{folder.name}-elsewhere.png"))
+    (folder / "scene2.png").symlink_to(folder.with_name(f"{folder.name}-elsewhere.png"))
 
 
 def not_an_image(data: dict[str, Any], folder: Path) -> None:
-    (folder / "3.png").write_text("<html>404</html>")
+    (folder / "scene2.png").write_text("<html>404</html>")
 
 
 def copied(data: dict[str, Any], folder: Path) -> None:
-    (folder / "4.png").write_bytes((folder / "3.png").read_bytes())
+    (folder / "scene3.png").write_bytes((folder / "scene2.png").read_bytes())
 
 
 def crowd(annotation: dict[str, Any]) -> dict[str, Any]:
@@ -166,27 +220,31 @@ def crowd(annotation: dict[str, Any]) -> dict[str, Any]:
 
 
 SPOT = {"id": 4, "name": "spot"}
-TWIN = {"id": 13, "image_id": 3, "category_id": 7, "bbox": [6, 6, 20, 16]}
+TWIN = {"id": 113, "image_id": 13, "category_id": 1, "bbox": [6, 6, 20, 16]}
 TWIN |= {"area": 320, "iscrowd": 0, "segmentation": [[6, 6, 26, 6, 26, 22, 6, 22]]}
 FAULTS: list[tuple[Any, ...]] = [
     # (kind, place, what plants it, further kinds that rightly follow)
     *((row[0], f"{row[1]}[{AT[row[1]]}]", sets(*row[1:3]), *row[3:]) for row in FIELDS),
     ("not-coco", "", lambda data, folder: data["annotations"]),
+    ("not-coco", "", lambda data, folder: 3),
+    ("not-coco", "", lambda data, folder: data.pop("annotations") and None),
     ("empty-section", "", lambda data, folder: data | {"categories": []}, "unknown-category"),
     ("bad-field", "annotations[12]", adds("annotations", "text")),
+    ("bad-field", "images[6]", adds("images", [1])),
+    ("bad-field", "categories[2]", adds("categories", None)),
     ("duplicate-category-id", "categories[2]", adds("categories", SPOT | {"id": 3})),
     ("duplicate-category-name", "", sets("categories", {"name": "cell"})),
     ("category-unused", "", adds("categories", SPOT)),
-    ("duplicate-annotation", "annotations[12], annotation 13", adds("annotations", TWIN)),
-    ("file-name-leaves-folder", "images[2]", sets("images", {"file_name": "../images/3.png"})),
+    ("duplicate-annotation", "annotations[12], annotation 113", adds("annotations", TWIN)),
+    ("file-name-leaves-folder", "images[2]", outside),
     ("link-leaves-folder", "images[2]", linked),
     ("image-unreadable", "images[2]", not_an_image),
     ("image-rotated", "images[2]", rotated),
-    ("image-float", "images[2], image 3 'a.tif'", stored_as(np.float32, "a.tif")),
-    ("image-16-bit", "images[2]", stored_as(np.uint16, "3.png")),
+    ("image-float", "images[2], image 13 'a.tif'", stored_as(np.float32, "a.tif")),
+    ("image-16-bit", "images[2]", stored_as(np.uint16, "scene2.png")),
     ("duplicate-image-content", "images[3]", copied),
     ("mostly-empty-images", "", lambda data, _: data | {"annotations": data["annotations"][:4]}),
-    ("bad-segmentation", "annotations[3], annotation 4", cut_off),
+    ("bad-segmentation", "annotations[3], annotation 104", cut_off),
     ("boxes-look-xyxy", "", every_annotation(xyxy), MISMATCH, "box-exceeds-image"),
     ("boxes-look-normalised", "", every_annotation(normalised), MISMATCH),
     ("mostly-crowds", "", every_annotation(crowd)),
@@ -200,7 +258,7 @@ FAULTS: list[tuple[Any, ...]] = [
 def test_a_fault_is_found_named_and_no_surprise_in_training(
     kind, place, plant, also, data, tmp_path, monkeypatch
 ) -> None:
-    changed = plant(data, tmp_path / "images")
+    changed = plant(data, tmp_path)
     report = check(data if changed is None else changed, tmp_path)
     assert set(report.by_kind()) == {kind, *also}
     (problem,) = report.by_kind()[kind]
@@ -219,7 +277,7 @@ def training_refuses_or_names(kind: str, said: str, folder: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            dataset = CocoDataset(folder / "set.json", folder / "images")
+            dataset = CocoDataset(folder / "set.json", folder)
             objects = sum(len(dataset[i].target) for i in range(len(dataset)))
         except (ValueError, FileNotFoundError) as error:
             text = str(error)
@@ -236,7 +294,7 @@ def training_refuses_or_names(kind: str, said: str, folder: Path) -> None:
     assert f"{objects} objects" in dataset.summary
     assert kind not in left_out or f"1 {kind}" in dataset.summary
     if kind == "mostly-empty-images":  # both say what becomes of them
-        used = CocoDataset(folder / "set.json", folder / "images", skip_empty=True)
+        used = CocoDataset(folder / "set.json", folder, skip_empty=True)
         assert f"{6 - len(used)} images without objects (--no-skip-empty" in used.summary
         assert "Training leaves them out; with --no-skip-empty" in KINDS[kind]
 
@@ -265,7 +323,7 @@ def test_clean_set_has_no_problem(data: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_summary_by_hand(data: dict[str, Any], tmp_path: Path) -> None:
-    data["annotations"] = [a for a in data["annotations"] if a["image_id"] != 6]
+    data["annotations"] = [a for a in data["annotations"] if a["image_id"] != 16]
     data["annotations"][0]["area"] = 1024  # no longer small; its mask covers 320
     summary = check(data, tmp_path).summary
     counts = {"images": 6, "empty_images": 1, "annotations": 10, "crowds": 1, "with_masks": 10}
@@ -277,14 +335,14 @@ def test_summary_by_hand(data: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_missing_image_is_looked_for_elsewhere(data, tmp_path) -> None:
-    (tmp_path / "images/part1").mkdir()
-    (tmp_path / "images/3.png").rename(tmp_path / "images/part1/3.png")
+    (tmp_path / "part1").mkdir()
+    (tmp_path / "scene2.png").rename(tmp_path / "part1" / "scene2.png")
     (problem,) = check(data, tmp_path).problems
-    assert "part1/3.png" in problem.message
+    assert "part1/scene2.png" in problem.message
 
 
 def test_without_decoding_only_headers_are_read(data, tmp_path) -> None:
-    path = tmp_path / "images/3.png"
+    path = tmp_path / "scene2.png"
     path.write_bytes(path.read_bytes()[:-2000])
     assert check(data, tmp_path, decode=False).ok
     assert not check(data, tmp_path, decode=True).ok
@@ -295,20 +353,48 @@ def test_table_shows_a_few_examples_of_many(data: dict[str, Any], tmp_path: Path
         annotation["category_id"] = 77
     table = check(data, tmp_path).table(examples=2)
     assert "error unknown-category (12)" in table and "... and 10 more" in table
-    assert "annotation 2, " in table and "annotation 3, " not in table
+    assert "annotation 102" in table and "annotation 103" not in table
 
 
-def test_missing_file_and_missing_folder_are_findings(data, tmp_path: Path) -> None:
+# ---- the file itself -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"images: []",
+        b"\xff\xfe\xfa",
+        b"\x89PNG\r\n",
+        b"[" * 200_000,
+        b'{"images": ' + b"1" * 10_000 + b"}",
+        *(0.01, 0.3, 0.6, 0.99),
+    ],
+    ids=["empty", "yaml", "bytes", "png", "deep", "long-number", *["cut off"] * 4],
+)
+def test_not_json(content: bytes | float, tmp_path: Path) -> None:
+    if isinstance(content, float):
+        sound = json.dumps(write_clean_set(tmp_path)).encode()
+        content = sound[: int(len(sound) * content)]
+    (tmp_path / "set.json").write_bytes(content)
+    report = check_dataset(tmp_path / "set.json", tmp_path)
+    (problem,) = report.problems
+    assert problem.kind in ("json-unreadable", "not-coco") and not report.ok
+
+
+def test_missing_file_and_missing_folder_are_findings(tmp_path: Path) -> None:
     report = check_dataset(tmp_path / "absent.json", tmp_path)
-    assert "absent.json" in report.table() and "json-unreadable" in report.by_kind()
-    path = tmp_path / "annotations.json"
-    (problem,) = check_dataset(path, tmp_path / "absent").problems
-    assert problem.kind == "folder-missing" and str(tmp_path / "absent") in problem.message
+    assert "absent.json" in report.table() and not report.ok
+    (tmp_path / "set.json").write_text(json.dumps(write_clean_set(tmp_path)))
+    (problem,) = check_dataset(tmp_path / "set.json", tmp_path / "images").problems
+    assert problem.kind == "folder-missing" and str(tmp_path / "images") in problem.message
 
 
 REAL_SETS = [
     ("coco/annotations/instances_train2017.json", "coco/train2017"),
     ("coco/annotations/instances_val2017.json", "coco/val2017"),
+    ("nuclei/annotations/instances_train.json", "nuclei/train"),
+    ("nuclei/annotations/instances_train_rle.json", "nuclei/train"),
     ("nuclei/annotations/instances_val.json", "nuclei/val"),
     ("nuclei/annotations/instances_val_rle.json", "nuclei/val"),
 ]
@@ -324,11 +410,12 @@ def test_real_sets_have_no_error(annotations: str, images: str, shared_data: Pat
     assert {kind: len(found) for kind, found in report.by_kind().items()} == expected
 
 
-def test_real_boxes_stored_as_xyxy_are_noticed(shared_data, tmp_path) -> None:
-    data = json.loads((shared_data / REAL_SETS[1][0]).read_text())
+@pytest.mark.parametrize(("annotations", "images"), [REAL_SETS[1], REAL_SETS[4]])
+def test_real_boxes_stored_as_xyxy_are_noticed(annotations, images, shared_data, tmp_path) -> None:
+    data = json.loads((shared_data / annotations).read_text())
     every_annotation(xyxy)(data, tmp_path)
     (tmp_path / "set.json").write_text(json.dumps(data))
-    report = check_dataset(tmp_path / "set.json", shared_data / REAL_SETS[1][1], decode=False)
+    report = check_dataset(tmp_path / "set.json", shared_data / images, decode=False)
     assert "boxes-look-xyxy" in report.by_kind()
 
 
@@ -348,7 +435,9 @@ SQUARE = [[10.0, 10.0, 20.0, 10.0, 20.0, 20.0, 10.0, 20.0]]
     ("fields", "kinds", "left_out"),
     [
         ({}, [], ""),
+        ({"area": 0.5}, [], ""),
         ({"area": 0.0}, ["bad-area"], ""),
+        ({"bbox": (0.0, 0.0, 60.0, 40.0)}, [], ""),
         ({"bbox": (-1.0, -1.0, 62.0, 42.0)}, [], ""),
         ({"bbox": (-1.5, 0.0, 9.0, 9.0)}, ["box-exceeds-image"], ""),
         ({"bbox": (0.0, 0.0, 9.0, 41.5)}, ["box-exceeds-image"], ""),
@@ -356,12 +445,14 @@ SQUARE = [[10.0, 10.0, 20.0, 10.0, 20.0, 20.0, 10.0, 20.0]]
         ({"bbox": (0.0, -5.0, 9.0, 5.0)}, ["box-outside"], "box-outside"),
         ({"bbox": (60.0, 0.0, 5.0, 9.0)}, ["box-outside"], "box-outside"),
         ({"bbox": (0.0, 40.0, 5.0, 9.0)}, ["box-outside"], "box-outside"),
+        ({"bbox": (10.0, 10.0, 0.0, 9.0)}, ["empty-box"], "empty-box"),
         ({"bbox": (40.0, 10.0, 0.0, 9.0), "mask": SQUARE}, ["empty-box"], "empty-box"),
         ({"bbox": (40.0, 10.0, 9.0, 0.0), "mask": SQUARE}, ["empty-box"], "empty-box"),
         ({"mask": SQUARE}, [], ""),
         ({"bbox": (12.0, 8.0, 10.0, 10.0), "mask": SQUARE}, [], ""),  # 2 pixels are rounding
         ({"bbox": (30.0, 10.0, 9.0, 9.0), "mask": SQUARE}, ["segmentation-box-mismatch"], ""),
         ({"mask": [[15.0, 10, 15, 20, 15, 12]]}, ["segmentation-empty"], "segmentation-empty"),
+        ({"mask": [[10.0, 15, 20, 15, 12, 15]]}, ["segmentation-empty"], "segmentation-empty"),
         ({"area": 1.0, "thorough": True}, [], ""),
         ({"area": 0.5, "thorough": True}, ["area-mismatch"], ""),
         ({"area": 139.0, "thorough": True}, [], ""),
@@ -370,6 +461,18 @@ SQUARE = [[10.0, 10.0, 20.0, 10.0, 20.0, 20.0, 10.0, 20.0]]
 )
 def test_borders_of_what_is_noted(fields: Any, kinds: list[str], left_out: str) -> None:
     assert kinds_of(**fields) == (kinds, left_out)
+
+
+def test_run_lengths_are_of_their_image() -> None:
+    side = 1 << 16
+    for size, runs, image, said in (
+        ((60, 40), 2400, (40, 60), r"for \(60, 40\) pixels \(height comes first\), the image"),
+        ((40, 50), 2000, (40, 60), r"for \(40, 50\) pixels, the image has \(40, 60\)"),
+        ((side, side), 5, (side, side), r"count to 2\^32"),
+        ((side, side - 1), 5, (side, side - 1), "its runs cover 5 of"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            compressed({"size": [*size], "counts": [runs]}, *image)
 
 
 def test_an_image_id_of_another_type_is_hinted_at(data: dict[str, Any], tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def test_a_schedule_of_weeks_is_warned_of():
     ("gpus", "used", "said"),
     [
         (1, 1, "80.0GB; 1 of 1 GPUs, bf16"),
+        (3, 2, "2 of 3 GPUs (2 share 8 micro-batches equally, 3 cannot: "),
         (6, 4, "4 of 6 GPUs (4 share 8 micro-batches equally, 6 cannot: "),
         (8, 1, "1 of 8 GPUs (for 8: torchrun --nproc-per-node 8 -m mimdet resume runs/base), bf16"),
     ],
@@ -137,6 +138,10 @@ def test_epochs_that_are_given_decide(tmp_path, capsys):
         ValueError, match=r"epochs=3 is 6 steps .8 images, 4 a step., but tiny sets"
     ):
         next(mimdet.train(cfg, tmp_path / "other"))
+    with pytest.raises(
+        SystemExit, match="--epochs and --steps say the same in two units: give one"
+    ):
+        cli.main(["train", "tiny", str(tmp_path / "both"), "--epochs", "3", "--steps", "6"])
 
 
 def test_empty_images_are_left_out_with_a_word_or_kept(tmp_path, capsys):
@@ -225,8 +230,31 @@ def test_check_data(scenes, tmp_path, capsys):
     assert json.loads((tmp_path / "r.json").read_text())["problems"]
 
 
+@pytest.mark.parametrize(
+    ("wrong", "kind", "remedy"),
+    [
+        (lambda x, y, w, h: [x, y, x + w, y + h], "boxes-look-xyxy", "subtract x1, y1 from x2, y2"),
+        (lambda *box: [side / 64 for side in box], "boxes-look-normalised", "boxes are in pixels"),
+    ],
+)
+def test_wrong_boxes_are_named_with_the_remedy(wrong, kind, remedy, scenes, tmp_path, capsys):
+    annotations, images = scenes
+    content = json.loads(annotations.read_text())
+    for entry in content["annotations"]:
+        entry["bbox"] = wrong(*entry["bbox"])
+    annotations.write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["check-data", str(annotations), str(images)])
+    said = capsys.readouterr().out
+    assert ended.value.code == 1 and f"error {kind} (1)" in said and remedy in said
+    words = ["--train-json", str(annotations), "--train-images", str(images), "--source", "coco"]
+    with pytest.raises(SystemExit, match=rf"{kind}.*{remedy}") as ended:
+        cli.main(["train", "tiny", str(tmp_path / "run"), *words])
+    assert ended.value.code == 2 and not (tmp_path / "run").exists()
+
+
 def test_demo_to_its_pictures_or_stopped_while_it_times_the_machine(tmp_path, capfd, monkeypatch):
-    cli.main(["demo", "--steps", "3", "--scenes", "2", "--run", str(tmp_path / "demo")])
+    cli.main(["demo", "--steps", "3", "--scenes", "4", "--run", str(tmp_path / "demo")])
     printed = capfd.readouterr().out
     assert "0.25      2" in printed and "1.00      1" in printed
     for name in ("detections", "training", "ratios"):
@@ -313,11 +341,18 @@ def test_errors_of_a_file_of_results_and_of_weights(scenes, tmp_path, capsys):
     assert (tmp_path / "small/comparison.png").exists()
 
 
-def test_pretrain_and_cost(tmp_path, capsys):
+def test_pretrain_ablate_and_cost(tmp_path, capsys):
     words = "--image-size 64 --embed-dim 32 --depth 1 --num-heads 2 --decoder-dim 32 --steps 2"
     more = "--decoder-depth 1 --decoder-heads 2 --batch-size 2 --accumulate 2 --held-out 2"
     cli.main(["pretrain", "tiny_mae", str(tmp_path / "mae"), *words.split(), *more.split()])
     assert (tmp_path / "mae/mae.safetensors").exists()
+    grid = tmp_path / "ratios.py"
+    grid.write_text(
+        "from tests.small import small\nbase = small(2)\nseeds = 1\n"
+        'grid = {"backbone.sample_ratio": [1.0, 0.5]}\n'
+    )
+    cli.main(["ablate", str(grid), "--runs", str(tmp_path / "runs")])
+    assert (tmp_path / "runs/ratios/result.json").exists()
     cli.main(["cost", "tiny", "tiny_swin", "--size", "256", "256", "--ratios", "0.5", "1"])
     printed = capsys.readouterr().out
     assert printed.count("| tiny |") == 2 and printed.count("| tiny_swin |") == 1

@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,16 @@ from mimdet import files
 from mimdet.analysis.metrics import coco_metrics
 from mimdet.config import DataConfig
 from mimdet.data import coco
-from mimdet.data.annotations import AnnotationEntry, checked, mask_area, ring_area
+from mimdet.data.annotations import (
+    AnnotationEntry,
+    Side,
+    Whole,
+    checked,
+    clipped_box,
+    mask_area,
+    mask_extent,
+    ring_area,
+)
 from mimdet.data.coco import CocoDataset, build_dataset
 from mimdet.structures import crops_to_bitmaps
 
@@ -135,22 +145,66 @@ def test_boxes_are_clipped_and_empty_boxes_and_masks_left_out(tmp_path, content)
     assert len(dataset[0].target) == 0
 
 
-def test_what_is_not_there_and_a_refused_file_that_leaves_no_table(tmp_path, content, cache):
-    """What is refused else: tests/faults/corpus.toml."""
+GONE = object()
+"""As the value of a field: it is taken out."""
+FAULTS = [
+    # (message, section, entry, fields that are set); check-data's tests plant every kind
+    (r"categories.1.*id 90 is also that of categories.0", "categories", 1, {"id": 90}),
+    ("annotation 0.*missing required field `bbox`", "annotations", 0, {"bbox": GONE}),
+    ("polygon 0 has an odd number", "annotations", 0, {"segmentation": [[1, 2, 3]]}),
+    ("runs cover 44 of 600", "annotations", 1, {"segmentation": RUNS | {"counts": "0X14"}}),
+    ("annotation 1.*malformed", "annotations", 1, {"segmentation": RUNS | {"counts": "ooo"}}),
+    ("height comes first", "annotations", 1, {"segmentation": RUNS | {"size": [30, 20]}}),
+    ("annotation 0.*category_id 77 is not", "annotations", 0, {"category_id": 77}),
+    ("annotation 0.*image_id 'gone' is not", "annotations", 0, {"image_id": "gone"}),
+    (r"images.2.*id 7 is also that of images.1", "images", 2, {"id": 7}),
+]
+
+
+@pytest.mark.parametrize(("message", "section", "index", "fields"), FAULTS)
+def test_faults_name_file_and_entry(tmp_path, content, cache, message, section, index, fields):
+    path, folder = write(tmp_path, content)
+    entry = content[section][index] | fields
+    content[section][index] = {key: value for key, value in entry.items() if value is not GONE}
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message) as caught:
+        CocoDataset(path, folder)
+    assert "instances.json" in str(caught.value)
+    assert not list(cache.glob("*"))
+
+
+def test_files_that_are_not_there_or_not_json(tmp_path, content):
     with pytest.raises(FileNotFoundError, match=r"nothing.json does not exist"):
         CocoDataset(tmp_path / "nothing.json", tmp_path)
     path, folder = write(tmp_path, content)
-    with pytest.raises(FileNotFoundError, match=r"elsewhere is not a folder"):
-        CocoDataset(path, folder / "elsewhere")
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"instances.json: it is not a json file"):
+        CocoDataset(path, folder)
+    for message, text in {
+        "not a COCO instances file": "[1, 2]",
+        "missing required field `images`": "{}",
+        "has no categories": json.dumps(content | {"categories": []}),
+    }.items():
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"instances.json: .*{message}"):
+            CocoDataset(path, folder)
+
+
+def test_missing_and_wrong_images(tmp_path, content):
+    path, folder = write(tmp_path, content)
     dataset = CocoDataset(path, folder)
     (folder / "b.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"instances\.json.*b\.png.*mimdet check-data"):
         dataset[1]
-    content["annotations"][0]["category_id"] = 77
-    tables = [*cache.iterdir()]
-    with pytest.raises(ValueError, match=r"instances.json.*annotation 0.*category_id 77 is not"):
-        CocoDataset(*write(tmp_path, content))
-    assert [*cache.iterdir()] == tables
+    Image.new("RGB", (20, 30)).save(folder / "c.png")
+    swapped = r"instances\.json.*c\.png.*say 30 x 20 .swapped., the file is 20 x 30"
+    with pytest.raises(ValueError, match=swapped):
+        dataset[2]
+    (folder / "a.png").write_bytes((folder / "a.png").read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"a\.png cannot be read.*mimdet check-data"):
+        dataset[0]
+    with pytest.raises(FileNotFoundError, match=r"elsewhere is not a folder"):
+        CocoDataset(path, folder / "elsewhere")
 
 
 def test_the_table_is_built_once_and_anew_for_new_content(tmp_path, content, cache, monkeypatch):
@@ -182,7 +236,7 @@ def test_an_interruption_leaves_no_partial_table(tmp_path, content, cache, monke
     assert len(CocoDataset(*paths)) == 3
 
 
-@pytest.mark.parametrize("damage", ["half", "empty", "one byte"])
+@pytest.mark.parametrize("damage", ["half", "empty", "one byte", "garbage"])
 def test_a_damaged_table_is_made_again(tmp_path, content, cache, damage):
     paths = write(tmp_path, content)
     first = CocoDataset(*paths).ground_truth()
@@ -190,7 +244,7 @@ def test_a_damaged_table_is_made_again(tmp_path, content, cache, damage):
     sound = table.read_bytes()
     middle = len(sound) // 2
     flipped = bytes([sound[middle] ^ 1])
-    damaged = {"half": sound[:middle], "empty": b""}
+    damaged = {"half": sound[:middle], "empty": b"", "garbage": b"ARROW1" * 1000}
     damaged["one byte"] = sound[:middle] + flipped + sound[middle + 1 :]
     table.write_bytes(damaged[damage])
     with pytest.warns(UserWarning, match=r"\.arrow is damaged: it is made again"):
@@ -291,13 +345,15 @@ def full_masks(dataset: CocoDataset, index: int) -> np.ndarray:
     return crops_to_bitmaps(dataset[index].target.masks, *dataset.image_size(index)).numpy()
 
 
-def test_real_coco(shared_data):
+@pytest.mark.parametrize(("split", "images", "objects"), [("train", 268, 2300), ("val", 75, 674)])
+def test_real_coco(shared_data, split, images, objects):
     """Every third image loads; masks agree with pycocotools on the full image."""
-    path = shared_data / "coco/annotations/instances_val2017.json"
-    dataset = CocoDataset(path, shared_data / "coco/val2017")
-    assert len(dataset) == 75 and dataset.categories[0] == "person"
+    folder = shared_data / "coco"
+    path = folder / "annotations" / f"instances_{split}2017.json"
+    dataset = CocoDataset(path, folder / f"{split}2017")
+    assert len(dataset) == images and dataset.categories[0] == "person"
     truth = dataset.ground_truth()["annotations"]
-    assert len(truth) == 674
+    assert len(truth) == objects
     found = []
     for index in range(0, len(dataset), 3):
         mine = full_masks(dataset, index)
@@ -325,18 +381,42 @@ def test_real_nuclei_polygons_and_runs_agree(shared_data):
     assert np.mean(found) > 0.999 and np.min(found) > 0.95
 
 
-def test_areas_and_what_is_left_out_by_hand():
-    triangle, line = [3.0, 4.0, 7.0, 4.0, 3.0, 8.0], [0.0, 1.0, 9.0, 9.0]
-    assert ring_area(triangle) == ring_area(triangle[::-1]) == 8
-    assert mask_area(SQUARE, (0.0, 0.0, 1.0, 1.0), 20, 30) == 64
-    assert mask_area([line], (0.0, 0.0, 2.0, 3.0), 20, 30) == 6
-    assert mask_area(None, (0.0, 0.0, -2.0, -3.0), 20, 30) == 0
+@pytest.mark.parametrize(
+    ("kind", "least", "most"), [(Whole, -(2**63), 2**63 - 1), (Side, 1, 2**31 - 1)]
+)
+def test_numbers_of_a_file_have_limits(kind, least, most):
+    """Of ids, what a table holds; of sides, what pycocotools counts with."""
+    assert [msgspec.convert(value, kind) for value in (least, most)] == [least, most]
+    for value in (least - 1, most + 1):
+        with pytest.raises(msgspec.ValidationError):
+            msgspec.convert(value, kind)
 
-    def read(mask, box=(0.0, 0.0, 0.5, 0.5)):
+
+def test_boxes_and_masks_by_hand():
+    triangle, line = [3.0, 4.0, 7.0, 4.0, 3.0, 8.0], [0.0, 1.0, 9.0, 9.0]
+    assert mask_extent([triangle, line]) == mask_extent([triangle]) == (3, 4, 7, 8)
+    assert mask_extent([triangle, [0.0, 9.0, 5.0, 5.0, 1.0, 6.0]]) == (0, 4, 7, 9)
+    assert mask_extent([line]) == mask_extent(None) == (0, 0, 0, 0)
+    assert ring_area(triangle) == 8 and ring_area(triangle[::-1]) == 8
+    areas = [
+        mask_area(mask, box, 20, 30)
+        for box, mask in (
+            ((0.0, 0.0, 0.5, 0.5), None),
+            ((0.0, 0.0, -2.0, -3.0), None),
+            ((0.0, 0.0, 2.0, 3.0), [line]),
+            ((0.0, 0.0, 1.0, 1.0), SQUARE),
+        )
+    ]
+    assert areas == [0.25, 0, 6, 64]
+    assert clipped_box((-5.0, -4.0, 50.0, 60.0), 20, 30) == (0, 0, 30, 20)
+
+    def read(box, mask):
         return checked(AnnotationEntry(1, 1, box), mask, 20, 30, lambda *_: None)
 
-    assert [bool(read(mask).left_out) for mask in (None, [triangle], [line])] == [0, 0, 1]
-    assert all(read(None, box).left_out for box in ((0.0, 0.0, 1.0, 0.0), (30.0, 0.0, 1.0, 1.0)))
-    assert read([[0.0, 0.0, 300.0, 0.0, 5.0, 5.0]]).left_out == ""
+    square = (0.0, 0.0, 0.5, 0.5)
+    assert [bool(read(square, mask).left_out) for mask in (None, [triangle], [line])] == [0, 0, 1]
+    thin = [(0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 0.0, 1.0), (30.0, 0.0, 1.0, 1.0)]
+    assert all(read(box, None).left_out for box in thin)
+    assert read(square, [[0.0, 0.0, 300.0, 0.0, 5.0, 5.0]]).left_out == ""
     with pytest.raises(ValueError, match="a polygon leaves its image by 10 times"):
-        read([[0.0, 0.0, 301.0, 0.0, 5.0, 5.0]])
+        read(square, [[0.0, 0.0, 301.0, 0.0, 5.0, 5.0]])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mimdet.config import (
@@ -22,23 +22,22 @@ from mimdet.config import (
     to_dict,
 )
 from mimdet.models.detector import build_detector
-from mimdet.presets import PRESETS, PRETRAIN_PRESETS
+from mimdet.presets import PRESETS
 
 
-@pytest.mark.parametrize("name", PRESETS | PRETRAIN_PRESETS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_fresh_each_time_and_survives_a_file(name: str, tmp_path: Path) -> None:
-    make = (PRESETS | PRETRAIN_PRESETS)[name]
-    cfg, other = make(), make()
+    cfg, other = PRESETS[name](), PRESETS[name]()
     assert cfg == other and cfg.preset == name
-    sections = [field for field in to_dict(cfg) if field != "preset"]
-    assert not any(getattr(cfg, section) is getattr(other, section) for section in sections)
+    for section in ("backbone", "detector", "data", "training"):
+        assert getattr(cfg, section) is not getattr(other, section)
     cfg.training.seed = 17
     save_config(cfg, tmp_path / "config.json")
-    again = load_config(tmp_path / "config.json", type(cfg))
-    assert again == cfg and isinstance(again.training.betas, tuple)  # json knows lists only
+    again = load_config(tmp_path / "config.json")
+    assert again == cfg
+    assert isinstance(again.detector.anchor_sizes, tuple)  # json knows lists only
 
 
-@settings(max_examples=15)
 @given(st.floats(0, 1, exclude_min=True), st.integers(0, 10**9), st.text(max_size=20))
 def test_round_trip_of_any_value(ratio: float, steps: int, path: str) -> None:
     cfg = Config()

@@ -23,7 +23,7 @@ from mimdet import cli
 from mimdet.console import Ended, Failed, Stopped, told
 from mimdet.data.loader import stream
 from mimdet.files import write_file, write_text
-from mimdet.training.checkpoints import CheckpointStore
+from mimdet.training.run import CheckpointStore
 from mimdet.training.train import fit, train
 from tests.small import small
 
@@ -42,7 +42,10 @@ def refused(number: int, path: str | None = "runs/x/a.json") -> OSError:
         (FileNotFoundError("runs/x holds no run"), 2, "^error: runs/x holds no run$"),
         (refused(errno.ENOENT), 2, r"^error: runs/x/a\.json: there is no such file or folder$"),
         (refused(errno.ENOSPC), 2, r"a\.json: the disk is full \([\d.]+ GB free\): make room"),
+        (refused(errno.EDQUOT), 2, r"a\.json: your share of the disk is used up: make room"),
+        (refused(errno.EROFS), 2, r"a\.json: the disk is read-only: give another folder"),
         (refused(errno.EACCES), 2, r"a\.json: its permissions forbid that: change them"),
+        (refused(errno.EIO), 2, r"a\.json: the disk fails .*: check it"),
         (refused(errno.ESTALE), 2, r"a\.json: Stale file handle"),
         (refused(errno.ENAMETOOLONG, "x" * 300), 2, r"xx\.\.\.xx.*: the name is too long"),
         (MemoryError(), 2, r"the memory is full .*batch_size"),
@@ -100,7 +103,9 @@ with told():
     ("encoding", "command", "seen"),
     [
         ("ascii", "{} | head -n 1", b"51.2 ? 0.3 ? ?"),
+        ("cp1252", "{} | head -n 1", b"51.2 \xb1 0.3 ? ?"),
         ("utf-8", "{} | head -n 1", "51.2 ± 0.3 → ✓".encode()),
+        ("ascii", "{} >&-", b""),
         ("ascii", "{} <&- >&- 2>&-", b""),
         ("ascii", "{} > /dev/full 2> /dev/full", b""),
     ],
@@ -118,7 +123,7 @@ def test_no_console_ends_the_work(encoding, command, seen, tmp_path):
 # ------------------------------------------------------------------ devices
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "gpu", "mps", "meta"])
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "mps", "", "cpu:x", "meta"])
 def test_a_device_that_is_not_there(device, tmp_path):
     if device == "mps" and torch.backends.mps.is_available():
         pytest.skip("it is there")
@@ -204,10 +209,8 @@ print([int(value) for value in stream([1, 2, 3], task, 2)])
 """
 
 
-@pytest.mark.parametrize(
-    ("method", "task"),
-    [("spawn", "partial(operator.mul, 2)"), ("forkserver", "lambda number: 2 * number")],
-)
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("task", ["partial(operator.mul, 2)", "lambda number: 2 * number"])
 def test_processes_that_are_not_forked_do_not_run_the_script_again(method, task, tmp_path):
     script, log = tmp_path / "script.py", tmp_path / "log"
     script.write_text(UNGUARDED.format(method=method, task=task))
@@ -278,7 +281,6 @@ def test_every_command_that_reads_a_run_asks_before_it_runs_code():
         "predict {run} {image} --out {out}",
         "errors {run} --out {out}",
         "export {run} {out}.pth",
-        "playground {run} --out {out}",
     ],
 )
 def test_code_runs_with_consent_only(words, stranger, tmp_path):
@@ -290,10 +292,15 @@ def test_code_runs_with_consent_only(words, stranger, tmp_path):
     words = words.format(run=run, image=image, out=tmp_path / "out").split()
     with pytest.raises(Ended, match="--trust-code") as ended:
         cli.main(words)
-    assert ended.value.code == 2 and not mark.exists() and not (tmp_path / "out").exists()
-    if words[0] != "playground":  # which takes longer, and reads as the others
-        cli.main([*words, "--trust-code"])
-        assert mark.exists()
+    assert ended.value.code == 2 and not mark.exists()
+    cli.main([*words, "--trust-code"])
+    assert mark.exists()
+
+
+def test_the_playground_asks_too(stranger, tmp_path):
+    with pytest.raises(Ended, match="--trust-code"):
+        cli.main(["playground", str(stranger[0]), "--out", str(tmp_path / "out")])
+    assert not list(tmp_path.iterdir())
 
 
 def test_training_into_the_folder_of_a_stranger_runs_none_of_its_code(stranger):

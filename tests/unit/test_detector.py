@@ -16,7 +16,7 @@ from mimdet.models.roi_heads import C4Classes
 from mimdet.models.sampling import Sample, Sampling
 from mimdet.models.stem import STEMS, ConvStem
 from mimdet.structures import Crops, Target
-from tests.small import noise, small
+from tests.small import small
 
 LOSSES = ["loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask"]
 
@@ -25,6 +25,10 @@ def small_config(**detector: Any) -> Config:
     cfg, changed = small(), {"num_classes": 3, "score_threshold": 0.0, "detections_per_image": 10}
     cfg.detector = replace(cfg.detector, **changed, **detector)
     return cfg
+
+
+def picture(height: int, width: int) -> Tensor:
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
 
 
 def two_objects() -> Target:
@@ -58,7 +62,7 @@ def test_parameter_counts_are_the_published_ones(name, parameters, trainable) ->
 def test_a_batch_without_any_object_trains() -> None:
     """Every parameter takes part, so that no process of several waits for a gradient."""
     model = build_detector(small_config())
-    losses = model([noise(64, 64), noise(64, 64)], [no_objects(), no_objects()])
+    losses = model([picture(64, 64), picture(64, 64)], [no_objects(), no_objects()])
     assert losses["loss_rpn_loc"] == losses["loss_box_reg"] == losses["loss_mask"] == 0
     sum(losses.values()).backward()
     learning = [p for p in model.parameters() if p.requires_grad]
@@ -69,11 +73,11 @@ def test_boxes_only() -> None:
     model = build_detector(small_config(masks=False))
     truth = two_objects()
     truth.masks = None
-    assert list(model([noise(64, 64)], [truth])) == LOSSES[:4]
-    found = model.detect([noise(64, 64)])[0]
+    assert list(model([picture(64, 64)], [truth])) == LOSSES[:4]
+    found = model.detect([picture(64, 64)])[0]
     assert len(found) == 10 and found.mask_probabilities is None
     with pytest.raises(ValueError, match=r"detector\.masks=False"):
-        build_detector(small_config())([noise(64, 64)], [truth])
+        build_detector(small_config())([picture(64, 64)], [truth])
 
 
 def test_c4_tells_classes_by_hand() -> None:
@@ -96,7 +100,7 @@ def test_a_loss_on_c4_is_one_more_in_training_and_nothing_later() -> None:
     plain, told = (build_detector(small_config(c4_loss=weight)).eval() for weight in (0.0, 2.0))
     extra = told.load_state_dict(plain.state_dict(), strict=False)
     assert {name.partition(".")[0] for name in extra.missing_keys} == {"c4_classes"}
-    image = noise(64, 64)
+    image = picture(64, 64)
     same = torch.equal(plain.detect([image])[0].boxes, told.detect([image])[0].boxes)
     losses = told.train()([image], [two_objects()])
     assert same and list(losses)[2] == "loss_c4" and len(losses) == len(LOSSES) + 1
@@ -106,7 +110,7 @@ def test_a_loss_on_c4_is_one_more_in_training_and_nothing_later() -> None:
 
 def test_wrong_targets_are_explained() -> None:
     """Label 3 of 3 classes would silently train as background."""
-    model, images = build_detector(small_config()), [noise(64, 64)] * 2
+    model, images = build_detector(small_config()), [picture(64, 64)] * 2
     for labels in ([0, 3], [-1, 2]):
         truth = two_objects()
         truth.labels = torch.tensor(labels)
@@ -118,7 +122,7 @@ def test_wrong_targets_are_explained() -> None:
 
 def test_detections_of_images_of_mixed_sizes() -> None:
     model, sizes = build_detector(small_config()), [(64, 96), (30, 31), (100, 20)]
-    found = model.detect([noise(*size) for size in sizes])
+    found = model.detect([picture(*size) for size in sizes])
     assert [d.image_size for d in found] == sizes
     for d, (height, width) in zip(found, sizes, strict=True):
         assert 0 < len(d) <= 10
@@ -134,14 +138,14 @@ def test_detect_changes_nothing_in_the_model() -> None:
     model.backbone.stem.eval()  # a part frozen by hand
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
-    found = model.detect([noise(64, 64)])
+    found = model.detect([picture(64, 64)])
     assert [module.training for module in model.modules()] == modes
     assert model.training and not model.backbone.stem.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not found[0].boxes.requires_grad
 
     with pytest.raises(ValueError):
-        model.detect([noise(64, 64)], sampling=Sampling(7.0))
+        model.detect([picture(64, 64)], sampling=Sampling(7.0))
     assert model.training and not model.backbone.stem.training  # after an error as well
 
 
@@ -150,7 +154,7 @@ def test_ratio_and_rule_of_a_phase_and_of_a_call() -> None:
     model.backbone.encoder.register_forward_hook(
         lambda module, given, output: seen.append([len(kept) for kept in output])
     )
-    image = [noise(64, 64)]  # 16 tokens
+    image = [picture(64, 64)]  # 16 tokens
     model(image, [two_objects()])
     model.detect(image)
     model.detect(image, sampling=Sampling(0.25))
@@ -158,7 +162,7 @@ def test_ratio_and_rule_of_a_phase_and_of_a_call() -> None:
     model.detect(image)
     model.eval()(image, [two_objects()])
     assert seen == [[8], [16], [4], [12], [12]]
-    images = [*image, noise(32, 64)]  # 8 tokens on a grid of 16
+    images = [*image, picture(32, 64)]  # 8 tokens on a grid of 16
     model.detect(images, sampling=Sampling(1.0))
     model.detect(images, sampling=Sampling(1.0, keep="padded"))
     assert seen[5:] == [[16, 8], [16, 16]]
@@ -176,11 +180,11 @@ def test_a_sampler_and_a_stem_of_ones_own() -> None:
     assert model.backbone.stem is stem
     assert model.slots == {"sampler": centre, "stem": stem}
     model.backbone.encoder.register_forward_pre_hook(lambda module, given: seen.append(given[1]))
-    model([noise(64, 64)], [two_objects()], sampling=Sampling(0.25))
+    model([picture(64, 64)], [two_objects()], sampling=Sampling(0.25))
     assert sorted(seen[0].keep[0].tolist()) == [5, 6, 9, 10]  # the middle of a 4 x 4 grid
     model = build_detector(small_config(), sampler=lambda tokens, grid, generator: torch.rand(grid))
     with pytest.raises(ValueError, match=r"scores of shape \(4, 2\).*one score per token: \(8,\)"):
-        model.detect([noise(64, 32)])
+        model.detect([picture(64, 32)])
 
 
 def test_a_part_that_is_empty_is_used_all_the_same() -> None:
@@ -190,7 +194,7 @@ def test_a_part_that_is_empty_is_used_all_the_same() -> None:
     nothing = nn.Sequential()
     model = build_detector(cfg, fill=nothing)
     assert not nothing and model.backbone.decoder.fill is nothing
-    assert len(model([noise(64, 64)], [two_objects()])) == 5
+    assert len(model([picture(64, 64)], [two_objects()])) == 5
 
 
 def test_a_backbone_and_a_neck_of_ones_own() -> None:
@@ -212,19 +216,19 @@ def test_a_backbone_and_a_neck_of_ones_own() -> None:
             return dict(zip(["p2", "p3", "p4", "p5", "p6"], levels, strict=True))
 
     alone = build_detector(small_config(), backbone=Pyramid())
-    assert len(alone([noise(64, 64)], [two_objects()])) == 5
+    assert len(alone([picture(64, 64)], [two_objects()])) == 5
     both = build_detector(small_config(), backbone=Pyramid(), neck=Widen())
-    assert len(both.detect([noise(64, 64)])) == 1
-    assert predict(alone, noise(64, 64)).image_size == (64, 64)
+    assert len(both.detect([picture(64, 64)])) == 1
+    assert predict(alone, picture(64, 64)).image_size == (64, 64)
     with pytest.raises(ValueError, match="backbone Pyramid samples no tokens"):
-        predict(alone, noise(64, 64), sample_ratio=0.5)
+        predict(alone, picture(64, 64), sample_ratio=0.5)
     assert list(both.slots) == ["backbone", "neck"]
     with pytest.raises(ValueError, match="backbone= is complete"):
         build_detector(small_config(), backbone=Pyramid(), stem=ConvStem(32))
 
 
 def test_a_ready_sample_is_used_as_it_is() -> None:
-    model, images = build_detector(small_config()).eval(), [noise(64, 64), noise(64, 33)]
+    model, images = build_detector(small_config()).eval(), [picture(64, 64), picture(64, 33)]
     keep = [torch.tensor([3, 15, 0]), torch.tensor([9])]
     seen: list[Sample] = []
     model.backbone.encoder.register_forward_pre_hook(lambda module, given: seen.append(given[1]))
@@ -241,7 +245,7 @@ def test_slots_are_named_in_the_configuration() -> None:
     cfg.backbone.sampler = "mimdet.models.sampling:block_sampler"
     model = build_detector(cfg)
     assert isinstance(model.backbone.stem, STEMS["patch"])
-    assert len(model.detect([noise(64, 64)])) == 1
+    assert len(model.detect([picture(64, 64)])) == 1
     for name, said in [
         ("cnov", r"stem='cnov' is not known: use one of \['conv', 'patch'\]"),
         ("mimdet.models.stem:Nothing", "cannot be imported: .*Nothing"),

@@ -135,6 +135,16 @@ def files_in(folder: Path) -> set[str]:
 # ------------------------------------------------------------------------------ one file
 
 
+def test_complete_download_is_recorded(remote, file, tmp_path):
+    path = fetch(file, tmp_path / "new")
+    assert path == tmp_path / "new" / "weights.pth" and path.read_bytes() == CONTENT
+    assert files_in(path.parent) == {"weights.pth", "downloads.json"}
+    entry = json.loads((path.parent / "downloads.json").read_text())["weights.pth"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", entry.pop("date"))
+    expected = {"address": remote.address, "bytes": 10240, "sha256": SHA256, "licence": "CC0"}
+    assert entry == expected
+
+
 DATE = "Wed, 06 Apr 2022 10:00:00 GMT"
 
 
@@ -216,6 +226,7 @@ def test_server_that_always_stops_early(remote, file, tmp_path):
     ("status", "kind", "error", "said"),
     [
         (404, "", ConnectionError, r"weights\.pth: HTTP Error 404"),
+        (503, "", ConnectionError, r"weights\.pth: HTTP Error 503"),
         (200, "text/html; charset=utf-8", ValueError, "a web page instead of the file"),
     ],
 )
@@ -241,13 +252,8 @@ def test_full_disk_is_noticed_before_the_first_byte(file, tmp_path, monkeypatch)
     ("right", "wrong"),
     [({"sha256": SHA256}, {"sha256": "0" * 64}), ({"md5_start": MD5[:6]}, {"md5_start": "0000"})],
 )
-def test_what_arrives_is_checked_and_recorded(remote, file, tmp_path, right, wrong):
-    path = fetch(replace(file, **right), tmp_path / "right")
-    assert path.read_bytes() == CONTENT and files_in(path.parent) == {path.name, "downloads.json"}
-    entry = json.loads((path.parent / "downloads.json").read_text())["weights.pth"]
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d", entry.pop("date"))
-    expected = {"address": remote.address, "bytes": 10240, "sha256": SHA256, "licence": "CC0"}
-    assert entry == expected
+def test_published_checksums(file, tmp_path, right, wrong):
+    assert fetch(replace(file, **right), tmp_path / "right").exists()
     said = rf"\.part has the sha256 {SHA256} and the MD5 {MD5}, but .* gives 0000.*delete it"
     with pytest.raises(ValueError, match=said):
         fetch(replace(file, **wrong), tmp_path / "wrong")
@@ -281,7 +287,7 @@ def test_file_from_elsewhere(remote, file, listed, tmp_path, capsys):
 # ------------------------------------------------------------------------------ asking
 
 
-@pytest.mark.parametrize("answer", ["n\n", "", "y\n"])
+@pytest.mark.parametrize("answer", ["n\n", "\n", "", "maybe\n", "y\n"])
 def test_only_yes_is_yes(remote, listed, tmp_path, monkeypatch, capsys, answer):
     monkeypatch.setattr(sys, "stdin", Keyboard(answer))
     paths = download(["small"], tmp_path)
@@ -306,6 +312,7 @@ def test_command(remote, listed, tmp_path, monkeypatch, capsys):
     for words, said in (
         (["smal"], r"no public file 'smal'; `mimdet download` lists"),
         (["small", "--to", str(tmp_path / "v"), "--yes"], r"error: .*404"),
+        (["small", "--unpack", "--yes"], "none of them is named"),
     ):
         with pytest.raises(SystemExit, match=said):
             cli.main(["download", *words])
@@ -318,11 +325,10 @@ HUB_RUN = """
 import sys
 from mimdet import downloads
 address = "https://hub.example/resolve/main/weights.safetensors"
-for sha256 in sys.argv[1:]:
-    file = downloads.PublicFile("tiny/mae", address, "page", "CC0", "a test", sha256=sha256)
-    downloads.CATALOGUE = (file,)
-    print(downloads.is_there(file, downloads.Path()))
-    print(*downloads.download(["tiny/mae"], downloads.Path("unused"), yes=True))
+file = downloads.PublicFile("tiny/mae", address, "page", "CC0", "a test", sha256=sys.argv[1])
+downloads.CATALOGUE = (file,)
+print(downloads.is_there(file, downloads.Path()))
+print(*downloads.download(["tiny/mae"], downloads.Path("unused"), yes=True))
 """
 
 
@@ -332,12 +338,15 @@ def test_hub_file_goes_to_the_hubs_cache(remote, tmp_path):
     server = remote.address.rsplit("/", 1)[0]
     settings = {"HF_ENDPOINT": server, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0"}
     options = {"cwd": tmp_path, "env": os.environ | settings, "capture_output": True, "text": True}
-    ended = subprocess.run([sys.executable, "-c", HUB_RUN, SHA256, SHA256, "0" * 64], **options)
-    first, _, path, second, *_ = ended.stdout.splitlines()
-    assert (first, second) == ("False", "True")
+    first, second, wrong = (
+        subprocess.run([sys.executable, "-c", HUB_RUN, sha256], **options)
+        for sha256 in (SHA256, SHA256, "0" * 64)
+    )
+    there, *_, path = first.stdout.split()
+    assert there == "False" and second.stdout.split()[0] == "True"
     assert Path(path).is_relative_to(tmp_path / "hub") and Path(path).read_bytes() == CONTENT
-    assert len(remote.asked) == 1  # afterwards it was found in the cache
-    assert f"has the sha256 {SHA256}" in ended.stderr
+    assert len(remote.asked) == 1  # the second run found it in the cache
+    assert f"has the sha256 {SHA256}" in wrong.stderr
     assert files_in(tmp_path) == {"hub"}
 
 
@@ -378,30 +387,37 @@ def test_unpack_coco_and_go_on_with_what_is_incomplete(remote, file, tmp_path, m
     assert "used as it is" in printed and "2 files unpacked" in printed
 
 
-LINK = zipfile.ZipInfo("link")
-LINK.external_attr = (stat.S_IFLNK | 0o777) << 16
+def special(name: str, kind: int) -> zipfile.ZipInfo:
+    entry = zipfile.ZipInfo(name)
+    entry.external_attr = (kind | 0o777) << 16
+    return entry
 
 
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
         ("../evil", "leads out of the folder"),
+        ("a/../../evil", "leads out of the folder"),
         ("a\\..\\..\\evil", "leads out of the folder"),
         ("/var/evil", "leads out of the folder"),
         ("C:/evil", "leads out of the folder"),
-        (LINK, "is a link or a special file"),
+        (special("link", stat.S_IFLNK), "is a link or a special file"),
+        (special("pipe", stat.S_IFIFO), "is a link or a special file"),
         ("outside/1.jpg", "through a link"),
+        ("through.jpg", "through a link"),
         ("dangling.jpg", "through a link"),
         ("pipe.jpg", "no file"),
+        ("folder.jpg", "no file"),
     ],
 )
 def test_an_archive_is_unpacked_whole_or_not_at_all(tmp_path, entry, said):
     """Nothing is written outside the folder, through links that lie there, or into pipes."""
     coco, outside = tmp_path / "deep" / "coco", tmp_path / "outside"
-    coco.mkdir(parents=True)
-    outside.mkdir()
+    for folder in (coco / "folder.jpg", outside):
+        folder.mkdir(parents=True)
     (outside / "1.jpg").write_bytes(b"own")
     (coco / "outside").symlink_to(outside)
+    (coco / "through.jpg").symlink_to(outside / "1.jpg")
     (coco / "dangling.jpg").symlink_to(outside / "2.jpg")
     os.mkfifo(coco / "pipe.jpg")
     before = files_in(coco)
@@ -430,8 +446,12 @@ def test_a_part_is_no_link_and_no_pipe(file, tmp_path, part, kind):
     assert not (tmp_path / "weights.pth").is_symlink()
 
 
-def test_damaged_archive(tmp_path):
+def test_damaged_archive_and_full_disk(tmp_path, monkeypatch):
     archive = zipped(tmp_path / "a.zip", IMAGES)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1099)  # 500 + 600 bytes are to come
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"1\.10kB are needed"):
+        patch.setattr(shutil, "disk_usage", lambda path: usage)
+        unzip(archive, tmp_path / "coco")
     content = bytearray(archive.read_bytes())
     content[content.index(b"1.jpg") + 8] ^= 0xFF
     for damaged in (content, b"no zip at all"):

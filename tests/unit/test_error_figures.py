@@ -68,16 +68,21 @@ def labels(ax: Axes) -> list[str]:
     return [text.get_text() for text in ax.texts if isinstance(text, Annotation)]
 
 
+# ------------------------------------------------------------------------------- bars
+
+
 def test_bars_are_as_long_as_the_costs(report: ErrorReport) -> None:
     fig = show_errors(report)
     (types,) = fig.axes
     costs = [*report.dap.values(), *report.special.values()]
     assert bars(types) == pytest.approx([100 * dap for dap in costs])
+    assert types.get_xlim()[1] > max(bars(types))
     names = [text.get_text().splitlines()[0] for text in types.get_yticklabels()]
     assert names == [*KINDS, "false positives", "false negatives"]
+    assert types.get_ylim()[0] > types.get_ylim()[1]  # the first type on top
     count = report.counts["missed"]
     assert labels(types)[5] == f"{100 * report.dap['missed']:.1f}  ({count} errors)"
-    assert f"AP {100 * report.ap:.1f} at IoU 0.5" in fig.alt_text
+    assert f"AP {100 * report.ap:.1f} at IoU 0.5" in fig.alt_text and not fig.legends
 
 
 def test_two_reports_side_by_side(report: ErrorReport, scenes: ShapesCOCO) -> None:
@@ -88,6 +93,9 @@ def test_two_reports_side_by_side(report: ErrorReport, scenes: ShapesCOCO) -> No
     (legend,) = fig.legends
     shown = [text.get_text() for text in legend.get_texts()]
     assert shown == [f"run: AP {100 * report.ap:.1f}", "nothing: AP 0.0"]
+    first, second = (container[0] for container in fig.axes[0].containers)
+    assert first.get_facecolor() != second.get_facecolor()
+    assert first.get_y() + first.get_height() <= second.get_y() + 1e-9  # they do not overlap
 
 
 def test_too_many_reports_are_refused_and_one_without_objects_is_drawn(report: ErrorReport) -> None:
@@ -105,6 +113,9 @@ def test_too_many_reports_are_refused_and_one_without_objects_is_drawn(report: E
     show_precision_recall(empty.curves()).canvas.draw()
     comparison = compare_runs(truth, {"a": [], "b": []}, "bbox")
     show_comparison(comparison).canvas.draw()
+
+
+# ------------------------------------------------------------------------------- curves
 
 
 def test_a_panel_per_class_and_a_line_per_threshold(report: ErrorReport) -> None:
@@ -126,6 +137,9 @@ def test_a_panel_per_class_and_a_line_per_threshold(report: ErrorReport) -> None
     assert sums == sorted(sums)  # the worst class first
 
 
+# ------------------------------------------------------------------------------- gallery
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_error_has_its_detection_and_its_truth(kind, report, scenes, monkeypatch) -> None:
     """The dashed box is the detection's (or a missed object's own), the thick one its truth's."""
@@ -141,18 +155,27 @@ def test_every_error_has_its_detection_and_its_truth(kind, report, scenes, monke
         words = "nothing points to it" if missed else f"{error.said} {score}"
         assert said == f"image {error.image_id}\n{words}"
         assert error.true in truth or kind == "duplicate"
+        assert ("IoU" in truth) == (not missed), "nothing has no overlap"
         (dashed,) = (mark for mark in drawn[2 * i + (not missed)] if mark.dashed)
         assert extent(dashed) == pytest.approx(
             ((error.truth if missed else error.result) or {})["bbox"][2:]
         )
+        assert missed or extent(drawn[2 * i][0]) == pytest.approx(extent(dashed))
         thick = [mark for mark in drawn[2 * i + 1] if mark.strong and not mark.dashed]
         if error.truth is not None:
             assert [extent(mark) for mark in thick] == [pytest.approx(error.truth["bbox"][2:])]
+            assert missed or offset(dashed, thick[0]) == pytest.approx(
+                [a - b for a, b in zip(error.result["bbox"], error.truth["bbox"], strict=True)][:2]
+            )
     assert kind in fig.alt_text
 
 
 def extent(mark: Any) -> list[float]:
     return [mark.box[2] - mark.box[0], mark.box[3] - mark.box[1]]
+
+
+def offset(a: Any, b: Any) -> list[float]:
+    return [a.box[0] - b.box[0], a.box[1] - b.box[1]]
 
 
 def test_results_without_boxes_and_with_empty_masks(scenes, results, report: ErrorReport) -> None:
@@ -164,13 +187,16 @@ def test_results_without_boxes_and_with_empty_masks(scenes, results, report: Err
     assert {"classification", "background", "missed"} <= set(kinds)
     assert report.errors("background")[0].result is said[-1]
     for kind in kinds:
-        show_error_gallery(report.errors(kind)[:1], scenes)
+        show_error_gallery(report.errors(kind)[:2], scenes).canvas.draw()
     # Galleries that cannot be drawn.
     with pytest.raises(ValueError, match="nothing to show"):
         show_error_gallery([], scenes)
     fewer = ShapesCOCO(size=SIZE, length=1, split="val")
     with pytest.raises(ValueError, match=r"image \d is not in the data set shapes-v1-medium@64"):
         show_error_gallery(report.errors("missed"), fewer)
+
+
+# ------------------------------------------------------------------------------- comparison
 
 
 def test_two_runs(scenes: ShapesCOCO, results: list[dict[str, Any]]) -> None:
@@ -181,6 +207,7 @@ def test_two_runs(scenes: ShapesCOCO, results: list[dict[str, Any]]) -> None:
     assert numbers["lost"] >= 2
     fig = show_comparison(comparison, count=2)
     left, right = fig.axes
+    assert left.get_xlabel() == "AP × 100 with a" and left.get_ylabel() == "AP × 100 with b"
     drawn = [len(points.get_xdata()) for points in left.lines[1:]]
     assert drawn == [numbers["gained"], numbers["lost"], numbers["same"]]
     (largest,) = comparison.lost(1).itertuples()

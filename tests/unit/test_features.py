@@ -49,6 +49,15 @@ def test_pca_and_its_colours_by_hand() -> None:
     assert picture[1, 1].tolist() == [128, 0, 128]
 
 
+def test_a_basis_is_reused() -> None:
+    """The same feature vector has the same colour, whatever else is in the map."""
+    features = random_map(6, 4, 8)
+    basis = fit_basis(features)
+    part = pca_picture(features[:, :2], basis)
+    assert np.array_equal(part, pca_picture(features, basis)[:2])
+    assert not np.array_equal(part, pca_picture(features[:, :2]))
+
+
 def test_a_basis_is_the_same_whatever_the_order_or_size_of_the_places() -> None:
     features = random_map(6, 4, 8)
     order = torch.randperm(32, generator=torch.Generator().manual_seed(1))

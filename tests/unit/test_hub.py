@@ -56,32 +56,32 @@ def test_hub_table(bbox_format, box, nested):
     assert len(pickle.loads(pickle.dumps(dataset))[1].target) == 0
 
 
-def table_of(**columns):
-    return datasets.Dataset.from_dict(columns)
-
-
 def test_rows_without_objects_categories_or_size():
     picture = Image.new("RGB", (30, 20))
-    one, two = ({"bbox": [[1.0, 1, 5, 5]], "category": [name]} for name in ("dog", "ant"))
-    table = table_of(
-        image=[picture] * 3, objects=[one, None, two], height=[20, None, 20], width=[30, None, 30]
-    )
+    one = {"bbox": [[1.0, 1, 5, 5]], "category": ["dog"]}
+    two = {"bbox": [[1.0, 1, 5, 5]], "category": ["ant"]}
+    content = {"image": [picture] * 3, "objects": [one, None, two]}
+    content |= {"height": [20, None, 20], "width": [30, None, 30]}
+    table = datasets.Dataset.from_dict(content)
     dataset = HubDataset(table, bbox_format="xywh")
     assert len(dataset[1].target) == 0 and dataset.image_size(1) == (20, 30)
     few = HubDataset(table, bbox_format="xywh", limit=2)
     assert len(few) == 2 and few.categories == ["ant", "dog"]  # those of the whole table
+    content["objects"][2] = two | {"category": [None]}
+    with pytest.raises(ValueError, match="row 2: an object has no category"):
+        HubDataset(datasets.Dataset.from_dict(content), bbox_format="xywh")
 
 
 def test_faulty_rows_are_named():
     unequal = {"bbox": [[1.0, 1, 5, 5]], "category": [0, 1]}
-    table = table_of(image=[Image.new("RGB", (30, 20))], objects=[unequal])
-    for faulty, said in (
-        (table, r"row 0: .*differ in length"),
-        (table.to_iterable_dataset(), r"table is a IterableDataset"),
-        (hub_table([[1, 1, 5, 5]], category=[-1]), r"row 0: an object has no category"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            HubDataset(faulty, bbox_format="xywh")
+    pictures = [Image.new("RGB", (30, 20))]
+    table = datasets.Dataset.from_dict({"image": pictures, "objects": [unequal]})
+    with pytest.raises(ValueError, match=r"row 0: .*differ in length"):
+        HubDataset(table, bbox_format="xywh")
+    with pytest.raises(ValueError, match=r"table is a IterableDataset"):
+        HubDataset(table.to_iterable_dataset(), bbox_format="xywh")
+    with pytest.raises(ValueError, match=r"row 0: an object has no category"):
+        HubDataset(hub_table([[1, 1, 5, 5]], category=[-1]), bbox_format="xywh")
     text = hub_table([[2, 2, 8, 8]], segmentation=[[[1.0, 2, 3]]])
     with pytest.raises(ValueError, match=r"row 0: polygon 0 has an odd number"):
         HubDataset(text, bbox_format="xywh")[0]
@@ -89,14 +89,15 @@ def test_faulty_rows_are_named():
 
 def test_ids_of_images_and_faults_of_objects():
     pictures = [Image.new("RGB", (30, 20))] * 2
-    objects = [{"bbox": [[1.0, 1, 5, 5], [2.0, 2, 0, 5]], "category": ["dog", "dog"]}] * 2
+    objects = {"bbox": [[1.0, 1, 5, 5], [2.0, 2, 0, 5]], "category": ["dog", "dog"]}
+    content = {"image": pictures, "objects": [objects] * 2, "image_id": [7, 7]}
     with pytest.raises(ValueError, match="image_id 7 stands in more than one row"):
-        HubDataset(table_of(image=pictures, objects=objects, image_id=[7, 7]), bbox_format="xywh")
-    table = table_of(image=pictures, objects=objects, image_id=["first", "second"])
-    dataset = HubDataset(table, bbox_format="xywh")
+        HubDataset(datasets.Dataset.from_dict(content), bbox_format="xywh")
+    content["image_id"] = [7, 8]
+    dataset = HubDataset(datasets.Dataset.from_dict(content), bbox_format="xywh")
     with pytest.warns(UserWarning, match=r"table, row 0: width 0, height 5 .empty-box") as said:
         assert [len(dataset[i].target) for i in range(2)] == [1, 1]
-    assert len(said) == 1 and dataset.image_id(0) == "first"  # named once
+    assert len(said) == 1  # named once
 
 
 def test_hub_masks():
@@ -115,6 +116,7 @@ def test_hub_masks():
     ("bbox_format", "box", "message"),
     [
         ("", [3, 4, 6, 8], "bbox_format=''.*xywh, xyxy, cxcywh_normalised"),
+        ("yolo", [3, 4, 6, 8], "bbox_format='yolo'"),
         ("xyxy", [9, 4, 6, 8], "row 0.*contradicts bbox_format='xyxy'"),
         ("xywh", [9, 4, -6, 8], "row 0.*contradicts"),
         ("cxcywh_normalised", [3, 4, 6, 8], "row 0.*contradicts"),
@@ -129,19 +131,19 @@ def test_hub_box_format_is_never_guessed(bbox_format, box, message):
 
 
 def test_hub_columns_are_checked_and_names_may_be_plain(tmp_path):
-    pictures = [Image.new("RGB", (30, 20))]
-    for table, said in (
-        (table_of(pixels=[1]), r"needs `image` and `objects`"),
-        (table_of(image=pictures, objects=[{"box": [], "label": []}]), r"it needs `bbox`"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            HubDataset(table, bbox_format="xywh")
-    objects = [{"bbox": [[1, 1, 5, 5], [2, 2, 5, 5]], "label": ["dog", "ant"]}]
-    dataset = HubDataset(table_of(image=pictures, objects=objects), bbox_format="xywh")
-    assert dataset.categories == ["ant", "dog"] and dataset.category_ids == [1, 2]
-    assert dataset[0].target.labels.tolist() == [1, 0]
-
+    with pytest.raises(ValueError, match=r"needs `image` and `objects`"):
+        HubDataset(datasets.Dataset.from_dict({"pixels": [1]}), bbox_format="xywh")
     table = hub_table([[3, 4, 6, 8]])
+    pictures = [Image.new("RGB", (30, 20))]
+    content = {"image": pictures, "objects": [{"box": [[1, 1, 5, 5]], "label": ["dog"]}]}
+    with pytest.raises(ValueError, match=r"it needs `bbox`"):
+        HubDataset(datasets.Dataset.from_dict(content), bbox_format="xywh")
+    objects = [{"bbox": [[1, 1, 5, 5], [2, 2, 5, 5]], "label": ["dog", "ant"]}]
+    content = {"image": pictures, "objects": objects, "image_id": ["first"]}
+    dataset = HubDataset(datasets.Dataset.from_dict(content), bbox_format="xywh")
+    assert dataset.categories == ["ant", "dog"] and dataset.category_ids == [1, 2]
+    assert dataset[0].target.labels.tolist() == [1, 0] and dataset.image_id(0) == "first"
+
     datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "saved")
     cfg = DataConfig(source="hub", hub_name=str(tmp_path / "saved"), bbox_format="xywh")
     assert len(build_dataset(cfg, "train")) == 1  # without the empty image

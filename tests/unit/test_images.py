@@ -46,6 +46,8 @@ def test_jpeg_is_stored_pixels(tmp_path):
     assert image.shape == (3, 40, 60)
     difference = image.permute(1, 2, 0).int() - torch.from_numpy(smooth).int()
     assert difference.abs().float().mean() < 4
+    Image.new("L", (9, 8), 100).save(tmp_path / "grey.jpg")
+    assert (read_image(tmp_path / "grey.jpg") == 100).all()
     Image.new("CMYK", (9, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg", quality=100)
     red, green, blue = read_image(tmp_path / "cmyk.jpg")[:, 4, 4].tolist()
     assert red > 240 and green < 15 and blue < 15

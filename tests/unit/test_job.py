@@ -13,7 +13,6 @@ import pytest
 from mimdet.config import Config, load_config
 from mimdet.files import write_json
 from mimdet.training import job as jobs
-from mimdet.training.checkpoints import CheckpointStore, MetricsFile
 from mimdet.training.job import JOB, Child, Job, JobFailed, job_state, last_lines
 from mimdet.training.owner import (
     STATUS,
@@ -24,7 +23,7 @@ from mimdet.training.owner import (
     process_record,
     read_status,
 )
-from mimdet.training.run import Run, TrainingStopped, stored_config
+from mimdet.training.run import CheckpointStore, MetricsFile, Run, TrainingStopped, stored_config
 from mimdet.training.train import resume, train
 from tests.small import assert_same_end, gated, small, wait_until
 
@@ -184,11 +183,29 @@ def test_what_cannot_be_started_is_said_at_once(tmp_path, monkeypatch) -> None:
             use(tmp_path / "photos")
 
 
-def test_nothing_to_stop_and_a_copy(tmp_path) -> None:
+def test_code_of_a_cell_is_kept_compared_and_only_trusted_here(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Job, "resume", lambda self, processes=0: None)
+    job = Job.start(easy(), tmp_path / "run", sampler=gated)
+    assert job.words()[-1] == "--trust-code"
+    Job.start(easy(), tmp_path / "run", sampler=gated)
+    job._note(process_record(psutil.Process()))  # it is at work
+    with pytest.raises(ValueError, match="other code for: sampler"):
+        Job.start(easy(), tmp_path / "run")
+    (tmp_path / "run" / JOB).unlink()
+    monkeypatch.undo()
+    with pytest.raises(PermissionError, match="trust_code=True"):
+        Job.attach(tmp_path / "run").resume()
+    assert "torch.distributed.run" in job.words(2) and "--nproc-per-node=2" in job.words(2)
+
+
+def test_nothing_to_stop_a_number_that_another_process_has_now_and_a_copy(tmp_path) -> None:
     Run(tmp_path / "run", easy())
     job = Job.attach(tmp_path / "run")
     assert job.stop() is False and job.wait(0).name == "new" and not job.running()
-    job._note(process_record(psutil.Process()))
+    own = process_record(psutil.Process())
+    job._note(own | {"started": 1.0})
+    assert not job.running() and job.stop() is False
+    job._note(own)
     assert job.running()
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     copy = Job.attach(tmp_path / "copy")

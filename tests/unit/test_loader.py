@@ -99,9 +99,12 @@ def test_every_image_once_an_epoch():
         ids = [i for step in steps for _, members in step for i in members]
         assert sorted(ids, key=int) == [str(i) for i in range(48)]
     assert shown(loader, 0, 1) != shown(loader, 4, 5)
+    single = TrainLoader(Noise(1), SMALL, 1, 1, seed=0)
+    sizes = {tuple(step[0].images[0].shape) for step in single.batches(0, 12)}
+    assert len(sizes) == 3  # it looks different in another epoch: three short sides
 
 
-@pytest.mark.parametrize(("length", "batch_size", "accumulate"), [(1, 2, 2), (7, 3, 1)])
+@pytest.mark.parametrize(("length", "batch_size", "accumulate"), [(1, 2, 2), (5, 4, 4), (7, 3, 1)])
 def test_odd_lengths_wrap_evenly(length, batch_size, accumulate):
     """After n steps no image has been seen more than twice more often than another."""
     loader = TrainLoader(Noise(length), SMALL, batch_size, accumulate, seed=0)

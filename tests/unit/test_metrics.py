@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,7 @@ def random_case(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return truth, [results[i] for i in order]
 
 
-@settings(max_examples=20)
+@settings(deadline=None, max_examples=40)
 @given(st.integers(0, 2**32 - 1))
 def test_equal_to_pycocotools(seed: int) -> None:
     truth, results = random_case(seed)
@@ -311,7 +312,8 @@ def test_table_and_json_and_one_iou_type_leaves_the_other_empty() -> None:
     metrics = coco_metrics(truth_of(rectangle(10, 10, 40, 40)), [result], iou_types=("bbox",))
     assert metrics.mask == metrics.mask_per_class == {}
     assert len(metrics.table().splitlines()) == 2
-    assert Metrics().table() == heading
+    columns = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl"
+    assert Metrics().table().split() == columns.split()
 
 
 @pytest.mark.parametrize(
@@ -383,13 +385,26 @@ def results_of_others(truth: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def boxes_of(results: list[Any], change: Callable[[list[float]], list[float]]) -> list[Any]:
+    return [one | {"bbox": change(one["bbox"])} for one in results]
+
+
+def corners(box: list[float]) -> list[float]:
+    return [box[0], box[1], box[0] + box[2], box[1] + box[3]]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda r: r, None),
+        (lambda r: [one | {"score": one["score"] * 3} for one in r], "6 of 10 scores are not in"),
         (lambda r: r[:5], "5 of 10 images have no result, first 6"),
         (lambda r: r[:9], None),
+        (lambda r: boxes_of(r, corners), "10 of 10 boxes reach .* as x1, y1, x2, y2 they"),
         (lambda r: [*r, *r[:3]], "3 of 13 results are there more than once"),
+        (lambda r: boxes_of(r, lambda _: [0.1, 0.2, 0.3, 0.4]), "10 of 10 boxes lie in 0..2, like"),
+        (lambda r: boxes_of(r[:1], lambda _: [9.0, 9.0, 0.0, 4.0]) + r[1:], "1 of 10 .*empty"),
+        (lambda r: boxes_of(r, lambda box: [4 * side for side in box]), r"10 of 10 .*, height$"),
         (lambda r: [], None),
     ],
 )
@@ -443,6 +458,5 @@ def test_doubts_in_full() -> None:
         ),
         ({"bbox": [5.0, 198.0, 1.0, 9.0]}, [beyond]),  # beyond the lower edge alone
         ({"bbox": [100.0, 100.0, 100.0, 200.0]}, [f"{beyond}; as x1, y1, x2, y2 they would fit"]),
-        ({"bbox": [0.0, 0.0, 300.0, 300.0]}, [beyond]),
     ):
         assert doubts_about(truth, [sound | change]) == [f"1 of 1 {doubt}" for doubt in doubts]

@@ -138,27 +138,37 @@ def test_mixed_precision(case: str) -> None:
     )
 
 
-@pytest.mark.parametrize("case", TINY)
-def test_checkpointing_runs_blocks_twice_and_changes_nothing(case: str) -> None:
-    """With "on", while training; never in evaluation, for ResNet, or by itself on a CPU. What is
-    recomputed is the same, also with stochastic depth."""
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("drop_path", [0.0, 0.3])
+def test_checkpointing_changes_nothing(case: str, drop_path: float) -> None:
+    """Recomputed activations are the same, also of stochastic depth."""
     results = []
-    for mode in ("on", "auto"):
-        model = detector(case, checkpointing=mode, drop_path=0.3)
-        part = model.backbone.get_submodule(FIRST_ATTENTION[model.config.backbone.kind])
-        calls: list[int] = []
-        part.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+    for mode in ("on", "off"):
+        model = detector(case, checkpointing=mode, drop_path=drop_path)
         results.append((*training_step(model), dict(model.named_buffers())))
-        assert len(calls) == (2 if mode == "on" and case != "tiny_resnet" else 1)
-        calls.clear()
-        model.detect(scenes(1)[0])
-        assert len(calls) == 1
-    (losses_on, gradients_on, buffers_on), (losses, gradients, buffers) = results
-    torch.testing.assert_close(losses_on, losses)
-    torch.testing.assert_close(buffers_on, buffers)
-    for name, gradient in gradients.items():
+    (losses_on, gradients_on, buffers_on), (losses_off, gradients_off, buffers_off) = results
+    for name, loss in losses_off.items():
+        torch.testing.assert_close(losses_on[name], loss)
+    for name, gradient in gradients_off.items():
         scale = gradient.abs().max().item()
         torch.testing.assert_close(gradients_on[name], gradient, rtol=1e-4, atol=1e-5 * scale)
+    for name, buffer in buffers_off.items():
+        torch.testing.assert_close(buffers_on[name], buffer)
+
+
+@pytest.mark.parametrize("case", TINY)
+@pytest.mark.parametrize("mode", ["on", "off", "auto"])
+def test_checkpointing_runs_blocks_twice(case: str, mode: str) -> None:
+    """While training with "on"; never in evaluation, for ResNet, or by itself on a CPU."""
+    model = detector(case, checkpointing=mode)
+    part = model.backbone.get_submodule(FIRST_ATTENTION[model.config.backbone.kind])
+    calls: list[int] = []
+    part.register_forward_pre_hook(lambda *_: calls.append(1))
+    training_step(model)
+    assert len(calls) == (2 if mode == "on" and case != "tiny_resnet" else 1)
+    calls.clear()
+    model.detect(scenes(1)[0])
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("case", TINY)

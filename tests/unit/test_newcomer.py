@@ -86,12 +86,21 @@ def test_an_example_is_short_trains_and_comes_back(slot, texts, cell, plain, tmp
 
 def test_examples_are_arms_of_an_experiment_on_own_data(cell, tmp_path) -> None:
     """Each against the library's part, on the data set from the cell."""
-    fields = {"backbone.sampler": cell.strongest, "detector.neck": cell.TopDown}
-    arms = [{"data.source": cell.foggy, name: own} for name, own in fields.items()]
-    arms = [{"data.source": cell.foggy}, *arms]
+    fields = {
+        "backbone.sampler": ("random", cell.strongest),
+        "backbone.stem": ("conv", cell.PoolStem),
+        "detector.neck": ("fpn", cell.TopDown),
+        "backbone.decoder_fill": ("stem", cell.MeanFill),
+        "detector.loss": ("mask_rcnn", cell.SmoothBoxes),
+    }
+    arms = [{"data.source": cell.foggy}]
+    arms += [{"data.source": cell.foggy, name: own} for name, (_, own) in fields.items()]
     result = experiment(config(), arms, seeds=1, name="own", runs=tmp_path)
+    assert result.errors == {} and len(result.table) == 6
     rows = result.table.set_index("arm")
-    named = [tuple(rows.loc[arm.label, [*fields]]) for arm in result.arms]
-    assert named == [("random", "fpn"), ("strongest", "fpn"), ("random", "TopDown")]
+    for arm, (name, (ours, own)) in zip(result.arms[1:], fields.items(), strict=True):
+        assert rows.loc[arm.label, name] == own.__name__
+        assert result.arms[0].values[name] == ours
     assert set(rows["data.source"]) == {"foggy"}
-    assert result.curves.groupby("arm")["loss"].last().nunique() == 3  # three trainings
+    final = result.curves.groupby("arm")["loss"].last()
+    assert final.nunique() == 6  # six trainings

@@ -113,9 +113,11 @@ def test_full_mode_takes_changes_from_the_variable(monkeypatch, capsys) -> None:
     ("wanted", "cores", "load", "threads"),
     [
         ("3", 16, 0.0, 3),  # said by the user
+        ("", 2, 0.0, 1),
         ("", 6, 0.0, 3),
         ("", 16, 9.0, 1),  # others are at work
         ("many", 2, 0.0, 1),
+        ("0", 16, 0.0, 4),
     ],
 )
 def test_threads(monkeypatch, wanted: str, cores: int, load: float, threads: int) -> None:
@@ -149,8 +151,9 @@ def test_in_a_notebook_a_failed_check_shows_its_numbers_and_goes_on(capsys, monk
 
 @pytest.mark.parametrize(
     ("answer", "right", "mark"),
-    [(..., 120, "·"), (120, 120, "✓"), (0.0099, 0.01, "✓"), (0.02, 0.01, "✗"), (True, 1, "✗")]
-    + [(7, lambda n: n % 2, "✓"), (8, lambda n: n % 2, "✗"), ("stem", "box", "✗")],
+    [(..., 120, "·"), (120, 120, "✓"), (119, 120, "✗"), (0.0099, 0.01, "✓"), (0.02, 0.01, "✗")]
+    + [(7, lambda n: n % 2, "✓"), (8, lambda n: n % 2, "✗"), (..., lambda n: n % 2, "·")]
+    + [("box", "box", "✓"), ("stem", "box", "✗"), (True, 1, "✗"), ({1, 2}, {2, 1}, "✓")],
 )
 def test_an_answer_is_judged(capsys, answer, right, mark: str) -> None:
     mimdet.judge(3, answer, right)
@@ -298,12 +301,21 @@ def test_what_cannot_be_opened(tmp_path) -> None:
         (tmp_path / "elsewhere").rename(tmp_path / missing)
 
 
-def test_an_unknown_mode_and_full_mode_without_coco_are_refused(monkeypatch) -> None:
-    monkeypatch.delenv("MIMDET_COCO", raising=False)
+def opened_pictures(mode: str) -> notebook.Pictures:
+    return open_pictures(mode=mode)
+
+
+@pytest.mark.parametrize("opened", [notebook_setup, opened_pictures, open_detector, open_mae])
+def test_an_unknown_mode_is_refused(opened) -> None:
     with pytest.raises(ValueError, match=r"MODE='fast': use one of \['quick', 'full'\]"):
-        open_pictures(mode="fast")
+        opened("fast")
+
+
+@pytest.mark.parametrize("opened", [notebook_setup, opened_pictures])
+def test_full_mode_without_coco(monkeypatch, opened) -> None:
+    monkeypatch.delenv("MIMDET_COCO", raising=False)
     with pytest.raises(ValueError, match=r"set the environment variable MIMDET_COCO.*val2017"):
-        open_pictures(mode="full")
+        opened("full")
 
 
 BASE = "mimdet_vit_base_mask_rcnn_fpn_sr_0p5_800_1333_4xdec_coco_3x.pth"

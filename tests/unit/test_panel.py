@@ -1,4 +1,4 @@
-"""What panels share, without a browser: redrawing, errors, uploads, large detectors, canvases."""
+"""What panels share, without a browser: redrawing, errors, uploads, large detectors."""
 
 import io
 import threading
@@ -15,8 +15,6 @@ from torch import Tensor
 
 import mimdet
 from mimdet.viz import Panel, PatchCanvas, to_pixels
-from mimdet.viz.draw import from_data_url
-from mimdet.viz.widgets.canvas import HERE
 from mimdet.viz.widgets.panel import ONE_TOKEN, ImagePanel, few_proposals
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -48,6 +46,9 @@ class Lamp(Panel):
 @pytest.fixture
 def lamp() -> Lamp:
     return Lamp()
+
+
+# ------------------------------------------------------------------------------- the panel
 
 
 def test_a_control_is_answered_once(lamp: Lamp) -> None:
@@ -95,7 +96,7 @@ def test_a_change_from_another_thread_waits_for_its_turn(lamp: Lamp) -> None:
     assert Lamp()._lock is lamp._lock  # two panels may look into one model
 
 
-def test_what_a_saved_notebook_shows(lamp: Lamp) -> None:
+def test_rows_of_the_panel_and_what_a_saved_notebook_shows(lamp: Lamp) -> None:
     data, metadata = lamp._repr_mimebundle_()
     picture = np.asarray(Image.open(io.BytesIO(data["image/png"])))
     assert picture.shape == (20, 20 + 8 + 30, 3)
@@ -104,7 +105,14 @@ def test_what_a_saved_notebook_shows(lamp: Lamp) -> None:
     assert data["text/plain"] == "a lamp"
     assert metadata["image/png"]["alt"] == "a lamp"
     assert WIDGET in data
+    controls, pictures, status = lamp.box.children
+    assert list(controls.children) == [lamp.level, lamp.other]
+    assert list(pictures.children) == lamp.canvases
+    assert status is lamp.status
     assert "mimdet-lamp-level" in lamp.level._dom_classes
+
+
+# ------------------------------------------------------------------------------- own pictures
 
 
 def file(name: str, content: bytes) -> dict[str, Any]:
@@ -141,7 +149,7 @@ def test_choosing_a_picture(panel: Chosen) -> None:
     assert panel.chosen[0, 0, 0] == 0
     panel.image.value = 2
     assert panel.chosen[0, 0, 0] == 2
-    assert panel.canvases[0].seq == 2
+    assert [canvas.seq for canvas in panel.canvases] == [2] * len(panel.canvases)
     values = [value for _, value in panel.ratio.options]
     assert values == pytest.approx([ONE_TOKEN, *(0.05 * i for i in range(1, 21))])
     assert panel.ratio.continuous_update is False  # an answer may take longer than a step
@@ -201,62 +209,3 @@ def test_a_large_detector_answers_with_few_proposals() -> None:
     before = model.rpn.post_nms
     with few_proposals(model) as remark:
         assert model.rpn.post_nms == before and remark == ""
-
-
-BLUE = np.full((8, 12, 3), (0, 0, 255), np.uint8)
-
-
-@pytest.fixture
-def canvas() -> PatchCanvas:
-    canvas = PatchCanvas(rows=2, columns=3, label="a blue picture")
-    canvas.show(BLUE, width=60)
-    return canvas
-
-
-def shown(canvas: PatchCanvas, x: int, y: int) -> tuple[int, ...]:
-    colour = canvas.snapshot().getpixel((x, y))
-    assert isinstance(colour, tuple)
-    return colour
-
-
-def test_the_height_follows_from_the_picture_and_both_are_one_message(canvas, monkeypatch) -> None:
-    assert canvas.size == (60, 40)
-    canvas.show(BLUE)
-    assert canvas.size == (12, 8)
-    assert (np.asarray(from_data_url(canvas.picture))[..., :3] == BLUE).all()
-    sent: list[set[str]] = []
-    monkeypatch.setattr(canvas, "send_state", lambda key=None: sent.append(set(key)))
-    canvas.show(BLUE // 2, width=30)
-    assert sent == [{"size", "picture"}]
-
-
-def test_everything_the_page_reads_is_sent_and_the_other_way(canvas: PatchCanvas) -> None:
-    """A trait that is not synchronised would be undefined in the page, silently."""
-    source = (HERE / "patch_canvas.js").read_text()
-    names = "picture rows columns size selected dropped tool show_grid title label seq"
-    for name in names.split():
-        assert name in source
-        assert canvas.traits()[name].metadata.get("sync"), name
-
-
-def test_snapshot_shows_picture_title_tokens_and_grid(canvas: PatchCanvas) -> None:
-    assert shown(PatchCanvas(size=(20, 10)), 5, 5) == (255, 255, 255)  # nothing was shown yet
-    assert canvas.snapshot().size == (60, 40)
-    assert shown(canvas, 30, 20) == (0, 0, 255)
-    canvas.dropped, canvas.selected = [5], 1
-    assert min(shown(canvas, 50, 30)) > 190  # the last token: row 1, column 2
-    assert shown(canvas, 20, 10) == (0xD5, 0x5E, 0x00)  # left edge of column 1
-    assert shown(canvas, 30, 10) == (0, 0, 255)
-    canvas.show_grid = True
-    assert min(shown(canvas, 20, 30)) > 50 and shown(canvas, 10, 10) == (0, 0, 255)
-    canvas.show(BLUE, width=60, title="blue")
-    assert canvas.snapshot().size == (60, 60) and canvas.label == "blue"
-    assert shown(canvas, 10, 0) == (255, 255, 255) and shown(canvas, 10, 59) != (255, 255, 255)
-
-
-def test_a_saved_notebook_has_picture_and_words(canvas: PatchCanvas) -> None:
-    data, metadata = canvas._repr_mimebundle_()
-    assert Image.open(io.BytesIO(data["image/png"])).size == (60, 40)
-    assert data["text/plain"] == "a blue picture"
-    assert metadata["image/png"] == {"alt": "a blue picture"}
-    assert "application/vnd.jupyter.widget-view+json" in data

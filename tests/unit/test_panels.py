@@ -1,7 +1,6 @@
 """Every panel in Python: what its controls change, what a saved notebook shows, what is refused."""
 
 import copy
-import dataclasses
 import json
 import re
 import statistics
@@ -20,12 +19,11 @@ from PIL import Image
 import mimdet
 from mimdet import presets
 from mimdet.config import DataConfig
-from mimdet.data.augment import apply, draw_geometry, rng_for
-from mimdet.data.loader import TrainLoader
 from mimdet.data.shapes import ShapesCOCO
 from mimdet.images import to_rgb
 from mimdet.models.detector import Detector
 from mimdet.models.mae import MAE
+from mimdet.structures import Record, Target
 from mimdet.viz.features import fit_basis, pca_picture
 
 pytest.importorskip("anywidget", reason='panels need pip install "mimdet[notebooks]"')
@@ -39,7 +37,6 @@ from mimdet.viz import (
     TokenLab,
     pyramid_of,
 )
-from mimdet.viz.widgets.sample_browser import KINDS
 
 SCENES = ShapesCOCO("shapes-v1-medium", length=3, split="val")
 IMAGES = [SCENES[i].image for i in range(3)]
@@ -92,21 +89,36 @@ def pictures(panel: Panel) -> list[np.ndarray]:
 @pytest.mark.parametrize(
     ("name", "first", "control", "value", "changed"),
     [
+        ("token", {}, "ratio", 0.5, "111"),
         ("token", {}, "seed", 1, "111"),
+        ("token", {}, "sampler", "grid", "111"),
+        ("token", {}, "image", 1, "111"),
         ("token", {}, "reconstruction", "painted", "010"),
+        ("attention", {}, "block", 0, "01"),
         ("attention", {}, "head", 1, "01"),
+        ("attention", {}, "rollout", True, "01"),
+        ("attention", {}, "part", "decoder", "01"),
         ("attention", {}, "ratio", 0.75, "11"),
+        ("attention", {}, "seed", 3, "11"),
+        ("attention", {}, "image", 1, "11"),
+        ("pyramid", {}, "level", "p4", "011"),
         ("pyramid", {}, "view", "norm", "011"),
         ("pyramid", {}, "scale", False, "011"),
         ("pyramid", {"level": "c4"}, "ratio", 0.25, "111"),
+        ("pyramid", {}, "image", 1, "111"),
         ("pyramid", {"view": "channel"}, "channel", 3, "011"),
         ("pyramid", {}, "channel", 0, ""),  # only where a channel is shown
         ("pyramid", {}, "seed", 4, "000"),  # at ratio 1 nothing is drawn at random
+        ("ratio", {"ratio": 0.5}, "ratio", 0.25, "01"),
+        ("ratio", {"ratio": 0.5}, "score", 0.9, "01"),
         ("ratio", {"ratio": 0.5}, "pale", False, "01"),
         ("ratio", {"ratio": 0.5}, "seed", 3, "01"),
         ("ratio", {}, "image", 1, "11"),
+        ("results", {}, "position", 2, "111"),
+        ("results", {}, "score", 1.0, "011"),
         ("results", {}, "verdict", "missed", "011"),
         ("data", {}, "seed", 7, "11"),
+        ("data", {}, "index", 2, "11"),
         ("data", {}, "kind", "lsj", "11"),
         ("data", {"kind": "none"}, "seed", 5, "00"),  # the test transform draws nothing
     ],
@@ -126,6 +138,23 @@ def test_a_control_is_answered_once(name, first, control, value, changed) -> Non
 
 
 @pytest.mark.parametrize(
+    ("name", "size", "said"),
+    [
+        ("token", (3 * 300 + 2 * 8, 320), "beside it what the models make of these"),
+        ("attention", (2 * 352 + 8, 352), "Encoder block 3, mean of the heads"),
+        ("pyramid", (3 * 320 + 2 * 8, 340), "An image and its map c2 in a, b: PCA"),
+        ("ratio", (2 * 400 + 8, 420), "An image, detections at ratio 1.00"),
+        ("data", (2 * 400 + 8, 459), "objects are left"),
+    ],
+)
+def test_a_saved_notebook_shows_the_canvases_and_says_them(name, size, said) -> None:
+    panel = PANELS[name]()
+    _, metadata = panel._repr_mimebundle_()
+    assert said in metadata["image/png"]["alt"]
+    assert panel.snapshot().size == size
+
+
+@pytest.mark.parametrize(
     ("name", "control", "limit"),
     [("token", "seed", 400), ("attention", "seed", 150), ("results", "position", 150)],
 )
@@ -142,12 +171,15 @@ def test_it_answers_in_time(name, control, limit) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: RatioDial(tiny(), IMAGES, TARGETS[:1]), "1 targets for 3 images"),
         (lambda: RatioDial(scratch("tiny_resnet"), IMAGES), "sees every token"),
         (lambda: TokenLab(scratch("tiny_resnet"), None, IMAGES), "sees every token"),
+        (lambda: TokenLab(tiny(), None, []), "give at least one"),
         (lambda: AttentionExplorer(scratch("tiny_vitdet")), "ViTDet has no encoder of sampled"),
         (lambda: PyramidViewer({}, IMAGES), "no model"),
         (lambda: SampleBrowser([], DataConfig()), "the data set is empty"),
         (lambda: ResultBrowser(SCENES, {}), "results of 0 runs: give one or two"),
+        (lambda: ResultBrowser(SCENES, {n: [] for n in "abc"}), "results of 3 runs: give one or"),
         (lambda: ResultBrowser(SCENES, [{"image_id": 1}]), r"results\[0\] has no"),
         (lambda: ResultBrowser(SCENES, [], iou_threshold=0), "iou_threshold=0"),
         (lambda: ResultBrowser(SCENES, {"a": None}), "these are no results"),
@@ -178,18 +210,24 @@ OPEN: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def noise(height: int, width: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, channels), np.uint8)
 
 
 def any_pictures(folder: Path) -> list[Any]:
-    """A file, a grey one, and sizes nobody thought of."""
-    photo = Image.fromarray(noise(60, 90))
-    photo.save(folder / "photo.png")
+    """Of every kind that predict takes, and of sizes nobody thought of."""
+    photo, deep = Image.fromarray(noise(60, 90)), folder / "deep.png"
+    Image.fromarray(noise(40, 50, 2).view(np.uint16)[..., 0]).save(deep)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # as a phone that was held upright writes it
+    photo.save(folder / "phone.jpg", exif=turned)
     return [
-        *(photo.convert("LA"), str(folder / "photo.png"), noise(40, 50)[..., 0]),
+        *(photo, photo.convert("CMYK"), photo.convert("P"), photo.convert("LA")),
+        *(deep, str(folder / "phone.jpg"), noise(40, 50), noise(40, 50)[..., 0], noise(40, 50, 4)),
         torch.zeros(3, 5000, 1, dtype=torch.uint8),  # a scan line
+        noise(1, 5000),
         noise(90, 6000),  # a panorama
+        noise(3000, 4000),  # 12 megapixels
         noise(1, 1),
     ]
 
@@ -207,7 +245,8 @@ def test_a_picture_of_any_kind_and_size_is_shown(name, tmp_path) -> None:
     assert "Error" not in OPEN[name](pictures[0]).status.value  # one, as for predict
 
 
-def test_what_is_no_picture_is_said_in_the_panel_which_goes_on(tmp_path) -> None:
+@pytest.mark.parametrize("name", OPEN)
+def test_what_is_no_picture_is_said_in_the_panel_which_goes_on(name, tmp_path) -> None:
     (tmp_path / "notes.txt").write_text("words")
     Image.fromarray(noise(90, 90)).save(tmp_path / "cut.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:900])
@@ -217,7 +256,7 @@ def test_what_is_no_picture_is_said_in_the_panel_which_goes_on(tmp_path) -> None
         str(tmp_path / "none.png"): "FileNotFoundError.*none.png",
         None: "ValueError.*NoneType",
     }
-    panel = OPEN["token"]([*wrong, IMAGES[0]])
+    panel = OPEN[name]([*wrong, IMAGES[0]])
     for index, message in enumerate(wrong.values()):
         panel.image.value = index
         assert re.search(message, panel.status.value)
@@ -243,6 +282,20 @@ def test_an_image_of_a_data_set_that_cannot_be_read_is_said_and_the_others_are_s
         control.value = value
         assert "Error" not in panel.status.value
         assert all(canvas.picture for canvas in panel.canvases)
+
+
+@pytest.mark.parametrize("height, width", [(5000, 1), (1, 5000)])
+def test_a_thin_image_with_objects_is_shown(height, width) -> None:
+    """Objects stand where they are along the long side."""
+    box = [0, 0.25 * height, width, 0.5 * height] if width == 1 else [1250, 0, 2500, 1]
+    target = Target(torch.tensor([box]), torch.tensor([0]))
+    record = Record(torch.zeros(3, height, width, dtype=torch.uint8), target, 1)
+    panel = SampleBrowser([record], DataConfig())
+    assert "Error" not in panel.status.value
+    panel.kind.value = "none"
+    long = np.asarray(panel.stored.snapshot())[20:].max(axis=(1 if width == 1 else 0, 2))
+    marked = np.flatnonzero(long > 60) / len(long)
+    assert 0.2 < marked.min() < 0.3 and 0.45 < marked.max() < 0.55
 
 
 # ------------------------------------------------------------------------------- what goes wrong
@@ -274,6 +327,13 @@ def test_results_are_read_from_files_and_folders_of_runs(tmp_path) -> None:
         assert ResultBrowser(SCENES, given).status.value == expected
     file.write_text("[]")
     assert "3 of 3 images match" in ResultBrowser(SCENES, file).status.value
+
+
+@pytest.mark.parametrize("text", ["words", "{}", '[{"image_id": 1}]', "[1]", '"words"', "[[]]", ""])
+def test_a_file_that_holds_no_results_is_refused(text, tmp_path) -> None:
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=r"results\.json"):
+        ResultBrowser(SCENES, tmp_path / "results.json")
 
 
 # ------------------------------------------------------------------------------- the viewer
@@ -352,58 +412,3 @@ def test_dial_beside_the_truth_and_its_median_of_all_runs_at_a_ratio() -> None:
     panel.add(IMAGES[0], "photo.png")
     assert panel.truth.label == "no truth is known"
     assert RatioDial(tiny(), IMAGES).snapshot().width == 400
-
-
-# ------------------------------------------------------------------------------- a data set
-
-DRAWN = ShapesCOCO("shapes-v1-easy", 64, length=5, split="val")
-DATA = DataConfig(short_sides=(96, 128), crop_short_sides=(80,), crop_sides=(48, 64))
-DATA.crop_probability, DATA.test_short_side, DATA.lsj_size = 1.0, 112, 160
-
-
-@pytest.fixture
-def browser() -> SampleBrowser:
-    return SampleBrowser(DRAWN, DATA)
-
-
-def test_it_shows_the_image_a_training_with_that_seed_sees(browser):
-    browser.kind.value, browser.seed.value = "multiscale", 3
-    loader = TrainLoader(DRAWN, dataclasses.replace(DATA, augment="multiscale"), 1, 5, seed=3)
-    (batches,) = loader.batches(0, 1)  # five images: the first epoch
-    seen = {batch.image_ids[0]: batch for batch in batches}
-    for index in range(len(DRAWN)):
-        browser.index.value = index
-        image, target = apply(browser.geometry, DRAWN[index])
-        assert torch.equal(image, seen[index].images[0])
-        torch.testing.assert_close(target.boxes, seen[index].targets[0].boxes)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_status_says_sizes_objects_and_tokens(browser, kind):
-    browser.kind.value, browser.seed.value = kind, 1
-    cfg = dataclasses.replace(DATA, augment=kind)
-    expected = draw_geometry(cfg, 64, 64, rng_for("geometry", 1, 0, 0), train=True)
-    assert browser.geometry == expected
-    height, width = expected.output_size
-    _, target = apply(expected, DRAWN[0])
-    left = f"{len(target)} of {len(DRAWN[0].target)} objects are left"
-    assert left in browser.status.value
-    rows, columns = -(-height // 16), -(-width // 16)
-    assert f"{rows} × {columns} = {rows * columns} tokens" in browser.status.value
-    assert ("mirrored left-right" in browser.status.value) == expected.flip_h
-    assert ("cut out" in browser.status.value) == (expected.crop != (0, 0, 64, 64))
-
-
-def test_an_image_is_read_once(monkeypatch):
-    reads = []
-
-    class Counted(list):
-        def __getitem__(self, index):
-            reads.append(index)
-            return super().__getitem__(index)
-
-    browser = SampleBrowser(Counted(DRAWN[i] for i in range(2)), DATA)
-    browser.seed.value, browser.kind.value = 1, "none"
-    assert reads == [0]
-    browser.index.value = 1
-    assert reads == [0, 1]

@@ -24,6 +24,18 @@ def white(height: int, width: int) -> draw.Pixels:
     return np.full((height, width, 3), 255, np.uint8)
 
 
+@pytest.mark.parametrize("channels", [3, 4])
+def test_a_data_url_is_the_picture(channels: int) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (5, 7, channels), np.uint8)
+    again = np.asarray(draw.from_data_url(draw.data_url(picture)))
+    assert again.shape == (5, 7, 4)
+    assert (again[..., :channels] == picture).all()
+    assert channels == 4 or (again[..., 3] == 255).all()
+
+
+# ------------------------------------------------------------------------------- colours
+
+
 def colour(position: float) -> list[int]:
     return [round(255 * c) for c in colormaps["viridis"](position)[:3]]
 
@@ -45,6 +57,9 @@ def test_heat(values: list[float], ends: dict[str, float], expected: list[float 
     assert picture.tolist() == [colours]
 
 
+# ------------------------------------------------------------------------------- names
+
+
 @given(st.lists(st.tuples(*[st.floats(-20, 120)] * 4), max_size=30), st.floats(1, 60))
 def test_names_never_overlap_nor_leave_the_image(boxes, width) -> None:
     places = draw.place_names(boxes, [(width, 8.0)] * len(boxes), 100, 80)
@@ -53,6 +68,9 @@ def test_names_never_overlap_nor_leave_the_image(boxes, width) -> None:
         assert x0 >= 0 and y0 >= 0 and x1 <= 100 + 1e-9 and y1 <= 80
         for other in placed[:i]:
             assert x1 <= other[0] or other[2] <= x0 or y1 <= other[1] or other[3] <= y0
+
+
+# ------------------------------------------------------------------------------- objects
 
 
 def target() -> Target:
@@ -90,6 +108,16 @@ def test_a_mask_fills_its_part_of_the_box() -> None:
     assert (picture[45, 80] == 255).all()
     plain = painted(Target(target().boxes, target().labels))
     assert (plain[45, 42] == 255).all() and plain[30, 30].tolist() == rgb(2)
+    # A figure draws the same marks at twice the resolution of the screen.
+    marks = draw.marks_of(target(), ["a", "b", "c"])
+    fig = draw.show_rows("what", [draw.Picture("title", white(20, 40), marks)])
+    (ax,) = fig.axes
+    picture = np.asarray(ax.images[0].get_array())
+    assert picture.shape[1] == pytest.approx(2 * ax.bbox.width, abs=1)
+    scale = picture.shape[1] / 40
+    assert picture[round(10 * scale), round(10 * scale)].tolist() == rgb(2)
+    assert (picture[0, 0] == 255).all()
+    assert fig.alt_text == "what: title."
 
 
 @pytest.mark.parametrize("size", [(40, 100), (1, 1), (3, 900)])
@@ -122,3 +150,16 @@ def test_weak_detections_are_left_out_and_the_best_is_on_top() -> None:
     same.boxes[0] = same.boxes[1]
     assert [mark.name for mark in draw.marks_of(same, ["cat", "dog"])] == ["dog .90", "cat .40"]
     assert painted(same, 10)[50, 210].tolist() == rgb(1)
+
+
+def test_weak_marks_are_thin_and_nameless_and_missed_ones_dashed() -> None:
+    grey = np.full((60, 120, 3), 128, np.uint8)
+    box, colour = (20.0, 30.0, 100.0, 50.0), class_colour(2)
+
+    def coloured(**options: Any) -> int:
+        mark = draw.Mark(box, colour, "cat", **options)
+        return int((draw.with_marks(grey, [mark], (60, 120)) == rgb(2)).all(-1).sum())
+
+    assert coloured(strong=False) == 2 * 81 + 2 * 19  # one pixel wide, nothing else
+    assert coloured() > 2 * coloured(strong=False) > 2 * coloured(strong=False, dashed=True) > 150
+    assert (grey == 128).all()  # the picture given is as it was

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import mimdet
-from mimdet.config import PicturesConfig
+from mimdet.config import PicturesConfig, PretrainConfig, load_config, save_config
 from mimdet.data.augment import rng_for
 from mimdet.data.pictures import (
     ImageLoader,
@@ -71,7 +71,7 @@ def test_the_detector_starts_from_it(undisturbed, tmp_path, capsys) -> None:
     assert "mae.safetensors" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stop", [1, 3])
+@pytest.mark.parametrize("stop", [1, 2, 3])
 def test_resumed_run_is_bit_identical(undisturbed, tmp_path, stop: int) -> None:
     for step in pretrain(small_mae(), tmp_path / "run"):
         if step.number == stop:
@@ -95,6 +95,16 @@ def test_it_goes_on_from_another_run(undisturbed, tmp_path) -> None:
         list(pretrain(cfg, tmp_path / "depth"))
 
 
+def test_float64(undisturbed, tmp_path) -> None:
+    cfg = small_mae(4)
+    cfg.training.precision = "fp64"
+    list(pretrain(cfg, tmp_path / "run"))
+    runs = (tmp_path / "run", undisturbed)
+    ends = [json.loads((run / "eval.json").read_text()) for run in runs]
+    double, single = (end["held_out"]["loss"] for end in ends)
+    assert double == pytest.approx(single, rel=0.05)  # other patches are drawn
+
+
 def test_held_out_loss_depends_on_the_weights_alone() -> None:
     cfg = small_mae()
     _, held_out = build_images(cfg.data, 0)
@@ -103,6 +113,16 @@ def test_held_out_loss_depends_on_the_weights_alone() -> None:
     results = [look(model, images, 0.25, torch.device("cpu"), size) for size in (2, 7)]
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     assert model.training
+
+
+@pytest.mark.parametrize("name", PRETRAIN_PRESETS)
+def test_presets_are_fresh_and_stored(name: str, tmp_path) -> None:
+    cfg = PRETRAIN_PRESETS[name]()
+    assert cfg.preset == name
+    cfg.mae.depth += 1
+    assert PRETRAIN_PRESETS[name]() != cfg
+    save_config(cfg, tmp_path / "config.json")
+    assert load_config(tmp_path / "config.json", PretrainConfig) == cfg
 
 
 def test_mae_base_is_the_papers() -> None:

@@ -16,8 +16,9 @@ import mimdet
 from mimdet import ShapesCOCO, cli, processes
 from mimdet.analysis.evaluate import evaluate
 from mimdet.config import load_config
-from mimdet.training.checkpoints import CheckpointStore
-from mimdet.training.run import load_detector
+from mimdet.models.detector import build_roi_heads
+from mimdet.structures import Crops, Target
+from mimdet.training.run import CheckpointStore, load_detector
 from mimdet.training.train import train
 from tests.small import (
     WORDS,
@@ -95,19 +96,16 @@ def nodes(tmp_path_factory) -> tuple[Path, str]:
 @pytest.mark.parametrize("other", ["two", "nodes"])
 def test_two_processes_equal_one(one, other, request):
     run, _ = request.getfixturevalue(other)
-    assert_same_numbers(run, one)
-    assert [(row["step"], row["images"]) for row in steps(run)] == [(n, 8) for n in range(1, 11)]
-    assert {value.dtype for value in weights_of(run).values()} == {torch.float64}
-
-
-def assert_same_numbers(run: Path, one: Path) -> None:
-    """Every step and weight is that of `one`, but for the order of sums in float64."""
-    for a, b in zip(steps(one), steps(run), strict=True):
+    expected, actual = steps(one), steps(run)
+    assert [row["step"] for row in actual] == list(range(1, 11))
+    for a, b in zip(expected, actual, strict=True):
         assert b == pytest.approx(a, rel=1e-9, abs=1e-9)
+        assert a["images"] == 8
     ours, theirs = weights_of(run), weights_of(one)
-    assert list(ours) == list(theirs)  # no "module." in front of a name
+    assert {value.dtype for value in ours.values()} == {torch.float64}
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, atol=1e-9, rtol=0, msg=name)
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_a_run_of_one_process_goes_on_with_two_and_with_four(one, tmp_path):
@@ -125,7 +123,12 @@ def test_a_run_of_one_process_goes_on_with_two_and_with_four(one, tmp_path):
     at = len(steps(run))
     assert 6 <= at < 10
     finish(torchrun(["--standalone", "--nproc-per-node=4"], command))
-    assert_same_numbers(run, one)
+    for a, b in zip(steps(one), steps(run), strict=True):
+        assert b == pytest.approx(a, rel=1e-9, abs=1e-9)
+    ours, theirs = weights_of(run), weights_of(one)
+    assert list(ours) == list(theirs)  # no "module." in front of a name
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, atol=1e-9, rtol=0, msg=name)
 
 
 def test_one_micro_batch_a_process_is_bit_identical_and_starts_from_given_weights(tmp_path, two):
@@ -221,7 +224,27 @@ def test_unequal_work_adds_up_to_that_of_one(tmp_path, mostly_empty):
     words = [*SIZES, *mostly_empty, "--norm", "GN", "--precision", "fp64", "--steps", "4"]
     cli.main(["train", "tiny", str(tmp_path / "one"), *words])
     in_two_processes("train", "tiny", str(tmp_path / "two"), *words)
-    assert_same_numbers(tmp_path / "two", tmp_path / "one")
+    for a, b in zip(steps(tmp_path / "one"), steps(tmp_path / "two"), strict=True):
+        assert b == pytest.approx(a, rel=1e-9, abs=1e-9)
+    ours, theirs = weights_of(tmp_path / "two"), weights_of(tmp_path / "one")
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, atol=1e-9, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("norm", ["BN", "GN", "LN"])
+def test_heads_without_a_single_roi_stay_in_the_graph(norm):
+    cfg = small().detector
+    cfg.norm = norm
+    heads = build_roi_heads(cfg)
+    features = [torch.rand(1, 16, 64 // s, 64 // s, requires_grad=True) for s in (4, 8, 16, 32)]
+    masks = Crops(torch.zeros(0, 4), torch.zeros(0, 112, 112, dtype=torch.uint8))
+    nothing = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), masks)
+    losses = heads.losses(features, [torch.zeros(0, 4)], [nothing])
+    found = {name: value.item() for name, value in losses.items()}
+    assert found == {"loss_cls": 0, "loss_box_reg": 0, "loss_mask": 0}
+    sum(losses.values()).backward()
+    for tensor in [*features, *heads.parameters()]:
+        assert tensor.grad is not None and tensor.grad.abs().sum() == 0
 
 
 # ------------------------------------------------------------------ one fails, all fail

@@ -10,6 +10,7 @@ from pycocotools import mask as coco_mask
 from mimdet.data.rasters import crops_from_bitmaps, crops_from_segmentations, extent, full_bitmap
 
 SQUARE = [10.0, 10.0, 20.0, 10.0, 20.0, 20.0, 10.0, 20.0]
+COORDINATE = st.floats(-50, 200, width=32)
 
 
 def _empty_ring(bitmaps: torch.Tensor) -> bool:
@@ -25,6 +26,14 @@ def test_crop_of_a_two_by_two_box_by_hand():
     rows = ["000000", "011000", "011000", "011110", "011110", "000000"]
     assert crops.bitmaps[0].tolist() == [list(map(int, row)) for row in rows]
     assert crops.bitmaps.dtype == torch.uint8
+
+
+def test_no_objects():
+    for crops in (
+        crops_from_bitmaps(np.zeros((0, 4, 4)), np.zeros((0, 4))),
+        crops_from_segmentations([], 4, 4),
+    ):
+        assert crops.boxes.shape == (0, 4) and crops.bitmaps.shape == (0, 112, 112)
 
 
 def test_a_square_polygon_fills_every_inner_cell_and_its_bitmap():
@@ -75,7 +84,17 @@ def test_masks_without_extent_are_refused(segmentation):
         crops_from_segmentations([[SQUARE], segmentation], 50, 60)
 
 
-@settings(max_examples=40)
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(COORDINATE, COORDINATE), min_size=3, max_size=9))
+def test_the_ring_is_empty_for_any_polygon(points):
+    corners = np.array(points)
+    if (np.ptp(corners, axis=0) < 1e-3).any():
+        return
+    crops = crops_from_segmentations([[corners.ravel().tolist()]], 100, 100)
+    assert _empty_ring(crops.bitmaps)
+
+
+@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 100), st.integers(1, 100))
 def test_a_crop_back_in_its_box_is_the_mask(seed, height, width):
     """Nearest sampling up to 110 cells a side keeps every pixel of a box no larger than that."""

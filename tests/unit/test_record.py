@@ -1,10 +1,8 @@
-"""Looking inside: what `record` gives is what the model computed, and the model stays as it was;
-figures of attention."""
+"""Looking inside: what `record` gives is what the model computed, and the model stays as it was."""
 
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,12 +10,10 @@ from torch import Tensor, nn
 import mimdet
 from mimdet import presets
 from mimdet.models.sampling import Sample, Sampling
-from mimdet.viz import attention_names, nearest_sampled, rollout, show_attention, show_rollout
+from mimdet.viz import attention_names, rollout
 from mimdet.viz import record as module
-from mimdet.viz.attention import LITTLE, MUCH, UNKNOWN, overlay, rolled_out, share
-from mimdet.viz.draw import UNSAMPLED
-from mimdet.viz.record import Recording, record
-from tests.small import little_mae, small_detector
+from mimdet.viz.record import record
+from tests.small import little_mae, small
 
 ENCODER = "backbone.encoder.blocks.0.attn"
 DECODER = "backbone.decoder.blocks.0.attn"
@@ -26,7 +22,8 @@ GRID = (4, 4)  # of an image of 64 pixels
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    return small_detector()
+    torch.manual_seed(0)
+    return mimdet.build_detector(small()).eval()
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +35,11 @@ def of(*places: int) -> Sample:
     return Sample([torch.tensor(places)], GRID)
 
 
+ALL = of(*range(16))
 SOME = of(9, 2, 14, 5)
+
+
+# ------------------------------------------------------------------------------- the numbers
 
 
 def attention_by_hand(attention: Any, x: Tensor) -> Tensor:
@@ -50,14 +51,15 @@ def attention_by_hand(attention: Any, x: Tensor) -> Tensor:
     return logits.exp() / logits.exp().sum(dim=3, keepdim=True)
 
 
-@pytest.mark.parametrize("name", [ENCODER, DECODER])
-def test_attention_is_the_softmax_of_the_blocks_own_weights(model, image, name):
+@pytest.mark.parametrize("sample", [ALL, SOME], ids=["all", "some"])
+@pytest.mark.parametrize("name", [ENCODER, "backbone.encoder.blocks.1.attn", DECODER])
+def test_attention_is_the_softmax_of_the_blocks_own_weights(model, image, sample, name):
     norm = name.replace("attn", "norm1")  # what the attention is given
     with record(model, name, norm) as seen:
-        model.detect([image], sample=SOME)
+        model.detect([image], sample=sample)
     with torch.no_grad():
         expected = attention_by_hand(model.get_submodule(name), seen[norm])
-    tokens = 16 if "decoder" in name else 4
+    tokens = 16 if "decoder" in name else len(sample.keep[0])
     assert seen[name].shape == (1, 2, tokens, tokens)
     torch.testing.assert_close(seen[name], expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(seen[name].sum(3), torch.ones(1, 2, tokens), atol=1e-5, rtol=0)
@@ -88,10 +90,13 @@ def test_outputs_are_copies_of_what_a_module_gave(model, image):
     model.zero_grad()
     batch = torch.rand(1, 3, 64, 64)
     with record(model, ENCODER) as seen:
-        model.backbone(batch, [(64, 64)], Sampling(1.0))["c4"].sum().backward()
+        model.backbone(batch, [(64, 64)], Sampling(sample=ALL))["c4"].sum().backward()
     assert model.get_submodule(ENCODER).qkv.weight.grad.abs().sum() > 0
     assert not seen[ENCODER].requires_grad
     model.zero_grad()
+
+
+# ------------------------------------------------------------------------------- left as it was
 
 
 def test_everything_is_restored_after_an_exception(model, image):
@@ -125,6 +130,9 @@ def test_recordings_may_lie_in_each_other_and_a_pattern_means_every_name_it_fits
     assert list(seen) == [ENCODER, "backbone.encoder.blocks.1.attn"]
 
 
+# ------------------------------------------------------------------------------- names
+
+
 def test_an_unknown_name_is_refused_and_what_was_not_recorded_is_said(model, image):
     said = r"no module 'backbone\.encoder\.block\.0\.attn'.*blocks\.0"
     with pytest.raises(ValueError, match=said), record(model, "backbone.encoder.block.0.attn"):
@@ -135,6 +143,13 @@ def test_an_unknown_name_is_refused_and_what_was_not_recorded_is_said(model, ima
         pass
     with pytest.raises(KeyError, match="has the model run"):
         seen[ENCODER]
+    with record(model, ENCODER) as seen:
+        model.detect([image])
+    with pytest.raises(KeyError, match="there is"):
+        seen[DECODER]
+
+
+# ------------------------------------------------------------------------------- on the grid
 
 
 def test_a_row_of_a_sampled_encoder_lands_on_the_sampled_places(model, image):
@@ -176,8 +191,9 @@ def test_an_unsampled_query_is_refused_in_the_encoder_only(model, image):
     with pytest.raises(ValueError, match=said):
         seen.row(ENCODER, 13)
     assert seen.row(DECODER, 13).shape == (2, 16)
-    with pytest.raises(ValueError, match="not on the grid of 4 x 4"):
-        seen.row(DECODER, 16)
+    for wrong in (16, -1):
+        with pytest.raises(ValueError, match="not on the grid of 4 x 4"):
+            seen.row(DECODER, wrong)
 
 
 def test_images_of_one_batch_whose_unequal_numbers_of_tokens_are_several_calls(model, image):
@@ -198,6 +214,9 @@ def test_images_of_one_batch_whose_unequal_numbers_of_tokens_are_several_calls(m
     assert seen.row(DECODER, 13, index=1).shape == (2, 16)
     with pytest.raises(ValueError, match="one image at a time"), record(model, ENCODER, query=9):
         model.detect([image, image], sample=sample)
+
+
+# ------------------------------------------------------------------------------- memory
 
 
 def test_more_memory_than_allowed_is_refused(model, image, monkeypatch):
@@ -223,6 +242,9 @@ def test_more_memory_than_allowed_is_refused(model, image, monkeypatch):
     assert len(seen) == 0
 
 
+# ------------------------------------------------------------------------------- autoencoder
+
+
 def test_an_autoencoder_has_a_class_token():
     mae = little_mae()
     sample = of(9, 2, 14)
@@ -240,17 +262,26 @@ def test_an_autoencoder_has_a_class_token():
         pass
 
 
-@pytest.mark.parametrize("preset", ["tiny_vitdet", "tiny_swin"])
+# ------------------------------------------------------------------------------- other models
+
+
+@pytest.mark.parametrize("preset", ["tiny_vitdet", "tiny_swin", "tiny_benchmarking_vit"])
 def test_baselines_give_maps_but_have_no_sample(preset, image):
     torch.manual_seed(0)
     baseline = mimdet.build_detector(getattr(presets, preset)()).eval()
     name = attention_names(baseline)[-1]
     with record(baseline, name, "backbone") as seen:
         baseline.detect([image])
+    baseline.detect([image])
     sums = seen[name].sum(dim=-1)
     torch.testing.assert_close(sums, torch.ones_like(sums), atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="encoder and decoder of MIMDet"):
-        seen.row(name, 0)
+    for look in (
+        lambda: seen.row(name, 0),
+        lambda: seen.on_grid(name, torch.zeros(16)),
+        lambda: seen.position(name, 0),
+    ):
+        with pytest.raises(ValueError, match="encoder and decoder of MIMDet"):
+            look()
     with pytest.raises(ValueError, match="query= needs"), record(baseline, name, query=0):
         pass
 
@@ -265,6 +296,9 @@ def test_a_backbone_or_a_decoder_alone(model, image):
     with torch.no_grad(), record(model.backbone, "encoder.blocks.0.attn") as seen:
         model.backbone(torch.rand(1, 3, 64, 64), [(64, 64)], Sampling(sample=SOME))
     assert seen.row("encoder.blocks.0.attn", 14).shape == (2, 4)
+
+
+# ------------------------------------------------------------------------------- rollout
 
 
 def test_rollout_of_two_tokens_by_hand():
@@ -282,117 +316,10 @@ def test_rollout_of_two_tokens_by_hand():
     [
         ([], "at least one"),
         ([torch.rand(1, 2, 4, 4)], "one image"),
+        ([torch.rand(2, 4)], "one image"),
         ([torch.rand(2, 4, 4), torch.rand(2, 16, 16)], "4 tokens.*16"),
     ],
 )
 def test_rollout_refuses_what_it_cannot_follow(maps, said):
     with pytest.raises(ValueError, match=said):
         rollout(maps)
-
-
-# ------------------------------------------------------------------------------- figures
-
-BLOCKS = [ENCODER, "backbone.encoder.blocks.1.attn"]
-
-
-@pytest.fixture(scope="module")
-def seen(model, image) -> Recording:
-    with record(model, "backbone.*.attn") as recording:
-        model.detect([image], sample=SOME)
-    return recording
-
-
-def tokens(ax) -> np.ndarray:
-    """The colours in the middles of the 4 x 4 tokens of a panel: (16, 3)."""
-    pixels = np.asarray(ax.images[0].get_array())
-    middles = ((np.arange(4) + 0.5) * len(pixels) / 4).astype(int)
-    return pixels[middles][:, middles].reshape(16, 3).astype(int)
-
-
-def titles(fig) -> list[str]:
-    return [ax.get_title(loc="left") for ax in fig.axes]
-
-
-def test_a_panel_a_block_or_a_head(image, seen):
-    fig = show_attention(image, seen, "backbone.encoder*", query=(3, 2))
-    assert len(fig.axes) == 3
-    mean = [seen.row(name, 14).mean(0) for name in BLOCKS]
-    assert titles(fig) == [
-        "encoder: 4 of 16 tokens",
-        f"encoder block 0: ≤ {share(float(mean[0].max()))}",
-        f"encoder block 1: ≤ {share(float(mean[1].max()))}",
-    ]
-    assert "mean of the heads, of the token in row 3, column 2" in fig.alt_text
-    fig = show_attention(image, seen, BLOCKS[1], query=14, heads=True)
-    highest = seen.row(BLOCKS[1], 14).amax(1).tolist()
-    expected = [f"encoder block 1, head {i}: ≤ {share(highest[i])}" for i in range(2)]
-    assert titles(fig)[1:] == expected
-    fig = show_attention(image, seen, [BLOCKS[0], DECODER], query=14)
-    heads = [title.split(":")[0] for title in titles(fig)[1:]]
-    assert heads == ["encoder block 0", "decoder block 0"]
-
-
-def test_overlay_by_hand_and_unsampled_places_in_light_grey(image, seen):
-    values = torch.tensor([[0.0, 0.5], [torch.nan, 0.125]])
-    layer = overlay(values, high=0.5)  # the last is a quarter of it, its square root a half
-    opacity = [LITTLE, MUCH, UNKNOWN, (LITTLE + MUCH) / 2]
-    assert layer[..., 3].flatten().tolist() == [round(255 * a) for a in opacity]
-    assert tuple(layer[1, 0, :3]) == UNSAMPLED
-    assert tuple(layer[0, 1, :3]) == (253, 231, 37)  # the bright end of viridis
-    hidden = [place for place in range(16) if place not in SOME.keep[0].tolist()]
-    for ax in show_attention(image, seen, BLOCKS[0], query=14).axes:
-        grey = np.abs(tokens(ax) - UNSAMPLED).max(1) < 26  # opacity .9 over any colour
-        assert np.flatnonzero(grey).tolist() == hidden
-    decoder = show_attention(image, seen, DECODER, query=0)  # it sees every place
-    assert not (np.abs(tokens(decoder.axes[1]) - UNSAMPLED).max(1) < 26).any()
-
-
-def test_a_padded_image_stays_in_its_corner(model):
-    image = mimdet.ShapesCOCO(size=64, length=1, split="val")[0].image[:, :40, :48]
-    with record(model, BLOCKS[0]) as recording:
-        model.detect([image], sampling=Sampling(1.0))
-    assert recording.grid == (4, 4)
-    fig = show_attention(image, recording, BLOCKS[0], query=0)
-    assert titles(fig)[0] == "encoder: 9 of 16 tokens"
-    assert tokens(fig.axes[0])[15].min() > 225  # padding, not kept
-
-
-def test_what_is_refused(image, seen):
-    for picture, names, query, said in (
-        (image, BLOCKS[0], 13, "was not sampled"),
-        (image, BLOCKS[0], (4, 0), r"query \(4, 0\) is not on the grid of 4 x 4"),
-        (image, "blocks", 14, "no module 'blocks'"),
-        (image.repeat(1, 2, 1), BLOCKS[0], 14, "as it was fed to the network"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            show_attention(picture, seen, names, query=query)
-
-
-@pytest.mark.parametrize(("place", "nearest"), [(9, 9), (13, 9), (0, 5)])
-def test_the_nearest_sampled_token(place, nearest):
-    assert nearest_sampled(SOME, place) == nearest
-
-
-def test_rollout_after_each_block(image, seen):
-    fig = show_rollout(image, seen, "backbone.encoder*", query=14)
-    total = rollout([seen[name][0] for name in BLOCKS])
-    own = float(total[2, 2])  # place 14 is the third of the sample
-    assert titles(fig)[2] == f"encoder blocks 0-1: itself {share(own)}"
-    first = float(rollout([seen[BLOCKS[0]][0]])[2, 2])
-    assert titles(fig)[1] == f"encoder block 0: itself {share(first)}"
-    assert own < first
-    values, itself = rolled_out(seen, BLOCKS, 14)
-    assert itself == own
-    assert torch.equal(values.flatten()[SOME.keep[0]], total[2])
-    assert titles(fig)[2] in fig.alt_text
-    with pytest.raises(ValueError, match="encoder and decoder see other tokens"):
-        show_rollout(image, seen, "*", query=14)
-
-
-def test_an_autoencoders_own_patches(image):
-    mae = little_mae(patch=8)
-    with torch.no_grad(), record(mae, "blocks.*.attn") as recording:
-        mae(torch.rand(1, 3, 64, 64), sample=Sample([torch.tensor([9, 2, 63])], (8, 8)))
-    fig = show_rollout(image, recording, "blocks.*", query=(7, 7))
-    assert "row 7, column 7" in fig.alt_text
-    assert titles(fig)[0] == "encoder: 3 of 64 tokens"

@@ -55,6 +55,9 @@ def shown(panel: ResultBrowser) -> list[int]:
     return [place + 1 for place in panel.matches]
 
 
+# ------------------------------------------------------------------------------- the panel
+
+
 def test_all_images_match_at_first() -> None:
     panel = browser()
     assert shown(panel) == [1, 2, 3]
@@ -73,10 +76,14 @@ def test_all_images_match_at_first() -> None:
     [
         ("missed", None, None, 0.3, [2], 1),
         ("missed", None, None, 0.5, [2, 3], 2),
+        ("background", None, None, 0.3, [2], 1),
         ("background", None, None, 0.4, [], 0),
+        ("correct", None, None, 0.3, [1, 3], 2),
         ("classification", "kind 1", None, 0.3, [2], 1),
+        ("duplicate", "kind 2", None, 0.3, [], 0),
         (None, "kind 2", None, 0.3, [2], 2),
         (None, None, "small", 0.3, [1, 2], 3),
+        (None, None, "large", 0.3, [], 0),
     ],
 )
 def test_filters(verdict, category, size, score, images, count) -> None:
@@ -145,6 +152,8 @@ def test_two_runs_and_where() -> None:
     }
     assert "first: 2 in 2 images, second: 4 in 3 images" in panel.status.value
     assert panel.canvases[2].label == "second: 1 correct, 0 wrong, 1 missed"
+    labels = [canvas.label.split(":")[0] for canvas in panel.canvases]
+    assert labels == ["truth", "first", "second"]
 
 
 def test_colours_follow_the_verdict_and_masks_are_drawn_when_they_are_judged() -> None:
@@ -172,6 +181,9 @@ def test_the_stored_picture_has_a_legend_with_a_colour_and_letter_a_verdict() ->
     panel = browser()
     _, metadata = panel._repr_mimebundle_()
     assert "3 of 3 images match" in metadata["image/png"]["alt"]
+    row = max(canvas.size[1] for canvas in panel.canvases)
+    height, width, _ = legend().shape
+    assert panel.snapshot().size == (max(2 * 200 + 8, width), row + 20 + 8 + height + 20)
     assert set(LOOKS) == set(VERDICTS)
     colours, letters, _ = zip(*LOOKS.values(), strict=True)
     assert len(set(colours)) == len(set(letters)) == len(VERDICTS)

@@ -18,9 +18,13 @@ SMALL = 32**2 * (128 / 640) ** 2
 """Pixels of a 128-pixel scene below which COCO would call an object small."""
 
 
-def test_medium_keeps_its_promises():
-    dataset = ShapesCOCO("shapes-v1-medium", length=200, split="val")
-    medium = [dataset.scene(i) for i in range(len(dataset))]
+@pytest.fixture(scope="module")
+def medium():
+    dataset = ShapesCOCO("shapes-v1-medium", length=300, split="val")
+    return [dataset.scene(i) for i in range(len(dataset))]
+
+
+def test_medium_keeps_its_promises(medium):
     counts = [len(scene.labels) for scene in medium]
     areas = np.concatenate([scene.masks.sum((1, 2)) for scene in medium])
     visible = np.concatenate([scene.visible for scene in medium])
@@ -36,7 +40,7 @@ def test_medium_keeps_its_promises():
 
 def test_medium_of_v2_has_objects_of_several_tokens():
     """Sizes in pixels of scenes as large as the image, where a token has 16: as COCO's at 800."""
-    dataset = ShapesCOCO("shapes-v2-medium", length=120, split="val")
+    dataset = ShapesCOCO("shapes-v2-medium", length=200, split="val")
     assert dataset.size == 256 and dataset.area_scale == 1
     scenes = [dataset.scene(i) for i in range(len(dataset))]
     areas = np.concatenate([scene.masks.sum((1, 2)) for scene in scenes])
@@ -70,7 +74,7 @@ def middle(scene, index):
 def test_context_is_true():
     """The lamp has the colour, the arrow points, one disc is striped or one is not: and all are far
     from each other."""
-    dataset = ShapesCOCO("shapes-v2-context", length=60, split="val")
+    dataset = ShapesCOCO("shapes-v2-context", length=150, split="val")
     lamps = {"red": (1, 0), "green": (-0.5, 0.75**0.5), "blue": (-0.5, -(0.75**0.5))}
     told, objects, patterns = 0, 0, set()
     for number in range(len(dataset)):
@@ -114,7 +118,7 @@ def test_context_is_true():
 
 def test_masks_lie_on_their_objects():
     """Where a mask ends the picture changes: no mask is shifted against its object."""
-    dataset = ShapesCOCO("shapes-v1-easy", length=15)
+    dataset = ShapesCOCO("shapes-v1-easy", length=40)
     here, moved = [], []
     for index in range(len(dataset)):
         scene = dataset.scene(index)
@@ -125,6 +129,17 @@ def test_masks_lie_on_their_objects():
             here.append(step[rim].mean())
             moved.append(step[np.roll(rim, 4, axis=1)].mean())
     assert np.mean(here) > 1.5 * np.mean(moved)
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_levels(name):
+    level = LEVELS[name]
+    dataset = ShapesCOCO(name, length=25)
+    scenes = [dataset.scene(i) for i in range(25)]
+    counts = [len(scene.labels) for scene in scenes]
+    assert level.instances[0] <= min(counts) and max(counts) <= level.instances[1]
+    assert dataset.categories == list(level.classes)
+    assert max(scene.labels.max() for scene in scenes) < len(level.classes)
 
 
 def test_a_scene_depends_on_level_size_seed_split_and_index_only():
@@ -152,24 +167,47 @@ def test_bytes_of_the_revision():
         "shapes-v2-medium": "e1dff7f0c040137c/r1",
         "shapes-v2-context": "89bac388ee81325f/r2",
     }
-    assert known.keys() == LEVELS.keys()
     for name, expected in known.items():
         digest = hashlib.sha256()
         dataset = ShapesCOCO(name, length=5, split="val")
-        assert dataset.categories == list(LEVELS[name].classes)
         for index in range(5):
             digest.update(dataset.scene(index).image.tobytes())
         assert f"{digest.hexdigest()[:16]}/r{LEVELS[name].revision}" == expected
 
 
+def test_record_holds_the_exact_extents():
+    dataset = ShapesCOCO(length=5)
+    for index in range(5):
+        record, scene = dataset[index], dataset.scene(index)
+        assert record.image.shape == (3, 128, 128) and record.image.dtype == torch.uint8
+        assert torch.equal(record.image, torch.from_numpy(scene.image).permute(2, 0, 1))
+        assert record.target.labels.dtype == torch.int64
+        for box, mask in zip(record.target.boxes.tolist(), scene.masks, strict=True):
+            left, top, right, bottom = map(int, box)
+            assert mask[top:bottom, left:right].sum() == mask.sum()
+            assert mask[top].any() and mask[bottom - 1].any()
+            assert mask[:, left].any() and mask[:, right - 1].any()
+        cells = record.target.masks.bitmaps.sum((1, 2)) / 110**2
+        sides = record.target.boxes[:, 2:] - record.target.boxes[:, :2]
+        share = torch.from_numpy(scene.masks.sum((1, 2))) / sides.prod(1)
+        torch.testing.assert_close(cells, share, atol=0.03, rtol=0, check_dtype=False)
+
+
+@pytest.mark.parametrize("size", [32, 100, 256])
+def test_any_size(size):
+    dataset = ShapesCOCO(size=size, length=3)
+    record = dataset[0]
+    assert record.image.shape == (3, size, size) and dataset.image_size(0) == (size, size)
+    assert dataset.version == f"shapes-v1-medium@{size}/r1"
+    assert (record.target.boxes >= 0).all() and (record.target.boxes <= size).all()
+
+
 def test_objects_grow_with_the_scene():
-    small, large = ShapesCOCO(size=128, length=20), ShapesCOCO(size=256, length=20)
-    areas = [
-        np.concatenate([d.scene(i).masks.sum((1, 2)) for i in range(20)]) for d in (small, large)
-    ]
-    assert areas[1].mean() / 4 == pytest.approx(areas[0].mean(), rel=0.3)
-    assert large.version == "shapes-v1-medium@256/r1" and large.image_size(0) == (256, 256)
-    assert large[0].image.shape == (3, 256, 256) and large[0].target.boxes.max() <= 256
+    small, large = (
+        np.concatenate([dataset.scene(i).masks.sum((1, 2)) for i in range(40)]).mean()
+        for dataset in (ShapesCOCO(size=128, length=40), ShapesCOCO(size=256, length=40))
+    )
+    assert large / 256**2 == pytest.approx(small / 128**2, rel=0.3)
 
 
 def test_arguments_that_cannot_be_used():
@@ -177,6 +215,8 @@ def test_arguments_that_cannot_be_used():
         ({"level": "shapes-v1-normal"}, "shapes-v1-medium"),
         ({"split": "test"}, "train"),
         ({"size": 8}, "size=8"),
+        ({"seed": -1}, "seed=-1"),
+        ({"length": -1}, "length=-1"),
     ):
         with pytest.raises(ValueError, match=message):
             ShapesCOCO(**arguments)
@@ -184,27 +224,20 @@ def test_arguments_that_cannot_be_used():
         ShapesCOCO(length=3)[3]
 
 
-def test_records_and_ground_truth_are_exact():
+def test_ground_truth_is_exact_and_kept():
     dataset = ShapesCOCO(length=6, split="val")
     truth = dataset.ground_truth()
     assert dataset.ground_truth() is truth
     assert [a["id"] for a in truth["annotations"]] == list(range(1, len(truth["annotations"]) + 1))
     assert [c["id"] for c in truth["categories"]] == dataset.category_ids
     for index in range(6):
-        scene, record = dataset.scene(index), dataset[index]
-        assert torch.equal(record.image, torch.from_numpy(scene.image).permute(2, 0, 1))
-        assert record.target.labels.tolist() == scene.labels.tolist()
+        scene = dataset.scene(index)
         mine = [a for a in truth["annotations"] if a["image_id"] == dataset.image_id(index)]
         assert [a["category_id"] - 1 for a in mine] == scene.labels.tolist()
-        boxes = record.target.boxes
-        for annotation, box, mask in zip(mine, boxes.tolist(), scene.masks, strict=True):
+        for annotation, mask in zip(mine, scene.masks, strict=True):
             assert (coco_mask.decode(annotation["segmentation"]) == mask).all()
             assert annotation["area"] == mask.sum()
-            x, y, w, h = coco_mask.toBbox(annotation["segmentation"]).tolist()
-            assert annotation["bbox"] == [x, y, w, h] and box == [x, y, x + w, y + h]
-        cells = record.target.masks.bitmaps.sum((1, 2)) / 110**2
-        share = torch.from_numpy(scene.masks.sum((1, 2))) / (boxes[:, 2:] - boxes[:, :2]).prod(1)
-        torch.testing.assert_close(cells, share, atol=0.03, rtol=0, check_dtype=False)
+            assert annotation["bbox"] == coco_mask.toBbox(annotation["segmentation"]).tolist()
 
 
 def test_export_round_trip(tmp_path):

@@ -19,7 +19,7 @@ TRY = """\
 import json, os
 import torch, mimdet
 from mimdet.notebook import quick_config
-from mimdet.processes import pick_device
+from mimdet.training.trainer import pick_device
 from tools.rehearsal import choices
 
 def refused(act):

@@ -55,12 +55,25 @@ def test_the_detector_gets_the_chosen_tokens_and_no_padding(models, monkeypatch)
     assert seen[0].keep[0].tolist() == [0, 6, 8, 30]
 
 
-def test_one_model_is_enough(models):
+def test_the_answer_is_that_of_the_models_themselves(models):
+    image = noise(64, 64)
+    lab = TokenLab(*models, images=[image])
+    lab.canvas.dropped = sorted({*range(16)} - {1, 2, 11})
+    expected = mimdet.predict(models[0], image, sample=Sample([torch.tensor([1, 2, 11])], (4, 4)))
+    assert torch.equal(lab.found.boxes, expected.boxes)
+    assert torch.equal(lab.found.scores, expected.scores)
+    assert lab.painted.sample.keep[0].tolist() == [1, 2, 11]
+    assert set(lab.milliseconds) == {"autoencoder", "detector"}
+
+
+def test_one_model_is_enough_and_without_any_it_is_the_shipped_ones(models):
     lab = TokenLab(None, models[1], [noise(50, 100)])  # trained on 4 x 4 patches
     assert (lab.canvas.rows, lab.canvas.columns) == (4, 8)
     assert lab.found is None and lab.painted is not None and list(lab.milliseconds)
     lab = TokenLab(models[0], None, [noise(64, 64)])
     assert lab.painted is None and lab.found is not None
+    lab = TokenLab(images=[noise(64, 64)])
+    assert lab.painted is not None and lab.found is not None
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 16])

@@ -19,11 +19,11 @@ from mimdet.files import read_json, remove_leftovers
 from mimdet.models.official import export_detectron2, save_detector
 from mimdet.models.rcnn import pad_and_normalise
 from mimdet.models.weights import load_mae_model
-from mimdet.training.checkpoints import Checkpoint, CheckpointStore
+from mimdet.training.checkpoints import Checkpoint
 from mimdet.training.initial import align_stem, initialise, teach_c4, warm_start
 from mimdet.training.optim import Schedule, parameter_groups, rate_factor, scaled_rate
 from mimdet.training.pretrain import pretrain
-from mimdet.training.run import TrainingStopped, load_detector, stored_config
+from mimdet.training.run import CheckpointStore, TrainingStopped, load_detector, stored_config
 from mimdet.training.train import extend, fit, resume, train
 from tests.small import assert_same_end, small, small_mae, weights_of
 
@@ -93,13 +93,21 @@ def test_checkpoints_are_complete_or_absent(tmp_path, monkeypatch):
     for step in (4, 5):
         store.save(Checkpoint(step, {"w": torch.zeros(2)}, {}))
     assert store.steps() == [2, 4, 5]  # the best one stays
-    (tmp_path / "000005" / "model.safetensors").unlink()  # killed while it deletes or writes
+    assert store.load_last().step == 5
+
+
+def test_half_of_a_checkpoint_does_not_count(tmp_path):
+    """A process that is killed while it deletes or writes leaves the others usable."""
+    store = CheckpointStore(tmp_path)
+    for step in (1, 2):
+        store.save(Checkpoint(step, {"w": torch.full((2,), step)}, {}))
+    (tmp_path / "000002" / "model.safetensors").unlink()
     (tmp_path / "000001.partial-4999999-7-old").mkdir()
-    assert store.steps() == [2, 4] and store.load_last().step == 4
-    store.save(Checkpoint(5, {"w": torch.zeros(2)}, {}))
+    assert store.steps() == [1] and store.load_last().step == 1
+    store.save(Checkpoint(2, {"w": torch.zeros(2)}, {}))
+    assert store.steps() == [1, 2]
     remove_leftovers(tmp_path)
-    names = ["000002", "000004", "000005", "best", "last"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000001", "000002", "last"]
 
 
 def test_what_another_thread_writes_is_no_leftover(tmp_path):
@@ -156,21 +164,24 @@ def undisturbed(tmp_path_factory):
 
 # Forward 1 is the first micro-batch of step 1, forward 2 its second one; the evaluation after
 # step 3 follows forward 6.
-@pytest.mark.parametrize("forward", [1, 4, 7])
+@pytest.mark.parametrize("forward", [1, 3, 4, 5, 7, 8])
 def test_resumed_run_is_bit_identical(tmp_path, undisturbed, forward):
     assert run_to_the_end(tmp_path / "run", signal_at_forward=forward) == 1
     assert_same_end(tmp_path / "run", undisturbed)
 
 
 def test_leaving_the_loop_saves_and_puts_signal_handlers_back(tmp_path):
-    before = signal.getsignal(signal.SIGINT)
     for step in train(small(), tmp_path / "run"):
-        assert signal.getsignal(signal.SIGINT) != before
         if step.number == 3:
             break
-    assert signal.getsignal(signal.SIGINT) == before
     assert CheckpointStore(tmp_path / "run" / "checkpoints").steps()[-1] == 3
     assert [step.number for step in train(small(), tmp_path / "run")] == [4]
+    before = signal.getsignal(signal.SIGINT)
+    steps = train(small(), tmp_path / "other")
+    next(steps)
+    assert signal.getsignal(signal.SIGINT) != before
+    steps.close()
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_non_finite_loss_stops_with_image_ids_and_keeps_the_last_step(tmp_path):
@@ -181,15 +192,6 @@ def test_non_finite_loss_stops_with_image_ids_and_keeps_the_last_step(tmp_path):
     with pytest.raises(FloatingPointError, match=r"step 1: .*images \["):
         next(poisoned)
     assert CheckpointStore(tmp_path / "poisoned" / "checkpoints").steps() == []  # nothing to keep
-
-
-@pytest.fixture(scope="module")
-def easy(tmp_path_factory):
-    """A run that knows 6 of the 12 classes, and its weights in a file."""
-    runs, cfg = tmp_path_factory.mktemp("easy"), small(1)
-    cfg.data.shapes_level = "shapes-v1-easy"
-    save_detector(fit(cfg, "run", runs=runs), runs / "file.safetensors")
-    return runs
 
 
 def detector_with(*classes):
@@ -227,14 +229,17 @@ def test_classes_are_kept_by_name_by_hand(capsys):
 
 
 @pytest.mark.parametrize("source", ["run", "run/checkpoints/000001", "file.safetensors", "tiny"])
-def test_a_start_says_which_classes_it_keeps(easy, monkeypatch, capsys, source):
-    monkeypatch.chdir(easy)
+def test_a_start_says_which_classes_it_keeps(tmp_path, monkeypatch, capsys, source):
+    monkeypatch.chdir(tmp_path)
+    first = small(1)
+    first.data.shapes_level = "shapes-v1-easy"  # 6 of the 12 classes
+    save_detector(fit(first, "run", runs="."), "file.safetensors")
     model = mimdet.build_detector(presets.tiny() if source == "tiny" else small())
     names = ShapesCOCO("shapes-v1-medium", 64, 1).categories
     model.categories = [*names[:-1], "unicorn"]
     initialise(model, source)
-    known = ShapesCOCO("shapes-v1-easy", 64, 1).categories
-    kept = [name for name in names[:-1] if source == "tiny" or name in known]
+    easy = ShapesCOCO("shapes-v1-easy", 64, 1).categories
+    kept = [name for name in names[:-1] if source == "tiny" or name in easy]
     printed = capsys.readouterr().out
     assert f"classes kept, by name: {', '.join(kept)}\n" in printed
     assert "unicorn\n" in printed.partition("classes new:")[2]
@@ -249,7 +254,7 @@ def test_a_released_file_of_80_classes_knows_those_of_coco(tmp_path, capsys):
 
 def test_frozen_parts_end_as_they_began(tmp_path, capsys):
     """The numbers of the neck, with the statistics of its batch norm, and of the encoder stay."""
-    first = fit(small(1), "first", runs=tmp_path).state_dict()
+    first = fit(small(2), "first", runs=tmp_path).state_dict()
     cfg = small(2)
     cfg.training.init_from, cfg.training.freeze = str(tmp_path / "first"), ("encoder", "neck")
     list(train(cfg, tmp_path / "second", announce=True))
@@ -266,17 +271,19 @@ def test_frozen_parts_end_as_they_began(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("names", "source", "said"),
     [
-        (("encodr",), "run", "no part 'encodr'; there are .*stem, encoder, decoder"),
-        (("backbone", "neck", "rpn", "roi_heads"), "run", "nothing left to train"),
+        (("encodr",), "first", "no part 'encodr'; there are .*stem, encoder, decoder"),
+        (("backbone", "neck", "rpn", "roi_heads"), "first", "nothing left to train"),
         (("encoder",), "", r"training.init_from names no weights .*\(--init-from\)"),
-        (("encoder",), "file.safetensors", "c4_first teaches the backbone that training.freeze"),
-        (("stem", "roi_heads"), "run", "holds nothing for .* first roi_heads.box_head.cls_score"),
+        (("encoder",), "c4", "training.c4_first teaches the backbone that training.freeze keeps"),
+        (("stem", "roi_heads"), "first", "holds nothing for .* first roi_heads.box_head.cls_score"),
     ],
 )
-def test_what_cannot_be_frozen_is_said(tmp_path, easy, names, source, said):
-    cfg = small(1)
-    cfg.training.init_from, cfg.training.freeze = source and str(easy / source), names
-    cfg.detector.c4_loss = cfg.training.c4_first = int("c4" in said)
+def test_what_cannot_be_frozen_is_said(tmp_path, names, source, said):
+    first, cfg = small(1), small(1)
+    first.data.shapes_level = "shapes-v1-easy"  # half of the classes
+    fit(first, source or "first", runs=tmp_path)
+    cfg.training.init_from, cfg.training.freeze = source and str(tmp_path / source), names
+    cfg.detector.c4_loss = cfg.training.c4_first = int(source == "c4")
     with pytest.raises(ValueError, match=said):
         next(train(cfg, tmp_path / "second"))
 
@@ -297,16 +304,25 @@ def easy_scenes(cfg, split):
     return ShapesCOCO("shapes-v1-easy", cfg.shapes_size, 8 if split == "train" else 3, split)
 
 
-def test_parts_and_data_from_a_cell_go_on_and_reload_only_with_consent_and_unchanged(tmp_path):
+def test_parts_and_data_from_a_cell_are_trained_kept_and_reloaded_only_with_consent(tmp_path):
     run, cfg = tmp_path / "own", small(5)
-    next(train(cfg, run, sampler=stem_response_sampler, dataset=easy_scenes))
+    parts = {"sampler": stem_response_sampler, "dataset": easy_scenes}
+    steps = train(cfg, run, **parts)
+    assert [next(steps).number for _ in range(3)] == [1, 2, 3]
+    steps.close()
     assert cfg.detector.num_classes == 6 and ":easy_scenes" in cfg.data.source
-    with pytest.raises(PermissionError, match="trust_code=True"):
-        next(resume(run))
-    assert len(list(resume(run, trust_code=True))) == 4
-    held_out = build_dataset(load_detector(run, trust_code=True).config.data, "val")
-    assert held_out.version == read_json(run / "eval.json")["data"]  # that of the cell
+    for reader in (load_detector, lambda path: next(resume(path))):
+        with pytest.raises(PermissionError, match="trust_code=True"):
+            reader(run)
+    assert len(list(resume(run, trust_code=True))) == 2
+    model = load_detector(run, trust_code=True)
+    assert model.backbone.sampler.__name__ == "stem_response_sampler"
+    held_out = build_dataset(model.config.data, "val")  # in any process that has read the run
+    recorded = read_json(run / "eval.json")
+    assert (held_out.version, len(held_out)) == (recorded["data"], 3)
+    assert recorded["step"] == 5 and isinstance(read_json(run / "predictions.json"), list)
     assert read_json(run / "environment.json")["data"].startswith("shapes-v1-easy@64")
+    assert load_detector(run, checkpoint=2, trust_code=True)
     slot = run / "slots" / "sampler.py"
     slot.write_text(slot.read_text() + "# edited\n")
     with pytest.raises(ValueError, match="sha256"):
@@ -330,6 +346,23 @@ def test_a_finished_run_is_trained_further_in_a_folder_of_its_own(tmp_path, caps
     ]
     assert rates == pytest.approx([0.5, 0.75, 0.25])  # two of warm-up; cosine: 1, 3/4, 1/4
     assert stored_config(more).training.seed == 1
+
+
+def test_a_configuration_from_a_file_runs_no_code_without_consent(tmp_path):
+    cfg = small(1)
+    cfg.backbone.sampler = "mimdet.models.sampling:block_sampler"
+    list(train(cfg, tmp_path / "run"))
+    for reader in (load_detector, lambda path, **trust: next(resume(path, **trust))):
+        with pytest.raises(PermissionError, match=r"backbone\.sampler.*block_sampler"):
+            reader(tmp_path / "run")
+    assert load_detector(tmp_path / "run", trust_code=True)
+
+
+OUTSIDE = 3.0
+
+
+def leaning_sampler(tokens, grid, generator):
+    return tokens[:, 0] * OUTSIDE
 
 
 def test_a_run_goes_on_with_the_code_and_the_sizes_it_began_with(tmp_path):
@@ -384,6 +417,8 @@ def test_validation_data_are_opened_before_anything_is_written(tmp_path):
 
 
 def test_a_model_or_a_part_that_does_not_fit_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="OUTSIDE from outside itself"):
+        next(train(small(1), tmp_path / "x", sampler=leaning_sampler))
     cfg = small(1)
     cfg.detector.num_classes = 3
     model = mimdet.build_detector(cfg)
@@ -397,46 +432,42 @@ def test_a_model_or_a_part_that_does_not_fit_is_refused(tmp_path):
 # ---------------------------------------------------------------- a stem that speaks as the MAE
 
 
-@pytest.fixture(scope="module")
-def mae(tmp_path_factory):
-    run = tmp_path_factory.mktemp("mae") / "mae"
-    list(pretrain(small_mae(1), run))
-    return run
-
-
-def test_an_aligned_stem_gives_the_tokens_of_the_patch_embedding(tmp_path, mae):
+def test_an_aligned_stem_gives_the_tokens_of_the_patch_embedding(tmp_path):
+    pre = small_mae()
+    list(pretrain(pre, tmp_path / "mae"))
     cfg = small(steps=1)
-    cfg.training.init_from, cfg.training.align_stem = str(mae), 80
+    cfg.training.init_from, cfg.training.align_stem = str(tmp_path / "mae"), 80
     next(train(cfg, tmp_path / "run"))
-    model, teacher = mimdet.build_detector(cfg), load_mae_model(mae / "mae.safetensors")
+    model, mae = mimdet.build_detector(cfg), load_mae_model(tmp_path / "mae/mae.safetensors")
     images = [ShapesCOCO("shapes-v1-medium", 64, 8, "val").image(i) for i in range(8)]
 
     def distance(detector):
-        batch = pad_and_normalise(images, teacher).tensors
+        batch = pad_and_normalise(images, mae).tensors
         with torch.no_grad():
-            wanted = teacher.patch_embed(batch)
+            wanted = mae.patch_embed(batch)
             return float((detector.backbone.stem(batch).tokens - wanted).var() / wanted.var())
 
     before = distance(model)
     loader = TrainLoader(build_dataset(cfg.data, "train"), cfg.data, 2, 1, 0)
     batches = [batch for step in loader.batches(0, 80) for batch in step]
-    errors = align_stem(model, mae, batches)
+    errors = align_stem(model, tmp_path / "mae", batches)
     assert len(errors) == 80
     assert distance(model) < 0.8 < 0.95 < before
     assert distance(load_detector(tmp_path / "run")) < 0.85  # one step after it was aligned
 
 
-def test_only_a_stem_can_be_aligned(tmp_path, mae):
+def test_only_a_stem_can_be_aligned(tmp_path):
+    list(pretrain(small_mae(), tmp_path / "mae"))
     cfg = presets.tiny_vitdet()
     cfg.backbone.embed_dim, cfg.backbone.num_heads = 32, 2
     model = mimdet.build_detector(cfg)
     with pytest.raises(ValueError, match=r"align_stem=1.*vitdet"):
-        align_stem(model, mae, [None])
-    assert align_stem(model, mae, []) == []
+        align_stem(model, tmp_path / "mae", [None])
+    assert align_stem(model, tmp_path / "mae", []) == []
     cfg = small()
     cfg.backbone.embed_dim = 64
     with pytest.raises(ValueError, match="none of width 64"):
-        align_stem(mimdet.build_detector(cfg), mae, [None])
+        align_stem(mimdet.build_detector(cfg), tmp_path / "mae", [None])
     cfg.training.align_stem = 5
     with pytest.raises(ValueError, match=r"training.init_from names none"):
         next(train(cfg, tmp_path / "run"))

@@ -5,17 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mimdet.files import write_json
 from mimdet.presets import tiny_mae
-from mimdet.training.checkpoints import OPTIMIZER, WEIGHTS
-from mimdet.training.job import JobState
+from mimdet.training.checkpoints import OPTIMIZER
+from mimdet.training.job import Job, JobState
 from mimdet.training.owner import STATUS
-from mimdet.training.run import Run
+from mimdet.training.run import WEIGHTS, Run
+from mimdet.training.train import resume
 from mimdet.viz import TrainingDashboard
 from mimdet.viz.widgets import training_dashboard
-from tests.small import gated, small, wait_until
+from tests.small import gated, small, wait_until, weights_of
 
 STEPS = 6
 
@@ -55,6 +57,7 @@ def test_a_new_run_can_only_be_started_and_says_so(tmp_path) -> None:
     assert not watchers(tmp_path / "run")
     assert np.asarray(board.snapshot().convert("L")).min() < 128  # there is text on it
     board.stop()  # nothing runs: nothing happens
+    board.close()
 
 
 def test_a_failure_is_shown_with_the_end_of_the_log(tmp_path) -> None:
@@ -143,5 +146,9 @@ def test_start_stop_take_over_resume_end(tmp_path, monkeypatch, gate) -> None:
     assert second.progress.value == STEPS and second.progress.bar_style == "success"
     wait_until(lambda: not watchers(run), "the thread ends")
     assert f"of step {STEPS}" in second.detections.label and "AP" in second.status.value
+    Job.prepare(short(), tmp_path / "undisturbed", sampler=gated)
+    assert len(list(resume(tmp_path / "undisturbed", trust_code=True))) == STEPS
+    expected, found = weights_of(tmp_path / "undisturbed"), weights_of(run)
+    assert [k for k in expected if not torch.equal(expected[k], found[k])] == []
     last = TrainingDashboard(run)  # without trust in the code: no detections, everything else
     assert last.state.name == "finished" and "trust_code=True" in last.detections.title

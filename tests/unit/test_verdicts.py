@@ -68,7 +68,7 @@ def test_thresholds_make_objects_missed_and_scores_may_be_negative() -> None:
     assert [error.score for error in report.errors("localisation")] == [-2.0]
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(4))
 def test_a_threshold_is_the_same_as_leaving_results_out(seed: int) -> None:
     truth, results = random_case(seed)
     score = statistics.median(result["score"] for result in results)
@@ -97,6 +97,8 @@ def test_chosen_by_hand() -> None:
         with pytest.raises(ValueError, match="use one of"):
             judged.chosen(verdicts, **wanted)  # type: ignore[arg-type]
 
+
+# --- two runs -----------------------------------------------------------------------------------
 
 LARGE, NEXT = rectangle(10, 10, 50, 50), rectangle(100, 10, 40, 40)
 NOWHERE = rectangle(150, 150, 30, 30)
