@@ -4,7 +4,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -69,6 +69,10 @@ def results_for(
     return [result | {"segmentation": rle} for result, rle in zip(results, rles, strict=True)]
 
 
+def _results_of(found: tuple[Detections, int | str], **options: Any) -> list[dict[str, Any]]:
+    return results_for(*found, **options)
+
+
 def save_results(results: list[dict[str, Any]], path: str | Path) -> str:
     """Write a COCO results file: complete or, if interrupted, as it was before; -> its sha256."""
     text = json.dumps(results) + "\n"
@@ -120,8 +124,9 @@ def evaluate(
 
     The tokens of an image are drawn from (seed, its place in the data set), so the numbers do not
     depend on the batch size. Published APs use ratio 1, where nothing is drawn. Several processes
-    share the images; the first one holds all results. short_side, detections, tile, overlap: as of
-    `mimdet.models.detector.at_size`.
+    share the images; the first one holds all results. workers: processes that load images; with one
+    or more, another turns what is found into results while the model goes on. short_side,
+    detections, tile, overlap: as of `mimdet.models.detector.at_size`.
     """
     start = time.perf_counter()
     check_finite(model.state_dict(), "the detector")
@@ -134,16 +139,20 @@ def evaluate(
     groups = equal_padded_size([model.resize.size(*size) for size in sizes], batch_size)
     mine = groups[processes.rank() :: processes.world()]
     loaded = stream(mine, partial(resized_images, dataset, model.resize), workers)
-    results: list[dict[str, Any]] = []
-    with progress_bar(len(dataset), progress) as bar:
+
+    def found() -> Iterator[tuple[Detections, int | str]]:
         for indices, images in zip(mine, loaded, strict=True):
             generators = [generator_for(image_seed(seed, i), device_of(model)) for i in indices]
             sampling = Sampling(sample_ratio, keep, generators=generators)
-            own_sizes = [sizes[i] for i in indices]
-            found = detect_originals(model, images, own_sizes, sampling)
-            for i, own in zip(indices, found, strict=True):
-                results += results_for(own, dataset.image_id(i), category_ids, masks)
-            bar.update(min(len(indices) * processes.world(), bar.total - bar.n))
+            own = detect_originals(model, images, [sizes[i] for i in indices], sampling)
+            yield from zip(own, map(dataset.image_id, indices), strict=True)
+
+    encode = partial(_results_of, category_ids=category_ids, has_masks=masks)
+    results: list[dict[str, Any]] = []
+    with progress_bar(len(dataset), progress) as bar:
+        for own in stream(found(), encode, min(workers, 1)):
+            results += own
+            bar.update(min(processes.world(), bar.total - bar.n))
     results = processes.gather_lists(results)
     kinds: list[IouType] = ["bbox", "segm"] if masks and dataset.has_masks else ["bbox"]
     scale = getattr(dataset, "area_scale", 1.0)

@@ -498,7 +498,7 @@ def test_what_changes_on_the_way_is_noted(tmp_path, capsys) -> None:
 def test_steps_that_will_be_done_again_are_forgotten(tmp_path) -> None:
     run = Run(tmp_path / "run", quick())
     for step in (1, 2, 3):
-        run.store.save(Checkpoint(step, {"w": torch.zeros(2)}, {}))
+        run.store.save(Checkpoint(step, {"w": torch.zeros(2)}, {}), keep=3)
         run.append({"step": step, "loss": float("nan")})
     run.append({"step": 3, "evaluation": {"box": {"AP": 0.1}}})
     assert run.rows.step == 0 and len(run.evaluations()) == 1 and run.rows.step == 3
@@ -565,7 +565,7 @@ def test_an_unexpected_error_says_where_the_last_checkpoint_is(tmp_path, monkeyp
     next(steps)
     monkeypatch.setattr("mimdet.training.run.append_text", full)
     monkeypatch.setattr("mimdet.training.run.write_json", full)
-    monkeypatch.setattr("mimdet.training.run.write_folder", lambda *_: 1 / 0)
+    monkeypatch.setattr("mimdet.training.checkpoints.write_folder", lambda *_: 1 / 0)
     with pytest.raises(OSError, match=r"No space left on device: 'metrics.jsonl'") as error:
         next(steps)
     assert "Nor could step 3 be saved" in error.value.__notes__[0]  # the first failure is told

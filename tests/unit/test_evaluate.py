@@ -114,6 +114,13 @@ def test_draws_are_reproducible_and_do_not_depend_on_the_batch(model, scenes):
     assert (image_seed(0, 7), image_seed(2, 7)) == (7, 2_000_013)  # the draws of stored results
 
 
+def test_results_made_by_another_process_are_the_same(model, scenes):
+    """Run lengths of masks beside the model: the same results, in the same order."""
+    alone, beside = (evaluate(model, scenes, workers=n, batch_size=2) for n in (0, 1))
+    assert alone.results and beside.results == alone.results
+    assert beside.metrics == alone.metrics
+
+
 def test_ratio_rows_by_hand(model, scenes, tmp_path):
     rows = evaluate_ratios(model, scenes, [0.25, 1.0], draws=3, save_to=tmp_path)
     assert [row["draws"] for row in rows] == [3, 1]

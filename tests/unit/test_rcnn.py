@@ -103,8 +103,11 @@ def test_box_deltas_by_hand() -> None:
     x0, y0, x1, y1 = BoxCoder().decode(reference, torch.tensor([[0.0, 0.0, 50.0, -50.0]]))[0]
     assert math.exp(MAX_SIZE_DELTA) == pytest.approx(62.5) == (x1 - x0).item() / 10
     assert (y1 - y0).item() == pytest.approx(0, abs=1e-6)
-    decoded = BoxCoder().decode(reference, torch.zeros(1, 4, dtype=torch.bfloat16))
-    assert decoded.dtype == torch.float32  # whatever the heads computed in
+
+
+def test_decoding_is_float32_whatever_the_heads_computed_in() -> None:
+    decoded = BoxCoder().decode(torch.rand(3, 4), torch.zeros(3, 4, dtype=torch.bfloat16))
+    assert decoded.dtype == torch.float32
 
 
 # ------------------------------------------------------------------ pooling

@@ -1,6 +1,7 @@
 """Cases of whole models and commands: steps, start-up, plans against runs, memory over time."""
 
 import copy
+import math
 import os
 import resource
 import subprocess
@@ -16,10 +17,13 @@ import psutil
 import torch
 from torch import Tensor
 
+from mimdet.analysis.cost import multiply_adds
+from mimdet.analysis.evaluate import evaluate
 from mimdet.config import Config, save_config
-from mimdet.data.loader import TrainLoader
+from mimdet.data.loader import Plan, TrainLoader
 from mimdet.data.shapes import ShapesCOCO
 from mimdet.files import read_json
+from mimdet.inference import predict
 from mimdet.models.detector import Detector, build_detector, compile_parts
 from mimdet.models.sampling import Sampling
 from mimdet.presets import mimdet_base, tiny
@@ -42,7 +46,8 @@ def losses(model: Detector, records: list[Record], sampling: Sampling) -> Tensor
 
 
 def peers(repeats: int) -> list[dict[str, Any]]:
-    """A training step of ViT-B at 640 x 640 against torchvision's Mask R-CNN R50-FPN v2."""
+    """ViT-B at 640 x 640, training and finding, against torchvision's Mask R-CNN R50-FPN v2; and
+    against itself at ratio 1."""
     from torchvision.models.detection import maskrcnn_resnet50_fpn_v2
 
     from mimdet.structures import crops_to_bitmaps
@@ -64,16 +69,98 @@ def peers(repeats: int) -> list[dict[str, Any]]:
         other.zero_grad()
 
     sides: dict[str, Callable[[], Any]] = {
-        f"ratio {r:g}": partial(losses, model, [record], Sampling(r)) for r in (0.5, 0.25)
+        f"ratio {r:g}": partial(losses, model, [record], Sampling(r)) for r in (1.0, 0.5, 0.25)
     }
+    counted = {name: multiply_adds(side) for name, side in sides.items()}
     seconds, _ = interleaved({"R50-FPN v2": step, **sides}, repeats)
     rows = []
+    equal = "other models: nothing to compare"
     for ratio, goal in ((0.5, 1.25), (0.25, 1.05)):
-        times = {name: seconds[name] for name in ("R50-FPN v2", f"ratio {ratio:g}")}
-        what, share = f"step at {ratio:g} against R50-FPN v2, 640 x 640", times[f"ratio {ratio:g}"]
-        equal = "other models: nothing to compare"
+        name = f"ratio {ratio:g}"
+        times = {side: seconds[side] for side in ("R50-FPN v2", name)}
+        what, share = f"step at {ratio:g} against R50-FPN v2, 640 x 640", times[name]
         rows.append(row(what, times, share / seconds["R50-FPN v2"], goal, equal, most=True))
+        gain, ideal = seconds["ratio 1"] / share, counted["ratio 1"] / counted[name]
+        times = {side: seconds[side] for side in ("ratio 1", name)}
+        what = f"whole step at {ratio:g}: {gain:.2f}x of an ideal {ideal:.2f}x"
+        rows.append(row(what, times, gain / ideal, 0.95, "multiply-adds of the same step"))
+    model.eval(), other.eval()
+    sides = {
+        f"ratio {r:g}": partial(model.detect, [record.image], sampling=Sampling(r))
+        for r in (1.0, 0.5)
+    }
+    with torch.no_grad():
+        seconds, _ = interleaved({"R50-FPN v2": partial(other, [image]), **sides}, repeats)
+    for name, goal in (("ratio 1", 1.65), ("ratio 0.5", 1.2)):
+        times = {side: seconds[side] for side in ("R50-FPN v2", name)}
+        share, what = times[name] / times["R50-FPN v2"], f"finding at {name[6:]} against R50-FPN v2"
+        rows.append(row(f"{what}, 640 x 640", times, share, goal, equal, most=True))
     return rows
+
+
+def beside(repeats: int) -> list[dict[str, Any]]:
+    """What evaluating adds to finding, with ViT-B and 100 objects an image: run lengths are made
+    by another process meanwhile."""
+    torch.manual_seed(0)
+    cfg = mimdet_base()
+    cfg.detector.num_classes, cfg.data.test_short_side = 12, 640
+    model, data = build_detector(cfg).eval(), ShapesCOCO("shapes-v2-medium", size=640, length=4)
+    images = [data.image(i) for i in range(len(data))]
+    spent: dict[str, list[float]] = {"finding": [], "evaluating": []}
+    for _ in range(repeats):
+        for name in spent:
+            begin = time.process_time()
+            if name == "finding":
+                for image in images:
+                    predict(model, image)
+            else:
+                found = len(evaluate(model, data, batch_size=1, workers=1).results)
+            spent[name].append(time.process_time() - begin)
+    seconds = {name: min(times) for name, times in spent.items()}
+    more = seconds["evaluating"] / seconds["finding"] - 1
+    told = f"{found / len(images):.0f} objects an image; least of {repeats}"
+    return [row("evaluating beside finding: share more", seconds, more, 0.03, told, most=True)]
+
+
+def padding(repeats: int) -> list[dict[str, Any]]:
+    """Tokens of padded batches of 16 to those of their images, over an epoch of the recipe."""
+
+    class Sizes(list[tuple[int, int]]):
+        def image_size(self, index: int) -> tuple[int, int]:
+            return self[index]
+
+    sizes = Sizes([(480, 640), (640, 427), (426, 640), (640, 640)] * 400)  # the commonest of COCO
+    plan = Plan(sizes, mimdet_base().data, 16, 1, 0)
+    computed = own = 0
+    for step in range(len(sizes) // 16):
+        for batch in plan.micro_batches(step):
+            own += sum(math.prod(plan.padded([item])) for item in batch)
+            computed += len(batch) * math.prod(plan.padded(batch))
+    what = "padded tokens to tokens, batches of 16"
+    return [row(what, {}, computed / own, 1.25, f"{len(sizes):,} images", most=True)]
+
+
+def two_processes(repeats: int) -> list[dict[str, Any]]:
+    """Wall seconds of a step of `tiny` by one process and by two, of the same four images."""
+    taken: dict[str, float] = {}
+    last: dict[str, float] = {}
+    several = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+    for name, count, start in (("one process", 1, ()), ("two", 2, several)) * repeats:
+        with tempfile.TemporaryDirectory() as folder:
+            run = Path(folder, "run")
+            words = ["tiny", str(run), "--steps", "40", "--workers", "0", "--threads", "1", *FAST]
+            words += ["--batch-size", str(4 // count), "--accumulate", str(count)]
+            command = [sys.executable, "-m", *start, "mimdet", "train", *words]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            subprocess.run(command, check=True, env=environment, capture_output=True)
+            rows = [r for r in MetricsFile(run / "metrics.jsonl").read() if "loss" in r]
+            times = sorted(r["time"]["seconds"] for r in rows[2:])
+            taken[name] = min(taken.get(name, math.inf), times[len(times) // 2])
+            last[name] = rows[0]["loss"]
+    difference = abs(last["two"] - last["one process"]) / last["one process"]
+    equal = f"loss of the first step, difference {difference:.0e} of it"
+    what = "step of `tiny` by two processes to one, wall"
+    return [row(what, taken, taken["two"] / taken["one process"], 0.6, equal, most=True)]
 
 
 def original(repeats: int) -> list[dict[str, Any]]:
@@ -259,8 +346,6 @@ def growth_of(samples: list[int]) -> float:
 
 def memory(repeats: int) -> list[dict[str, Any]]:
     """What three epochs of 20,000 records through 4 workers leave behind, and 2,000 predictions."""
-    from mimdet.inference import predict
-
     cfg = tiny()
     data, process = ShapesCOCO("shapes-v1-easy", size=32, length=20_000), psutil.Process()
     cfg.data.short_sides, cfg.data.augment, cfg.data.shapes_size = (32,), "none", 32
@@ -290,4 +375,7 @@ def over_time(what: str, seen: list[int]) -> dict[str, Any]:
     return row(f"{what}: MB more", {}, growth_of(seen), 20, told, most=True)
 
 
-CASES = (peers, original, tiny_step, compiled, start, plan_tiny, plan_base, memory)
+CASES = (
+    *(peers, beside, original, tiny_step, compiled, two_processes),
+    *(start, plan_tiny, plan_base, padding, memory),
+)
