@@ -213,8 +213,9 @@ def _bilinear_weights(
     last = min(pixels - 1, math.floor(high + margin - 0.5))
     centres = np.arange(first, last + 1) + 0.5
     positions = (centres - low) * (cells / (high - low)) - 0.5  # in cells; 0 = centre of cell 0
-    distances = np.abs(positions[:, None] - np.arange(cells))
-    return first, np.maximum(1 - distances, 0).astype(np.float32)
+    weights = positions[:, None] - np.arange(cells)
+    np.subtract(1, np.abs(weights, out=weights), out=weights)
+    return first, weights.clip(0).astype(np.float32)
 
 
 def _run_lengths(
@@ -227,7 +228,7 @@ def _run_lengths(
     band = np.zeros(len(inside) * height + 2, dtype=bool)  # these columns and a pixel either side
     band[1:-1].reshape(len(inside), height)[:, top : top + inside.shape[1]] = inside
     edges = np.flatnonzero(band[1:] != band[:-1]) + left * height
-    counts = np.diff(edges, prepend=0, append=height * width)
+    counts = np.diff(np.concatenate(([0], edges, [height * width])))
     return counts[:-1] if counts[-1] == 0 else counts  # as pycocotools: no empty run at the end
 
 

@@ -3,13 +3,11 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mimdet import processes
-
-MAPS = (0, 2, 3)
-"""The dimensions of (N, C, H, W) that share one mean."""
 
 
 class SyncedBatchNorm(nn.BatchNorm2d):
@@ -32,9 +30,7 @@ class SyncedBatchNorm(nn.BatchNorm2d):
             return super().forward(x)
         total, mean, variance = joint_statistics(x.detach())
         self.remember(total, mean, variance)
-        return _Normalise.apply(
-            x, self.weight, self.bias, total, mean, (variance + self.eps).rsqrt()
-        )
+        return _Normalise.apply(x, self.weight, self.bias, total, mean, variance, self.eps)
 
     @torch.no_grad()
     def remember(self, total: Tensor, mean: Tensor, variance: Tensor) -> None:
@@ -53,10 +49,12 @@ def joint_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     count, mean and squared deviations, and these are combined as in Chan, Golub and LeVeque (1979).
     Sums of squares would be simpler, but lose their digits where the mean is far from zero.
     """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = _exact(x)
     count = x.numel() // x.shape[1]
-    mean = x.sum(MAPS) / max(1, count)
-    squares = (x - mean[:, None, None]).square().sum(MAPS)
+    mean = variance = x.new_zeros(x.shape[1])
+    if count:  # PyTorch's own pass over x: its mean and biased variance a channel
+        mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
+    squares = variance * count
     everyone = processes.gather_rows(torch.cat([x.new_tensor([count]), mean, squares]))
     counts, means, squares = everyone.split([1, len(mean), len(mean)], dim=1)  # (world, ...)
     total = counts.sum()
@@ -65,8 +63,12 @@ def joint_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return total, mean, squares / total.clamp(min=1)
 
 
+def _exact(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class _Normalise(torch.autograd.Function):
-    """y = (x - mean) * inv_std * weight + bias, where mean and inv_std came from all processes' x.
+    """What evaluation computes, with mean and variance that came from all processes' x.
 
     x and the gradients are (N, C, H, W), everything else (C,) or a number.
     """
@@ -79,11 +81,12 @@ class _Normalise(torch.autograd.Function):
         bias: Tensor,
         total: Tensor,
         mean: Tensor,
-        inv_std: Tensor,
+        variance: Tensor,
+        eps: float,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, total, mean, inv_std)
-        normalised = (x - mean[:, None, None]) * inv_std[:, None, None]
-        return (normalised * weight[:, None, None] + bias[:, None, None]).to(x.dtype)
+        ctx.save_for_backward(x, weight, total, mean, variance)
+        ctx.eps = eps
+        return F.batch_norm(_exact(x), mean, variance, weight, bias, eps=eps).to(x.dtype)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -93,13 +96,18 @@ class _Normalise(torch.autograd.Function):
         x moves the mean and the variance, and so the outputs of every process: these two terms of
         the gradient (Ioffe and Szegedy 2015, section 3) need the sums over all processes.
         """
-        x, weight, total, mean, inv_std = ctx.saved_tensors
-        normalised = (x - mean[:, None, None]) * inv_std[:, None, None]
-        grad_bias = grad.sum(MAPS, dtype=mean.dtype)
-        grad_weight = (grad * normalised).sum(MAPS)
+        x, weight, total, mean, variance = ctx.saved_tensors
+        exact, grad_x, fixed, ours = _exact(x), _exact(grad), (mean, variance), (None, None, False)
+        grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(weight)
+        if len(x):  # as if mean and variance were constants
+            grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+                grad_x, exact, weight, *fixed, *ours, ctx.eps, [True, True, True]
+            )
         average = torch.stack([grad_bias, grad_weight])
         processes.sum_in_place([average])
-        average = (average / total.clamp(min=1))[:, :, None, None]  # (2, C, 1, 1)
-        grad_x = grad - average[0] - normalised * average[1]
-        grad_x = grad_x * (weight * inv_std)[:, None, None]
-        return grad_x.to(x.dtype), grad_weight, grad_bias, None, None, None
+        average = average / total.clamp(min=1)
+        scale = -weight * (variance + ctx.eps).rsqrt()
+        grad_x = grad_x + F.batch_norm(
+            exact, *fixed, scale * average[1], scale * average[0], eps=ctx.eps
+        )
+        return grad_x.to(x.dtype), grad_weight, grad_bias, None, None, None, None
