@@ -71,14 +71,16 @@ def peers(repeats: int) -> list[dict[str, Any]]:
     sides: dict[str, Callable[[], Any]] = {
         f"ratio {r:g}": partial(losses, model, [record], Sampling(r)) for r in (1.0, 0.5, 0.25)
     }
+    sides = {"R50-FPN v2": step, **sides}
     counted = {name: multiply_adds(side) for name, side in sides.items()}
-    seconds, _ = interleaved({"R50-FPN v2": step, **sides}, repeats)
+    seconds, _ = interleaved(sides, repeats)
     rows = []
-    equal = "other models: nothing to compare"
+    told = "other models, of {:.2f} times the multiply-adds"
     for ratio, goal in ((0.5, 1.25), (0.25, 1.05)):
         name = f"ratio {ratio:g}"
         times = {side: seconds[side] for side in ("R50-FPN v2", name)}
         what, share = f"step at {ratio:g} against R50-FPN v2, 640 x 640", times[name]
+        equal = told.format(counted[name] / counted["R50-FPN v2"])
         rows.append(row(what, times, share / seconds["R50-FPN v2"], goal, equal, most=True))
         gain, ideal = seconds["ratio 1"] / share, counted["ratio 1"] / counted[name]
         times = {side: seconds[side] for side in ("ratio 1", name)}
@@ -90,10 +92,13 @@ def peers(repeats: int) -> list[dict[str, Any]]:
         for r in (1.0, 0.5)
     }
     with torch.no_grad():
-        seconds, _ = interleaved({"R50-FPN v2": partial(other, [image]), **sides}, repeats)
+        sides = {"R50-FPN v2": partial(other, [image]), **sides}
+        counted = {name: multiply_adds(side) for name, side in sides.items()}
+        seconds, _ = interleaved(sides, repeats)
     for name, goal in (("ratio 1", 1.65), ("ratio 0.5", 1.2)):
         times = {side: seconds[side] for side in ("R50-FPN v2", name)}
         share, what = times[name] / times["R50-FPN v2"], f"finding at {name[6:]} against R50-FPN v2"
+        equal = told.format(counted[name] / counted["R50-FPN v2"])
         rows.append(row(f"{what}, 640 x 640", times, share, goal, equal, most=True))
     return rows
 
