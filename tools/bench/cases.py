@@ -18,6 +18,7 @@ from torchvision.ops import roi_align
 
 from mimdet.analysis.cost import transformer_cost
 from mimdet.analysis.metrics import COLUMNS, coco_metrics
+from mimdet.analysis.outlines import mask_outlines
 from mimdet.config import DataConfig
 from mimdet.data.coco import build_dataset
 from mimdet.data.loader import TrainLoader
@@ -26,6 +27,7 @@ from mimdet.models.roi_heads import mask_targets
 from mimdet.models.sampling import Sample, grid_sampler, select
 from mimdet.models.vit import Encoder
 from mimdet.structures import (
+    as_rle,
     bitmap_to_rle,
     crops_to_bitmaps,
     paste,
@@ -228,7 +230,7 @@ def evaluation(repeats: int) -> list[dict[str, Any]]:
 
 
 def jpegs(folder: Path, count: int) -> DataConfig:
-    """Scenes of 640 x 480 pixels as a COCO data set of JPEG files."""
+    """Scenes of 640 pixels as a COCO data set: JPEG files, polygons of about 40 points."""
     from PIL import Image
 
     scenes = ShapesCOCO("shapes-v2-medium", size=WIDTH, length=count, split="train")
@@ -238,6 +240,13 @@ def jpegs(folder: Path, count: int) -> DataConfig:
         entry["file_name"] = f"{entry['id']:06d}.jpg"
         image = Image.fromarray(scenes.scene(entry["id"]).image)
         image.save(folder / "images" / entry["file_name"], quality=90)
+        masks = scenes[entry["id"]].target.masks
+        assert masks is not None
+        outlines = mask_outlines(masks.bitmaps.float(), masks.boxes, (WIDTH, WIDTH))
+        objects = [one for one in truth["annotations"] if one["image_id"] == entry["id"]]
+        for annotation, rings in zip(objects, outlines, strict=True):
+            thinned = [np.reshape(ring, (-1, 2))[:: max(1, len(ring) // 80)] for ring in rings]
+            annotation["segmentation"] = [points.flatten().tolist() for points in thinned]
     (folder / "annotations.json").write_text(json.dumps(truth))
     return DataConfig(
         source="coco",
@@ -288,7 +297,8 @@ def loader(repeats: int) -> list[dict[str, Any]]:
         assert record.target.masks is not None
         masks = crops_to_bitmaps(record.target.masks, *record.image.shape[1:])
         truth = reference._dataset.coco.imgToAnns[record.image_id]
-        known = np.stack([rle_to_bitmap(one["segmentation"]) for one in truth])
+        rles = [as_rle(one["segmentation"], WIDTH, WIDTH) for one in truth]
+        known = np.stack([rle_to_bitmap(rle) for rle in rles])
         iou = (masks.numpy() & known).sum() / (masks.numpy() | known).sum()
     equal = f"masks of an image without augmentation: IoU {iou:.3f}"
     return [row("loader, a core", seconds, seconds["torchvision"] / seconds["kit"], 4.0, equal)]
