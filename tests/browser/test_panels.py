@@ -342,6 +342,34 @@ def test_a_lesson(server: Server, page: Page) -> None:
     assert page.errors == []
 
 
+def test_real_pictures(server: Server, page: Page, shared_data: Path, tmp_path: Path) -> None:
+    """A class's own pictures, by one variable, stand beside the drawn ones of notebook 00."""
+    annotations = (shared_data / "nuclei/annotations/instances_val.json").read_bytes()
+    (tmp_path / "annotations.json").write_bytes(annotations)
+    (tmp_path / "images").symlink_to(shared_data / "nuclei/val")
+    ids = [str(entry["id"]) for entry in json.loads(annotations)["images"]]
+    source = notebooks.read_source(notebooks.FOLDER / "py" / "00_quickstart.py")
+    cells = [cell.source for cell in source.cells if cell.cell_type == "code"]
+    last = next(i for i, cell in enumerate(cells) if "TokenLab(" in cell)
+    page.errors.clear()
+    named = f"%env MIMDET_PICTURES={tmp_path}"
+    own = Notebook(server, page, "own", [named, *cells[: last + 1]])
+    own.run_all()
+    page.page.wait_for_selector("canvas.mimdet-canvas[data-seq]")
+    menu = own.find("mimdet-token-image").locator("select")
+    offered = menu.locator("option").all_inner_texts()
+    assert offered[:4] == ids[:4][::-1]
+    drawn = page.page.evaluate(COLOURS)
+    own.answer_to(lambda: menu.select_option(offered[0]))
+    assert page.page.evaluate(COLOURS) != drawn, "another picture"
+    before = own.pictures()
+    own.answer_to(lambda: own.stroke(0, 0.4))
+    assert own.pictures() != before and "Error" not in own.status()
+    page.picture("real_pictures")
+    own.close()
+    assert page.errors == []
+
+
 TRAINING = """\
 from mimdet.notebook import quick_config
 from mimdet.viz import TrainingDashboard
