@@ -157,7 +157,7 @@ def suit_machine(cfg: Config) -> None:
     """Threads, at most 4, and bf16 where the CPU computes with it: a step takes 17 % less time.
 
     A model this small cannot fill more. On idle cores one process with two threads makes a step in
-    0.25 s where two processes that synchronise their norms, or a single thread, need 0.34 s.
+    0.25 s, as long as two processes that synchronise their norms; a single thread needs 0.34 s.
     """
     import torch
 

@@ -128,7 +128,7 @@ def beside(repeats: int) -> list[dict[str, Any]]:
 
 
 def padding(repeats: int) -> list[dict[str, Any]]:
-    """Tokens of padded batches of 16 to those of their images, over an epoch of the recipe."""
+    """Tokens of batches of 16 to those of the same images, each padded to 32 alone."""
 
     class Sizes(list[tuple[int, int]]):
         def image_size(self, index: int) -> tuple[int, int]:
@@ -141,7 +141,7 @@ def padding(repeats: int) -> list[dict[str, Any]]:
         for batch in plan.micro_batches(step):
             own += sum(math.prod(plan.padded([item])) for item in batch)
             computed += len(batch) * math.prod(plan.padded(batch))
-    what = "padded tokens to tokens, batches of 16"
+    what = "tokens of batches of 16 to those of images padded alone"
     return [row(what, {}, computed / own, 1.25, f"{len(sizes):,} images", most=True)]
 
 
