@@ -121,7 +121,8 @@ def state_of(run: Path) -> dict[str, Tensor]:
     assert last is not None
     tensors = dict(last.weights)
     for number, values in last.optimizer["optimizer"]["state"].items():
-        tensors |= {f"optimizer.{number}.{name}": value for name, value in values.items()}
+        numbers = {name: torch.as_tensor(value) for name, value in values.items()}
+        tensors |= {f"optimizer.{number}.{name}": value for name, value in numbers.items()}
     return tensors
 
 

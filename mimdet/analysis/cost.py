@@ -157,10 +157,10 @@ def kept_bytes(run: Callable[[], Any], module: nn.Module) -> int:
 def training_bytes(cfg: Config, size: tuple[int, int] = (800, 1344)) -> tuple[int, int]:
     """What a training takes, by count: (bytes once, bytes per image of a micro-batch).
 
-    Once: weights, gradients and AdamW's two moments, in float32. An image of `size` = (height,
-    width): what autograd keeps for the backward pass, in the configuration's precision (`auto`
-    counts as fp32), without maps of attention, which fused kernels never store. Losses, workspace
-    and what the allocator wastes come on top. Checkpointing "auto" is counted as "off".
+    Once: weights, gradients and AdamW's two moments, or Muon's one, in float32. An image of `size`
+    = (height, width): what autograd keeps for the backward pass, in the configuration's precision
+    (`auto` counts as fp32), without maps of attention, which fused kernels never store. Losses,
+    workspace and what the allocator wastes come on top. Checkpointing "auto" is counted as "off".
     """
     with FakeTensorMode():  # a CPU's kernels, without their numbers
         model = build_detector(cfg).train()
@@ -172,4 +172,5 @@ def training_bytes(cfg: Config, size: tuple[int, int] = (800, 1344)) -> tuple[in
                 run_heads(model, *size)
 
         kept = kept_bytes(run, model)
-    return 16 * sum(p.numel() for p in model.parameters() if p.requires_grad), kept
+    of_each = 12 if cfg.training.optimizer == "muon" else 16
+    return of_each * sum(p.numel() for p in model.parameters() if p.requires_grad), kept

@@ -97,6 +97,7 @@ def test_losses_of_a_training_are_the_same(tmp_path: Path) -> None:
     """Ten steps of `tiny` as it was first, through all that a training goes through, in float64."""
     cfg = mimdet.presets.tiny()
     cfg.backbone.decoder_depth, cfg.backbone.decoder_fill = 2, "stem"
+    cfg.training.optimizer, cfg.training.learning_rate = "adamw", 1.6e-3
     cfg.training.precision, cfg.training.steps, cfg.training.threads = "fp64", STEPS, 1
     cfg.data.shapes_val, cfg.data.workers = 2, 0
     measured = [list(step.losses.values()) for step in train(cfg, tmp_path / "run")]

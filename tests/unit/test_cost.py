@@ -101,7 +101,10 @@ def test_bytes_of_a_training(recomputed: str) -> None:
     cfg.backbone.checkpointing = recomputed  # type: ignore[assignment]
     once, image = training_bytes(cfg, (128, 160))
     model = build_detector(cfg).train()
-    assert once == 16 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert once == 12 * numbers  # weights, gradients, Muon's momentum
+    cfg.training.optimizer = "adamw"
+    assert training_bytes(cfg, (128, 160)) == (16 * numbers, image)
     batch = Batch(torch.rand(1, 3, 128, 160), [(128, 160)], [])
 
     def forward() -> None:

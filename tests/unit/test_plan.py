@@ -84,7 +84,8 @@ def test_a_profile_counts_every_part_once() -> None:
     assert found.images == 2 and found.seconds == sum(p.seconds for p in found.parts) > 0
     # 16 tokens of an image, half of them kept, in two blocks; two images.
     assert parts["encoder"].multiply_adds == 2 * transformer_cost(8, 32, 2)
-    forward = sum(p.multiply_adds for p in found.parts if p.name != "backward")
+    others = ("backward", "optimiser")  # Muon multiplies matrices, too
+    forward = sum(p.multiply_adds for p in found.parts if p.name not in others)
     assert 1.8 * forward < parts["backward"].multiply_adds < 2.1 * forward
     assert {"stem", "decoder", "FPN", "RPN", "mask head", "optimiser", "loading"} <= parts.keys()
     assert 0 < found.share_of_peak() < 1.5 and str(found).count("\n") == 3 + len(parts)

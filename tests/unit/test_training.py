@@ -21,7 +21,13 @@ from mimdet.models.rcnn import pad_and_normalise
 from mimdet.models.weights import load_mae_model
 from mimdet.training.checkpoints import Checkpoint
 from mimdet.training.initial import align_stem, initialise, teach_c4, warm_start
-from mimdet.training.optim import Schedule, parameter_groups, rate_factor, scaled_rate
+from mimdet.training.optim import (
+    Schedule,
+    build_optimizer,
+    parameter_groups,
+    rate_factor,
+    scaled_rate,
+)
 from mimdet.training.pretrain import pretrain
 from mimdet.training.run import CheckpointStore, TrainingStopped, load_detector, stored_config
 from mimdet.training.train import extend, fit, resume, train
@@ -54,6 +60,36 @@ def test_three_rates_and_no_decay_for_one_dimensional_parameters():
     for g in groups:
         assert all((shapes[n].ndim > 1) == (g["weight_decay"] > 0) for n in g["names"])
     assert "backbone.encoder.pos_embed" not in named
+
+
+def test_muon_moves_a_matrix_equally_far_in_all_directions_and_a_vector_as_adam_does():
+    cfg = small()
+    cfg.training.optimizer, cfg.training.weight_decay = "muon", 0.0
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 16, 3), torch.nn.Linear(64, 32))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = build_optimizer(model, cfg.training)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    moved = {name: before[name] - value for name, value in model.state_dict().items()}
+    rate = optimizer.param_groups[0]["lr"]
+    for name, largest in (("0.weight", 36), ("1.weight", 64)):
+        # The singular values of an orthogonal matrix are 1; the iteration that finds it ends
+        # within a third of them. Scaled to the size of AdamW's update: .2 * sqrt(larger side).
+        directions = torch.linalg.svdvals(moved[name].flatten(1)) / (rate * 0.2 * largest**0.5)
+        assert (directions - 1).abs().max() < 0.35
+        assert torch.linalg.svdvals(model.get_parameter(name).grad.flatten(1)).std() > 0.2
+    for name in ("0.bias", "1.bias"):  # Adam's first step: every number equally far, by its sign
+        assert torch.equal(moved[name].sign(), model.get_parameter(name).grad.sign())
+        assert moved[name].abs() == pytest.approx(float(moved[name].abs().mean()), rel=1e-3)
+        assert rate <= moved[name].abs().mean() < 2 * rate
+
+
+def test_the_paper_s_presets_train_by_adamw():
+    for name, preset in presets.PRESETS.items():
+        expected = "muon" if name.startswith("tiny") or name == "nuclei" else "adamw"
+        assert preset().training.optimizer == expected, name
 
 
 def test_schedules_by_hand():
