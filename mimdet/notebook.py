@@ -132,7 +132,7 @@ def quick_config() -> Config:
     change(cfg.detector, box_convs=0, mask_convs=1, rois_per_image=32)
     change(cfg.training, steps=280, warmup_steps=28)
     change(cfg.training, batch_size=2, accumulate=1, reference_batch=2)
-    change(cfg.training, learning_rate=1.5e-3, rate_multiplier=1.0, betas=(0.9, 0.98))
+    change(cfg.training, learning_rate=4e-3, rate_multiplier=1.0, betas=(0.9, 0.98))
     return cfg
 
 

@@ -26,7 +26,7 @@ INTRODUCTION = """# The paper's claims, measured small
 
 Each claim is one comparison of two arms of a grid in
 [notebooks/ablations](../notebooks/ablations), at laptop size, on drawn scenes: `tiny` and recipes
-of its size, 4,800 scenes of `shapes-v1-medium` unless the grid says otherwise. Nothing about
+of its size, 2,000 scenes of `shapes-v1-medium` unless the grid says otherwise. Nothing about
 ViT-B on COCO follows from a row; what can be seen is whether an effect shows at this size. What
 counts as shown was written down before the grids were run
 ([claims.toml](../notebooks/ablations/claims.toml)): the 95 % t-interval of the difference, paired

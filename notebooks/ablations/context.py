@@ -28,6 +28,7 @@ def without_transformer(cfg):
 base = presets.tiny()
 base.data.shapes_level, base.data.shapes_size = "shapes-v2-context", 256
 base.detector.num_classes = 16
+base.training.optimizer, base.training.learning_rate = "adamw", 1.6e-3  # `tiny` then
 base.training.steps = 2400  # 4 images a step
 base.training.evaluate_every_steps = 1200
 

@@ -25,6 +25,7 @@ change(base.data, short_sides=(224, 256, 288), test_short_side=256, max_side=512
 change(base.detector, anchor_sizes=(8, 16, 32, 64, 128), canonical_size=112 * 8 / 12)
 change(base.detector, num_classes=1, norm="GN", rpn_pre_nms=(600, 600), rpn_post_nms=(300, 300))
 change(base.detector, rpn_anchors_per_image=256, rois_per_image=128, detections_per_image=100)
+base.training.optimizer, base.training.learning_rate = "adamw", 1.6e-3  # `tiny` then
 change(base.training, steps=100, warmup_steps=10, evaluate_every_steps=100)  # 4 images a step
 
 grid = [

@@ -88,7 +88,7 @@ def test_muon_moves_a_matrix_equally_far_in_all_directions_and_a_vector_as_adam_
 
 def test_the_paper_s_presets_train_by_adamw():
     for name, preset in presets.PRESETS.items():
-        expected = "muon" if name.startswith("tiny") or name == "nuclei" else "adamw"
+        expected = "muon" if name.startswith("tiny") else "adamw"
         assert preset().training.optimizer == expected, name
 
 
