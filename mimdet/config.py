@@ -220,6 +220,9 @@ class TrainingConfig:
     schedule: Literal["multistep", "cosine"] = "multistep"
     milestones: tuple[float, ...] = (27 / 36, 33 / 36)
     """`multistep`: shares of the training after which the rate falls by ten."""
+    whole_at_end: float = 0.0
+    """Share of the steps, the last ones, in which the encoder sees all tokens, as it will when the
+    trained detector is used; 0 = none, as in the paper."""
     warmup_epochs: float = 0.25
     """Linear warm-up from 0; `warmup_steps`, when not 0, overrides it."""
     warmup_steps: int = 0

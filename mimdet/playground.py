@@ -76,7 +76,7 @@ def playground(
     if not isinstance(painter, MAE):
         raise ValueError(f"--autoencoder {autoencoder} is a detector")
     models: dict[str, Detector] = {}
-    for name in [run] if run else ["tiny", "tiny_from_mae"]:
+    for name in [run] if run else ["tiny", "tiny_half"]:
         model = load_model(name, trust_code=trust_code) if run else load_model(name)
         if isinstance(model, MAE):
             raise ValueError(

@@ -31,7 +31,7 @@ from mimdet.presets import mimdet_base
 from mimdet.structures import Detections
 
 RATIOS = (0.1, 0.25, 0.5, 1.0)
-DETECTORS = ("tiny", "tiny_from_mae")
+DETECTORS = ("tiny", "tiny_half")
 SCORES = 1e-4
 """How far scores may be apart."""
 LEAST = 0.05

@@ -153,6 +153,48 @@ def short_table() -> str:
     )
 
 
+def muon_section() -> str:
+    """AdamW against Muon: the grid, and what was tried before it."""
+    tried = read("muon_tried")
+    result = Experiment.from_json(RESULTS / "claims/optimizer.json")
+    adamw, muon = (arm.label for arm in result.arms)
+    lines = []
+    for name, arm in (("AdamW, 600 steps", adamw), ("Muon, 500 steps", muon)):
+        cells = []
+        for ratio in (0.004, 0.25, 1.0):
+            found = [[*result.scores(arm, ratio, kind).values()] for kind in ("box_ap", "mask_ap")]
+            cells.append(" / ".join(mean_text(mean_interval(x)._asdict()) for x in found))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    seconds = result.table.groupby("arm")["cpu_seconds"].mean()
+    gain = result.difference((muon, 1.0), (adamw, 1.0))
+    rows = [
+        f"| {r['optimizer']}, {r['learning_rate']:g} | {r['left_to_adamw']} | {r['steps']} | "
+        f"{r['cpu_seconds']} | {r['box_ap']} / {r['mask_ap']} |"
+        for r in tried["rows"]
+    ]
+    return f"""## Muon or AdamW
+
+The paper trains by AdamW. The `tiny` presets learn by Muon (`training.optimizer`), which moves
+every matrix and convolution equally far in all its directions. In about the same CPU time
+({seconds[adamw]:.0f} and {seconds[muon]:.0f} s; {result.about["hardware"]}), {gain.n} seeds, box /
+mask AP x 100 on 200 held-out scenes, mean ± standard deviation
+([the grid](../notebooks/ablations/optimizer.py), `claims/optimizer.json`):
+
+| | one token | 25 % | all |
+|---|---|---|---|
+{chr(10).join(lines)}
+
+A difference of {gain.mean:+.1f} box AP [{gain.low:+.1f}, {gain.high:+.1f}]. What was tried before,
+on seed 0 (`muon_tried.json`):
+
+| optimizer, rate | left to AdamW | steps | CPU s | AP |
+|---|---|---|---|---|
+{chr(10).join(rows)}
+
+After 3,600 steps less is left of it: 53.7 / 57.9 (`tiny_half`) where AdamW had 52.1 / 51.4; 600
+steps more with all tokens make that 59.3 / 62.5 (`tiny`)."""
+
+
 def context_row(arm: str) -> str:
     """Box and mask AP of each seed that is there: `33.2, 31.9 | 37.3, 35.0`."""
     rows = [row for row in read("claims/context")["rows"] if row["arm"] == f"kind={arm}"]
@@ -184,17 +226,16 @@ def export_row(row: dict[str, Any]) -> str:
 
 def long_tables() -> str:
     """The results of docs/measurements.md, every number from a json file."""
-    short, slower, long = (read(f"demo/demo-{n}") for n in ("6min", "6min-slower", "15min"))
-    seeds, floor, nuclei = read("demo/seeds"), read("floor"), read("nuclei")
+    short, long = (read(f"demo/demo-{n}") for n in ("6min", "15min"))
+    floor, nuclei = read("floor"), read("nuclei")
     collapsed = read("demo/encoder_collapse")["runs"][0]
     level = floor["levels"]["shapes-v1-medium@128/r1"]
     overfit, baselines = read("overfit_8_coco_images"), read("baselines")
-    from_mae = read("reliance_tiny_from_mae")
+    half, tried_muon = read("reliance_tiny_half"), read("muon_tried")
     relies, first, rates = read("reliance_tiny"), read("reliance_first_tiny"), read("rates")
     probes = {name: read(f"reliance_{name}")["probe"] for name in ("tiny", "tiny_mae")}
     conditions = [name for name in relies["box_ap"] if name.endswith(("token", "tokens"))]
     conditions += ["c4: another", "c4: mean", "encoder: mean", "fill: zero"]
-    cards = read_json(ROOT / "mimdet/pretrained/cards.json")
     masked, filled = read("fill_mask_token"), read("fill_stem")
     kernels, speed, tiles = read("kernels"), read("speed"), read("tiles")
     exported, start = read("export"), read("own_start")
@@ -207,10 +248,8 @@ def long_tables() -> str:
     backbones = [
         f"| `{r['preset']}` | {r['box_ap']} / {r['mask_ap']} | {r['cpu_minutes']} |" for r in order
     ]
-    spread = ", ".join(f"{percent(r['box'])} / {percent(r['mask'])}" for r in seeds["runs"])
     rows = [
         demo_row(short),
-        demo_row(slower),
         demo_row(long),
         f"| colour threshold + connected components | - | - | | | - / {level['mask_ap']:.1f} |",
     ]
@@ -218,8 +257,8 @@ def long_tables() -> str:
 
 ShapesCOCO `{short["environment"]["data"]}`: 12 classes, 3-10 objects a scene, \
 {100 * level["small"]:.0f} % of them small, {100 * level["occluded"]:.0f} % partly occluded;
-200 held-out scenes, from scratch, trained at ratio 0.5. AP x 100, box / mask, mean ± standard
-deviation of 2 draws of the tokens;
+200 held-out scenes, from scratch, trained at ratio 0.5, the last 15 % of the steps of the first row
+with all tokens. AP x 100, box / mask, mean ± standard deviation of 2 draws of the tokens;
 {short["hardware"]}:
 
 | command | time | scenes seen | ratio 0.25 | ratio 0.5 | ratio 1 |
@@ -228,18 +267,17 @@ deviation of 2 draws of the tokens;
 
 ![AP against the share of tokens kept](../notebooks/results/demo/ratios.png)
 
-AP still rises steeply after six minutes, so a faster machine reaches more. Runs this short differ:
-with version 2's fill, and as many scenes as six minutes of the faster machine held (3,896),
-{len(seeds["runs"])} seeds gave {spread} at ratio 1 (`demo/seeds.json`).
+AP still rises steeply after six minutes, so a faster machine reaches more.
+
+{muon_section()}
 
 ## Does the detector use its encoder?
 
 Box AP of the detector that comes with the package when its encoder sees fewer tokens, and when a
 part of what it computes is exchanged (`another`: that of another image; `mean`: its mean over the
-places; fill: at ratio 0.25). Beside it the one that came before it, which had the fill of the
-paper's version 2, the stem's own tokens at places that were left out, and two decoder blocks.
-200 held-out scenes (`python tools/measure_reliance.py tiny`, `reliance_tiny.json`,
-`reliance_first_tiny.json`):
+places; fill: at ratio 0.25). Beside it the first one, which had the fill of the paper's version 2,
+the stem's own tokens at places that were left out, and two decoder blocks. 200 held-out scenes
+(`python tools/measure_reliance.py tiny`, `reliance_tiny.json`, `reliance_first_tiny.json`):
 
 | condition | `tiny` | small | medium | large | version 2's fill | small | medium | large |
 |---|---|---|---|---|---|---|---|---|
@@ -260,19 +298,31 @@ measured with the released weights (`python tools/measure_reliance.py FILE`). Sm
 notice c4 with either, as long as it is one that the detector knows: with zeros in its place `tiny`
 falls to {relies["box_ap"]["c4: zero"]["AP_small"]:.1f} there.
 
-**What its tokens hold is little all the same.** They vary in few directions (effective rank, of
-128; c4: of 96), and a linear classifier tells the class of an object from the mean token inside its
-mask in {probe_words(probes["tiny_mae"]["encoder"])} after the encoder of
-`tiny_mae`, in {probe_words(probes["tiny"]["encoder"])} after that of `tiny`, in
-{probe_words(probes["tiny"]["c4"])} from c4:
+**All tokens have to be learned.** `tiny_half` is `tiny` before its last 600 steps: it was trained
+with half of the tokens alone, as the paper trains. At half it is as good, at all tokens worse: what
+follows the encoder has never seen an image without gaps. The paper's models gain from more tokens
+than they were trained with; this one loses:
+
+| condition | `tiny_half` | small | medium | large | `tiny` | small | medium | large |
+|---|---|---|---|---|---|---|---|---|
+{chr(10).join(reliance_row(name, half, relies) for name in conditions)}
+
+**What its tokens hold.** A linear classifier tells the class of an object from the mean token
+inside its mask in {probe_words(probes["tiny_mae"]["encoder"])} after
+the encoder of `tiny_mae`, in {probe_words(probes["tiny"]["encoder"])}
+after that of `tiny`, in {probe_words(probes["tiny"]["c4"])} from c4.
+They vary in few directions (effective rank, of 128; c4: of 96):
 
 | | stem | with random weights | encoder | with random weights | c4 | with random weights |
 |---|---|---|---|---|---|---|
 {rank_row("effective rank, `tiny`", relies)}
 
-So c4 seems to say that something is there and how far it reaches, and the heads to read from c2 and
-c3 what it is. Lower learning rates keep more directions, at lower AP after as many steps
-(`rates.json`, {rates["rows"][0]["steps"]} steps without a decoder block, one seed):
+So c4 seems to say that something is there and how far it reaches, and the heads to read from c2
+and c3 what it is. By AdamW, at the rate that gave the highest AP, less still was left: stem,
+encoder and c4 of the `tiny` before this one had ranks of 1.1, 1.7 and 1.3, and its encoder told
+23.9 % of the classes, less than random weights. Lower rates kept more directions, at lower AP after
+as many steps (`rates.json`, {rates["rows"][0]["steps"]} steps by AdamW without a decoder block, one
+seed):
 
 | learning rate, multiplier | rank: stem | encoder | c4 | box AP |
 |---|---|---|---|---|
@@ -280,18 +330,18 @@ c3 what it is. Lower learning rates keep more directions, at lower AP after as m
 
 Few directions are an obstacle. In the scenes of `shapes-v2-context` the colour of a far lamp names
 the objects. Asked for that colour alone, by one linear layer on c4 in an object's box, the backbone
-learns it at once from random weights, and slowly from those that the detector `tiny` ended with
-(`python tools/measure_transport.py [--start tiny]`, one seed; a guess is right in a third):
+learns it at once from random weights, and slowly from those that a `tiny` trained by AdamW ended
+with (`python tools/measure_transport.py [--start tiny]`, one seed; a guess is right in a third):
 
 | scenes seen | random weights: right | rank of c4 | `tiny`: right | rank of c4 |
 |---|---|---|---|---|
 {transport_rows()}
 
-**So c4 is taught first.** 250 batches on which the backbone is trained by nothing but a loss in
-which c4 alone tells the classes, at a low rate, and then that loss beside the others
-(`training.c4_first`, `detector.c4_loss`; the paper has neither). On `shapes-v2-context` after 9,600
-scenes, and 1,000 more where c4 was first; seed 0, on which the numbers were chosen, then the seeds
-that nothing was chosen on ([the grid](../notebooks/ablations/context.py)):
+**So c4 is taught first**, where AdamW trains. 250 batches on which the backbone is trained by
+nothing but a loss in which c4 alone tells the classes, at a low rate, and then that loss beside the
+others (`training.c4_first`, `detector.c4_loss`; the paper has neither). On `shapes-v2-context` after
+9,600 scenes, and 1,000 more where c4 was first; seed 0, on which the numbers were chosen, then the
+seeds that nothing was chosen on ([the grid](../notebooks/ablations/context.py)):
 
 | | box AP | mask AP |
 |---|---|---|
@@ -307,13 +357,10 @@ With c4 taught first, c4 is worth {worth_of_c4()}. The tries differ from the
 chosen one in more than one number, so which of them matters is not known; nor whether this helps
 where nothing far away is asked for.
 
-**And the autoencoder does not help here**: after {cards["tiny"]["images_seen"]:,} scenes `tiny`,
-from random weights, has {cards["tiny"]["box_ap"]:.1f} box AP, `tiny_from_mae`
-{cards["tiny_from_mae"]["box_ap"]:.1f}, one seed each. It uses its encoder less, too:
-
-| condition | `tiny_from_mae` | small | medium | large |
-|---|---|---|---|---|
-{chr(10).join(reliance_row(name, from_mae) for name in conditions)}
+By Muon, as the paper trains, seed 0 has {tried_muon["context"]["box_ap"]} / \
+{tried_muon["context"]["mask_ap"]} box / mask AP there after
+{tried_muon["context"]["steps"]:,} steps, as much as AdamW after 2,400: the lamp is guessed by it,
+too (`muon_tried.json`).
 
 From random weights the encoder learns late. In an earlier recipe, with one learning rate for all
 parts, it once gave every token the same output: the detector lived on the stem's tokens at places
@@ -323,7 +370,7 @@ that were *not* sampled, and at ratio 1, where there are none, it fell to
 
 ## The tiny presets side by side
 
-After {baselines["rows"][0]["images"]:,} scenes from random weights, one seed each
+After {baselines["rows"][0]["images"]:,} scenes from random weights by AdamW, one seed each
 (`baselines.json`); `tiny`, `tiny_no_decoder` and `tiny_patch_stem` still with version 2's fill, and
 `tiny` with two decoder blocks. Nothing about large models follows from it:
 

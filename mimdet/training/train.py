@@ -29,6 +29,7 @@ from mimdet.downloads import readable
 from mimdet.files import write_json
 from mimdet.models.batchnorm import SyncedBatchNorm
 from mimdet.models.detector import Detector, build_detector, category_entries
+from mimdet.models.sampling import DEFAULT, Sampling
 from mimdet.presets import PRESETS, STARTS_FROM_MAE
 from mimdet.processes import set_up
 from mimdet.training.checkpoints import MetricsFile, has_checkpoint
@@ -220,7 +221,9 @@ class DetectorTrainer(Trainer):
         return islice(batches, count)
 
     def losses(self, batch: MicroBatch) -> dict[str, Tensor]:
-        return self.replica(batch.images, batch.targets)
+        sampled = (1 - self.cfg.training.whole_at_end) * self.schedule.total  # steps
+        sampling = DEFAULT if self.done < sampled else Sampling(1.0)
+        return self.replica(batch.images, batch.targets, sampling=sampling)
 
     def measure(self) -> tuple[dict[str, Any], dict[str, Any]]:
         self.model.step = self.done
@@ -264,6 +267,10 @@ def check_start(cfg: Config) -> str:
         raise ValueError(
             "training.align_stem fits the stem to an autoencoder's patch embedding, and "
             "training.init_from names none: give it (--init-from FILE), or set align_stem=0"
+        )
+    if not 0 <= cfg.training.whole_at_end <= 1:
+        raise ValueError(
+            f"training.whole_at_end={cfg.training.whole_at_end} is a share of the steps: 0 to 1"
         )
     if cfg.training.c4_first and not cfg.detector.c4_loss:
         raise ValueError(

@@ -298,10 +298,8 @@ check("both are better than guessing", min(told.values()) > chance, f"which is {
 # %% [markdown]
 # In quick mode, hardly more than random weights: 39 against 36 %, and with twice the scenes 40.9
 # against 41.4 % (`results/reliance_tiny_mae.json`). Its tokens even vary in fewer directions. So do
-# not expect much of this start: of the two shipped detectors, one training each, `tiny_from_mae`
-# began with this file and has 49.5 box AP, `tiny` with random weights and has 52.1. That
-# pre-training pays is the paper's result, for ViT-B, ImageNet and COCO; a model of this size does
-# not show it.
+# not expect much of this start: what it is worth with 250 labelled scenes, three seeds say in
+# `docs/claims.md` (C5). That pre-training pays is the paper's result, for ViT-B, ImageNet and COCO.
 #
 # ## 8 · `norm_pix_loss`: better features, no brightness
 #

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 08 · Results: why AP is what it is
 #
-# **One number, "box AP 52", hides which objects a detector loses, by which mistakes, and whether it
+# **One number, "box AP 59", hides which objects a detector loses, by which mistakes, and whether it
 # uses its transformer at all.** **Afterwards you can** take the number apart: how it is computed,
 # which sizes, classes and kinds of mistakes cost most, what they look like, how far two runs differ
 # by chance. Nothing is trained, unless you bring data of your own.
@@ -51,9 +51,9 @@ if pictures.dataset is None:
 # ## 1 · Two runs and their 24 numbers
 #
 # Two detectors, to compare; what their difference is worth is asked in section 7. In quick mode
-# `tiny` started from random weights and `tiny_from_mae` from a masked autoencoder
-# (`mimdet/pretrained/README.md`); with a folder of your own both are warm-started on it: the preset
-# `tiny` with one assignment, `cfg.data = data`.
+# `tiny_half` was trained with half of the tokens, as the paper trains, and `tiny` is the same after
+# 600 more steps with all of them (`mimdet/pretrained/README.md`); with a folder of your own both are
+# warm-started on it: the preset `tiny` with one assignment, `cfg.data = data`.
 
 # %%
 data = pictures.data
@@ -62,7 +62,7 @@ if MODE == "quick" or own_data:
     data.limit_val, data.workers = 48, 0
 scenes = mimdet.build_dataset(data, "val")
 
-detectors = {name: name for name in ("tiny", "tiny_from_mae")}
+detectors = {name: name for name in ("tiny", "tiny_half")}
 if own_data:
     for name in detectors:
         cfg = mimdet.presets.tiny()
@@ -408,8 +408,8 @@ check("pairs help when runs agree on what is hard", saves, f"correlation {agree:
 # recipe. On full COCO five trainings of ViTDet-B differ with a standard deviation of 0.10 box AP (as
 # its authors report), so a gain of 0.2 from one run each is no result. In short trainings the noise
 # is far larger: three seeds of the demo's first recipe gave 20.5, 23.3 and 24.3 box AP
-# (`docs/measurements.md`). `tiny` and `tiny_from_mae` are one training each: the figure above does
-# not say that pre-training helps or harms. For that, several seeds of each (notebook 09).
+# (`docs/measurements.md`). `tiny` and `tiny_half` are one training each: the figure above does not
+# say that any other would gain as much from its last steps. For that, several seeds (notebook 09).
 #
 # (The mean AP *of an image* is not COCO's: there all detections of a class are one ranking.)
 #

@@ -130,7 +130,7 @@ PANELS: dict[str, tuple[str, dict[str, Act]]] = {
         },
     ),
     "pyramid_viewer": (
-        'viz.PyramidViewer({"trained": model, "from mae": mimdet.load_detector("tiny_from_mae")})',
+        'viz.PyramidViewer({"trained": model, "half": mimdet.load_detector("tiny_half")})',
         {
             "image": lambda n: n.choose("mimdet-pyramid-image", 1),
             "level": lambda n: n.choose("mimdet-pyramid-level", 3),

@@ -86,6 +86,24 @@ def test_muon_moves_a_matrix_equally_far_in_all_directions_and_a_vector_as_adam_
         assert rate <= moved[name].abs().mean() < 2 * rate
 
 
+def test_the_last_steps_see_all_tokens_where_that_is_asked_for(tmp_path):
+    cfg = small(steps=4)
+    cfg.data.augment, cfg.data.short_sides = "none", (64,)  # 16 tokens an image
+    cfg.training.whole_at_end, cfg.backbone.sample_ratio = 0.5, 0.25
+    model, kept = mimdet.build_detector(cfg), []
+
+    def note(module, inputs, outputs):
+        if module.training:
+            kept.append(len(outputs[0]))  # of the first image
+
+    model.backbone.encoder.register_forward_hook(note)
+    list(train(cfg, tmp_path / "run", model=model))
+    assert kept == [4, 4, 4, 4, 16, 16, 16, 16]  # two micro-batches a step
+    cfg.training.whole_at_end = 1.5
+    with pytest.raises(ValueError, match=r"whole_at_end=1.5 is a share of the steps"):
+        next(train(cfg, tmp_path / "other"))
+
+
 def test_the_paper_s_presets_train_by_adamw():
     for name, preset in presets.PRESETS.items():
         expected = "muon" if name.startswith("tiny") else "adamw"

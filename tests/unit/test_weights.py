@@ -361,7 +361,7 @@ def test_files_are_small_and_those_of_the_cards(capsys) -> None:
     assert "tiny_mae" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny_from_mae"])
+@pytest.mark.parametrize("name", ["tiny", "tiny_half"])
 def test_ap_is_that_of_the_card_and_falls_with_the_tokens(name: str) -> None:
     """On other machines sums are rounded otherwise, so a few detections near a threshold differ."""
     model = mimdet.load_detector(name)
@@ -374,7 +374,7 @@ def test_ap_is_that_of_the_card_and_falls_with_the_tokens(name: str) -> None:
     assert lost["AP_large"] > 0.14 and lost["AP"] > (0.1 if name == "tiny" else 0.05)
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny_from_mae"])
+@pytest.mark.parametrize("name", ["tiny", "tiny_half"])
 def test_the_encoder_tells_tokens_apart(name: str) -> None:
     """In a training that goes wrong it gives every token the same output; the detector then lives
     on the stem's tokens at places that were not sampled, and falls at ratio 1."""
