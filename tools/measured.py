@@ -248,6 +248,9 @@ def long_tables() -> str:
     backbones = [
         f"| `{r['preset']}` | {r['box_ap']} / {r['mask_ap']} | {r['cpu_minutes']} |" for r in order
     ]
+    spread = ", ".join(
+        f"{percent(run['box'])} / {percent(run['mask'])}" for run in read("demo/seeds")["runs"]
+    )
     rows = [
         demo_row(short),
         demo_row(long),
@@ -267,7 +270,8 @@ with all tokens. AP x 100, box / mask, mean ± standard deviation of 2 draws of 
 
 ![AP against the share of tokens kept](../notebooks/results/demo/ratios.png)
 
-AP still rises steeply after six minutes, so a faster machine reaches more.
+AP still rises steeply after six minutes, so a faster machine reaches more. Three seeds with as
+many steps: {spread} at ratio 1 (`demo/seeds.json`).
 
 {muon_section()}
 
@@ -339,9 +343,9 @@ with (`python tools/measure_transport.py [--start tiny]`, one seed; a guess is r
 
 **So c4 is taught first**, where AdamW trains. 250 batches on which the backbone is trained by
 nothing but a loss in which c4 alone tells the classes, at a low rate, and then that loss beside the
-others (`training.c4_first`, `detector.c4_loss`; the paper has neither). On `shapes-v2-context` after
-9,600 scenes, and 1,000 more where c4 was first; seed 0, on which the numbers were chosen, then the
-seeds that nothing was chosen on ([the grid](../notebooks/ablations/context.py)):
+others (`training.c4_first`, `detector.c4_loss`; the paper has neither). On `shapes-v2-context`
+after 9,600 scenes, and 1,000 more where c4 was first; seed 0, on which the numbers were chosen,
+then the seeds that nothing was chosen on ([the grid](../notebooks/ablations/context.py)):
 
 | | box AP | mask AP |
 |---|---|---|

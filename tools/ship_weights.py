@@ -107,6 +107,9 @@ def main() -> None:
         scores = {"box_ap": result.box["AP"], "mask_ap": result.mask["AP"]}
         cards[name] = card(name, run, {k: round(100 * v, 2) for k, v in scores.items()})
 
+    if options.detector:  # it went on where the other ended
+        for name in ("images_seen", "training_minutes"):
+            cards["tiny"][name] += cards["tiny_half"][name]
     write_json(FOLDER / "cards.json", cards)
     (FOLDER / "README.md").write_text(readme(cards))
     for name, values in cards.items():

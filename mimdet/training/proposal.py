@@ -329,6 +329,11 @@ def choose_start(cfg: Config, reasons: dict[str, str], init_from: str, no_masks:
         else "a detector of drawn scenes, which comes with the package: it knows edges, outlines "
         "and where boxes end, and only its classes begin anew"
     )
+    change(cfg.training, optimizer="adamw", learning_rate=1.6e-3)
+    reasons["training.optimizer"] = (
+        "what real pictures were measured with (docs/measurements.md#microscopy); from random "
+        "weights muon learns faster"
+    )
     cfg.detector.masks = not no_masks
     reasons["detector.masks"] = no_masks or "every object has one"
     cfg.detector.norm = "GN"

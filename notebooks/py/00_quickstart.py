@@ -341,7 +341,8 @@ everything = sum(p.numel() for p in model.parameters())
 check("the parts are the whole", sum(counts.values()) == everything, f"{everything:,} parameters")
 
 # %% tags=["solution"]
-# 3. The large ones. Small ones are found on c2 and c3, which come from the stem and lose no token.
+# 3. The large ones, and the medium ones hardly less. Small ones are found on c2 and c3, which come
+# from the stem and lose no token.
 for size, points in lost.items():
     print(f"{size:7} all {100 * whole[f'AP_{size}']:4.1f}, one token {-100 * points:+.1f}")
 check("large objects need the transformer most", lost["large"] > lost["small"] + 0.05)

@@ -351,8 +351,8 @@ check("small ones do not", abs(lost.AP_small) < 3, f"one token: {-lost.AP_small:
 
 # %% [markdown]
 # Small objects are found on the fine maps, made from the stem's c2 and c3, which no sample touches.
-# Large ones need c4 and c5, which come out of the transformer: with one token most of their AP is
-# gone, with a quarter of the tokens little.
+# Large ones need c4 and c5, which come out of the transformer: with one token nearly a third of
+# their AP is gone, with a quarter of the tokens an eighth.
 #
 # ## 7 · Your turn
 #
