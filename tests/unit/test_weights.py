@@ -361,17 +361,25 @@ def test_files_are_small_and_those_of_the_cards(capsys) -> None:
     assert "tiny_mae" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny_half"])
-def test_ap_is_that_of_the_card_and_falls_with_the_tokens(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "trained_with", "worth"), [("tiny", 1, 0.1), ("tiny_half", 0.5, 0.07)]
+)
+def test_ap_is_that_of_the_card_and_falls_with_the_tokens(
+    name: str, trained_with: float, worth: float
+) -> None:
     """On other machines sums are rounded otherwise, so a few detections near a threshold differ."""
     model = mimdet.load_detector(name)
     scenes = ShapesCOCO("shapes-v1-medium", 128, 200, "val")
     result = mimdet.evaluate(model, scenes)
     assert 100 * result.box["AP"] == pytest.approx(CARDS[name]["box_ap"], abs=0.5)
     assert 100 * result.mask["AP"] == pytest.approx(CARDS[name]["mask_ap"], abs=0.5)
-    one_token = mimdet.evaluate(model, scenes, sample_ratio=1e-6)  # the encoder is used
-    lost = {size: result.box[size] - one_token.box[size] for size in ("AP", "AP_large")}
-    assert lost["AP_large"] > 0.14 and lost["AP"] > (0.1 if name == "tiny" else 0.05)
+    as_trained, one_token = (
+        mimdet.evaluate(model, scenes, sample_ratio=ratio).box for ratio in (trained_with, 1e-6)
+    )
+    lost = {size: as_trained[size] - one_token[size] for size in ("AP", "AP_large")}
+    assert lost["AP_large"] > 0.14 and lost["AP"] > worth  # the encoder is used
+    # What follows the encoder of `tiny_half` has never seen an image without gaps.
+    assert (result.box["AP"] < as_trained["AP"] - 0.02) == (name == "tiny_half")
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_half"])

@@ -147,7 +147,8 @@ def padding(repeats: int) -> list[dict[str, Any]]:
 
 def two_processes(repeats: int) -> list[dict[str, Any]]:
     """Wall seconds of a step of `tiny` by one process and by two, of the same four images; with
-    batch norm, whose statistics are exchanged 22 times a step, and with group norm."""
+    batch norm, whose statistics are exchanged 22 times a step, and with group norm. By AdamW:
+    Muon's update is repeated by each process."""
     several = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
     made = []
     for norm in ("BN", "GN"):
@@ -157,6 +158,7 @@ def two_processes(repeats: int) -> list[dict[str, Any]]:
                 run = Path(folder, "run")
                 words = ["tiny", str(run), "--steps", "40", "--workers", "0", "--threads", "1"]
                 words += ["--batch-size", str(4 // count), "--accumulate", str(count), *FAST]
+                words += ["--optimizer", "adamw"]
                 command = [sys.executable, "-m", *start, "mimdet", "train", *words, "--norm", norm]
                 environment = os.environ | {"OMP_NUM_THREADS": "1"}
                 subprocess.run(command, check=True, env=environment, capture_output=True)
