@@ -126,6 +126,15 @@ def speed_rows() -> str:
     return "\n".join(lines)
 
 
+def speed_hardware() -> str:
+    """Of most cases; then of the others, with their names."""
+    cases: dict[str, list[str]] = {}
+    for name, case in read("speed")["cases"].items():
+        cases.setdefault(case["hardware"], []).append(f"`{name}`")
+    (most, _), *others = sorted(cases.items(), key=lambda item: -len(item[1]))
+    return "; ".join([most, *(f"{', '.join(names)}: {hardware}" for hardware, names in others)])
+
+
 def profile_rows() -> str:
     """Where a step of `tiny` goes, largest first."""
     own = read("speed")["cases"]["tiny_step"]["rows"][0]["seconds"]
@@ -237,7 +246,7 @@ def long_tables() -> str:
     conditions = [name for name in relies["box_ap"] if name.endswith(("token", "tokens"))]
     conditions += ["c4: another", "c4: mean", "encoder: mean", "fill: zero"]
     masked, filled = read("fill_mask_token"), read("fill_stem")
-    kernels, speed, tiles = read("kernels"), read("speed"), read("tiles")
+    kernels, tiles = read("kernels"), read("tiles")
     exported, start = read("export"), read("own_start")
     tried = read("c4_first_tried")["rows"]
     exponents = ", ".join(
@@ -456,7 +465,7 @@ and proposals went image by image.
 
 CPU seconds of one thread, both sides in turns in one process, and whether they give equal results
 (`python -m tools.bench`, `speed.json`; the load of the machine before and after each case is in the
-last column, {next(iter(speed["cases"].values()))["hardware"]}). A ratio is the other side's time
+last column, {speed_hardware()}). A ratio is the other side's time
 over the kit's and should reach the goal; of the encoder it is the share of the ideal. A step, a
 plan's error and a start should stay below theirs. `--list` names all cases; those without a row
 were not run on this version:
