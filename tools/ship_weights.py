@@ -99,7 +99,10 @@ def main() -> None:
     for name, run in (("tiny_half", options.half), ("tiny", options.detector)):
         if not run:
             continue
-        mimdet.save_detector(load_detector(run), FOLDER / f"{name}.safetensors", half=True)
+        detector = load_detector(run)
+        if start := Path(detector.config.training.init_from).name:
+            detector.config.training.init_from = f"runs/{start}"  # no path of this machine
+        mimdet.save_detector(detector, FOLDER / f"{name}.safetensors", half=True)
         model = mimdet.load_detector(name)
         cfg = model.config.data
         scenes = ShapesCOCO(cfg.shapes_level, cfg.shapes_size, SCENES, "val")
