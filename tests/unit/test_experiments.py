@@ -134,7 +134,7 @@ def test_recipes_are_compared_with_what_the_base_changes() -> None:
     assert flat(tiny) == flat(base) and no_decoder.backbone.decoder_depth == 0
     assert no_decoder.backbone.sample_ratio == 0.25  # the same kind of backbone
     assert vitdet.backbone == PRESETS["tiny_vitdet"]().backbone
-    assert vitdet.detector.neck == "simple_pyramid" and vitdet.training.learning_rate == 5e-4
+    assert vitdet.detector.neck == "simple_pyramid" and vitdet.training.learning_rate == 3e-3
     assert [cfg.training.steps for cfg in (no_decoder, vitdet)] == [7, 7]
     assert vitdet.data.short_sides == (64,)
 
