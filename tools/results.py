@@ -15,7 +15,8 @@ from mimdet.files import read_json, write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script, too
 
-from tools.measured import ROOT, fine_tuning_table, long_tables, short_table
+from tools.measured import long_tables, short_table
+from tools.measured_grids import ROOT, fine_tuning_table
 
 START, END = "<!-- results -->", "<!-- /results -->"
 KEPT = ("mimdet", "git", "torch", "torchvision", "timm", "python", "seed", "data")
