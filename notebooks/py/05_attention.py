@@ -142,9 +142,9 @@ print(f"equal shares: {h * w} tokens, distance {apart.mean():.1f}")
 
 # %% [markdown]
 # In quick mode no head of this small model looks mainly at its neighbours: the distances are about
-# those of equal shares. Some heads pick a few tokens, others spread over a hundred. And nearly
-# everywhere *differs* is about 0.5: what two kinds of query would give, if each got a mixture of
-# its own. Indeed the tokens vary in hardly more than one direction. Split them along it:
+# those of equal shares. Some heads pick a few dozen tokens, others spread over a hundred. And
+# *differs* is below 0.5 everywhere: what two queries get is more alike than not. The tokens vary in
+# few of their 128 directions. Split them along the first one:
 
 # %%
 from mimdet.analysis.reliance import features_of
@@ -169,8 +169,8 @@ check("queries of a kind are more alike", max(within) < differs, trained=True)
 
 # %% [markdown]
 # In quick mode one kind lies on things, on their outlines above all, and the other on the ground
-# around them; and a head gives nearly the same mixture to all queries of a kind. This transformer
-# has learnt to say *where something is*, and hardly more. So a bright patch says nothing about the
+# around them; and what a head gives to two queries of a kind is more alike still. This transformer
+# has learnt to say *where something is* first of all. So a bright patch says nothing about the
 # query before you have seen that it changes with the query.
 #
 # ## 4 · On a sample: ratio 1, 0.5, 0.25
@@ -235,12 +235,12 @@ ends = changed[encoded].mean(), changed[~encoded].mean()
 print("another picture moves c4 by %.3f at sampled places, by %.3f at the others" % ends)
 
 # %% [markdown]
-# It does, in quick mode. Encoded tokens get nearly everything in heads 1 and 2, whoever asks; in
-# head 0 the places in between ask only each other. Still, what becomes of the mask token there is
-# nearly the same for every picture. A masked autoencoder's decoder paints what is missing (notebook
-# 01); this one has not learnt to. So c4 holds two kinds of place, which is worth remembering when
-# the ratio of evaluation is not that of training: at ratio 1 there is only one kind. The picture
-# above shows a query that was not sampled.
+# It does not, in quick mode, and that is a result against the story: the places in between ask only
+# each other, and what becomes of the mask token there is the same for every picture. A masked
+# autoencoder's decoder paints what is missing (notebook 01); this one has not learnt to. What the
+# encoder says reaches c4 at the sampled places alone. So c4 holds two kinds of place, which is worth
+# remembering when the ratio of evaluation is not that of training: at ratio 1 there is only one
+# kind. The picture above shows a query that was not sampled.
 #
 # ## 5 · When the transformer matters, and when not
 #
