@@ -17,4 +17,4 @@ base.training.precision = "bf16"
 grid = {"backbone.sample_ratio": [1.0, 0.5, 0.25]}  # the first one is what others differ from
 seeds = 3
 evaluate_ratios = (0.25, 0.5, 0.75, 1.0)
-draws = 3
+draws = 2
