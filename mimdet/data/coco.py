@@ -248,7 +248,10 @@ class CocoDataset(AnnotatedImages):
         missing = found.pop("segmentation-missing", None)
         if missing is not None and masks:
             problem = Problem(**missing[1] | {"file": str(self.json_path)})
-            raise ValueError(f"{problem}; without masks (--no-masks) it can be used as it is")
+            raise ValueError(
+                f"{problem} (objects without a mask in all: {missing[0]:,}); without masks "
+                "(--no-masks) it can be used as it is"
+            )
         places = []
         for kind, (count, first) in found.items():
             problem = Problem(**first)

@@ -298,8 +298,8 @@ def complete_masks(files: Files) -> str:
             CocoDataset(files.train_json, files.train_images),
             CocoDataset(files.val_json, files.val_images),
         ]
-    except ValueError:
-        return "some objects have a mask and some have not, so boxes alone are learned"
+    except ValueError as error:
+        return f"boxes alone are learned; to learn masks, give every object one: {error}"
     return "" if all(s.has_masks for s in sets) else "there are boxes only"
 
 

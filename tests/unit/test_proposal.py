@@ -110,6 +110,20 @@ def test_what_is_found_in_a_folder(tmp_path):
         find_files(tmp_path / "mine" / "images", tmp_path / "work")
 
 
+def test_one_object_without_a_mask_is_named(tmp_path):
+    """It costs all the masks, so that the reason must say which one it is."""
+    coco(tmp_path)
+    path = tmp_path / "set.json"
+    files = module.Files(path, tmp_path / "images", path, tmp_path / "images", [])
+    assert module.complete_masks(files) == ""
+    content = json.loads(path.read_text())
+    del content["annotations"][1]["segmentation"]
+    path.write_text(json.dumps(content))
+    said = module.complete_masks(files)
+    assert said.startswith("boxes alone are learned") and "annotation" in said
+    assert "set.json" in said and "in all: 1)" in said
+
+
 def test_figure_of_sizes():
     fig = show_sizes(np.array([8.0, 12.0, 40.0, 100.0]), (12, 24, 48, 96, 192))
     assert "median 26, 50% below a token's 16" in fig.alt_text
