@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -55,11 +56,35 @@ Checkpointing = Literal["auto", "on", "off"]
 DetectorLayerNorm = partial(nn.LayerNorm, eps=1e-5)
 
 
+FEW_TOKENS = 384
+"""Up to so many, gradients of attention on a CPU take less time in float32 than in bfloat16: a half
+of it for 256 tokens, a fifth for 64 (PyTorch 2.14; `python -m tools.bench attention`)."""
+
+
+class FewTokensAttention(Attention):
+    """timm's attention; while few tokens learn on a CPU in mixed precision, they attend in float32.
+
+    Everything else, and every result in float32 and float64, is timm's.
+    """
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        """(B, N, D) -> the same; options: timm's `attn_mask` and `is_causal`."""
+        mixed = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        slow = mixed and torch.is_grad_enabled() and x.shape[1] <= FEW_TOKENS
+        if not (slow and self.fused_attn):
+            return super().forward(x, **options)  # type: ignore[no-any-return]
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim))
+        with torch.autocast("cpu", enabled=False):
+            q, k, v = qkv.float().permute(2, 0, 3, 1, 4)  # each (B, heads, N, head_dim)
+            x = F.scaled_dot_product_attention(q, k, v, **options)
+        return self.proj(x.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
 def transformer_block(
     dim: int, heads: int, drop_path: float = 0.0, norm: Callable[..., nn.Module] = DetectorLayerNorm
 ) -> Block:
     options: dict[str, Any] = {"qkv_bias": True, "drop_path": drop_path, "norm_layer": norm}
-    return Block(dim, heads, mlp_ratio=4.0, **options)
+    return Block(dim, heads, mlp_ratio=4.0, attn_layer=FewTokensAttention, **options)
 
 
 def frozen_positions(dim: int, side: int) -> nn.Parameter:

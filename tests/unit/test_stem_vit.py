@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -17,8 +18,10 @@ from mimdet.models.baselines import (
 from mimdet.models.sampling import Sample, select
 from mimdet.models.stem import STEMS, PatchStem
 from mimdet.models.vit import (
+    FEW_TOKENS,
     Decoder,
     Encoder,
+    FewTokensAttention,
     MaskTokenFill,
     StemFill,
     init_like_mae,
@@ -72,6 +75,31 @@ def test_encoder_equals_timm() -> None:
     encoded = torch.stack(ours(tokens, everything(2)))
     expected = vit.norm(vit.blocks(tokens + resize_table(ours.pos_embed, GRID)))
     torch.testing.assert_close(encoded, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [24, FEW_TOKENS + 1])
+def test_attention_in_mixed_precision_is_timms_but_for_rounding(tokens: int) -> None:
+    """Few tokens attend in float32 while they learn; many tokens, and all that is only looked at,
+    give timm's own bits."""
+    torch.manual_seed(0)
+    timms, ours = Attention(DIM, 4, qkv_bias=True), FewTokensAttention(DIM, 4, qkv_bias=True)
+    ours.load_state_dict(timms.state_dict())
+    start = 4 * torch.randn(3, tokens, DIM)
+    found = {}
+    for name, layer in (("timm", timms), ("ours", ours), ("exact", timms)):
+        x = start.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=name != "exact"):
+            y = layer(x)
+        y.float().square().sum().backward()
+        found[name] = (y.detach().float(), x.grad)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ours(start), timms(start))
+    assert torch.equal(ours(start), timms(start))  # in float32, learning or not
+    for own, other, exact in zip(*(found[name] for name in ("ours", "timm", "exact")), strict=True):
+        if tokens > FEW_TOKENS:
+            assert torch.equal(own, other)
+        else:
+            assert (own - other).norm() > 0 and (own - exact).norm() < 0.05 * exact.norm()
 
 
 def test_an_image_alone_equals_the_image_in_a_batch() -> None:

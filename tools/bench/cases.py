@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.layers import Attention
 from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import roi_align
@@ -25,7 +26,7 @@ from mimdet.data.loader import TrainLoader
 from mimdet.data.shapes import ShapesCOCO
 from mimdet.models.roi_heads import mask_targets
 from mimdet.models.sampling import Sample, grid_sampler, select
-from mimdet.models.vit import Encoder
+from mimdet.models.vit import Encoder, FewTokensAttention
 from mimdet.structures import (
     as_rle,
     bitmap_to_rle,
@@ -375,4 +376,29 @@ def run_alone(net: Encoder, tokens: Tensor, sample: Sample) -> Tensor:
     return x
 
 
-CASES = (evaluation, loader, targets, encoder)
+def attention(repeats: int) -> list[dict[str, Any]]:
+    """Attention that learns in bfloat16 on a CPU: the kit's against timm's own."""
+    rows = []
+    for images, tokens in ((4, 128), (4, 256), (32, 257)):
+        torch.manual_seed(0)
+        layer = FewTokensAttention(128, 4, qkv_bias=True)
+        theirs = Attention(128, 4, qkv_bias=True)
+        theirs.load_state_dict(layer.state_dict())
+        x = torch.randn(images, tokens, 128, requires_grad=True)
+
+        def step(layer: torch.nn.Module, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                found: Tensor = layer(x)
+            found.float().square().mean().backward()
+            return found.detach()
+
+        sides = {"timm": partial(step, theirs, x), "kit": partial(step, layer, x)}
+        seconds, found = interleaved(sides, 5 * repeats)
+        error = float((found["kit"] - found["timm"]).abs().max())
+        equal = f"largest difference {error:.0e} of {float(found['timm'].abs().max()):.1f}"
+        what = f"attention of {images} x {tokens} tokens learning in bfloat16"
+        rows.append(row(what, seconds, seconds["timm"] / seconds["kit"], 1, equal))
+    return rows
+
+
+CASES = (evaluation, loader, targets, encoder, attention)
