@@ -204,7 +204,7 @@ def long_tables() -> str:
 
 ShapesCOCO `{short["environment"]["data"]}`: 12 classes, 3-10 objects a scene, \
 {100 * level["small"]:.0f} % of them small, {100 * level["occluded"]:.0f} % partly occluded;
-200 held-out scenes, from scratch, trained at ratio 0.5, the last 15 % of the steps of the first row
+200 held-out scenes, from scratch, trained at ratio 0.5, the last 15 % of the steps
 with all tokens. AP x 100, box / mask, mean ± standard deviation of 2 draws of the tokens;
 {short["hardware"]}:
 
@@ -214,7 +214,7 @@ with all tokens. AP x 100, box / mask, mean ± standard deviation of 2 draws of 
 
 ![AP against the share of tokens kept](../notebooks/results/demo/ratios.png)
 
-AP still rises steeply after six minutes, so a faster machine reaches more. Three seeds with as
+AP still rises steeply after five minutes, so a faster machine reaches more. Three seeds with as
 many steps: {spread} at ratio 1 (`demo/seeds.json`).
 
 {muon_section()}
@@ -231,8 +231,8 @@ the stem's own tokens at places that were left out, and two decoder blocks. 200 
 |---|---|---|---|---|---|---|---|---|
 {chr(10).join(reliance_row(name, relies, first) for name in conditions)}
 
-The two differ in recipe, start and decoder too. The fill alone, `tiny` from random weights after
-{masked["images"]:,} scenes, one seed (`fill_mask_token.json`, `fill_stem.json`; box AP):
+The two differ in optimizer, recipe, start and decoder too. The fill alone, `tiny` by AdamW from
+random weights after {masked["images"]:,} scenes, one seed (`fill_mask_token.json`, `fill_stem.json`; box AP):
 
 | fill | one token | 10 % | 25 % | half | all |
 |---|---|---|---|---|---|
@@ -240,7 +240,7 @@ The two differ in recipe, start and decoder too. The fill alone, `tiny` from ran
 | the stem's tokens (version 2) | {ratios_row(filled)} |
 
 So version 1's fill makes the encoder work: AP rises with the tokens that it sees, and large objects
-depend on it. With version 2's the decoder has every token already, and the encoder is passed by.
+depend on it. With version 2's the decoder has every token already, and the encoder is bypassed.
 The paper's models start from 1,600 epochs on ImageNet; whether theirs is used in version 2 can be
 measured with the released weights (`python tools/measure_reliance.py FILE`). Small objects hardly
 notice c4 with either, as long as it is one that the detector knows: with zeros in its place `tiny`
@@ -249,9 +249,9 @@ falls to {relies["box_ap"]["c4: zero"]["AP_small"]:.1f} there.
 **All tokens have to be learned.** `tiny_half` is `tiny` before its last 600 steps: it was trained
 with half of the tokens alone, as the paper trains. At half it is as good, at all tokens worse: what
 follows the encoder has never seen an image without gaps. The paper's models gain from more tokens
-than they were trained with; this one loses. Nor does its decoder paint what is missing: at a
-quarter c4 is the same for every picture at the places that were not sampled (notebook 05, section
-4), which is why one token is worth no more than an encoder that returns zeros:
+than they were trained with; this one loses. Nor does the decoder of `tiny` paint what is missing: at
+a quarter c4 is the same for every picture at the places that were not sampled (notebook 05, section
+4), which is why one token is worth no more to `tiny` than an encoder that returns zeros:
 
 | condition | `tiny_half` | small | medium | large | `tiny` | small | medium | large |
 |---|---|---|---|---|---|---|---|---|
@@ -287,7 +287,7 @@ with (`python tools/measure_transport.py [--start tiny]`, one seed; a guess is r
 |---|---|---|---|---|
 {transport_rows()}
 
-**So c4 is taught first**, where AdamW trains. 250 batches on which the backbone is trained by
+**So c4 was taught first**, in trainings by AdamW (off by default). 250 batches on which the backbone is trained by
 nothing but a loss in which c4 alone tells the classes, at a low rate, and then that loss beside the
 others (`training.c4_first`, `detector.c4_loss`; the paper has neither). On `shapes-v2-context`
 after 9,600 scenes, and 1,000 more where c4 was first; seed 0, on which the numbers were chosen,
@@ -331,7 +331,7 @@ After {baselines["rows"][0]["images"]:,} scenes from random weights by AdamW, on
 ## Microscopy
 
 DSB2018, 270 training images, 60 held out: from scratch on two cores (`nuclei.json`), and as
-`mimdet start` proposed, from the detector of drawn scenes, which had said 10.0 minutes
+`mimdet start` proposed, from the detector of drawn scenes shipped then, which had said 10.0 minutes
 (`own_start.json`), once more with two other seeds (`own_start_1.json`, `own_start_2.json`):
 
 | command | time | box AP | mask AP | floor: Otsu threshold + components |
@@ -341,7 +341,8 @@ DSB2018, 270 training images, 60 held out: from scratch on two cores (`nuclei.js
 | `{start["command"]}`, one core | {start["minutes_in_all"]:.0f} min | {of_seeds("box")} | \
 {of_seeds("mask")} | 33.5 |
 
-What `mimdet start` begins with, tried on the same pictures: `tiny` after
+What `mimdet start` begins with, tried on the same pictures, by AdamW and with the detector of drawn
+scenes that was shipped before: `tiny` after
 {read("own_random")["steps"]} steps at 256 pixels, on the first 30 held-out ones, one seed
 (`own_random.json`, `own_batch.json`, `own_group.json`):
 
@@ -419,5 +420,6 @@ How the time of a step of `tiny` grows (`python -m tools.bench.growth`, `growth.
 
 ## Is the whole chain right?
 
-Eight real COCO photographs, memorised (`--limit-train 8 --limit-val 8 --augment none`, the exact
+Eight real COCO photographs, memorised by an earlier `tiny` (today: `--optimizer adamw --decoder-fill
+stem --decoder-depth 2`; `--limit-train 8 --limit-val 8 --augment none`, the exact
 command in `overfit_8_coco_images.json`), reach {run_scores(overfit)} box / mask AP."""

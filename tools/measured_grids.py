@@ -54,9 +54,9 @@ mask AP x 100 on 200 held-out scenes, mean ± standard deviation
 
 A difference of {gain.mean:+.1f} box AP [{gain.low:+.1f}, {gain.high:+.1f}]. What was tried before,
 on seed 0 (`muon_tried.json`): the first row and that with nothing but vectors and positions left to
-AdamW are what `training.optimizer` does, the others were a script's:
+NAdamW are what `training.optimizer` does, the others were a script's:
 
-| optimizer, rate | left to AdamW | steps | CPU s | AP |
+| optimizer, rate | not by Muon | steps | CPU s | AP |
 |---|---|---|---|---|
 {chr(10).join(rows)}
 

@@ -37,8 +37,8 @@ WHAT = {
     "colours. It knows drawn shapes and nothing else.",
     "tiny_half": "Detector (preset `tiny`) from random weights, trained with half of the tokens: "
     "`mimdet.load_detector('tiny_half')`.",
-    "tiny": "The same detector after 600 more steps with all tokens, which its first training "
-    "never saw together: `mimdet.load_detector('tiny')`.",
+    "tiny": "`tiny_half` after 600 more steps with all tokens, which it had never seen together "
+    "before: `mimdet.load_detector('tiny')`.",
 }
 HEAD = """# Weights that come with the package
 

@@ -57,8 +57,8 @@ DetectorLayerNorm = partial(nn.LayerNorm, eps=1e-5)
 
 
 FEW_TOKENS = 384
-"""Up to so many, gradients of attention on a CPU take less time in float32 than in bfloat16: a half
-of it for 256 tokens, a fifth for 64 (PyTorch 2.14; `python -m tools.bench attention`)."""
+"""Up to so many, gradients of attention on a CPU take less time in float32 than in bfloat16: half of
+it for 256 tokens, a sixth for 64 (PyTorch 2.14, Intel Xeon; `python -m tools.bench attention`)."""
 
 
 class FewTokensAttention(Attention):
@@ -67,16 +67,18 @@ class FewTokensAttention(Attention):
     Everything else, and every result in float32 and float64, is timm's.
     """
 
-    def forward(self, x: Tensor, **options: Any) -> Tensor:
-        """(B, N, D) -> the same; options: timm's `attn_mask` and `is_causal`."""
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """(B, N, D) -> the same."""
         mixed = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
         slow = mixed and torch.is_grad_enabled() and x.shape[1] <= FEW_TOKENS
         if not (slow and self.fused_attn):
-            return super().forward(x, **options)  # type: ignore[no-any-return]
+            return super().forward(x, attn_mask, is_causal)  # type: ignore[no-any-return]
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim))
         with torch.autocast("cpu", enabled=False):
             q, k, v = qkv.float().permute(2, 0, 3, 1, 4)  # each (B, heads, N, head_dim)
-            x = F.scaled_dot_product_attention(q, k, v, **options)
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=is_causal)
         return self.proj(x.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 

@@ -232,15 +232,17 @@ show_ratios(rows)
 # classes, more training, as the next cell prints.
 
 # %%
+from mimdet.files import read_json
+from mimdet.models.checkpoint_files import SHIPPED
+
 few = mimdet.ShapesCOCO("shapes-v1-medium", length=48, split="val")
 trained = evaluate_ratios(finished, few, (1 / 256, 0.25, 1.0), draws=1)  # of 16 x 16 tokens
-both = {"yours": (cfg, scenes, rows), "finished": (finished.config, few, trained)}
-for name, (recipe, images_of, measured) in both.items():
-    t, single, every = recipe.training, measured[0]["box_ap"], measured[-1]["box_ap"]
-    seen = t.steps * t.batch_size * t.accumulate
-    print(
-        f"{name}: one training on {seen:,} images; AP of {len(images_of)} held-out ones,", end=" "
-    )
+card, t = read_json(SHIPPED / "cards.json")["tiny"], cfg.training
+own = t.steps * t.batch_size * t.accumulate
+both = {"yours": (own, scenes, rows), "finished": (card["images_seen"], few, trained)}
+for name, (seen, images_of, measured) in both.items():
+    single, every = measured[0]["box_ap"], measured[-1]["box_ap"]
+    print(f"{name}: trained on {seen:,} images; AP of {len(images_of)} held-out ones,", end=" ")
     print(f"{len(images_of.categories)} classes:", end=" ")
     print(f"{100 * single:.1f} with one token, {100 * every:.1f} with all")
 yours = rows[-1]["box_ap"] > 0.02
@@ -300,7 +302,7 @@ show_detections([read_image(path)], [found], None, scenes.categories, 0.5, colum
 # - Attention in the encoder costs `ratio²`; the decoder restores the full grid for the detector.
 # - A run is a directory; stopping and resuming changes nothing.
 # - A minute of training shows that the machine works, not how good the method is: that takes its
-#   pre-trained weights and days on COCO. On a laptop, `mimdet demo` takes six minutes.
+#   pre-trained weights and days on COCO. On a laptop, `mimdet demo` takes five to six minutes.
 #
 # ## Exercises
 #

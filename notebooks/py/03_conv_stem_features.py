@@ -88,7 +88,7 @@ seen = pyramid_of(trained, image)
 show_pyramid(seen.image, seen.only(*STEM))
 
 # %% [markdown]
-# Read the titles: three colours carry a good half of c2's variance and nearly all of the tokens'.
+# Read the titles: three colours carry about half of c2's variance and four fifths of the tokens'.
 # A few channels of the tokens dominate the rest. The twelve channels of c2 that vary most, each on
 # its own scale:
 
@@ -322,10 +322,11 @@ if MODE == "quick" and not PATH:
     check("without the stem's maps most objects are lost", few)
 
 # %% [markdown]
-# In this detector on these scenes, where nearly all objects are small, the stem's maps carry the
-# answer and the transformer's improve it. Be careful with the conclusion. The detector was trained
-# *with* these maps and falls apart without them; one trained without them from the start would have
-# learnt to manage. The cut says what this detector uses, not what a detector needs.
+# In this detector on these scenes, where nearly all objects are pooled from p2 and p3, the stem's
+# maps carry the answer and the transformer's improve it. Be careful with the conclusion. The
+# detector was trained *with* these maps and falls apart without them; one trained without them from
+# the start would have learnt to manage. The cut says what this detector uses, not what a detector
+# needs.
 #
 # ## 7 · Look for yourself
 #
@@ -350,7 +351,7 @@ viewer
 # - GroupNorm with one group is a layer norm over the whole map: every place knows every pixel a
 #   little, padding included.
 # - 4.08 against 2.07 million parameters, 34.9 against 11.8 G multiply-adds at ViT-B's width.
-# - The trained tiny detector, with its small objects, depends on c2 and c3.
+# - The trained tiny detector, whose objects lie on p2 and p3, depends on c2 and c3.
 #
 # ## Exercises
 #

@@ -364,7 +364,7 @@ check(f"MIMDet ViT-B: {total:,}", total == count(base) == 127_954_768, "publishe
 
 # %% [markdown]
 # Two thirds are the encoder's. The position tables (3.2 M) count although they are never trained.
-# Version 1 has a mask token of 512 numbers for a matrix of $768 \cdot 512 + 512$. And the backbone
+# In place of a matrix of $768 \cdot 512 + 512$ numbers, version 1 has a mask token of 512. And the backbone
 # that you have walked through:
 
 # %%

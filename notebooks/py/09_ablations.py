@@ -54,7 +54,7 @@ show_matrix(stored)
 # first costs nothing that three seeds could tell, and the second helps only the training that never
 # had a gap: those on 25 % and 50 % are level up to 75 % and lower at 100 %. With the stem's tokens
 # in the gaps the decoder sees every place without the encoder, and detectors that trained with gaps
-# have learnt to pass it by. Section 4 exchanges the fill. And look at the ± before you believe
+# have learnt to bypass it. Section 4 exchanges the fill. And look at the ± before you believe
 # anything: it is the half width of a 95 % interval, and a few seeds make wide ones.
 
 # %%
@@ -174,7 +174,7 @@ for fill, name in detectors.items():
 check("only the mask token's AP rises", rises["mask_token"] > 5 > abs(rises["stem"]))
 
 # %% [markdown]
-# With the stem's tokens in the gaps, one token gives as much as all: the encoder is passed by. With
+# With the stem's tokens in the gaps, one token gives as much as all: the encoder is bypassed. With
 # the mask token the decoder knows of a place only what the encoder has seen, and AP rises with the
 # tokens. Do not compare the heights: it is one training each, the first with two decoder blocks and
 # other learning rates. A fair grid is `notebooks/ablations/fills.py`. And nothing follows for

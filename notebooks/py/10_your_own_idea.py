@@ -164,7 +164,7 @@ check("two pairs", abs(half[2] - (change.high - change.mean)) < 1e-9, f"t = {t_q
 #   thousands of images; these steps see 40. That favours random.
 # - 30 scenes are few: all runs share them, so the interval does not contain their luck.
 # - Small objects are found on c2 and c3, which come from the stem and never lose a token (notebook
-#   00, exercise 4): no sampler can help or harm them.
+#   00, exercise 3): no sampler can help or harm them.
 #
 # What would convince: from scratch or from a MAE, the full length, at least five seeds, two ratios,
 # the 200 held-out scenes; and then COCO. From a file, for the night: `mimdet ablate FILE.py`.
@@ -415,7 +415,7 @@ judge(3, mine[3], likes_strong_ones)
 
 # %% tags=["solution"]
 # 1. It matters what the encoder sees: without the tokens of objects it finds fewer. On 100 scenes
-# random has 55.8, strongest 55.6 and weakest 52.6 box AP, of large objects 54.8, 55.5 and 50.8.
+# (this cell: 30) random has 55.8, strongest 55.6 and weakest 52.6 box AP, of large objects 54.8, 55.5 and 50.8.
 def weakest(tokens, grid, generator):
     return -tokens.norm(dim=1)
 
