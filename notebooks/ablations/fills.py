@@ -13,7 +13,7 @@ from mimdet import presets
 
 base = presets.tiny()
 base.training.steps = 500  # 4 images a step
-base.training.evaluate_every_steps = 100  # as in sample_ratio.py, whose runs two arms can be copied from
+base.training.evaluate_every_steps = 100  # as sample_ratio.py: two arms are the same runs
 base.training.precision = "bf16"
 
 grid = {
