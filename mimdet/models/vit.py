@@ -57,8 +57,8 @@ DetectorLayerNorm = partial(nn.LayerNorm, eps=1e-5)
 
 
 FEW_TOKENS = 384
-"""Up to so many, gradients of attention on a CPU take less time in float32 than in bfloat16: half of
-it for 256 tokens, a sixth for 64 (PyTorch 2.14, Intel Xeon; `python -m tools.bench attention`)."""
+"""Up to so many, gradients of attention on a CPU take less time in float32 than in bfloat16: half
+of it for 256 tokens, a sixth for 64 (PyTorch 2.14, Intel Xeon; `tools.bench attention`)."""
 
 
 class FewTokensAttention(Attention):
