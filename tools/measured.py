@@ -251,8 +251,8 @@ falls to {relies["box_ap"]["c4: zero"]["AP_small"]:.1f} there.
 with half of the tokens alone, as the paper trains. At half it is as good, at all tokens worse: what
 follows the encoder has never seen an image without gaps. The paper's models gain from more tokens
 than they were trained with; this one loses. Nor does the decoder of `tiny` paint what is missing:
-at a quarter c4 is the same for every picture at the places that were not sampled (notebook 05, section
-4), which is why one token is worth no more to `tiny` than an encoder that returns zeros:
+at a quarter c4 is the same for every picture at the places that were not sampled (notebook 05,
+section 4), which is why one token is worth no more to `tiny` than an encoder that returns zeros:
 
 | condition | `tiny_half` | small | medium | large | `tiny` | small | medium | large |
 |---|---|---|---|---|---|---|---|---|
@@ -289,8 +289,8 @@ with (`python tools/measure_transport.py [--start tiny]`, one seed; a guess is r
 {transport_rows()}
 
 **So c4 was taught first**, in trainings by AdamW (off by default). 250 batches on which the
-backbone is trained by nothing but a loss in which c4 alone tells the classes, at a low rate, and then that loss beside the
-others (`training.c4_first`, `detector.c4_loss`; the paper has neither). On `shapes-v2-context`
+backbone is trained by nothing but a loss in which c4 alone tells the classes, at a low rate, and then
+that loss beside the others (`training.c4_first`, `detector.c4_loss`; the paper has neither). On `shapes-v2-context`
 after 9,600 scenes, and 1,000 more where c4 was first; seed 0, on which the numbers were chosen,
 then the seeds that nothing was chosen on ([the grid](../notebooks/ablations/context.py)):
 
