@@ -289,10 +289,11 @@ with (`python tools/measure_transport.py [--start tiny]`, one seed; a guess is r
 {transport_rows()}
 
 **So c4 was taught first**, in trainings by AdamW (off by default). 250 batches on which the
-backbone is trained by nothing but a loss in which c4 alone tells the classes, at a low rate, and then
-that loss beside the others (`training.c4_first`, `detector.c4_loss`; the paper has neither). On `shapes-v2-context`
-after 9,600 scenes, and 1,000 more where c4 was first; seed 0, on which the numbers were chosen,
-then the seeds that nothing was chosen on ([the grid](../notebooks/ablations/context.py)):
+backbone is trained by nothing but a loss in which c4 alone tells the classes, at a low rate, and
+then that loss beside the others (`training.c4_first`, `detector.c4_loss`; the paper has neither).
+On `shapes-v2-context` after 9,600 scenes, and 1,000 more where c4 was first; seed 0, on which the
+numbers were chosen, then the seeds that nothing was chosen on ([the
+grid](../notebooks/ablations/context.py)):
 
 | | box AP | mask AP |
 |---|---|---|
