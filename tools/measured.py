@@ -87,6 +87,14 @@ def probe_words(accuracy: dict[str, float]) -> str:
     return f"{trained:.1f} % of the cases ({random:.1f} % with random weights)"
 
 
+def probe_rows() -> str:
+    return "\n".join(
+        f"| `{level.split('@')[0]}` | {row['what']} | {row['right']:.1f} % |"
+        for level, part in read("probe")["levels"].items()
+        for row in part["rows"]
+    )
+
+
 def kernels_row(images: str, counted: dict[str, Any]) -> str:
     cells = [
         f"{sum(part[what] for part in counted[when][images].values()):,}"
@@ -267,6 +275,16 @@ They vary in few directions (effective rank, of 128; c4: of 96):
 | | stem | with random weights | encoder | with random weights | c4 | with random weights |
 |---|---|---|---|---|---|---|
 {rank_row("effective rank, `tiny`", relies)}
+
+**What could they hold?** The same probe (`python tools/measure_probe.py`, `probe.json`) on encoders of
+`tiny_mae`'s size; the last one was taught what the probe asks, so that one which only learnt to paint
+can hardly tell more:
+
+| scenes | encoder | classes told |
+|---|---|---|
+{probe_rows()}
+
+Painting asks for colours and edges wherever they are, and objects cover a small part of a scene.
 
 So c4 seems to say that something is there and how far it reaches, and the heads to read from c2
 and c3 what it is. By AdamW, at the rate that gave the highest AP, less still was left: stem,
