@@ -232,7 +232,8 @@ class TrainingConfig:
     """`auto` = bf16 on CUDA and fp32 elsewhere. `fp64` is slow: it shows that two trainings are
     equal but for rounding."""
     evaluate_every: float = 1.0
-    """Epochs between two evaluations; the last step is always evaluated. 0 = at the end only."""
+    """Epochs between two evaluations, of which there are at most one an epoch or ten in all,
+    whichever is more; the last step is always evaluated. 0 = at the end only."""
     evaluate_every_steps: int = 0
     """Steps between two evaluations; overrides `evaluate_every` when not 0."""
     checkpoint_every_steps: int = 0

@@ -140,7 +140,10 @@ class Schedule:
         """In steps."""
         self.total = cfg.steps or max(1, round(cfg.epochs * self.epoch))
         self.warmup = cfg.warmup_steps or round(cfg.warmup_epochs * self.epoch)
-        self.evaluate_every = cfg.evaluate_every_steps or round(cfg.evaluate_every * self.epoch)
+        every = round(cfg.evaluate_every * self.epoch)
+        if cfg.evaluate_every:  # a tenth of the epoch of a small folder is no step
+            every = max(1, every, min(round(self.epoch), self.total // 10))
+        self.evaluate_every = cfg.evaluate_every_steps or every
         """0: at the end only."""
         self.checkpoint_every = cfg.checkpoint_every_steps or max(
             1, min(round(self.epoch), math.ceil(self.total / 10))

@@ -128,6 +128,18 @@ def test_schedules_by_hand():
     assert schedule.factor(1) == pytest.approx(0.5)  # of two steps of warm-up
 
 
+def test_a_tenth_of_a_short_epoch_is_not_every_step():
+    """270 images, 32 a step, are 8.4 steps an epoch: 400 steps are evaluated once an epoch, not 400
+    times. 1,562 steps of one epoch are still evaluated ten times, and 0 is still the end alone."""
+    t = presets.tiny_mae().training
+    assert (t.step_images, t.evaluate_every) == (64, 0.1)
+    assert Schedule(t, 100_000).evaluate_every == 156
+    t.steps, t.accumulate, t.batch_size = 400, 1, 32
+    assert Schedule(t, 270).evaluate_every == 8
+    t.evaluate_every = 0.0
+    assert Schedule(t, 270).evaluate_every == 0
+
+
 # ---------------------------------------------------------------- run directory
 
 
