@@ -552,7 +552,7 @@ def test_a_stored_experiment_keeps_an_arm_that_failed_and_tuples(tmp_path) -> No
 
 
 def test_shipped_result_is_read(tmp_path) -> None:
-    file = ROOT / "notebooks" / "results" / "ablations" / "sample_ratio.json"
+    file = ROOT / "notebooks" / "results" / "claims" / "sample_ratio.json"
     stored = Experiment.from_json(file)
     content = json.loads(file.read_text())
     again = [row["mean"] for row in content["summary"]["box_ap"]]
