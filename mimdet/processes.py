@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -315,6 +315,14 @@ def gather_lists(values: list[Any]) -> list[Any]:
     wait_for_all()
     dist.gather_object(values, parts if rank() == 0 else None, dst=0)
     return [value for part in parts for value in part] if rank() == 0 else []
+
+
+def fast_precision() -> Literal["auto", "bf16"]:
+    """bf16 where the CPU computes with it and there is no GPU, which decides by itself."""
+    # Newer than the oldest PyTorch that is supported.
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    native = known.get("avx512_bf16") or known.get("amx_bf16")
+    return "bf16" if native and not torch.cuda.is_available() else "auto"
 
 
 def usable_cores() -> int:

@@ -56,7 +56,7 @@ Checkpointing = Literal["auto", "on", "off"]
 DetectorLayerNorm = partial(nn.LayerNorm, eps=1e-5)
 
 
-FEW_TOKENS = 384
+FEW_TOKENS = 400
 """Up to so many, gradients of attention on a CPU take less time in float32 than in bfloat16: half
 of it for 256 tokens, a sixth for 64 (PyTorch 2.14, Intel Xeon; `tools.bench attention`)."""
 
