@@ -397,9 +397,7 @@ def choose_rest(
     )
     cfg.training.precision = fast_precision()
     if cfg.training.precision == "bf16":
-        reasons["training.precision"] = (
-            "this CPU computes in it"
-        )
+        reasons["training.precision"] = "this CPU computes in it"
     cores = usable_cores()
     busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     cfg.training.threads = int(np.clip(cores - busy, 1, 4))
