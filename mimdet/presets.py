@@ -279,8 +279,6 @@ def nuclei(cfg: Config) -> None:
     change(cfg.data, short_sides=(384, 448, 512), test_short_side=448)
     change(cfg.training, steps=0, epochs=5, warmup_steps=50, evaluate_every=2)
     change(cfg.training, batch_size=2, accumulate=2)
-    change(cfg.training, optimizer="adamw", learning_rate=2e-3, rate_multiplier=1.0)
-    cfg.training.betas = (0.9, 0.999)
 
 
 # ------------------------------------------------------------------------------- autoencoders
