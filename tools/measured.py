@@ -304,8 +304,8 @@ paint can hardly tell more:
 {probe_rows()}
 
 Painting asks for colours and edges wherever they are, and objects cover a small part of a scene.
-And telling more would not be enough: as a start with 250 labelled scenes the taught encoder is worth
-{taught_start()} box AP against random weights (`taught_start.json`, three seeds).
+And telling more would not be enough: as a start with 250 labelled scenes the taught encoder is
+worth {taught_start()} box AP against random weights (`taught_start.json`, three seeds).
 Behind a stem that begins at random it sees tokens that it was never taught to read.
 
 So c4 seems to say that something is there and how far it reaches, and the heads to read from c2
