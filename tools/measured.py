@@ -376,11 +376,10 @@ After {baselines["rows"][0]["images"]:,} scenes from random weights by AdamW, on
 
 DSB2018, 270 training images, 60 held out: from scratch, on one core, half of which was taken by
 another training (`nuclei.json`; by AdamW {run_scores(read("nuclei_adamw"))} in 10 minutes of
-two cores, `nuclei_adamw.json`); as `mimdet start` proposes, from the detector of drawn scenes, which had said 10.0 minutes
-(`own_start.json`, {start["steps"]} steps, {early}); and as it
-proposed before, by AdamW from the detector of drawn scenes that was shipped then, 220 steps in as
-long, three seeds (`own_start_adamw.json`, `own_start_adamw_1.json`,
-`own_start_adamw_2.json`):
+two cores, `nuclei_adamw.json`); as `mimdet start` proposes, from the detector of drawn scenes,
+which had said 10.0 minutes (`own_start.json`, {start["steps"]} steps, {early}); and as it proposed
+before, by AdamW from the detector of drawn scenes that was shipped then, 220 steps in as long,
+three seeds (`own_start_adamw.json`, `own_start_adamw_1.json`, `own_start_adamw_2.json`):
 
 | command | time | box AP | mask AP | floor: Otsu threshold + components |
 |---|---|---|---|---|
