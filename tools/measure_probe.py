@@ -93,7 +93,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    shipped = load_model("tiny_mae")
+    shipped = mimdet.load_mae_model("tiny_mae")
     known = mimdet.ShapesCOCO(options.level, length=SCENES[0])
     unseen = mimdet.ShapesCOCO(options.level, length=SCENES[1], split="val")
     rows: list[dict[str, Any]] = []
@@ -107,7 +107,9 @@ def main() -> None:
     probe("random weights", untrained(shipped))
     probe("painting: `tiny_mae`", shipped)
     for run in options.runs:
-        probe(about(run), load_model(run))
+        painter = load_model(run)
+        assert isinstance(painter, MAE), f"{run} is no run of `mimdet pretrain`"
+        probe(about(run), painter)
     if options.steps:
         start = time.process_time()
         lessons = mimdet.ShapesCOCO(options.level, length=SCENES[0] + BATCH * options.steps)
