@@ -2,28 +2,17 @@
 
     mimdet ablate notebooks/ablations/backbones_context.py [--dry-run]
 
-As `backbones.py`, on `shapes-v2-context`: 6 recipes, 3 seeds, 18 trainings of about 5 CPU minutes
-each. All of this was fixed before any result was looked at.
+As `backbones.py`, on `shapes-v2-context` and without Benchmarking ViT: 6 recipes, 3 seeds, 18
+trainings of about 5 CPU minutes each. All of this was fixed before any result was looked at.
 """
 
-from mimdet import presets
+import runpy
+from pathlib import Path
 
-base = presets.tiny()
-base.data.shapes_level, base.data.shapes_size = "shapes-v2-context", 256
-base.training.steps = 500  # 4 images a step
-base.training.evaluate_every_steps = 500
-base.training.precision = "bf16"
+shared = runpy.run_path(str(Path(__file__).with_name("backbones.py")))
+base = shared["base"]
+base.data.shapes_level = "shapes-v2-context"
+base.training.evaluate_every_steps = 500  # at the end
 
-grid = {
-    "preset": [
-        "tiny",  # what others differ from
-        "tiny_no_decoder",
-        "tiny_patch_stem",
-        "tiny_vitdet",
-        "tiny_swin",
-        "tiny_resnet",
-    ]
-}
-seeds = 3
-evaluate_ratios = (1.0,)
-draws = 1
+grid = {"preset": [name for name in shared["grid"]["preset"] if name != "tiny_benchmarking_vit"]}
+seeds, evaluate_ratios, draws = (shared[name] for name in ("seeds", "evaluate_ratios", "draws"))
