@@ -4,7 +4,7 @@ file of notebooks/results. tools/results.py puts them into the pages."""
 from typing import Any
 
 from mimdet.experiments.results import mean_interval
-from tools.measured_grids import context_row, muon_section, read, worth_of_c4
+from tools.measured_grids import context_row, fill_row, muon_section, read, worth_of_c4
 
 
 def percent(value: float, spread: float = 0.0) -> str:
@@ -54,10 +54,6 @@ def canvas_sentence(pairs: list[dict[str, Any]]) -> str:
 def reliance_row(name: str, *tables: dict[str, Any]) -> str:
     values = (value for table in tables for value in table["box_ap"][name].values())
     return f"| {name} | {' | '.join(f'{value:.1f}' for value in values)} |"
-
-
-def ratios_row(result: dict[str, Any]) -> str:
-    return " | ".join(percent(ratio["box_ap"]) for ratio in result["ratios"])
 
 
 def rank_row(name: str, tables: dict[str, Any]) -> str:
@@ -207,7 +203,6 @@ def long_tables() -> str:
     probes = {name: read(f"reliance_{name}")["probe"] for name in ("tiny", "tiny_mae")}
     conditions = [name for name in relies["box_ap"] if name.endswith(("token", "tokens"))]
     conditions += ["c4: another", "c4: mean", "encoder: mean", "fill: zero"]
-    masked, filled = read("fill_mask_token"), read("fill_stem")
     kernels, tiles = read("kernels"), read("tiles")
     exported, start = read("export"), read("own_start")
     third = start["curve"][2]
@@ -260,14 +255,14 @@ the stem's own tokens at places that were left out, and two decoder blocks. 200 
 |---|---|---|---|---|---|---|---|---|
 {chr(10).join(reliance_row(name, relies, first) for name in conditions)}
 
-The two differ in optimizer, recipe, start and decoder too. The fill alone, `tiny` by AdamW from
-random weights after {masked["images"]:,} scenes, one seed
-(`fill_mask_token.json`, `fill_stem.json`; box AP):
+The two differ in optimizer, recipe, start and decoder too. The fill alone, `tiny` from random
+weights after 2,000 scenes with half of the tokens, three seeds ([the
+grid](../notebooks/ablations/fills.py), `claims/fills.json`; box AP, mean ± standard deviation):
 
-| fill | one token | 10 % | 25 % | half | all |
-|---|---|---|---|---|---|
-| one learned vector (version 1) | {ratios_row(masked)} |
-| the stem's tokens (version 2) | {ratios_row(filled)} |
+| fill | one token | 25 % | half | all |
+|---|---|---|---|---|
+| one learned vector (version 1) | {fill_row("mask_token")} |
+| the stem's tokens (version 2) | {fill_row("stem")} |
 
 So version 1's fill makes the encoder work: AP rises with the tokens that it sees, and large objects
 depend on it. With version 2's the decoder has every token already, and the encoder is bypassed.

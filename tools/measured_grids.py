@@ -80,6 +80,14 @@ def worth_of_c4() -> str:
     return f"{gain.mean:+.1f} box AP{interval}, {gain.n} seeds"
 
 
+def fill_row(fill: str) -> str:
+    """Box AP by tokens at evaluation of the detectors trained with half of them."""
+    result = Experiment.from_json(RESULTS / "claims/fills.json")
+    arm = f"decoder_fill={fill},sample_ratio=0.5"
+    found = (mean_interval([*result.scores(arm, r).values()]) for r in (0.004, 0.25, 0.5, 1.0))
+    return " | ".join(mean_text(interval._asdict()) for interval in found)
+
+
 def fine_tuning_table() -> str:
     """What the starts of notebooks/ablations/fine_tuning.py are worth; three arms a row."""
     result = Experiment.from_json(RESULTS / "fine_tuning.json")

@@ -273,9 +273,8 @@ check("alone they do not add up", abs(total - (1 - report.ap)) > 1e-6, "see belo
 # adds up, but then the price depends on the order. Compare types within a run, and a type between
 # runs; never slices of a pie.
 #
-# Both runs, side by side. The count beside a bar tells another story than its length: more
-# than two hundred misnamed detections, most with scores near zero, cost `tiny` less than the few
-# objects that nothing points to.
+# Both runs, side by side. A bar's count tells another story than its length: over two hundred
+# misnamed detections, most near a score of 0, cost `tiny` less than a few objects never pointed to.
 
 # %%
 reports = {first: report, second: find_errors(truth, runs[second].results, "bbox", **options)}
