@@ -16,7 +16,7 @@ _NAMES_OF = {
     "structures": ("Crops", "Detections", "Target"),
     "inference": ("predict",),
     "data.shapes": ("ShapesCOCO",),
-    "data.coco": ("CocoDataset", "build_dataset"),
+    "data.coco": ("CocoDataset", "Nuclei", "build_dataset"),
     "data.checks": ("check_dataset",),
     "training.train": ("train", "fit"),
     "training.run": ("load_detector",),

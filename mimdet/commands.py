@@ -273,7 +273,7 @@ def download(
     yes: bool = False,
     unpack: bool = False,
 ) -> None:
-    """Fetch public weights or COCO; without a name, list what there is.
+    """Fetch public weights, COCO or DSB2018; without a name, list what there is.
 
     Shows address, size, licence and free space, then asks. The same command continues an
     interrupted download where it stopped. What arrived is checked and recorded in
@@ -283,8 +283,8 @@ def download(
         names: Names from the list; `coco` means images and annotations of train2017 and val2017.
         to: Folder for the files. Those of the Hugging Face hub go to the hub's own cache.
         yes: Do not ask.
-        unpack: Unzip COCO to TO/coco/train2017, val2017 and annotations; go on with a half unpacked
-            one.
+        unpack: Unzip COCO to TO/coco/train2017, val2017 and annotations, DSB2018 to TO/dsb2018; go
+            on with a half unpacked one.
     """
     from mimdet.downloads import download, table
 

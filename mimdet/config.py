@@ -125,8 +125,9 @@ class DataConfig:
     """Where the images come from and how they are changed on the way in."""
 
     source: str = "shapes"
-    """`shapes`: drawn on the fly; `coco`: json + image folder; `hub`: a Hugging Face table; or
-    `module:function`, called with these fields and the split."""
+    """`shapes`: drawn on the fly; `nuclei`: the microscope picture that comes with the package;
+    `coco`: json + image folder; `hub`: a Hugging Face table; or `module:function`, called with
+    these fields and the split."""
     shapes_level: str = "shapes-v1-medium"
     """Named, versioned difficulty of ShapesCOCO."""
     shapes_size: int = 128

@@ -13,7 +13,7 @@ from typing import Any
 
 from mimdet.config import Config, change, flat, load_config
 from mimdet.console import Stopped
-from mimdet.files import read_json
+from mimdet.files import SHIPPED, read_json
 from mimdet.presets import tiny
 
 RATIOS = ("0.25", "0.5", "1")
@@ -98,20 +98,17 @@ def options(cfg: Config) -> list[str]:
 
 
 def show_shipped(folder: Path) -> None:
-    """What a finished detector looks like: the one that comes with the package."""
-    from mimdet.data.shapes import ShapesCOCO
-    from mimdet.models.checkpoint_files import SHIPPED
+    """What finished detectors look like: the two that come with the package."""
+    from mimdet.data.coco import build_dataset
     from mimdet.training.run import load_detector
 
-    model = load_detector("tiny")
-    card = read_json(SHIPPED / "cards.json")["tiny"]
-    print(
-        f"A finished detector comes with the package: box AP {card['box_ap']:.1f}, mask AP "
-        f"{card['mask_ap']:.1f} on 200 held-out scenes of shapes-v1-medium (mimdet/pretrained)."
-    )
-    data = model.config.data
-    scenes = ShapesCOCO(data.shapes_level, data.shapes_size, 8, "val")
-    save_pictures(folder, detections=detections_beside_truth(model, scenes))
+    print("Finished detectors come with the package (mimdet/pretrained):")
+    for name, card in read_json(SHIPPED / "cards.json").items():
+        if "box_ap" in card and name != "tiny_half":
+            model = load_detector(name)
+            held_out = build_dataset(model.config.data, "val")
+            print(f"{name}: box AP {card['box_ap']:.1f}, mask AP {card['mask_ap']:.1f}")
+            save_pictures(folder, **{name: detections_beside_truth(model, held_out)})
     print("Now yours:")
 
 

@@ -80,13 +80,14 @@ def download(
 ) -> list[Path]:
     """Fetch catalogue entries or groups into `folder`; where each file is, [] if the user refused.
 
-    yes: do not ask. unpack: unzip COCO to `folder`/coco/train2017, val2017 and annotations. Raises
-    ValueError for an unknown name, a file that is not what it should be, a full disk, or when there
-    is no terminal to ask on; ConnectionError when the server refuses or breaks off.
+    yes: do not ask. unpack: unzip COCO to `folder`/coco/train2017, val2017 and annotations, DSB2018
+    to `folder`/dsb2018. Raises ValueError for an unknown name, a file that is not what it should
+    be, a full disk, or when there is no terminal to ask on; ConnectionError when the server refuses
+    or breaks off.
     """
     files = files_named(*names)
     if unpack and not any(file.file_name.endswith(".zip") for file in files):
-        raise ValueError("--unpack is for COCO's zip files, and none of them is named")
+        raise ValueError("--unpack is for data sets (zip files), and none of them is named")
     absent = [file for file in files if not is_there(file, folder)]
     if absent and not yes and not agreed(absent, folder):
         print("nothing was downloaded")
@@ -98,7 +99,7 @@ def download(
         own = f"used as it is, unchecked ({RECORD} says nothing of it)"
         print(f"{file.name}: {'complete and checked' if known else own}: {path}")
         if unpack and path.suffix == ".zip":
-            print(unzip(path, folder / "coco"))
+            print(unzip(path, folder / file.name.partition("-")[0]))
         paths.append(path)
     return paths
 

@@ -13,6 +13,8 @@ from threading import enumerate as living_threads
 from threading import get_ident
 from typing import Any
 
+SHIPPED = Path(__file__).resolve().parent / "pretrained"
+"""Small weights and pictures that come with the package; README.md there says how each was made."""
 PARTIAL = re.compile(r"\.partial-(\d+)(-\d+)?(-old)?$")
 """Ends the name of what is being made or removed: the numbers of the process and the thread."""
 

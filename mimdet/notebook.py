@@ -49,6 +49,8 @@ STRICT = "MIMDET_STRICT_CHECKS"
 """Environment variable: where it is set, as tests do, a check that fails ends its notebook."""
 PICTURES = "MIMDET_PICTURES"
 """Environment variable: a folder or photo that notebooks show where their PATH names none."""
+NUCLEI = "nuclei"
+"""As a PATH: the microscope picture that comes with the package, and its detector."""
 WEIGHTS = "MIMDET_WEIGHTS"
 """Environment variable that names the folder of `mimdet download`, for full mode."""
 CHANGES = "MIMDET_FULL"
@@ -359,19 +361,22 @@ def open_pictures(path: str | Path = "", mode: str = "quick", count: int = 8) ->
     """The first `count` pictures a notebook shows.
 
     path: "" = held-out scenes of ShapesCOCO (quick) or COCO val2017 (full, from the folder in
-    MIMDET_COCO); a photo, any image file; or a folder with `annotations.json` (COCO format) and
-    `images/`, or in the layout of COCO 2017, of which val2017 is shown. Raises FileNotFoundError
-    and ValueError that say what is expected.
+    MIMDET_COCO); "nuclei" = the microscope picture that comes with the package; a photo, any
+    image file; or a folder with `annotations.json` (COCO format) and `images/`, or in the layout of
+    COCO 2017, of which val2017 is shown. Raises FileNotFoundError and ValueError that say what is
+    expected.
     """
     quick = _is_quick(mode)
-    file = Path(path)
-    if path and not file.exists():
-        raise FileNotFoundError(f"{file} does not exist: give a photo, or a folder of data")
-    if path and not file.is_dir():
+    file, files = Path(path), path and str(path) != NUCLEI
+    if files and not file.exists():
+        raise FileNotFoundError(
+            f"{file} does not exist: give a photo, a folder of data, or {NUCLEI!r}"
+        )
+    if files and not file.is_dir():
         nothing = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))
         return Pictures([Record(read_image(file), nothing, file.name)], [], None, DataConfig())
-    data = DataConfig()
-    if path:
+    data = DataConfig(source="nuclei" if path else "shapes")
+    if files:
         annotations, images = file / "annotations.json", file / "images"
         if not annotations.exists() and (file / COCO_LAYOUT["val_json"]).is_file():
             annotations, images = file / COCO_LAYOUT["val_json"], file / COCO_LAYOUT["val_images"]
@@ -383,7 +388,7 @@ def open_pictures(path: str | Path = "", mode: str = "quick", count: int = 8) ->
             )
         data = DataConfig(source="coco", val_json=str(annotations), val_images=str(images))
         data.train_json, data.train_images = data.val_json, data.val_images
-    elif not quick:
+    elif not (path or quick):
         data = full_recipe().data
         change(data, **_full_data())
     dataset = build_dataset(data, "val")
@@ -394,13 +399,14 @@ def open_pictures(path: str | Path = "", mode: str = "quick", count: int = 8) ->
 
 
 @in_one_line()
-def open_detector(mode: str = "quick") -> "Detector":
-    """A finished detector in evaluation mode: the shipped `tiny`, or the released MIMDet ViT-B,
-    which is on the GPU where there is one (`.cpu()` fetches it)."""
+def open_detector(mode: str = "quick", path: str | Path = "") -> "Detector":
+    """A finished detector in evaluation mode: the shipped `tiny`, or `nuclei` where the pictures'
+    path is "nuclei"; or the released MIMDet ViT-B, which is on the GPU where there is one (`.cpu()`
+    fetches it)."""
     from mimdet.training.run import load_detector
 
     if _is_quick(mode):
-        return load_detector("tiny")
+        return load_detector(NUCLEI if str(path) == NUCLEI else "tiny")
     cfg = full_recipe() if os.environ.get(CHANGES) else None  # without it, from names and shapes
     if cfg is not None:
         cfg.backbone.keep = "padded"  # as of any released file

@@ -33,7 +33,7 @@ from mimdet.data.annotations import EMPTY, AnnotatedImages, Annotation
 from mimdet.data.checks import Survey, link_target, size_words
 from mimdet.data.coco_file import REFUSED, CocoReader, ImageEntry, Problem, Read, refuse
 from mimdet.data.foreign import NAMES_OF, recognise
-from mimdet.files import remove_leftovers, write_file
+from mimdet.files import SHIPPED, remove_leftovers, write_file
 from mimdet.images import read_image
 
 if TYPE_CHECKING:
@@ -309,6 +309,25 @@ class CocoDataset(AnnotatedImages):
         return Problem(kind, message, str(self.json_path), image_id=number, file_name=name)
 
 
+class Nuclei(CocoDataset):
+    """Cell nuclei in one microscope picture, which comes with the package: 94 in six tiles of 170
+    pixels to train on, 49 in three that are held out.
+
+    From BBBC038, the 2018 Data Science Bowl (CC0, Caicedo et al. 2019); mimdet/pretrained/README.md
+    says how it came here. limit, skip_empty, masks: as of `CocoDataset`.
+    """
+
+    def __init__(
+        self,
+        split: Literal["train", "val"] = "train",
+        limit: int = 0,
+        skip_empty: bool = False,
+        masks: bool = True,
+    ) -> None:
+        folder = SHIPPED / "nuclei"
+        super().__init__(folder / f"{split}.json", folder / "images", limit, skip_empty, masks)
+
+
 def named_images(dataset: CocoDataset, files: Iterable[Path]) -> dict[Path, int]:
     """The files that are images of `dataset`, each with its index there: by the longest end of
     their paths that is a file name in it. ValueError where two are one image, or none is any."""
@@ -362,6 +381,8 @@ def build_dataset(
         length = cfg.shapes_train if train else cfg.shapes_val
         length = min(length, limit) if limit else length
         return ShapesCOCO(cfg.shapes_level, cfg.shapes_size, length, split, seed if train else 0)
+    if cfg.source == "nuclei":
+        return Nuclei(split, limit, skip_empty, masks)
     if cfg.source == "coco":
         json_path, folder = getattr(cfg, f"{split}_json"), getattr(cfg, f"{split}_images")
         if not json_path or not folder:
@@ -379,5 +400,5 @@ def build_dataset(
             )
         hub_split = cfg.hub_train_split if train else cfg.hub_val_split
         return HubDataset(cfg.hub_name, hub_split, cfg.bbox_format, limit, skip_empty, masks)
-    known = "'shapes', 'coco', 'hub' or 'module:function'"
+    known = "'shapes', 'nuclei', 'coco', 'hub' or 'module:function'"
     raise ValueError(f"data.source={cfg.source!r}: use {known}")

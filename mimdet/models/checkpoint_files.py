@@ -13,12 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mimdet.files import SHIPPED
+
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 MAX_HEADER = 10_000_000
 """Bytes of a safetensors header that are read; that of ViT-L with its configuration is 0.1 MB."""
-SHIPPED = Path(__file__).resolve().parents[1] / "pretrained"
-"""Small weights that come with the package; README.md there says how each was made."""
 # A training script's options, stored beside the weights by Meta's files. Plain data.
 HARMLESS: list[Any] = [argparse.Namespace]
 

@@ -12,12 +12,16 @@ import sys
 import zipfile
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
 from pathlib import Path
 from threading import Thread
 from unittest.mock import Mock
 
 import pytest
+import torch
+from torchvision.transforms.functional import to_pil_image
 
+import mimdet
 from mimdet import cli, downloads
 from mimdet.downloads import (
     CATALOGUE,
@@ -29,6 +33,7 @@ from mimdet.downloads import (
     table,
     unzip,
 )
+from mimdet.structures import crops_to_bitmaps
 
 CONTENT = bytes(range(256)) * 40  # 10,240 bytes
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -366,9 +371,10 @@ IMAGES = {"val2017/": b"", "val2017/1.jpg": b"first" * 100, "val2017/2.jpg": b"s
 def test_unpack_coco_and_go_on_with_what_is_incomplete(remote, file, tmp_path, monkeypatch, capsys):
     remote.content = zipped(tmp_path / "source.zip", IMAGES).read_bytes()
     archive = replace(file, address=remote.address.replace("weights.pth", "val2017.zip"))
+    archive = replace(archive, name="coco-small")
     monkeypatch.setattr(downloads, "CATALOGUE", (archive,))
     first, second = (tmp_path / "d/coco" / name for name in ("val2017/1.jpg", "val2017/2.jpg"))
-    command = ["download", "small", "--to", str(tmp_path / "d"), "--yes", "--unpack"]
+    command = ["download", "coco-small", "--to", str(tmp_path / "d"), "--yes", "--unpack"]
     cli.main(command)
     assert "2 files unpacked, 0 were there" in capsys.readouterr().out
     written = first.stat().st_mtime_ns
@@ -385,6 +391,35 @@ def test_unpack_coco_and_go_on_with_what_is_incomplete(remote, file, tmp_path, m
     cli.main(command)
     printed = capsys.readouterr().out
     assert "used as it is" in printed and "2 files unpacked" in printed
+
+
+def test_dsb2018_is_unpacked_and_converted(remote, tmp_path, monkeypatch, capsys):
+    """As its authors zipped it: a folder an image, in it an image and a file a nucleus."""
+    tiles, content = list(islice(mimdet.Nuclei("val"), 2)), {}
+    for number, tile in enumerate(tiles):
+        content[f"a{number}/images/a{number}.png"] = png(tile.image)
+        bitmaps = crops_to_bitmaps(tile.target.masks, *tile.image.shape[1:])
+        for nucleus, bitmap in enumerate(bitmaps):
+            content[f"a{number}/masks/b{nucleus}.png"] = png(255 * bitmap[None].byte())
+    remote.content = zipped(tmp_path / "source.zip", content).read_bytes()
+    entry = next(entry for entry in CATALOGUE if entry.name == "dsb2018")
+    here = replace(entry, address=remote.address.replace("weights.pth", "stage1_train.zip"))
+    monkeypatch.setattr(downloads, "CATALOGUE", (here,))
+    made = tmp_path / "nuclei.json"
+    cli.main(["download", "dsb2018", "--to", str(tmp_path / "d"), "--yes", "--unpack"])
+    cli.main(["convert", str(tmp_path / "d/dsb2018"), str(made), "--names", "nucleus"])
+    assert f"nucleus {sum(len(tile.target) for tile in tiles)}" in capsys.readouterr().out
+    for read, tile in zip(mimdet.CocoDataset(made, tmp_path / "d/dsb2018"), tiles, strict=True):
+        assert torch.equal(read.image, tile.image)
+        assert {*map(tuple, read.target.boxes.tolist())} == {
+            *map(tuple, tile.target.boxes.tolist())
+        }
+
+
+def png(pixels: torch.Tensor) -> bytes:
+    stream = io.BytesIO()
+    to_pil_image(pixels).save(stream, "PNG")
+    return stream.getvalue()
 
 
 def special(name: str, kind: int) -> zipfile.ZipInfo:

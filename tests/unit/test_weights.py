@@ -18,7 +18,8 @@ import mimdet
 from mimdet.cli import main
 from mimdet.config import Config
 from mimdet.data.shapes import ShapesCOCO
-from mimdet.models.checkpoint_files import SHIPPED, read_checkpoint, read_safetensors, shipped
+from mimdet.files import SHIPPED
+from mimdet.models.checkpoint_files import read_checkpoint, read_safetensors, shipped
 from mimdet.models.detector import build_detector
 from mimdet.models.mae import MAE
 from mimdet.models.official import coco_classes, export_detectron2, load_weights
