@@ -25,6 +25,7 @@ from mimdet.config import Config, DataConfig, change, from_dict, set_field, to_d
 from mimdet.data.coco import build_dataset
 from mimdet.data.scenes import LEVELS
 from mimdet.downloads import files_named
+from mimdet.files import SHIPPED
 from mimdet.images import read_image
 from mimdet.presets import mimdet_base, tiny
 from mimdet.processes import pick_device, seed_all, usable_cores
@@ -45,6 +46,13 @@ COCO_LAYOUT = {
     "val_images": "val2017",
 }
 """Field of `DataConfig` -> file or folder in that folder, as the official archives unpack."""
+_VAL = COCO_LAYOUT["val_json"]
+LAYOUTS = (
+    ("annotations.json", "annotations.json", "images"),
+    (_VAL, _VAL, COCO_LAYOUT["val_images"]),
+    ("train.json", "val.json", "images"),
+)
+"""Files of a folder of pictures: to train on, to look at, their images."""
 STRICT = "MIMDET_STRICT_CHECKS"
 """Environment variable: where it is set, as tests do, a check that fails ends its notebook."""
 PICTURES = "MIMDET_PICTURES"
@@ -362,33 +370,32 @@ def open_pictures(path: str | Path = "", mode: str = "quick", count: int = 8) ->
 
     path: "" = held-out scenes of ShapesCOCO (quick) or COCO val2017 (full, from the folder in
     MIMDET_COCO); "nuclei" = the microscope picture that comes with the package; a photo, any
-    image file; or a folder with `annotations.json` (COCO format) and `images/`, or in the layout of
-    COCO 2017, of which val2017 is shown. Raises FileNotFoundError and ValueError that say what is
-    expected.
+    image file; or a folder with `annotations.json` (COCO format) and `images/`, with `train.json`
+    and `val.json` beside `images/`, or in the layout of COCO 2017, of which val2017 is shown.
+    Raises FileNotFoundError and ValueError that say what is expected.
     """
     quick = _is_quick(mode)
-    file, files = Path(path), path and str(path) != NUCLEI
-    if files and not file.exists():
-        raise FileNotFoundError(
-            f"{file} does not exist: give a photo, a folder of data, or {NUCLEI!r}"
-        )
-    if files and not file.is_dir():
+    file = SHIPPED / NUCLEI if str(path) == NUCLEI else Path(path)
+    data = DataConfig()
+    if path and not file.exists():
+        raise FileNotFoundError(f"{file} does not exist: give a photo, a folder or {NUCLEI!r}")
+    if path and not file.is_dir():
         nothing = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))
-        return Pictures([Record(read_image(file), nothing, file.name)], [], None, DataConfig())
-    data = DataConfig(source="nuclei" if path else "shapes")
-    if files:
-        annotations, images = file / "annotations.json", file / "images"
-        if not annotations.exists() and (file / COCO_LAYOUT["val_json"]).is_file():
-            annotations, images = file / COCO_LAYOUT["val_json"], file / COCO_LAYOUT["val_images"]
-        if not annotations.is_file() or not images.is_dir():
+        return Pictures([Record(read_image(file), nothing, file.name)], [], None, data)
+    if path:
+        found = [
+            part for part in LAYOUTS if (file / part[1]).is_file() and (file / part[2]).is_dir()
+        ]
+        if not found:
             raise FileNotFoundError(
                 f"{file} must hold annotations.json (COCO format) and images/, or COCO's own "
-                f"{COCO_LAYOUT['val_json']} and {COCO_LAYOUT['val_images']}/; "
-                "for other layouts use mimdet.CocoDataset(json, images)"
+                f"{COCO_LAYOUT['val_json']} and {COCO_LAYOUT['val_images']}/, or train.json, "
+                "val.json and images/; for other layouts use mimdet.CocoDataset(json, images)"
             )
-        data = DataConfig(source="coco", val_json=str(annotations), val_images=str(images))
-        data.train_json, data.train_images = data.val_json, data.val_images
-    elif not (path or quick):
+        train, val, images = (str(file / part) for part in found[0])
+        data = DataConfig(source="coco", train_json=train, train_images=images)
+        data.val_json, data.val_images = val, images
+    elif not quick:
         data = full_recipe().data
         change(data, **_full_data())
     dataset = build_dataset(data, "val")

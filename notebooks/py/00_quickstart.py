@@ -17,7 +17,7 @@
 MODE = "quick"  # "full": COCO and a GPU
 STEPS = 0  # training steps; 0: as many as the mode takes (a few are too few for two checks)
 SEED = 0  # of weights, scenes and samples
-PATH = ""  # your own photo, or a folder of COCO data; "": what MIMDET_PICTURES names
+PATH = ""  # "nuclei": real pictures; your own photo, or a folder of COCO data
 SOLUTIONS = False  # True: the answers at the end run too
 
 # %% [markdown]

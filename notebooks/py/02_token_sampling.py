@@ -15,12 +15,13 @@
 # | memory | about 1 GB | 0.5 GB of weights, twice |
 # | needs | nothing but the kit | `mimdet download mimdet-base mae-base-visualize`, COCO in the folder named by `MIMDET_COCO` |
 #
-# Set `PATH` to see samples of your own photo. In quick mode the detector knows drawn shapes only.
+# Set `PATH = "nuclei"` for real pictures and the detector `nuclei`, or to your own photo; the
+# detectors that come with the kit know drawn shapes and cell nuclei only.
 
 # %% tags=["parameters"]
 MODE = "quick"  # "full": released weights and COCO
 SEED = 0  # of the samples
-PATH = ""  # your own photo, or a folder of COCO data; "": what MIMDET_PICTURES names
+PATH = ""  # "nuclei": real pictures; your own photo, or a folder of COCO data
 SOLUTIONS = False  # True: the answers at the end run too
 
 # %%
@@ -30,7 +31,7 @@ from mimdet import check, judge
 from mimdet.notebook import open_detector, open_mae, open_pictures, own_path
 
 pictures = open_pictures(own_path(PATH), MODE)
-model = open_detector(MODE).cpu()
+model = open_detector(MODE, own_path(PATH)).cpu()
 
 # %% [markdown]
 # ## 1 · Tokens, grid, sample
@@ -275,7 +276,7 @@ check("at 0.25 the decoder costs more than the encoder", decoder > encoder_cost(
 # %% tags=["timing"]
 import time
 
-model = open_detector(MODE)  # on the GPU, where there is one
+model = open_detector(MODE, own_path(PATH))  # on the GPU, where there is one
 on_gpu = tokens.to(next(model.parameters()).device)
 for ratio in (0.25, 0.5, 1.0):
     now = mimdet.select([scores.to(on_gpu.device)], [grid], grid, ratio)

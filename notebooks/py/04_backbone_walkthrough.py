@@ -20,7 +20,7 @@
 # %% tags=["parameters"]
 MODE = "quick"  # "full": the released ViT-B and COCO
 SEED = 0  # of the sample
-PATH = ""  # your own photo, or a folder of COCO data; "": what MIMDET_PICTURES names
+PATH = ""  # "nuclei": real pictures; your own photo, or a folder of COCO data
 SOLUTIONS = False  # True: the answers at the end run too
 
 # %%
@@ -33,7 +33,7 @@ from mimdet.notebook import open_detector, open_pictures, own_path
 
 torch.set_num_threads(1)
 pictures = open_pictures(own_path(PATH), MODE)
-model = open_detector(MODE).cpu().double().eval()
+model = open_detector(MODE, own_path(PATH)).cpu().double().eval()
 if MODE == "full":
     model.resize = Resize(384, 640)  # all of it is on the CPU
 image = model.resize(pictures.images[0])[:, :-24, :-10]  # cut, so that there is something to pad
@@ -433,7 +433,7 @@ show_stacked(table, "multiply-adds, ViT-B, one image of 800 x 1280 pixels")
 # %%
 from mimdet.viz import RatioDial
 
-dial = RatioDial(open_detector(MODE), pictures.images, pictures.targets, pictures.categories)
+dial = RatioDial(open_detector(MODE, own_path(PATH)), pictures.images, pictures.targets)
 dial.ratio.value = 0.25
 dial
 

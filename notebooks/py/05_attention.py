@@ -22,7 +22,7 @@
 # %% tags=["parameters"]
 MODE = "quick"  # "full": the released ViT-B and COCO
 SEED = 0  # of the samples
-PATH = ""  # your own photo, or a folder of COCO data; "": what MIMDET_PICTURES names
+PATH = ""  # "nuclei": real pictures; your own photo, or a folder of COCO data
 QUERY = (0.5, 0.17)  # the patch to ask, as shares of the height and of the width
 SOLUTIONS = False  # True: the answers at the end run too
 
@@ -33,7 +33,7 @@ from mimdet import check, judge
 from mimdet.images import Resize
 from mimdet.notebook import open_detector, open_pictures, own_path
 
-model = open_detector(MODE).cpu()
+model = open_detector(MODE, own_path(PATH)).cpu()
 if MODE == "full":
     model.resize = Resize(384, 640)  # at 800 pixels all maps would take 10 GiB
 pictures = open_pictures(own_path(PATH), MODE, count=8)

@@ -21,7 +21,7 @@
 # %% tags=["parameters"]
 MODE = "quick"  # "full": COCO val2017
 SEED = 0  # of the order and the augmentation
-PATH = ""  # your own photo, or a folder of COCO data; "": what MIMDET_PICTURES names
+PATH = ""  # "nuclei": real pictures; your own photo, or a folder of COCO data
 SOLUTIONS = False  # True: the answers at the end run too
 
 # %%

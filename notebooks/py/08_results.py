@@ -20,7 +20,7 @@
 
 # %% tags=["parameters"]
 MODE = "quick"  # "full": the released detector on COCO val2017
-PATH = ""  # your own photo, or a folder of COCO data; "": what MIMDET_PICTURES names
+PATH = ""  # "nuclei": real pictures; your own photo, or a folder of COCO data
 STEPS = 60  # training steps on your own folder; nothing else is trained
 SEED = 0  # of the sampled tokens, and of that training
 SOLUTIONS = False  # True: the answers at the end run too

@@ -8,7 +8,6 @@ from PIL import Image
 
 from mimdet.data.shapes import ShapesCOCO, export
 from tools import notebooks
-from tools.rehearsal import write_coco
 
 NAMED = {"00_quickstart", "01_mae_loading", "02_token_sampling", "05_attention", "06_data", "08_results"}
 STEPS = 4
@@ -29,8 +28,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("own")
     Image.fromarray(photograph(163, 217)).save(folder / "photo.jpg", quality=85)
     export(ShapesCOCO("shapes-v1-easy", size=96, length=12), folder / "scenes")
-    write_coco(folder / "coco", "val", 12)
-    return {"photo": folder / "photo.jpg", "folder": folder / "scenes", "": folder / "coco"}
+    return {"photo": folder / "photo.jpg", "folder": folder / "scenes", "": Path("nuclei")}
 
 
 def photograph(height: int, width: int) -> np.ndarray:
@@ -56,7 +54,7 @@ def test_the_notebooks_that_should_ask_for_a_path_do() -> None:
 @pytest.mark.parametrize("kind", ["photo", "folder", ""])
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 def test_own_data_by_changing_the_path(source, kind, own, monkeypatch) -> None:
-    """Without a kind: by MIMDET_PICTURES alone, which names a folder as COCO unpacks."""
+    """Without a kind: by MIMDET_PICTURES alone, which names the picture of the package."""
     monkeypatch.setenv("MIMDET_PICTURES", "" if kind else str(own[kind]))
     notebook = notebooks.read_source(source)
     few = {"STEPS": STEPS} if asks_for("STEPS", source) else {}
