@@ -228,6 +228,7 @@ def tiny_benchmarking_vit(cfg: Config) -> None:
     cfg.backbone = _baseline("benchmarking_vit", embed_dim=96, num_heads=3, depth=8)
     change(cfg.backbone, position_grid=16, window_size=4, drop_path=0.0)
     cfg.detector.canvas = cfg.data.max_side = 256
+    cfg.training.learning_rate = 1.6e-3  # 4e-3: 0.8 box AP less after 500 steps
 
 
 @recipe(PRESETS, tiny)
