@@ -367,6 +367,27 @@ def test_real_coco(shared_data, split, images, objects):
     assert np.mean(found) > 0.97 and np.min(found) > 0.8
 
 
+def test_the_picture_that_comes_with_the_package():
+    """Nine tiles that fit together; no pixel belongs to two nuclei, and nuclei are brighter."""
+    train, val = coco.Nuclei("train"), coco.Nuclei("val")
+    records = [*train, *val]
+    tiles = [record.image[0] for record in records]
+    whole = torch.cat([torch.cat(tiles[row : row + 3], 1) for row in (0, 3, 6)])
+    assert whole.shape == (512, 512) and train.categories == val.categories == ["nucleus"]
+    assert sum(len(record.target) for record in train) == 94
+    assert sum(len(record.target) for record in val) == 49
+    for record in records:
+        height, width = record.image.shape[1:]
+        layers = crops_to_bitmaps(record.target.masks, height, width).sum(0)
+        assert layers.max() == 1
+        inside, outside = (record.image[0][layers == n].float().mean() for n in (1, 0))
+        assert inside > 1.5 * outside
+    named = build_dataset(DataConfig(source="nuclei", limit_val=2), "val")
+    assert len(named) == 2 and named.version == val.version
+    with pytest.raises(ValueError, match=r"'nuclei' does not read data\.train_json.*--source coco"):
+        build_dataset(DataConfig(source="nuclei", train_json="own.json"), "train")
+
+
 def test_real_nuclei_polygons_and_runs_agree(shared_data):
     folder = shared_data / "nuclei"
     polygons, runs = (
