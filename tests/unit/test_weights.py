@@ -351,7 +351,7 @@ def test_commands_take_released_files(tmp_path, monkeypatch, capsys) -> None:
 def test_files_are_small_and_those_of_the_cards(capsys) -> None:
     files = sorted(SHIPPED.glob("*.safetensors"))
     assert {path.stem for path in files} == set(shipped()) == set(CARDS)
-    assert sum(path.stat().st_size for path in files) < 12e6
+    assert sum(path.stat().st_size for path in files) < 16e6
     for path in files:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         assert digest == CARDS[path.stem]["sha256"]
@@ -381,6 +381,15 @@ def test_ap_is_that_of_the_card_and_falls_with_the_tokens(
     assert lost["AP_large"] > 0.14 and lost["AP"] > worth  # the encoder is used
     # What follows the encoder of `tiny_half` has never seen an image without gaps.
     assert (result.box["AP"] < as_trained["AP"] - 0.02) == (name == "tiny_half")
+
+
+def test_on_a_real_picture_little_is_left_of_one_token() -> None:
+    model, tiles = mimdet.load_detector("nuclei"), mimdet.Nuclei("val")
+    every, one = (mimdet.evaluate(model, tiles, sample_ratio=ratio) for ratio in (1.0, 1e-6))
+    card = CARDS["nuclei"]  # of 49 nuclei, so rounding of sums counts for more
+    assert 100 * every.box["AP"] == pytest.approx(card["box_ap"], abs=2)
+    assert 100 * every.mask["AP"] == pytest.approx(card["mask_ap"], abs=2)
+    assert one.box["AP"] < every.box["AP"] - 0.4
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_half"])
