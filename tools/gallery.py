@@ -29,7 +29,8 @@ GALLERY = (
     Picture("03_conv_stem_features", 1, "pyramid"),
     Picture("05_attention", 4, "attention"),
     Picture("08_results", 10, "result_browser"),
-    Picture("02_token_sampling", 6, "token_lab"),
+    Picture("02_token_sampling", 6, "nuclei"),
+    Picture("02_token_sampling", 7, "token_lab"),
 )
 
 
