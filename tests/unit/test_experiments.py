@@ -559,7 +559,7 @@ def test_shipped_result_is_read(tmp_path) -> None:
     assert stored.summary()["mean"].tolist() == pytest.approx(again)
     assert stored.about["hardware"] == content["hardware"]
     with pytest.raises(ValueError, match="not the result of an experiment"):
-        Experiment.from_json(ROOT / "notebooks" / "results" / "baselines.json")
+        Experiment.from_json(ROOT / "notebooks" / "results" / "probe.json")
 
 
 # ------------------------------------------------------------------------------- real runs
