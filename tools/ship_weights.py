@@ -40,7 +40,8 @@ WHAT = {
     "tiny": "`tiny_half` after 600 more steps with all tokens, which it had never seen together "
     "before: `mimdet.load_detector('tiny')`.",
     "nuclei": "Detector (preset `nuclei`) of cell nuclei, from `tiny`, trained on six tiles of the "
-    "microscope picture below: `mimdet.load_detector('nuclei')`.",
+    "microscope picture below: `mimdet.load_detector('nuclei')`. It knows this one staining: on 60 "
+    "pictures of DSB2018, of several stainings and sizes, it has 27 box AP.",
 }
 HEAD = """# Weights that come with the package
 
