@@ -98,7 +98,7 @@ def options(cfg: Config) -> list[str]:
 
 
 def show_shipped(folder: Path) -> None:
-    """What finished detectors look like: the two that come with the package."""
+    """What finished detectors look like: two of those that come with the package."""
     from mimdet.data.coco import build_dataset
     from mimdet.training.run import load_detector
 
@@ -107,7 +107,8 @@ def show_shipped(folder: Path) -> None:
         if "box_ap" in card and name != "tiny_half":
             model = load_detector(name)
             held_out = build_dataset(model.config.data, "val")
-            print(f"{name}: box AP {card['box_ap']:.1f}, mask AP {card['mask_ap']:.1f}")
+            scores = f"box AP {card['box_ap']:.1f}, mask AP {card['mask_ap']:.1f}"
+            print(f"{name}: {scores} on {len(held_out)} images of {held_out.version.split()[0]}")
             save_pictures(folder, **{name: detections_beside_truth(model, held_out)})
     print("Now yours:")
 

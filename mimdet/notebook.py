@@ -369,10 +369,10 @@ def open_pictures(path: str | Path = "", mode: str = "quick", count: int = 8) ->
     """The first `count` pictures a notebook shows.
 
     path: "" = held-out scenes of ShapesCOCO (quick) or COCO val2017 (full, from the folder in
-    MIMDET_COCO); "nuclei" = the microscope picture that comes with the package; a photo, any
-    image file; or a folder with `annotations.json` (COCO format) and `images/`, with `train.json`
-    and `val.json` beside `images/`, or in the layout of COCO 2017, of which val2017 is shown.
-    Raises FileNotFoundError and ValueError that say what is expected.
+    MIMDET_COCO); "nuclei" = the microscope picture that comes with the package (a folder of yours
+    is "./nuclei"); a photo, any image file; or a folder with `annotations.json` (COCO format) and
+    `images/`, with `train.json` and `val.json` beside `images/`, or in the layout of COCO 2017, of
+    which val2017 is shown. Raises FileNotFoundError and ValueError that say what is expected.
     """
     quick = _is_quick(mode)
     file = SHIPPED / NUCLEI if str(path) == NUCLEI else Path(path)
@@ -384,7 +384,9 @@ def open_pictures(path: str | Path = "", mode: str = "quick", count: int = 8) ->
         return Pictures([Record(read_image(file), nothing, file.name)], [], None, data)
     if path:
         found = [
-            part for part in LAYOUTS if (file / part[1]).is_file() and (file / part[2]).is_dir()
+            layout
+            for layout in LAYOUTS
+            if all((file / name).is_file() for name in layout[:2]) and (file / layout[2]).is_dir()
         ]
         if not found:
             raise FileNotFoundError(

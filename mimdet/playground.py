@@ -69,6 +69,7 @@ def playground(
         licence: Of a run's weights, said on the page.
         trust_code: Execute parts that a notebook stored in the run, or that its config.json names.
     """
+    from mimdet.models.checkpoint_files import shipped
     from mimdet.models.mae import MAE
     from mimdet.training.pretrain import load_model
 
@@ -84,7 +85,7 @@ def playground(
             )
         models[Path(name).name] = model
     print(f"{out}: exporting {len(models) + 1} models, a minute each", flush=True)
-    terms = licence if run else "MIT"
+    terms = licence or ("MIT" if not run or run in shipped() else "")
     write_page(out, models, painter, scenes=scenes, runtime=runtime, licence=terms)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
     print(f"{out}: {size:.1f} MB of static files; put the folder on any web space")

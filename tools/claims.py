@@ -70,7 +70,8 @@ def row(claim: dict[str, Any], result: Experiment | None) -> str:
     unit = " %" if "relative" in claim or "reach" in claim else ""
     grid = f"[{claim['grid']}](../notebooks/ablations/{claim['grid']}.py)"
     cells = [claim["id"], claim["text"], f"{side} {limit:g}{unit}"]
-    if result is None:
+    arms = {arm.label for arm in result.arms} if result else set()
+    if result is None or not {claim["one"][0], claim["other"][0]} <= arms:
         return f"| {' | '.join(cells)} | - | - | not run yet | {grid} |"
     values = paired(claim, result)
     interval = mean_interval(values)

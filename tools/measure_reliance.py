@@ -31,7 +31,7 @@ from mimdet.analysis.reliance import (
 )
 from mimdet.config import DataConfig
 from mimdet.data.coco import build_dataset
-from mimdet.files import write_json
+from mimdet.files import finite, write_json
 from mimdet.models.backbones import MIMDetBackbone
 from mimdet.models.detector import Detector
 from mimdet.models.mae import MAE
@@ -108,7 +108,7 @@ def main() -> None:
     print(accuracy.round(1).to_string())
     report["probe"] = accuracy.round(2).to_dict("index")
     if options.out:
-        write_json(options.out, report)
+        write_json(options.out, finite(report))
 
 
 if __name__ == "__main__":

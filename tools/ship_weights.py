@@ -55,12 +55,13 @@ TAIL = """# The picture that comes with the package
 
 `nuclei/`: fluorescence microscopy of cell nuclei, 512 x 512 pixels, cut into nine tiles of about
 170: `mimdet.Nuclei("train")`, six tiles with 94 nuclei, and `mimdet.Nuclei("val")`, the last row,
-three with 49. What a border cuts is in both tiles. Picture and masks are those that StarDist
-carries as test data (`stardist.data.test_image_nuclei_2d`, BSD 3-Clause), unchanged; they come from
-BBBC038v1, the 2018 Data Science Bowl, of the Broad Bioimage Benchmark Collection, which is in the
-public domain (CC0 1.0): Caicedo et al., *Nucleus segmentation across imaging experiments: the 2018
-Data Science Bowl*, Nature Methods 16, 2019. Made by `python tools/ship_nuclei.py`; the 670 pictures
-of that competition: `mimdet download dsb2018`.
+three with 49. What a border cuts is in both tiles, but for pieces under 16 pixels. Picture and
+labels are those that StarDist carries as test data (`stardist.data.test_image_nuclei_2d`; BSD
+3-Clause, copyright 2018-2025 Uwe Schmidt, Martin Weigert); they come from BBBC038v1, the 2018 Data
+Science Bowl, of the Broad Bioimage Benchmark Collection, which is in the public domain (CC0 1.0):
+Caicedo et al., *Nucleus segmentation across imaging experiments: the 2018 Data Science Bowl*,
+Nature Methods 16, 2019. Made by `python tools/ship_nuclei.py`; the 670 pictures of that
+competition: `mimdet download dsb2018`.
 """
 
 

@@ -317,6 +317,9 @@ class Nuclei(CocoDataset):
     says how it came here. limit, skip_empty, masks: as of `CocoDataset`.
     """
 
+    area_scale = (170 / 640) ** 2
+    """Sizes are beside the picture's, as those of ShapesCOCO: by COCO's pixels all were small."""
+
     def __init__(
         self,
         split: Literal["train", "val"] = "train",

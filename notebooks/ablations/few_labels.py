@@ -6,8 +6,9 @@
 
 The same 250 labelled scenes again and again: from random weights, from `tiny_mae` (1,562 steps of
 64 scenes), from `tiny_mae` with a stem that was first fitted to its patch embedding
-(`training.align_stem`), and from an autoencoder of 400 steps. Four trainings a seed, of about 4 CPU
-minutes. All of this was fixed before any result was looked at. Other numbers of labels:
+(`training.align_stem`). Three trainings a seed, of about 4 CPU minutes. All of this was fixed
+before any result was looked at. Added when these were known: an autoencoder of 400 steps, which
+learnt by Muon, 32 scenes a step, half of the patches seen. Other numbers of labels:
 `label_counts.py`.
 """
 

@@ -17,7 +17,7 @@
 MODE = "quick"  # "full": COCO and a GPU
 STEPS = 0  # training steps; 0: as many as the mode takes (a few are too few for two checks)
 SEED = 0  # of weights, scenes and samples
-PATH = ""  # "nuclei": real pictures; your own photo, or a folder of COCO data
+PATH = ""  # "nuclei": real pictures; a photo; a folder of data; "": MIMDET_PICTURES
 SOLUTIONS = False  # True: the answers at the end run too
 
 # %% [markdown]

@@ -21,7 +21,7 @@
 # %% tags=["parameters"]
 MODE = "quick"  # "full": released weights and COCO
 SEED = 0  # of the samples
-PATH = ""  # "nuclei": real pictures; your own photo, or a folder of COCO data
+PATH = ""  # "nuclei": real pictures; a photo; a folder of data; "": MIMDET_PICTURES
 SOLUTIONS = False  # True: the answers at the end run too
 
 # %%

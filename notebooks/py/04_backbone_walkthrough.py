@@ -14,13 +14,12 @@
 # | needs | nothing but the kit | `mimdet download mimdet-base`, COCO in `MIMDET_COCO` |
 #
 # B images, L tokens of the full grid, K kept ones, D width of the encoder, C of the decoder. A step
-# is right when the largest difference is below 10⁻⁵ of the largest value, in float64: in float32
-# rounding alone comes to that where a LayerNorm enlarges it.
+# is right when the largest difference is below 10⁻⁵ of the largest value, in float64.
 
 # %% tags=["parameters"]
 MODE = "quick"  # "full": the released ViT-B and COCO
 SEED = 0  # of the sample
-PATH = ""  # "nuclei": real pictures; your own photo, or a folder of COCO data
+PATH = ""  # "nuclei": real pictures; a photo; a folder of data; "": MIMDET_PICTURES
 SOLUTIONS = False  # True: the answers at the end run too
 
 # %%
@@ -433,7 +432,8 @@ show_stacked(table, "multiply-adds, ViT-B, one image of 800 x 1280 pixels")
 # %%
 from mimdet.viz import RatioDial
 
-dial = RatioDial(open_detector(MODE, own_path(PATH)), pictures.images, pictures.targets)
+shown = (pictures.images, pictures.targets, pictures.categories)
+dial = RatioDial(open_detector(MODE, own_path(PATH)), *shown)
 dial.ratio.value = 0.25
 dial
 

@@ -22,7 +22,7 @@
 # %% tags=["parameters"]
 MODE = "quick"  # "full": the released ViT-B and COCO
 SEED = 0  # of the samples
-PATH = ""  # "nuclei": real pictures; your own photo, or a folder of COCO data
+PATH = ""  # "nuclei": real pictures; a photo; a folder of data; "": MIMDET_PICTURES
 QUERY = (0.5, 0.17)  # the patch to ask, as shares of the height and of the width
 SOLUTIONS = False  # True: the answers at the end run too
 
@@ -166,7 +166,7 @@ groups = [every[:, :, kind] for kind in kinds]
 within = [(g - g.mean(2, keepdim=True)).abs().sum(3).mean() / 2 for g in groups]
 print(f"differs: {differs:.2f} of all queries, {within[0]:.2f} and {within[1]:.2f} within a kind")
 mean = sum(w * len(kind) for w, kind in zip(within, kinds, strict=True)) / len(first)
-check("queries of a kind are more alike", mean < differs, trained=True)
+check("queries of a kind are more alike", mean < 0.9 * differs, trained=True)
 
 # %% [markdown]
 # In quick mode one kind lies on things, on their outlines above all, and the other on the ground
@@ -290,7 +290,7 @@ check("tiny needs it", gain["tiny"] < -10, f"with one token {gain['tiny']:+.1f} 
 check("the earlier one did not", gain["first_tiny"] > -1, f"{gain['first_tiny']:+.1f} AP")
 
 # %% [markdown]
-# Small objects need no transformer. With the mean few of the large ones are found, by either
+# Small objects of these scenes need no transformer. With the mean few of the large ones are found, by either
 # detector: both *listen* to their encoder. Whether they *need* it is seen with fewer tokens. One
 # token is as good as all to the earlier detector: at the other places its decoder had the stem's
 # tokens, and these did as well. `tiny` has nothing else there, and loses what it loses without any

@@ -15,13 +15,13 @@
 # | memory | about 1 GB | as quick |
 # | needs | nothing but the kit | COCO 2017 in the folder named by `MIMDET_COCO` |
 #
-# **Your own data:** set `PATH` to a folder with `annotations.json` (COCO format) and `images/`, and
-# every section runs on it. With a photo, the browser shows the photo and the rest drawn scenes.
+# **Your own data:** set `PATH` to a folder with `images/` and `annotations.json` (COCO format), or
+# `train.json` and `val.json`. With a photo, the browser shows it and the rest drawn scenes.
 
 # %% tags=["parameters"]
 MODE = "quick"  # "full": COCO val2017
 SEED = 0  # of the order and the augmentation
-PATH = ""  # "nuclei": real pictures; your own photo, or a folder of COCO data
+PATH = ""  # "nuclei": real pictures; a photo; a folder of data; "": MIMDET_PICTURES
 SOLUTIONS = False  # True: the answers at the end run too
 
 # %%

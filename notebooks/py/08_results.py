@@ -14,13 +14,13 @@
 # | memory | 1.3 GB | 0.5 GB of weights, twice |
 # | needs | nothing but the kit | a CUDA GPU, COCO in `MIMDET_COCO`, `mimdet download mimdet-base` |
 #
-# **Your own results:** set `PATH`. On a folder (`annotations.json` in COCO format beside `images/`)
-# both detectors are first trained for `STEPS` steps, and every cell below speaks about your data.
+# **Your own results:** set `PATH`. On a folder (06 says how it looks) or the package's "nuclei" both
+# detectors are first trained for `STEPS` steps, and every cell below speaks about your data.
 # Of a photo you see the detections; scoring needs truth, so the rest stays with the scenes.
 
 # %% tags=["parameters"]
 MODE = "quick"  # "full": the released detector on COCO val2017
-PATH = ""  # "nuclei": real pictures; your own photo, or a folder of COCO data
+PATH = ""  # "nuclei": real pictures; a photo; a folder of data; "": MIMDET_PICTURES
 STEPS = 60  # training steps on your own folder; nothing else is trained
 SEED = 0  # of the sampled tokens, and of that training
 SOLUTIONS = False  # True: the answers at the end run too
@@ -81,7 +81,7 @@ else:
     detectors = {name: mimdet.load_detector(place) for name, place in detectors.items()}
 device = "cuda" if torch.cuda.is_available() else "cpu"
 detectors = {name: model.to(device) for name, model in detectors.items()}
-if own_data:
+if own_data and data.train_json == data.val_json:
     print("Trained and scored on the same images: read types of errors, not the height of AP.")
 first, second = detectors
 

@@ -17,7 +17,7 @@ from tools import count_code
 ROOT = Path(__file__).resolve().parents[2]
 MAX_LINES = 500  # of a file, blank ones and docstrings included
 MAX_FILES = 100
-MAX_CODE = {"the package": 16_325, "the core path of the paper": 4_500}  # code lines
+MAX_CODE = {"the package": 16_330, "the core path of the paper": 4_500}  # code lines
 
 # A part may import from the rows above its own, and from itself. The parts of the first row are
 # plain data and may use each other; any other two parts of one row may not.

@@ -2,7 +2,9 @@
 
 import os
 import random
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -14,6 +16,7 @@ from PIL import Image
 import mimdet
 from mimdet import check, notebook, notebook_setup
 from mimdet.data.coco import build_dataset
+from mimdet.files import SHIPPED
 from mimdet.notebook import open_detector, open_mae, open_pictures, watch
 from mimdet.training.trainer import Step
 from mimdet.viz import new_figure
@@ -283,6 +286,24 @@ def test_a_folder_as_coco_unpacks_and_one_variable_for_all_notebooks(tmp_path, m
     assert notebook.own_path() == ""
     monkeypatch.setenv("MIMDET_PICTURES", str(tmp_path))
     assert notebook.own_path() == str(tmp_path) and notebook.own_path("mine.jpg") == "mine.jpg"
+
+
+def test_the_real_picture_and_its_detector(tmp_path, monkeypatch) -> None:
+    pictures = open_pictures("nuclei")
+    assert pictures.categories == ["nucleus"] and len(pictures.records) == 3
+    assert pictures.data.train_json != pictures.data.val_json
+    assert len(build_dataset(pictures.data, "train")) == 6
+    assert open_detector("quick", "nuclei").categories == ["nucleus"]
+    assert len(open_detector("quick", tmp_path).categories) == 12
+    (tmp_path / "nuclei").mkdir()  # a folder of that name is one's own when it is written so
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"nuclei must hold annotations\.json"):
+        open_pictures("./nuclei")
+    shutil.copytree(SHIPPED / "nuclei", "mine")
+    assert len(open_pictures("mine").records) == 3
+    Path("mine/train.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"or train\.json, val\.json and images/"):
+        open_pictures("mine")
 
 
 def test_what_cannot_be_opened(tmp_path) -> None:
