@@ -248,9 +248,9 @@ with all tokens. AP x 100, box / mask, mean ± standard deviation of 2 draws of 
 AP still rises steeply after five minutes, so a faster machine reaches more. Three seeds with as
 many steps: {spread} at ratio 1 (`demo/seeds.json`).
 
-Begun from the autoencoder, as many steps, one seed: {run_scores(read("demo/demo-mae-719"))} and
-{run_scores(read("demo/demo-mae-1861"))} after 3.8 and 8.2 minutes of one AMD core (`mimdet demo
---init-from tiny_mae --steps 719`, or 1861): nothing that one seed could show ([C5](claims.md)).
+From the autoencoder, as many steps, one seed, one core: {run_scores(read("demo/demo-mae-719"))}
+and {run_scores(read("demo/demo-mae-1861"))} (`mimdet demo --init-from tiny_mae --steps 719`, or
+1861): nothing that one seed could show ([C5](claims.md)).
 
 {muon_section()}
 
